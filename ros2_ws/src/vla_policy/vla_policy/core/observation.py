@@ -1,0 +1,43 @@
+"""What travels between a robot and a policy."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from vla_policy.core.policy_config import PolicyConfig
+
+
+@dataclass(frozen=True)
+class Observation:
+    """One control instant as the policy sees it.
+
+    image: uint8 RGB, upright, [height, width, 3].
+    instruction: the task in words.
+    state: float32 [S] in SI units, in the order of the policy's proprio statistics; None where it takes no state.
+    """
+
+    image: np.ndarray
+    instruction: str
+    state: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A policy's answer: action token ids int64 [K] and the action they stand for, float64 [K], un-normalised."""
+
+    tokens: np.ndarray
+    action: np.ndarray
+
+
+class Actor(Protocol):
+    """Whatever decides: a torch policy on a workstation, an engine on a robot."""
+
+    @property
+    def config(self) -> PolicyConfig:
+        """The policy's configuration."""
+        ...
+
+    def act(self, observation: Observation) -> Decision:
+        """The greedy decision for one observation."""
+        ...
