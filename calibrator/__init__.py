@@ -1,0 +1,1 @@
+"""Workstation: policies in torch, evidence, sensitivity, allocation, reports."""

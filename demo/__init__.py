@@ -1,0 +1,1 @@
+"""The small trained policies, their data, and the recipe that made them."""

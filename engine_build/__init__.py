@@ -1,0 +1,1 @@
+"""Plan to engine: packed graphs, builders, verification, benchmarks."""

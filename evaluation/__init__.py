@@ -1,0 +1,1 @@
+"""Workstation: closed-loop rollouts and replay comparisons."""

@@ -1,0 +1,49 @@
+"""From a camera image to the policy's input: the one implementation that calibration, engines and robot share."""
+
+import numpy as np
+from PIL import Image
+
+from vla_policy.core.errors import DataError
+from vla_policy.core.policy_config import PolicyConfig
+
+
+def check_image(image: np.ndarray) -> None:
+    """Raises DataError unless `image` is uint8 RGB [height, width, 3]."""
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        got = f"{image.dtype} {list(image.shape)}" if isinstance(image, np.ndarray) else type(image).__name__
+        raise DataError(f"image: expected uint8 RGB of shape [height, width, 3], got {got}")
+
+
+def resize(image: np.ndarray, size: int) -> np.ndarray:
+    """Antialiased bicubic resize to [size, size, 3], aspect ratio ignored ("resize-naive"). uint8 in and out."""
+    check_image(image)
+    if image.shape[:2] == (size, size):
+        return image
+    return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC))
+
+
+def preprocess(image: np.ndarray, config: PolicyConfig) -> np.ndarray:
+    """float32 [6, S, S]: resized, scaled to [0, 1], normalised for DINOv2 (channels 0-2) and SigLIP (3-5)."""
+    scaled = resize(image, config.image_size).astype(np.float32).transpose(2, 0, 1) / np.float32(255)
+    normalised = [
+        (scaled - np.asarray(tower.mean, np.float32)[:, None, None]) / np.asarray(tower.std, np.float32)[:, None, None]
+        for tower in config.towers
+    ]
+    return np.concatenate(normalised)
+
+
+def rotate_180(image: np.ndarray) -> np.ndarray:
+    """The image turned by 180 degrees, as OpenVLA's LIBERO data were."""
+    check_image(image)
+    return np.ascontiguousarray(image[::-1, ::-1])
+
+
+def centre_crop(image: np.ndarray, area: float = 0.9) -> np.ndarray:
+    """The centre with `area` of the image's area, resized back: what policies trained with random crops expect."""
+    check_image(image)
+    if not 0 < area <= 1:
+        raise DataError(f"centre crop: area must lie in (0, 1], got {area}")
+    height, width = image.shape[:2]
+    margin_y, margin_x = (side * (1 - area**0.5) / 2 for side in (height, width))
+    box = (margin_x, margin_y, width - margin_x, height - margin_y)
+    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR, box=box))
