@@ -1,0 +1,32 @@
+"""ament_python package: the robot core, the nodes, and their launch files and configuration."""
+
+from glob import glob
+
+from setuptools import find_packages, setup
+
+PACKAGE = "vla_policy"
+
+setup(
+    name=PACKAGE,
+    version="0.1.0",
+    packages=find_packages(include=[PACKAGE, f"{PACKAGE}.*"]),
+    package_data={PACKAGE: ["py.typed"]},
+    data_files=[
+        ("share/ament_index/resource_index/packages", [f"resource/{PACKAGE}"]),
+        (f"share/{PACKAGE}", ["package.xml"]),
+        (f"share/{PACKAGE}/launch", glob("launch/*.launch.py")),
+        (f"share/{PACKAGE}/config", glob("config/*")),
+    ],
+    install_requires=["numpy", "onnxruntime", "pillow", "pyyaml", "setuptools", "tokenizers"],
+    zip_safe=True,
+    maintainer="vla-deploy maintainers",
+    maintainer_email="maintainers@vla-deploy.invalid",
+    description="Serves actions of a vision-language-action policy from camera and state topics.",
+    license="Apache-2.0",
+    entry_points={
+        "console_scripts": [
+            "policy_node = vla_policy.nodes.policy_node:main",
+            "replay_node = vla_policy.nodes.replay_node:main",
+        ],
+    },
+)
