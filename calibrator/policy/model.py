@@ -1,0 +1,81 @@
+"""OpenVLA: vision backbone, projector, Llama decoder; greedy decisions and their teacher-forced likelihood."""
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+from calibrator.policy.vision import Projector, VisionBackbone
+from vla_policy.core.policy_config import PolicyConfig, TextSpec
+
+
+def llama_config(text: TextSpec) -> LlamaConfig:
+    """The decoder's configuration in transformers' terms."""
+    return LlamaConfig(
+        vocab_size=text.vocab_size,
+        hidden_size=text.hidden_size,
+        intermediate_size=text.intermediate_size,
+        num_hidden_layers=text.num_hidden_layers,
+        num_attention_heads=text.num_attention_heads,
+        num_key_value_heads=text.num_key_value_heads,
+        rms_norm_eps=text.rms_norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": text.rope_theta},
+        max_position_embeddings=2048,
+        tie_word_embeddings=False,
+        attn_implementation="sdpa",
+    )
+
+
+class OpenVLA(nn.Module):
+    """The policy. Attribute paths equal the published tensor names.
+
+    A sequence is [BOS][patches][prompt][action tokens]. Sequences of one batch have the same length; shorter ones may
+    be padded at the right end, which causal attention never looks at.
+    """
+
+    def __init__(self, config: PolicyConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.vision_backbone = VisionBackbone(config.towers)
+        self.projector = Projector(config.vision_dim, config.text.hidden_size)
+        self.language_model = LlamaForCausalLM(llama_config(config.text))
+
+    def patches(self, pixel_values: Tensor) -> Tensor:
+        """Projected patch embeddings: [B, 6, S, S] -> [B, P, hidden]."""
+        return self.projector(self.vision_backbone(pixel_values))
+
+    def embed(self, input_ids: Tensor, patches: Tensor) -> Tensor:
+        """Input embeddings [B, L + P, hidden]: the patches follow BOS."""
+        words = self.language_model.model.embed_tokens(input_ids)
+        return torch.cat([words[:, :1], patches, words[:, 1:]], dim=1)
+
+    def hidden(self, embeddings: Tensor, cache: DynamicCache | None = None) -> Tensor:
+        """Final-norm hidden states [B, T, hidden]; `cache` is read and extended if given."""
+        output = self.language_model.model(inputs_embeds=embeddings, past_key_values=cache, use_cache=cache is not None)
+        return output.last_hidden_state
+
+    def action_logits(self, pixel_values: Tensor, input_ids: Tensor, tokens: Tensor) -> Tensor:
+        """Teacher-forced logits [B, K, vocab] at the K positions that predict the action `tokens` [B, K]."""
+        embeddings = self.embed(torch.cat([input_ids, tokens[:, :-1]], dim=1), self.patches(pixel_values))
+        return self.language_model.lm_head(self.hidden(embeddings)[:, -tokens.shape[1] :])
+
+    def log_likelihood(self, pixel_values: Tensor, input_ids: Tensor, tokens: Tensor) -> Tensor:
+        """J of Mix-QVLA Eq. (2), [B]: mean log-probability of `tokens` [B, K] given image, prompt and prefix."""
+        log_probabilities = self.action_logits(pixel_values, input_ids, tokens).float().log_softmax(-1)
+        return log_probabilities.gather(-1, tokens[..., None]).squeeze(-1).mean(-1)
+
+    @torch.no_grad()
+    def generate(self, pixel_values: Tensor, input_ids: Tensor, count: int) -> Tensor:
+        """Greedy ids [B, count] among the action tokens, with a key/value cache.
+
+        Restricting the choice to the action tokens changes nothing for a trained policy and keeps a damaged one from
+        producing words.
+        """
+        first = self.config.token_vocab - self.config.n_action_bins
+        cache = DynamicCache(config=self.language_model.config)
+        embeddings = self.embed(input_ids, self.patches(pixel_values))
+        chosen: list[Tensor] = []
+        for _ in range(count):
+            logits = self.language_model.lm_head(self.hidden(embeddings, cache)[:, -1])
+            chosen.append(first + logits[:, first : self.config.token_vocab].argmax(-1))
+            embeddings = self.language_model.model.embed_tokens(chosen[-1])[:, None]
+        return torch.stack(chosen, dim=1)
