@@ -40,9 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     STAMP.unlink(missing_ok=True)
     rewrite_include_directories(prefix)
+    command = [str(colcon), "--log-base", "ros2_ws/log", "build", "--symlink-install"]
     built = subprocess.run(
-        [colcon, "--log-base", "ros2_ws/log", "build", "--symlink-install"]
-        + ["--cmake-args", "-DBUILD_TESTING=OFF", f"-DPython3_EXECUTABLE={sys.executable}"],
+        [*command, "--cmake-args", "-DBUILD_TESTING=OFF", f"-DPython3_EXECUTABLE={sys.executable}"],
         cwd=ROOT,
         env=_build_environment(prefix),
         check=False,
@@ -55,9 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def rewrite_include_directories(prefix: Path) -> int:
-    """Points the wheels' CMake exports at this environment's Python and NumPy headers; they name the machine that built the wheels.
+    """Points the wheels' CMake exports at this environment's Python and NumPy headers.
 
-    Returns the number of files changed.
+    As shipped they name folders of the machine that built the wheels. Returns the number of files changed.
     """
     python_include = sysconfig.get_paths()["include"]
     numpy_include = numpy.get_include()
