@@ -2,12 +2,13 @@
 
 Weights, per output channel or per group of consecutive inputs (Mix-QVLA Sec. 3.1 names no finer rule):
 
-    scale = max|w| / top,   code = clamp(round(w / scale), low, high),   w~ = code * scale
+    scale = fp16(max|w| / top),   code = clamp(round(w / scale), low, high),   w~ = code * scale
 
 with `top`, `low`, `high` by bits: 8 -> 127, -127..127; 4 -> 7, -7..7; 3 -> 3, -3..3; 2 -> 2, -2..1. With 2 bits the
 rule of the other widths would leave three levels, the outer two at the largest weight: on Gaussian weights in groups
 of 64 its mean squared error is 0.52 of the variance. All four two's-complement codes with top = 2 give 0.17, still
 without any search, at the price of clipping the largest positive weight. A convolution is its equivalent linear map.
+Scales are float16 numbers because engines store two bytes per scale: what is scored here is then exactly what runs.
 
 Activations, dynamic and per token: the same rule over the last axis of the layer's input, at run time. Rounding has
 no useful derivative, so its gradient is taken as 1 (straight-through); a policy's weights are constants here.
@@ -51,7 +52,8 @@ class QuantizedWeight:
     """A weight as integers.
 
     codes: int8 [out, in], every value within `levels(format.weight_bits)`.
-    scales: float32 [out, groups], groups = ceil(in / group size), or 1 per output channel; always positive.
+    scales: float32 [out, groups] holding float16 numbers, groups = ceil(in / group size), or 1 per output channel;
+        always positive.
     shape: the weight's own shape, e.g. [out, channels, height, width] of a convolution.
     """
 
@@ -88,7 +90,9 @@ def quantize_weight(weight: Tensor, fmt: Format) -> QuantizedWeight:
     size = fmt.group_size or inputs
     grouped = functional.pad(rows, (0, groups * size - inputs)).view(outputs, groups, size)
     peak = grouped.abs().amax(-1)
-    scales = torch.where(peak > 0, peak / limits.top, torch.ones_like(peak))
+    half = torch.finfo(torch.float16)
+    steps = (peak / limits.top).clamp(half.smallest_normal, half.max).half().float()
+    scales = torch.where(peak > 0, steps, torch.ones_like(peak))
     codes = (grouped / scales[..., None]).round_().clamp_(limits.low, limits.high).to(torch.int8)
     return QuantizedWeight(codes.view(outputs, -1)[:, :inputs].contiguous(), scales, fmt, tuple(weight.shape))
 

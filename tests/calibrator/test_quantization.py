@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -21,13 +22,14 @@ TOP = {2: 2, 3: 3, 4: 7, 8: 127}
 RANGE = {2: (-2, 1), 3: (-3, 3), 4: (-7, 7), 8: (-127, 127)}
 
 
-def by_hand(row: list[float], bits: int, size: int) -> list[float]:
+def by_hand(row: list[float], bits: int, size: int, half_scales: bool = True) -> list[float]:
     """The rule of the module's docstring, one weight at a time, in double precision."""
     result = []
     for start in range(0, len(row), size):
         group = row[start : start + size]
         peak = max(abs(value) for value in group)
         scale = peak / TOP[bits] if peak else 1.0
+        scale = float(np.float16(scale)) if half_scales else scale
         low, high = RANGE[bits]
         result += [min(max(round(value / scale), low), high) * scale for value in group]
     return result
@@ -66,14 +68,14 @@ def test_error_is_at_most_half_a_step_except_the_clipped_2_bit_peak() -> None:
         result = quantize_weight(weight, Format(bits, 16, 64))
         assert bool(((result.dequantize() - weight).abs() <= result.scales / 2 * (1 + 1e-5)).all())
     result = quantize_weight(weight, Format(2, 16, 64))
-    assert bool(((result.dequantize() - weight).abs() <= result.scales * (1 + 1e-5)).all())
+    assert bool(((result.dequantize() - weight).abs() <= result.scales * (1 + 2e-3)).all())
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_activations_are_rounded_per_token_and_pass_gradients(bits: int) -> None:
     x = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(3), requires_grad=True)
     y = quantize_activation(x, bits)
-    expected = torch.tensor([[by_hand(token, bits, 16) for token in batch] for batch in x.tolist()])
+    expected = torch.tensor([[by_hand(token, bits, 16, half_scales=False) for token in batch] for batch in x.tolist()])
     torch.testing.assert_close(y.detach(), expected, rtol=1e-5, atol=1e-6)
     (gradient,) = torch.autograd.grad((y * torch.arange(16.0)).sum(), x)
     assert torch.equal(gradient, torch.arange(16.0).expand(2, 5, 16))
