@@ -41,6 +41,11 @@ def sha256_folder(folder: Path | str, patterns: Iterable[str] = ("*",)) -> str:
     return digest.hexdigest()
 
 
+def sha256_policy(folder: Path | str) -> str:
+    """Hex sha256 that identifies a policy in plans and engines: its configuration, tokenizer and weights."""
+    return sha256_folder(folder, ("config.json", "tokenizer.json", "*.safetensors"))
+
+
 @contextmanager
 def atomic_path(path: Path | str) -> Iterator[Path]:
     """Yields a temporary file name beside `path`; renames it to `path` on success, removes it on any failure."""
