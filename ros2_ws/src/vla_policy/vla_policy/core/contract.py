@@ -1,0 +1,312 @@
+"""The topic contract: which ROS topics carry a policy's inputs, and what its actions mean on the robot.
+
+One YAML file is shared by the node, the replay and the calibrator's bag reader, so that the same messages become the
+same observations everywhere. Names, units and order live here and nowhere else; `config/libero.yaml` is an example.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from vla_policy.core.errors import ContractError
+from vla_policy.core.files import sha256_file
+from vla_policy.core.yaml_fields import Fields
+
+IMAGE = "sensor_msgs/msg/Image"
+COMPRESSED_IMAGE = "sensor_msgs/msg/CompressedImage"
+JOINT_STATE = "sensor_msgs/msg/JointState"
+POSE_STAMPED = "geometry_msgs/msg/PoseStamped"
+STRING = "std_msgs/msg/String"
+
+JOINT_FIELDS = ("position", "velocity", "effort")
+POSE_FIELDS = (*(f"position.{axis}" for axis in "xyz"), *(f"orientation.{axis}" for axis in "xyzw"))
+TWIST_FIELDS = tuple(f"{part}.{axis}" for part in ("linear", "angular") for axis in "xyz")
+COMMANDS = ("twist", "joint_trajectory")
+GRIPPER = "gripper"
+
+
+@dataclass(frozen=True)
+class TopicQos:
+    """Quality of service that a subscription asks for."""
+
+    reliability: str
+    durability: str
+    depth: int
+
+
+@dataclass(frozen=True)
+class CameraTopic:
+    """One camera. `rotate_180` and `crop_area` are applied before the policy's own resizing."""
+
+    name: str
+    topic: str
+    type: str
+    rotate_180: bool
+    crop_area: float
+    width: int | None
+    height: int | None
+    qos: TopicQos
+
+
+@dataclass(frozen=True)
+class StateValue:
+    """One entry of the policy's state vector: `field` of the message, of joint `joint` where it has joints."""
+
+    name: str
+    joint: str | None
+    field: str
+    unit: str
+
+
+@dataclass(frozen=True)
+class StateTopic:
+    """One source of state values, in the order in which they enter the vector."""
+
+    topic: str
+    type: str
+    values: tuple[StateValue, ...]
+    qos: TopicQos
+
+
+@dataclass(frozen=True)
+class InstructionTopic:
+    """Where the task in words arrives; text above `max_length` characters is refused."""
+
+    topic: str
+    type: str
+    max_length: int
+    qos: TopicQos
+
+
+@dataclass(frozen=True)
+class Synchronisation:
+    """How messages of several topics become one observation (see `core.synchroniser`)."""
+
+    slop_ms: float
+    wait_ms: float
+
+
+@dataclass(frozen=True)
+class ActionDimension:
+    """What one action value means: command = scale * value + offset, in `unit`, kept within +-limit.
+
+    `target` is a twist field, a joint name, or "gripper". `slew` bounds the change per second; None leaves it free.
+    """
+
+    name: str
+    target: str
+    unit: str
+    scale: float
+    offset: float
+    limit: float
+    slew: float | None
+
+
+@dataclass(frozen=True)
+class GripperCommand:
+    """A gripper dimension is a choice: above `threshold` the fingers go to `above_m`, else to `below_m`, in metres."""
+
+    topic: str
+    threshold: float
+    above_m: float
+    below_m: float
+
+
+@dataclass(frozen=True)
+class ActionContract:
+    """The robot's command interface."""
+
+    command: str
+    topic: str
+    frame_id: str
+    control_rate_hz: float
+    dimensions: tuple[ActionDimension, ...]
+    gripper: GripperCommand | None
+
+    @property
+    def control_period_ns(self) -> int:
+        return round(1e9 / self.control_rate_hz)
+
+
+@dataclass(frozen=True)
+class Contract:
+    """Everything that maps ROS messages to observations and actions to commands."""
+
+    path: str
+    sha256: str
+    cameras: tuple[CameraTopic, ...]
+    states: tuple[StateTopic, ...]
+    instruction: InstructionTopic
+    synchronisation: Synchronisation
+    action: ActionContract
+
+    @property
+    def primary(self) -> CameraTopic:
+        """The camera whose frames are the observations' instants."""
+        return self.cameras[0]
+
+    @property
+    def sources(self) -> "tuple[CameraTopic | StateTopic | InstructionTopic, ...]":
+        """Every topic that the policy listens to; the instruction first, so that it is handled first."""
+        return (self.instruction, *self.states, *self.cameras)
+
+    @property
+    def state_names(self) -> tuple[str, ...]:
+        return tuple(value.name for source in self.states for value in source.values)
+
+    @property
+    def input_types(self) -> dict[str, str]:
+        """Message type by topic, for every topic that the policy listens to."""
+        return {source.topic: source.type for source in self.sources}
+
+
+def load_contract(path: Path | str) -> Contract:
+    """Reads a contract. Raises ContractError naming the file, the key, what was got and what is allowed."""
+    fields = Fields.load(path, "contract")
+    contract = Contract(
+        path=str(path),
+        sha256=sha256_file(path),
+        cameras=tuple(_camera(item) for item in fields.sequence("cameras")),
+        states=tuple(_state(item) for item in fields.sequence("states", [])),
+        instruction=_instruction(fields.mapping("instruction")),
+        synchronisation=_synchronisation(fields.mapping("synchronisation", {})),
+        action=_action(fields.mapping("action")),
+    )
+    fields.end()
+    if not contract.cameras:
+        raise ContractError(f"{path}: cameras: expected at least one")
+    for what, names in (
+        ("topic", [source.topic for source in contract.sources]),
+        ("camera name", [camera.name for camera in contract.cameras]),
+        ("state name", list(contract.state_names)),
+        ("action target", [dimension.target for dimension in contract.action.dimensions]),
+    ):
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise ContractError(f"{path}: {what} {repeated[0]!r} is used twice; each must be unique")
+    return contract
+
+
+def _qos(fields: Fields, reliability: str, depth: int) -> TopicQos:
+    inner = fields.mapping("qos", {})
+    qos = TopicQos(
+        reliability=inner.choice("reliability", ("best_effort", "reliable"), reliability),
+        durability=inner.choice("durability", ("volatile", "transient_local"), "volatile"),
+        depth=inner.take("depth", int, depth),
+    )
+    if qos.depth < 1:
+        raise ContractError(f"{inner.where}: depth: expected at least 1, got {qos.depth}")
+    inner.end()
+    return qos
+
+
+def _topic(fields: Fields) -> str:
+    topic = fields.take("topic", str)
+    if not topic or any(character.isspace() for character in topic) or topic.endswith("/"):
+        raise ContractError(f"{fields.where}: topic: expected a ROS topic name, got {topic!r}")
+    return topic
+
+
+def _camera(fields: Fields) -> CameraTopic:
+    camera = CameraTopic(
+        name=fields.take("name", str),
+        topic=_topic(fields),
+        type=fields.choice("type", (IMAGE, COMPRESSED_IMAGE)),
+        rotate_180=fields.take("rotate_180", bool, False),
+        crop_area=fields.positive("crop_area", 1.0),
+        width=fields.take("width", int, None),
+        height=fields.take("height", int, None),
+        qos=_qos(fields, "best_effort", 5),
+    )
+    if camera.crop_area > 1:
+        raise ContractError(f"{fields.where}: crop_area: expected a part in (0, 1], got {camera.crop_area}")
+    fields.end()
+    return camera
+
+
+def _state(fields: Fields) -> StateTopic:
+    topic, kind = _topic(fields), fields.choice("type", (JOINT_STATE, POSE_STAMPED))
+    values = tuple(_state_value(item, kind) for item in fields.sequence("values"))
+    if not values:
+        raise ContractError(f"{fields.where}: values: expected at least one")
+    state = StateTopic(topic, kind, values, _qos(fields, "best_effort", 50))
+    fields.end()
+    return state
+
+
+def _state_value(fields: Fields, kind: str) -> StateValue:
+    has_joints = kind == JOINT_STATE
+    value = StateValue(
+        name=fields.take("name", str),
+        joint=fields.take("joint", str) if has_joints else None,
+        field=fields.choice("field", JOINT_FIELDS if has_joints else POSE_FIELDS),
+        unit=fields.take("unit", str),
+    )
+    fields.end()
+    return value
+
+
+def _instruction(fields: Fields) -> InstructionTopic:
+    instruction = InstructionTopic(
+        topic=_topic(fields),
+        type=fields.choice("type", (STRING,), STRING),
+        max_length=fields.take("max_length", int, 500),
+        qos=_qos(fields, "reliable", 10),
+    )
+    fields.end()
+    return instruction
+
+
+def _synchronisation(fields: Fields) -> Synchronisation:
+    synchronisation = Synchronisation(fields.positive("slop_ms", 50.0), fields.positive("wait_ms", 100.0))
+    fields.end()
+    return synchronisation
+
+
+def _action(fields: Fields) -> ActionContract:
+    command = fields.choice("command", COMMANDS)
+    dimensions = tuple(_dimension(item, command) for item in fields.sequence("dimensions"))
+    if not dimensions:
+        raise ContractError(f"{fields.where}: dimensions: expected at least one")
+    has_gripper = any(dimension.target == GRIPPER for dimension in dimensions)
+    action = ActionContract(
+        command=command,
+        topic=_topic(fields),
+        frame_id=fields.take("frame_id", str, ""),
+        control_rate_hz=fields.positive("control_rate_hz", 20.0),
+        dimensions=dimensions,
+        gripper=_gripper(fields.mapping("gripper")) if has_gripper else None,
+    )
+    fields.end()
+    return action
+
+
+def _dimension(fields: Fields, command: str) -> ActionDimension:
+    name, target = fields.take("name", str), fields.take("target", str)
+    if command == "twist" and target not in (*TWIST_FIELDS, GRIPPER):
+        raise ContractError(
+            f"{fields.where}: target: expected one of {', '.join((*TWIST_FIELDS, GRIPPER))}, got {target!r}"
+        )
+    dimension = ActionDimension(
+        name=name,
+        target=target,
+        unit=fields.take("unit", str),
+        scale=fields.take("scale", float, 1.0),
+        offset=fields.take("offset", float, 0.0),
+        limit=fields.positive("limit", 1.0),
+        slew=fields.take("slew", float, None),
+    )
+    if dimension.slew is not None and not dimension.slew > 0:
+        raise ContractError(f"{fields.where}: slew: expected a number above 0 per second, got {dimension.slew}")
+    fields.end()
+    return dimension
+
+
+def _gripper(fields: Fields) -> GripperCommand:
+    gripper = GripperCommand(
+        topic=_topic(fields),
+        threshold=fields.take("threshold", float, 0.0),
+        above_m=fields.take("above_m", float),
+        below_m=fields.take("below_m", float),
+    )
+    fields.end()
+    return gripper

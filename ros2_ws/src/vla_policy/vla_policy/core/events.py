@@ -1,0 +1,88 @@
+"""ROS messages as plain events: the one place that knows the fields of the contract's message types.
+
+Works on rclpy's messages and on those that the bag library deserialises alike, because both have the same attributes.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from vla_policy.core.contract import IMAGE, JOINT_STATE, CameraTopic, Contract, InstructionTopic, StateTopic
+from vla_policy.core.errors import DataError
+from vla_policy.core.ros_image import CompressedImage, EncodedImage, RawImage
+
+
+@dataclass(frozen=True)
+class Event:
+    """One message. `stamp_ns`: the header's time (the instruction, which has none, carries its arrival).
+
+    `received_ns`: when it arrived, or was recorded. `payload`: an image, float64 state values, or the instruction.
+    """
+
+    topic: str
+    stamp_ns: int
+    received_ns: int
+    payload: EncodedImage | np.ndarray | str
+
+
+def to_event(contract: Contract, topic: str, message: Any, received_ns: int) -> Event:
+    """The event of `message` on the contract's `topic`.
+
+    Raises DataError for a message that must not be used: no stamp, a joint missing, a value that is not finite,
+    an instruction that is too long or not printable. An empty instruction is valid: it means "no task".
+    """
+    source = next(source for source in contract.sources if source.topic == topic)
+    if isinstance(source, InstructionTopic):
+        return Event(topic, received_ns, received_ns, _instruction(source, message.data))
+    stamp_ns = message.header.stamp.sec * 10**9 + message.header.stamp.nanosec
+    if stamp_ns <= 0:
+        raise DataError(f"{topic}: header.stamp is {stamp_ns} ns; the publisher must stamp its messages")
+    payload = _image(source, message) if isinstance(source, CameraTopic) else _state(source, message)
+    return Event(topic, stamp_ns, received_ns, payload)
+
+
+def _instruction(source: InstructionTopic, text: str) -> str:
+    text = text.strip()
+    if len(text) > source.max_length:
+        raise DataError(
+            f"{source.topic}: instruction of {len(text)} characters; at most {source.max_length} are allowed"
+        )
+    if not text.isprintable():
+        raise DataError(f"{source.topic}: instruction holds characters that are not printable: {text[:80]!r}")
+    return text
+
+
+def _image(source: CameraTopic, message: Any) -> EncodedImage:
+    data = memoryview(message.data)
+    if source.type != IMAGE:
+        return CompressedImage(message.format, data)
+    size = (message.width, message.height)
+    if (source.width, source.height) != (None, None) and size != (source.width, source.height):
+        raise DataError(f"{source.topic}: expected {source.width}x{source.height}, got {size[0]}x{size[1]}")
+    return RawImage(message.height, message.width, message.encoding, message.step, data)
+
+
+def _state(source: StateTopic, message: Any) -> np.ndarray:
+    if source.type == JOINT_STATE:
+        values = [_joint(source, message, value.joint, value.field) for value in source.values]
+    else:
+        values = [_pose(message, value.field) for value in source.values]
+    wrong = [value.name for value, number in zip(source.values, values, strict=True) if not np.isfinite(number)]
+    if wrong:
+        raise DataError(f"{source.topic}: state {', '.join(wrong)} is not finite")
+    return np.asarray(values, np.float64)
+
+
+def _joint(source: StateTopic, message: Any, joint: str | None, field: str) -> float:
+    if joint not in message.name:
+        raise DataError(f"{source.topic}: joint {joint!r} is missing; the message names {', '.join(message.name)}")
+    values, index = getattr(message, field), list(message.name).index(joint)
+    if index >= len(values):
+        raise DataError(f"{source.topic}: joint {joint!r} has no {field} ({len(values)} values)")
+    return float(values[index])
+
+
+def _pose(message: Any, field: str) -> float:
+    part, axis = field.split(".")
+    return float(getattr(getattr(message.pose, part), axis))

@@ -1,0 +1,84 @@
+"""Bytes of `sensor_msgs` images to RGB arrays, without OpenCV and without cv_bridge.
+
+Raw encodings follow `sensor_msgs/image_encodings`; compressed ones what `image_transport` publishes (JPEG, PNG).
+"""
+
+import io
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from vla_policy.core.errors import DataError
+
+# Channel count, and the channel order that gives RGB.
+_ENCODINGS = {
+    "rgb8": (3, (0, 1, 2)),
+    "bgr8": (3, (2, 1, 0)),
+    "8UC3": (3, (2, 1, 0)),  # OpenCV's default order
+    "rgba8": (4, (0, 1, 2)),
+    "bgra8": (4, (2, 1, 0)),
+    "mono8": (1, (0, 0, 0)),
+    "8UC1": (1, (0, 0, 0)),
+}
+_FORMATS = ("JPEG", "PNG")
+_MAX_PIXELS = 1 << 26
+
+
+@dataclass(frozen=True)
+class RawImage:
+    """A `sensor_msgs/Image` as it came: `step` bytes per row, rows possibly padded."""
+
+    height: int
+    width: int
+    encoding: str
+    step: int
+    data: memoryview
+
+    def decode(self) -> np.ndarray:
+        """uint8 RGB [height, width, 3]. Raises DataError naming encoding and size when they do not fit."""
+        if self.encoding not in _ENCODINGS:
+            raise DataError(f"image encoding {self.encoding!r} is not supported; publish {', '.join(_ENCODINGS)}")
+        channels, order = _ENCODINGS[self.encoding]
+        size = f"{self.width}x{self.height} {self.encoding}, step {self.step}"
+        if self.height < 1 or self.width < 1 or self.step < self.width * channels:
+            raise DataError(
+                f"image {size}: expected a step of at least {self.width * channels} bytes and both sides > 0"
+            )
+        if len(self.data) < self.step * self.height:
+            raise DataError(f"image {size}: expected {self.step * self.height} bytes, got {len(self.data)}")
+        rows = np.frombuffer(self.data, np.uint8, self.step * self.height).reshape(self.height, self.step)
+        pixels = rows[:, : self.width * channels].reshape(self.height, self.width, channels)
+        return np.ascontiguousarray(pixels[:, :, list(order)])
+
+    def checksum(self) -> int:
+        """CRC-32 of the bytes: equal for a frozen camera."""
+        return zlib.crc32(self.data)
+
+
+@dataclass(frozen=True)
+class CompressedImage:
+    """A `sensor_msgs/CompressedImage` as it came; `format` is the publisher's text, only reported."""
+
+    format: str
+    data: memoryview
+
+    def decode(self) -> np.ndarray:
+        """uint8 RGB [height, width, 3]. Raises DataError when the bytes are no whole JPEG or PNG."""
+        try:
+            with Image.open(io.BytesIO(self.data), formats=_FORMATS) as image:
+                if image.width * image.height > _MAX_PIXELS:
+                    raise DataError(f"compressed image {image.width}x{image.height}: above {_MAX_PIXELS} pixels")
+                return np.asarray(image.convert("RGB"))
+        except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+            raise DataError(
+                f"compressed image ({self.format!r}, {len(self.data)} bytes): not a whole JPEG or PNG ({error})"
+            ) from error
+
+    def checksum(self) -> int:
+        """CRC-32 of the bytes: equal for a frozen camera."""
+        return zlib.crc32(self.data)
+
+
+EncodedImage = RawImage | CompressedImage

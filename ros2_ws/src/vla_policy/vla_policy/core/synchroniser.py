@@ -1,0 +1,210 @@
+"""Events of several topics to frames: the one implementation behind the live node, the replay and calibration.
+
+The primary camera sets the instants. Every other source contributes the sample whose stamp is nearest. A frame waits
+until each source has a sample at or after its stamp, so the choice depends on stamps alone and not on the order in
+which the topics happened to arrive: a bag and the live topics give the same frames. Where a source falls silent the
+frame is decided after `wait_ms` with the nearest earlier sample. Nothing is dropped in silence: every frame that is
+not served comes back as a `Dropped` with its reason.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+
+import numpy as np
+
+from vla_policy.core.contract import Contract
+from vla_policy.core.events import Event
+from vla_policy.core.ros_image import EncodedImage
+
+# A stamp this far behind its predecessor means that the clock was set back (a looped bag, a restarted simulator);
+# less is a message out of order.
+_CLOCK_JUMP_NS = 10**9
+_MAX_SAMPLES = 512
+_MAX_PENDING = 64
+
+
+class DropReason(Enum):
+    """Why a message or a frame was not served."""
+
+    INVALID_MESSAGE = "invalid_message"
+    OUT_OF_ORDER = "out_of_order"
+    CLOCK_JUMP = "clock_jump"
+    UNSYNCHRONISED = "unsynchronised"
+    NO_INSTRUCTION = "no_instruction"
+    SUPERSEDED = "superseded"
+    UNDECODABLE = "undecodable"
+    ENGINE_ERROR = "engine_error"
+    QUEUE_FULL = "queue_full"
+    STOPPED = "stopped"
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A message or frame that is not served."""
+
+    topic: str
+    stamp_ns: int
+    reason: DropReason
+    detail: str
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One synchronised instant. `images`: in the contract's camera order. `state`: float32 [S], None without states.
+
+    `skew_ns`: largest distance of a sample's stamp from `stamp_ns`. `episode` counts instructions from 0, `step` the
+    frames since the last one.
+    """
+
+    stamp_ns: int
+    received_ns: int
+    images: tuple[EncodedImage, ...]
+    state: np.ndarray | None
+    instruction: str
+    skew_ns: int
+    episode: int
+    step: int
+
+
+@dataclass(frozen=True)
+class _Pending:
+    event: Event
+    instruction: str
+    episode: int
+
+
+class Synchroniser:
+    """Feed events in arrival order with `push`; `expire` in a live system, `flush` at the end of a recording."""
+
+    def __init__(self, contract: Contract) -> None:
+        self._contract = contract
+        self._slop_ns = round(contract.synchronisation.slop_ms * 1e6)
+        self._wait_ns = round(contract.synchronisation.wait_ms * 1e6)
+        self._followers = [camera.topic for camera in contract.cameras[1:]]
+        self._followers += [state.topic for state in contract.states]
+        self._samples: dict[str, deque[Event]] = {topic: deque(maxlen=_MAX_SAMPLES) for topic in self._followers}
+        self._pending: deque[_Pending] = deque()
+        self._last_stamp_ns = 0
+        self._instruction = ""
+        self._episode = -1
+        self._step = 0
+
+    @property
+    def instruction(self) -> str:
+        """The current task; empty when there is none."""
+        return self._instruction
+
+    def offer(self, event: "Event | Dropped") -> list[Frame | Dropped]:
+        """`push` for a source whose messages may have been refused; a refused instruction leaves no task at all."""
+        if isinstance(event, Event):
+            return self.push(event)
+        if event.topic == self._contract.instruction.topic:
+            self._instruction = ""
+        return [event]
+
+    def push(self, event: Event) -> list[Frame | Dropped]:
+        """Takes one event; returns the frames that it completes and the messages that it condemns, in stamp order."""
+        if event.topic == self._contract.instruction.topic:
+            return self._set_instruction(event)
+        if event.topic == self._contract.primary.topic:
+            return self._camera(event)
+        return self._sample(event)
+
+    def expire(self, now_ns: int) -> list[Frame | Dropped]:
+        """Decides the frames that arrived `wait_ms` before `now_ns` (the clock of `received_ns`)."""
+        return self._settle(lambda pending: now_ns - pending.event.received_ns >= self._wait_ns)
+
+    def flush(self) -> list[Frame | Dropped]:
+        """Decides every frame that still waits: the end of a recording."""
+        return self._settle(lambda pending: True)
+
+    def _set_instruction(self, event: Event) -> list[Frame | Dropped]:
+        # Frames from before the instruction belong to the former task, whether or not their state is still to come.
+        decided = self._settle(lambda pending: True)
+        assert isinstance(event.payload, str)
+        self._instruction = event.payload
+        if event.payload:
+            self._episode, self._step = self._episode + 1, 0
+        return decided
+
+    def _camera(self, event: Event) -> list[Frame | Dropped]:
+        results: list[Frame | Dropped] = []
+        behind_ns = self._last_stamp_ns - event.stamp_ns
+        if behind_ns > _CLOCK_JUMP_NS:
+            return self._set_back(event, behind_ns)
+        if self._last_stamp_ns and behind_ns >= 0:
+            return [self._dropped(event, DropReason.OUT_OF_ORDER, f"stamp {behind_ns / 1e6:.1f} ms behind the last")]
+        self._last_stamp_ns = event.stamp_ns
+        results += self._settle(lambda pending: event.stamp_ns - pending.event.stamp_ns >= self._wait_ns)
+        if not self._instruction:
+            return [*results, self._dropped(event, DropReason.NO_INSTRUCTION, "no instruction yet")]
+        if len(self._pending) >= _MAX_PENDING:
+            return [*results, self._dropped(event, DropReason.UNSYNCHRONISED, f"{_MAX_PENDING} frames wait already")]
+        self._pending.append(_Pending(event, self._instruction, self._episode))
+        return results + self._settle(lambda pending: False)
+
+    def _sample(self, event: Event) -> list[Frame | Dropped]:
+        samples = self._samples[event.topic]
+        if samples and event.stamp_ns < samples[-1].stamp_ns:
+            behind_ns = samples[-1].stamp_ns - event.stamp_ns
+            if behind_ns <= _CLOCK_JUMP_NS:
+                return [
+                    self._dropped(event, DropReason.OUT_OF_ORDER, f"stamp {behind_ns / 1e6:.1f} ms behind the last")
+                ]
+            samples.clear()
+        samples.append(event)
+        return self._settle(lambda pending: False)
+
+    def _set_back(self, event: Event, behind_ns: int) -> list[Frame | Dropped]:
+        results = self._settle(lambda pending: True)
+        for topic, samples in self._samples.items():
+            current = [sample for sample in samples if sample.stamp_ns - event.stamp_ns <= _CLOCK_JUMP_NS]
+            self._samples[topic] = deque(current, maxlen=_MAX_SAMPLES)
+        self._last_stamp_ns = event.stamp_ns
+        detail = f"stamp went back by {behind_ns / 1e9:.3f} s"
+        return [*results, self._dropped(event, DropReason.CLOCK_JUMP, detail)]
+
+    def _settle(self, overdue: Callable[[_Pending], bool]) -> list[Frame | Dropped]:
+        """Decides waiting frames in order, until one lacks a sample at or after its stamp and is not `overdue`."""
+        results: list[Frame | Dropped] = []
+        while self._pending:
+            stamp_ns = self._pending[0].event.stamp_ns
+            late = [samples for samples in self._samples.values() if not samples or samples[-1].stamp_ns < stamp_ns]
+            if late and not overdue(self._pending[0]):
+                break
+            results.append(self._decide(self._pending.popleft()))
+        return results
+
+    def _decide(self, pending: _Pending) -> Frame | Dropped:
+        event, skew_ns = pending.event, 0
+        images, states = [event.payload], []
+        for topic in self._followers:
+            samples = self._samples[topic]
+            if not samples:
+                return self._dropped(event, DropReason.UNSYNCHRONISED, f"no message on {topic}")
+            sample = min(samples, key=lambda sample: abs(sample.stamp_ns - event.stamp_ns))
+            skew_ns = max(skew_ns, abs(sample.stamp_ns - event.stamp_ns))
+            if skew_ns > self._slop_ns:
+                detail = f"nearest message on {topic} is {skew_ns / 1e6:.1f} ms away"
+                return self._dropped(event, DropReason.UNSYNCHRONISED, detail)
+            if isinstance(sample.payload, np.ndarray):
+                states.append(sample.payload)
+            else:
+                images.append(sample.payload)
+        step, self._step = self._step, self._step + 1
+        return Frame(
+            stamp_ns=event.stamp_ns,
+            received_ns=event.received_ns,
+            images=tuple(image for image in images if isinstance(image, EncodedImage)),
+            state=np.concatenate(states).astype(np.float32) if states else None,
+            instruction=pending.instruction,
+            skew_ns=skew_ns,
+            episode=pending.episode,
+            step=step,
+        )
+
+    @staticmethod
+    def _dropped(event: Event, reason: DropReason, detail: str) -> Dropped:
+        return Dropped(event.topic, event.stamp_ns, reason, detail)

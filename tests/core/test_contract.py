@@ -1,0 +1,67 @@
+"""The topic contract: what is read, and how each mistake is named."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from vla_policy.core.contract import Contract, load_contract
+from vla_policy.core.errors import ContractError
+
+LIBERO = Path(__file__).parents[2] / "ros2_ws/src/vla_policy/config/libero.yaml"
+
+
+def edited(tmp_path: Path, edit) -> Contract:
+    content = yaml.safe_load(LIBERO.read_text())
+    edit(content)
+    path = tmp_path / "contract.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return load_contract(path)
+
+
+def test_the_shipped_contract_names_states_in_the_policy_s_order() -> None:
+    contract = load_contract(LIBERO)
+    assert contract.state_names == ("x", "y", "z", "gripper_width", "gripper_velocity")
+    assert contract.sources[0] is contract.instruction
+    assert contract.action.control_period_ns == 50_000_000
+    assert len(contract.sha256) == 64
+
+
+def test_defaults_are_sensor_qos(tmp_path: Path) -> None:
+    contract = load_contract(LIBERO)
+    assert contract.primary.qos.reliability == "best_effort"
+    assert contract.instruction.qos.reliability == "reliable"
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda c: c.update(kind="plan"), "expected kind 'contract' version 1, got 'plan'"),
+        (lambda c: c.update(cameras=[]), "cameras: expected at least one"),
+        (lambda c: c["cameras"][0].pop("topic"), r"cameras\[0\]: missing key 'topic'"),
+        (lambda c: c["cameras"][0].update(type="sensor_msgs/msg/PointCloud2"), "type: expected one of sensor_msgs"),
+        (lambda c: c["cameras"][0].update(qos={"reliability": "sometimes"}), "expected one of best_effort, reliable"),
+        (lambda c: c["cameras"][0].update(colour="rgb"), "unknown key.s. colour"),
+        (lambda c: c["cameras"][0].update(crop_area=1.5), "crop_area"),
+        (lambda c: c["states"][0]["values"][0].update(field="torque"), "expected one of position, velocity, effort"),
+        (lambda c: c["states"][0]["values"][1].update(name="x"), "state name 'x' is used twice"),
+        (lambda c: c["instruction"].update(topic="joint_states"), "topic 'joint_states' is used twice"),
+        (lambda c: c["instruction"].update(topic="two words"), "expected a ROS topic name"),
+        (lambda c: c["action"].pop("gripper"), "missing key 'gripper'"),
+        (lambda c: c["action"]["dimensions"][0].update(target="linear.w"), "expected one of linear.x"),
+        (lambda c: c["action"]["dimensions"][0].update(limit=0), "limit: expected a number above 0"),
+        (lambda c: c["action"]["dimensions"][0].update(scale="fast"), "scale: expected float, got 'fast'"),
+        (lambda c: c["synchronisation"].update(slop_ms=-1), "slop_ms: expected a number above 0"),
+    ],
+)
+def test_a_mistake_is_named(tmp_path: Path, edit, message: str) -> None:
+    with pytest.raises(ContractError, match=message):
+        edited(tmp_path, edit)
+
+
+def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ContractError, match="cannot be read"):
+        load_contract(tmp_path / "none.yaml")
+    (tmp_path / "broken.yaml").write_text("a: [1, 2")
+    with pytest.raises(ContractError, match="not valid YAML"):
+        load_contract(tmp_path / "broken.yaml")

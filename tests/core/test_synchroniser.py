@@ -1,0 +1,135 @@
+"""Events to frames: the choice depends on stamps, not on arrival; nothing is dropped in silence."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.core import ros_messages as msgs
+from vla_policy.core.contract import Contract, load_contract
+from vla_policy.core.errors import DataError
+from vla_policy.core.events import Event, to_event
+from vla_policy.core.synchroniser import Dropped, DropReason, Frame, Synchroniser
+
+CONTRACT = load_contract(Path(__file__).parents[2] / "ros2_ws/src/vla_policy/config/libero.yaml")
+CAMERA, STATE, INSTRUCTION = CONTRACT.primary.topic, CONTRACT.states[0].topic, CONTRACT.instruction.topic
+START_NS = 1_000 * 10**9
+MS = 10**6
+
+
+def camera(ms: int, value: int = 0) -> Event:
+    stamp = START_NS + ms * MS
+    return to_event(CONTRACT, CAMERA, msgs.compressed(stamp, msgs.picture(value)), stamp)
+
+
+def state(ms: int, x: float = 0.0) -> Event:
+    stamp = START_NS + ms * MS
+    return to_event(CONTRACT, STATE, msgs.joints(stamp, [x, 0.1, 0.2, 0.04], [0, 0, 0, -0.5]), stamp)
+
+
+def instruction(ms: int, text: str = "pick up the soup") -> Event:
+    return to_event(CONTRACT, INSTRUCTION, msgs.text(text), START_NS + ms * MS)
+
+
+def served(events: list[Event | Dropped], contract: Contract = CONTRACT) -> list[Frame | Dropped]:
+    synchroniser = Synchroniser(contract)
+    results = [result for event in events for result in synchroniser.offer(event)]
+    return results + synchroniser.flush()
+
+
+def frames(results: list[Frame | Dropped]) -> list[Frame]:
+    return [result for result in results if isinstance(result, Frame)]
+
+
+def reasons(results: list[Frame | Dropped]) -> list[DropReason]:
+    return [result.reason for result in results if isinstance(result, Dropped)]
+
+
+def test_the_nearest_state_is_taken_whatever_arrived_first() -> None:
+    events = [instruction(0), state(10, 1.0), camera(20), state(22, 2.0), camera(40), state(41, 3.0)]
+    swapped = [events[0], events[1], events[3], events[2], events[5], events[4]]
+    for order in (events, swapped):
+        result = frames(served(order))
+        assert [frame.state[0] for frame in result if frame.state is not None] == [2.0, 3.0]
+        assert [frame.skew_ns for frame in result] == [2 * MS, 1 * MS]
+
+
+def test_the_state_vector_follows_the_contract() -> None:
+    (frame,) = frames(served([instruction(0), state(10, 1.0), camera(10)]))
+    assert frame.state is not None and frame.state.dtype == np.float32
+    np.testing.assert_allclose(frame.state, [1.0, 0.1, 0.2, 0.04, -0.5])
+
+
+def test_a_frame_with_an_equal_stamp_is_served_at_once() -> None:
+    synchroniser = Synchroniser(CONTRACT)
+    synchroniser.push(instruction(0))
+    synchroniser.push(state(10))
+    assert len(synchroniser.push(camera(10))) == 1
+
+
+def test_a_silent_state_makes_frames_unsynchronised() -> None:
+    results = served([instruction(0), state(10), camera(10), *(camera(10 + 33 * k) for k in range(1, 10))])
+    assert len(frames(results)) == 2  # the second is within the slop of the last sample
+    assert reasons(results) == [DropReason.UNSYNCHRONISED] * 8
+
+
+def test_live_expiry_decides_as_the_end_of_a_recording_does() -> None:
+    synchroniser = Synchroniser(CONTRACT)
+    for event in (instruction(0), state(10), camera(30)):
+        assert synchroniser.push(event) == []
+    assert synchroniser.expire(START_NS + 129 * MS) == []
+    (frame,) = synchroniser.expire(START_NS + 130 * MS)
+    assert isinstance(frame, Frame) and frame.skew_ns == 20 * MS
+
+
+def test_no_instruction_no_frame() -> None:
+    assert reasons(served([state(10), camera(10)])) == [DropReason.NO_INSTRUCTION]
+    results = served([instruction(0), state(10), camera(10), instruction(15, "  "), state(20), camera(20)])
+    assert len(frames(results)) == 1 and reasons(results) == [DropReason.NO_INSTRUCTION]
+
+
+def test_a_refused_instruction_leaves_no_task() -> None:
+    refused = Dropped(INSTRUCTION, START_NS, DropReason.INVALID_MESSAGE, "too long")
+    results = served([instruction(0), refused, state(10), camera(10)])
+    assert reasons(results) == [DropReason.INVALID_MESSAGE, DropReason.NO_INSTRUCTION]
+
+
+def test_episodes_begin_with_an_instruction() -> None:
+    events = [instruction(0), state(10), camera(10), state(20), camera(20), instruction(25), state(30), camera(30)]
+    assert [(frame.episode, frame.step) for frame in frames(served(events))] == [(0, 0), (0, 1), (1, 0)]
+
+
+def test_repeated_and_late_stamps_are_out_of_order() -> None:
+    results = served([instruction(0), state(10), camera(10), camera(10), camera(5)])
+    assert len(frames(results)) == 1 and reasons(results) == [DropReason.OUT_OF_ORDER] * 2
+
+
+def test_a_clock_set_back_starts_a_new_timeline() -> None:
+    events = [instruction(0), state(5000), camera(5000), state(10), camera(10), state(43), camera(43)]
+    results = served(events)
+    assert reasons(results) == [DropReason.CLOCK_JUMP]
+    assert [frame.stamp_ns - START_NS for frame in frames(results)] == [5000 * MS, 43 * MS]
+
+
+def test_a_camera_that_jumps_ahead_is_unsynchronised_until_it_comes_back() -> None:
+    results = served(
+        [instruction(0), state(10), camera(10), camera(90_000), state(43), camera(43), state(76), camera(76)]
+    )
+    assert reasons(results) == [DropReason.UNSYNCHRONISED, DropReason.CLOCK_JUMP]
+    assert len(frames(results)) == 2
+
+
+@pytest.mark.parametrize(
+    ("topic", "message", "expected"),
+    [
+        (STATE, msgs.joints(START_NS, [0, 0, float("nan"), 0]), "state z is not finite"),
+        (STATE, msgs.joints(START_NS, [0, 0, 0], names=msgs.JOINTS[:3]), "joint 'gripper' is missing"),
+        (STATE, msgs.joints(START_NS, [0, 0, 0, 0], []), "joint 'gripper' has no velocity"),
+        (STATE, msgs.joints(0, [0, 0, 0, 0]), "must stamp its messages"),
+        (INSTRUCTION, msgs.text("a" * 10_000), "instruction of 10000 characters; at most 500"),
+        (INSTRUCTION, msgs.text("a\x00b"), "not printable"),
+    ],
+)
+def test_a_message_that_must_not_be_used_is_refused(topic: str, message: object, expected: str) -> None:
+    with pytest.raises(DataError, match=expected):
+        to_event(CONTRACT, topic, message, START_NS)
