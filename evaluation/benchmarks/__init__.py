@@ -1,0 +1,1 @@
+"""Closed-loop benchmarks behind one interface (`base.BenchmarkEnv`)."""
