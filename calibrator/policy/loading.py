@@ -94,7 +94,7 @@ def _checked_tensors(folder: Path, policy: nn.Module, config: PolicyConfig) -> I
     expected = {name: tuple(tensor.shape) for name, tensor in policy.state_dict().items()}
     dead = dead_tensors(config)
     seen: set[str] = set()
-    for path in _weight_files(folder):
+    for path in weight_files(folder):
         try:
             with safe_open(path, framework="pt") as stream:
                 for name in stream.keys():  # noqa: SIM118 (safe_open is no mapping)
@@ -115,7 +115,8 @@ def _checked_tensors(folder: Path, policy: nn.Module, config: PolicyConfig) -> I
         raise PolicyError(f"{folder}: tensor {missing[0]!r}{more} missing; the checkpoint is incomplete")
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
+    """The checkpoint's safetensors files: those of the index if there is one. Raises ArtefactError for a lack."""
     index = folder / _INDEX
     if index.is_file():
         names = sorted(set(read_json(index)["weight_map"].values()))
@@ -136,4 +137,3 @@ def save_policy(policy: OpenVLA, folder: Path | str, tokenizer: Path, extra: dic
         save_file(weights, temporary / "model.safetensors", metadata={"format": "pt"})
         (temporary / "config.json").write_text(json.dumps(policy.config.raw | (extra or {}), indent=1) + "\n")
         shutil.copyfile(tokenizer, temporary / "tokenizer.json")
-
