@@ -1,0 +1,96 @@
+"""Strict loading: what is wrong with a checkpoint is named, and what was saved is what is loaded."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import tiny_policy_folder
+
+from calibrator.policy import TorchActor, load_policy
+from vla_policy.core.errors import ArtefactError, DataError, PolicyError
+from vla_policy.core.observation import Observation
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tiny_policy_folder(tmp_path / "policy")
+
+
+def rewrite(folder: Path, **changes: torch.Tensor | None) -> None:
+    path = folder / "model.safetensors"
+    tensors = load_file(path) | changes
+    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, path)
+
+
+NAME = "projector.fc2.weight"
+
+
+def test_what_is_saved_is_loaded_in_the_published_names(folder: Path) -> None:
+    stored = load_file(folder / "model.safetensors")
+    loaded = load_policy(folder, torch.bfloat16).state_dict()
+    assert stored.keys() == loaded.keys()
+    assert all(torch.equal(stored[name], loaded[name]) for name in stored)
+
+
+def test_a_missing_tensor_is_named(folder: Path) -> None:
+    rewrite(folder, **{NAME: None})
+    with pytest.raises(PolicyError, match=f"tensor '{NAME}' missing"):
+        load_policy(folder)
+
+
+def test_a_wrong_shape_is_named(folder: Path) -> None:
+    rewrite(folder, **{NAME: torch.zeros(3, 5)})
+    with pytest.raises(PolicyError, match=rf"tensor '{NAME}' has shape \[3, 5\], expected \[64, 512\]"):
+        load_policy(folder)
+
+
+def test_a_foreign_tensor_is_named(folder: Path) -> None:
+    rewrite(folder, **{"language_model.model.layers.7.mlp.up_proj.weight": torch.zeros(1)})
+    with pytest.raises(PolicyError, match=r"'language_model.model.layers.7.mlp.up_proj.weight' does not belong"):
+        load_policy(folder)
+
+
+def test_a_truncated_file_is_named(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(ArtefactError, match=r"model.safetensors: damaged or truncated"):
+        load_policy(folder)
+
+
+def test_a_folder_without_a_policy_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ArtefactError, match=r"config.json: cannot be read"):
+        load_policy(tmp_path)
+
+
+def test_bad_observations_are_named(folder: Path) -> None:
+    actor = TorchActor.load(folder)
+    image, state = np.zeros((32, 32, 3), np.uint8), np.zeros(2, np.float32)
+    assert actor.act(Observation(image, "pick it up", state)).action.shape == (3,)
+    with pytest.raises(DataError, match="expected uint8 RGB"):
+        actor.act(Observation(image.astype(np.float32), "pick it up", state))
+    with pytest.raises(DataError, match="instruction is empty"):
+        actor.act(Observation(image, "  ", state))
+    with pytest.raises(DataError, match=r"state: expected 2 finite values \['x', 'gripper_width'\]"):
+        actor.act(Observation(image, "pick it up", np.array([0, np.nan], np.float32)))
+    with pytest.raises(DataError, match="state: expected 2 finite values"):
+        actor.act(Observation(image, "pick it up", None))
+    with pytest.raises(PolicyError, match="unnorm_key 'bridge'"):
+        TorchActor.load(folder, "bridge")
+
+
+def test_cached_decoding_equals_decoding_without_a_cache(folder: Path) -> None:
+    """Oracle: the whole sequence again for every token."""
+    policy = load_policy(folder)
+    generator = torch.Generator().manual_seed(3)
+    pixels = torch.randn(2, 6, 32, 32, generator=generator)
+    ids = torch.randint(3, 200, (2, 9), generator=generator)
+    ids[:, 0] = 1
+    tokens = torch.zeros(2, 0, dtype=torch.long)
+    first, last = policy.config.token_vocab - 256, policy.config.token_vocab
+    for _ in range(3):
+        embeddings = policy.embed(torch.cat([ids, tokens], dim=1), policy.patches(pixels))
+        logits = policy.language_model.lm_head(policy.hidden(embeddings)[:, -1])
+        tokens = torch.cat([tokens, first + logits[:, first:last].argmax(-1, keepdim=True)], dim=1)
+    assert torch.equal(policy.generate(pixels, ids, 3), tokens)

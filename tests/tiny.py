@@ -1,0 +1,56 @@
+"""A tiny random policy in the published layout: small enough for brute force, complete enough for every code path."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from calibrator.policy import OpenVLA, save_policy
+from demo.tokenizer import save_tokenizer
+from vla_policy.core.policy_config import PolicyConfig
+
+INSTRUCTIONS = ("pick up the red block", "open the drawer", "push the button")
+
+
+def tiny_config(vocab: int) -> dict[str, Any]:
+    """config.json of the tiny policy: 32 px images, 4 patches, 3 action dimensions, 2 state values."""
+    tower = {"image_size": 32, "patch_size": 16, "width": 64, "depth": 3, "heads": 2, "mlp_width": 128}
+    return {
+        "model_type": "openvla",
+        "pad_to_multiple_of": 64,
+        "n_action_bins": 256,
+        "image_sizes": [32, 32],
+        "vision_towers": [{"kind": "dinov2", "registers": 2, **tower}, {"kind": "siglip", "registers": 0, **tower}],
+        "text_config": {
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "vocab_size": vocab + 64,
+        },
+        "state_in_prompt": True,
+        "steps_per_action": 2,
+        "norm_stats": {
+            "tiny": {
+                "action": {"q01": [-1.0, -0.5, -1.0], "q99": [1.0, 0.5, 1.0], "mask": [True, True, False]},
+                "proprio": {"names": ["x", "gripper_width"], "q01": [-1.0, 0.0], "q99": [1.0, 0.1]},
+            }
+        },
+    }
+
+
+def tiny_policy_folder(folder: Path, seed: int = 0) -> Path:
+    """Writes the tiny policy with random weights of trained-like scale; returns `folder`."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    tokenizer = folder.parent / f"{folder.name}.tokenizer.json"
+    vocab = save_tokenizer(INSTRUCTIONS, tokenizer)
+    torch.manual_seed(seed)
+    policy = OpenVLA(PolicyConfig.from_dict(tiny_config(vocab), "config.json"))
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if parameter.ndim > 1:
+                fan_in = parameter[0].numel() if "embed" not in name and "token" not in name else 4
+                parameter.normal_(std=fan_in**-0.5)
+    save_policy(policy, folder, tokenizer)
+    tokenizer.unlink()
+    return folder
