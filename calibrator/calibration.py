@@ -1,0 +1,208 @@
+"""The calibration set: states chosen evenly over trajectories and their progress. Independent of any policy.
+
+`calibration.json` names every state and what was left out; `samples.safetensors` holds `image_<index>` uint8
+[H, W, 3] per state and, if the sources give states, `states` float32 [N, S].
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from calibrator.evidence import progress
+from vla_policy.core.errors import ArtefactError, DataError
+from vla_policy.core.files import atomic_folder, read_json, sha256_file, sha256_folder, write_json
+from vla_policy.core.observation import Observation
+
+KIND = "calibration"
+_INDEX, _TENSORS = "calibration.json", "samples.safetensors"
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """One episode of a source. `length`: its number of states T; `steps`: those that can be used, ascending."""
+
+    name: str
+    length: int
+    steps: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class SourceIndex:
+    """What a source holds: its trajectories, and the count of everything that cannot be used, by reason."""
+
+    trajectories: tuple[Trajectory, ...]
+    left_out: Mapping[str, int]
+
+
+class Source(Protocol):
+    """Somewhere states come from: a bag, an HDF5 file, a folder of episodes."""
+
+    path: str
+
+    def index(self) -> SourceIndex:
+        """Trajectories and what is unusable, by one look at everything."""
+        ...
+
+    def read(self, wanted: Mapping[str, frozenset[int]]) -> Iterator[tuple[str, int, Observation]]:
+        """(trajectory, step, observation) of the steps wanted by trajectory name."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """Kind, path, hash and settings, for the artefact."""
+        ...
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One calibration state z_i: where it comes from, its timestep tau and its trajectory's length T."""
+
+    source: int
+    trajectory: str
+    step: int
+    length: int
+    instruction: str
+
+    @property
+    def progress(self) -> float:
+        """rho of Mix-QVLA Eq. (11)."""
+        return progress(self.step, self.length)
+
+
+@dataclass(frozen=True)
+class CalibrationSet:
+    """States with their images (uint8 [H, W, 3], sizes may differ) and robot states (float32 [S] or None)."""
+
+    samples: tuple[Sample, ...]
+    images: tuple[np.ndarray, ...]
+    states: tuple[np.ndarray | None, ...]
+    sha256: str
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    @property
+    def progress(self) -> np.ndarray:
+        """float64 [N]: every state's progress in its trajectory."""
+        return np.asarray([sample.progress for sample in self.samples])
+
+    @property
+    def trajectories(self) -> int:
+        return len({(sample.source, sample.trajectory) for sample in self.samples})
+
+    def observation(self, index: int) -> Observation:
+        """State `index` as a policy sees it."""
+        return Observation(self.images[index], self.samples[index].instruction, self.states[index])
+
+
+def choose_states(trajectories: list[Trajectory], count: int, seed: int) -> list[tuple[int, int]]:
+    """`count` (trajectory index, step) pairs, evenly over trajectories and, across all of them, over progress.
+
+    Trajectories share the count as equally as their usable states allow; each one's states are spread over its
+    length with an offset that differs by trajectory, so that a few states per trajectory still cover all phases.
+    Raises DataError when the sources hold fewer usable states.
+    """
+    usable = sum(len(trajectory.steps) for trajectory in trajectories)
+    if usable < count:
+        raise DataError(f"{count} states were asked for, the sources hold {usable} usable ones; lower --samples")
+    generator = np.random.default_rng(seed)
+    quotas = _quotas([len(trajectory.steps) for trajectory in trajectories], count, generator)
+    holders = [index for index, quota in enumerate(quotas) if quota]
+    offsets = (generator.permutation(len(holders)) + generator.random(len(holders))) / len(holders)
+    chosen: list[tuple[int, int]] = []
+    for index, offset in zip(holders, offsets, strict=True):
+        steps, quota = list(trajectories[index].steps), quotas[index]
+        for place in range(quota):
+            target = (place + offset) / quota * (trajectories[index].length - 1)
+            # The nearest usable step that is still free.
+            step = min(steps, key=lambda candidate: (abs(candidate - target), candidate))
+            steps.remove(step)
+            chosen.append((index, step))
+    return sorted(chosen)
+
+
+def _quotas(sizes: list[int], count: int, generator: np.random.Generator) -> list[int]:
+    """How many states each trajectory gives; the remainder goes to random ones, none gives more than it has."""
+    quotas = [0] * len(sizes)
+    while (missing := count - sum(quotas)) > 0:
+        open_ = [index for index, size in enumerate(sizes) if quotas[index] < size]
+        share, extra = divmod(missing, len(open_))
+        lucky = {int(index) for index in generator.permutation(open_)[:extra]}
+        for index in open_:
+            quotas[index] = min(sizes[index], quotas[index] + share + (index in lucky))
+    return quotas
+
+
+def collect(sources: list[Source], out: Path, count: int, seed: int) -> dict[str, Any]:
+    """Chooses and writes a calibration set; returns what `calibration.json` holds.
+
+    Raises DataError when too few states are usable; nothing is written then.
+    """
+    indices = [source.index() for source in sources]
+    pool = [(number, trajectory) for number, index in enumerate(indices) for trajectory in index.trajectories]
+    chosen = choose_states([trajectory for _, trajectory in pool], count, seed)
+    wanted: list[dict[str, set[int]]] = [{} for _ in sources]
+    for position, step in chosen:
+        number, trajectory = pool[position]
+        wanted[number].setdefault(trajectory.name, set()).add(step)
+    lengths = {(number, trajectory.name): trajectory.length for number, trajectory in pool}
+    samples: list[Sample] = []
+    tensors: dict[str, np.ndarray] = {}
+    states: list[np.ndarray | None] = []
+    for number, source in enumerate(sources):
+        steps = {name: frozenset(values) for name, values in wanted[number].items()}
+        for name, step, observation in source.read(steps):
+            tensors[f"image_{len(samples)}"] = np.ascontiguousarray(observation.image)
+            samples.append(Sample(number, name, step, lengths[number, name], observation.instruction))
+            states.append(observation.state)
+    if len(samples) != count:
+        raise DataError(f"{count} states were chosen but {len(samples)} could be read; did a source change meanwhile?")
+    tensors |= _stacked_states(states)
+    content: dict[str, Any] = {
+        "schema_version": 1,
+        "kind": KIND,
+        "seed": seed,
+        "sources": [
+            source.describe() | {"trajectories": len(index.trajectories), "left_out": dict(index.left_out)}
+            for source, index in zip(sources, indices, strict=True)
+        ],
+        "samples": [asdict(sample) | {"progress": sample.progress} for sample in samples],
+    }
+    with atomic_folder(out) as folder:
+        save_file(tensors, folder / _TENSORS)
+        content["tensors_sha256"] = sha256_file(folder / _TENSORS)
+        write_json(folder / _INDEX, content)
+    return content
+
+
+def _stacked_states(states: list[np.ndarray | None]) -> dict[str, np.ndarray]:
+    sizes = {None if state is None else len(state) for state in states}
+    if len(sizes) != 1:
+        raise DataError(f"sources give robot states of different lengths ({sizes}); collect them into separate sets")
+    return {} if None in sizes else {"states": np.stack([np.asarray(state, np.float32) for state in states])}
+
+
+def load_calibration(folder: Path | str) -> CalibrationSet:
+    """Reads a calibration set. Raises ArtefactError when it is missing, damaged or not the one that was written."""
+    folder = Path(folder)
+    content = read_json(folder / _INDEX, KIND)
+    path = folder / _TENSORS
+    if sha256_file(path) != content["tensors_sha256"]:
+        raise ArtefactError(f"{path}: not the file that {_INDEX} was written with; collect the set again")
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise ArtefactError(f"{path}: damaged or truncated ({error}); collect the set again") from error
+    fields = Sample.__dataclass_fields__
+    samples = tuple(Sample(**{name: item[name] for name in fields}) for item in content["samples"])
+    states = tensors.get("states")
+    return CalibrationSet(
+        samples=samples,
+        images=tuple(tensors[f"image_{index}"] for index in range(len(samples))),
+        states=tuple(states[index] if states is not None else None for index in range(len(samples))),
+        sha256=sha256_folder(folder, (_INDEX, _TENSORS)),
+    )

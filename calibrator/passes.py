@@ -1,0 +1,212 @@
+"""Forward and backward passes that a quantized layer shares with full precision.
+
+A policy is a chain: two towers, the vision boundary, projector, decoder blocks, head. When one layer is quantized,
+everything before it is the full-precision pass and everything after it is not. A `Trunk` is the full-precision pass
+of one batch, kept with its graph from the vision boundary on. `signals` starts at the block that holds the quantized
+layer, and sends the gradient that arrives there down the trunk's graph to the earlier boundaries. No gradient is
+taken with respect to weights, and none goes below the vision boundary.
+"""
+
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from calibrator.evidence import BOUNDARIES
+from calibrator.policy import OpenVLA
+from calibrator.policy.vision import VisionTower
+from vla_policy.core.errors import PolicyError
+
+_TOWERS = ("featurizer", "fused_featurizer")
+_PATCH_EMBED = -1
+_PLACES = (
+    (re.compile(r"vision_backbone\.(featurizer|fused_featurizer)\.patch_embed\."), _PATCH_EMBED),
+    (re.compile(r"vision_backbone\.(featurizer|fused_featurizer)\.blocks\.(\d+)\."), None),
+    (re.compile(r"(projector)\."), 0),
+    (re.compile(r"language_model\.model\.(layers)\.(\d+)\."), None),
+    (re.compile(r"language_model\.(lm_head)$"), 0),
+)
+
+
+@dataclass(frozen=True)
+class Place:
+    """The block of the chain that holds a layer: a tower's name, "projector", "layers" or "lm_head", and its index."""
+
+    part: str
+    index: int
+
+
+def place_of(unit: str) -> Place:
+    """Where the layer called `unit` sits. Raises PolicyError for a layer that is not on the path to the action."""
+    for pattern, index in _PLACES:
+        if match := pattern.match(unit):
+            return Place(match[1], int(match[2]) if index is None else index)
+    raise PolicyError(f"layer {unit!r} is not on the path from image to action")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Calibration states of equal prompt length.
+
+    samples: their indices in the calibration set. pixel_values: [B, 6, S, S]. input_ids: int64 [B, L].
+    tokens: int64 [B, K], y* of Eq. (2): the full-precision greedy action tokens.
+    """
+
+    samples: tuple[int, ...]
+    pixel_values: Tensor
+    input_ids: Tensor
+    tokens: Tensor
+
+
+@dataclass(frozen=True)
+class Signals:
+    """What a pass gives: per boundary H and dJ/dH [B, tokens, channels]; J [B]; logits [B, K, vocab], float32."""
+
+    hidden: dict[str, Tensor]
+    gradients: dict[str, Tensor]
+    objective: Tensor
+    logits: Tensor
+
+
+@dataclass(frozen=True)
+class _Run:
+    boundaries: dict[str, Tensor]
+    entries: dict[Place, Tensor]
+    logits: Tensor
+
+
+def tower_of(policy: OpenVLA, name: str) -> VisionTower:
+    """The vision tower called "featurizer" or "fused_featurizer"."""
+    backbone = policy.vision_backbone
+    return backbone.featurizer if name == "featurizer" else backbone.fused_featurizer
+
+
+def mean_log_likelihood(logits: Tensor, tokens: Tensor) -> Tensor:
+    """J of Eq. (2), float32 [B], from the K positions' logits [B, K, vocab]."""
+    return logits.float().log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1).mean(-1)
+
+
+def last_block(policy: OpenVLA) -> int:
+    """Index of the last decoder block, whose input is the default language boundary."""
+    return len(policy.language_model.model.layers) - 1
+
+
+def _run(policy: OpenVLA, batch: Batch, start: Place, x: Tensor, language_block: int) -> _Run:
+    """The chain from `start` to the logits; `x` is that block's input."""
+    model = policy.language_model.model
+    boundaries: dict[str, Tensor] = {}
+    entries: dict[Place, Tensor] = {start: x}
+    if start.part == "projector":
+        boundaries["vision"] = x
+        boundaries["projector"] = x = policy.projector(x)
+        x = policy.embed(torch.cat([batch.input_ids, batch.tokens[:, :-1]], dim=1), x)
+    if start.part != "lm_head":
+        rotary = model.rotary_emb(x, torch.arange(x.shape[1], device=x.device)[None])
+        first = start.index if start.part == "layers" else 0
+        for index in range(first, len(model.layers)):
+            entries[Place("layers", index)] = x
+            if index == language_block:
+                boundaries["language"] = x
+            x = model.layers[index](x, position_embeddings=rotary)
+        x = model.norm(x)[:, -batch.tokens.shape[1] :]
+        entries[Place("lm_head", 0)] = x
+    boundaries["head"] = x
+    return _Run(boundaries, entries, policy.language_model.lm_head(x).float())
+
+
+class Trunk:
+    """The full-precision pass of one batch: inputs of every block, and the graph from the vision boundary to J.
+
+    nbytes: memory that it holds beyond the policy's weights.
+    """
+
+    def __init__(self, policy: OpenVLA, batch: Batch, language_block: int, differentiable: bool = True) -> None:
+        self.batch = batch
+        self.language_block = language_block
+        self._stored: dict[int, int] = {}
+        with torch.no_grad():
+            channels = dict(zip(_TOWERS, batch.pixel_values.split(3, dim=1), strict=True))
+            self.tower_inputs = {
+                tower: _tower_inputs(policy, tower, pixel_values) for tower, pixel_values in channels.items()
+            }
+            vision = torch.cat([_features(policy, tower, self.tower_inputs[tower][-1]) for tower in _TOWERS], dim=2)
+        weights = {parameter.untyped_storage().data_ptr() for parameter in policy.parameters()}
+
+        def count(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                self._stored[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with (
+            torch.set_grad_enabled(differentiable),
+            torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor),
+        ):
+            vision.requires_grad_(differentiable)
+            self.run = _run(policy, batch, Place("projector", 0), vision, language_block)
+        for inputs in self.tower_inputs.values():
+            for tensor in inputs:
+                count(tensor)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(self._stored.values())
+
+
+def _tower_inputs(policy: OpenVLA, tower: str, pixel_values: Tensor) -> list[Tensor]:
+    """The pixels, the input of every block, and the last block's output."""
+    module = tower_of(policy, tower)
+    x = module.tokens(pixel_values)
+    inputs = [pixel_values, x]
+    for block in module.blocks:
+        x = block(x)
+        inputs.append(x)
+    return inputs
+
+
+def _features(policy: OpenVLA, tower: str, x: Tensor) -> Tensor:
+    return x[:, tower_of(policy, tower).prefix_tokens :]
+
+
+def _changed_vision(policy: OpenVLA, trunk: Trunk, start: Place) -> Tensor:
+    """The vision boundary when a layer of one tower is quantized; the other tower keeps its features."""
+    module = tower_of(policy, start.part)
+    with torch.no_grad():
+        if start.index == _PATCH_EMBED:
+            x, first = module.tokens(trunk.tower_inputs[start.part][0]), 0
+        else:
+            x, first = trunk.tower_inputs[start.part][start.index + 1], start.index
+        for block in module.blocks[first:]:
+            x = block(x)
+        outputs = {tower: inputs[-1] for tower, inputs in trunk.tower_inputs.items()} | {start.part: x}
+        return torch.cat([_features(policy, tower, outputs[tower]) for tower in _TOWERS], dim=2)
+
+
+def signals(policy: OpenVLA, trunk: Trunk, start: Place) -> Signals:
+    """Activations and gradients at the four boundaries with the policy as it is now.
+
+    `start`: the block that holds the only layer that differs from full precision. With an unchanged policy, any
+    `start` gives the full-precision signals.
+    """
+    if start.part in _TOWERS:
+        x, start = _changed_vision(policy, trunk, start), Place("projector", 0)
+    else:
+        x = trunk.run.entries[start].detach()
+    with torch.enable_grad():
+        x.requires_grad_()
+        run = _run(policy, trunk.batch, start, x, trunk.language_block)
+        objective = mean_log_likelihood(run.logits, trunk.batch.tokens)
+        arriving, *rest = torch.autograd.grad(objective.sum(), [x, *run.boundaries.values()])
+    gradients = dict(zip(run.boundaries, rest, strict=True))
+    earlier = [name for name in BOUNDARIES if name not in run.boundaries]
+    if earlier:
+        reached = torch.autograd.grad(
+            trunk.run.entries[start],
+            [trunk.run.boundaries[name] for name in earlier],
+            arriving,
+            retain_graph=True,
+        )
+        gradients |= dict(zip(earlier, reached, strict=True))
+    hidden = {name: run.boundaries.get(name, trunk.run.boundaries[name]).detach() for name in BOUNDARIES}
+    return Signals(hidden, gradients, objective.detach(), run.logits.detach())

@@ -1,0 +1,226 @@
+"""What one layer's low precision does to the policy: losses per bit-width and state, Mix-QVLA Eqs. (2) to (8)."""
+
+from collections import OrderedDict
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from calibrator.calibration import load_calibration
+from calibrator.evidence import (
+    BOUNDARIES,
+    EPSILON,
+    Profile,
+    evidence_map,
+    jensen_shannon,
+    mass_distortion,
+    profile,
+)
+from calibrator.passes import Place, Signals, Trunk, last_block, place_of, signals, tower_of
+from calibrator.policy import OpenVLA, live_units, load_policy
+from calibrator.quantization import quantized
+from calibrator.scores import check_finite
+from calibrator.states import Reference, States, reference
+from vla_policy.core.errors import PolicyError
+from vla_policy.core.formats import Format
+
+Scheme = Literal["weight-only", "weight-activation"]
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class SweepSettings:
+    """What the numbers depend on.
+
+    bits: widths that are measured; 16 is the reference. group_size: inputs per weight scale, None for one scale per
+    output channel. language_block: decoder block whose input is the language boundary, None for the last.
+    """
+
+    scheme: Scheme = "weight-only"
+    bits: tuple[int, ...] = (2, 4, 8)
+    group_size: int | None = 64
+    language_block: int | None = None
+    epsilon: float = EPSILON
+    dtype: str = "float32"
+    unnorm_key: str | None = None
+
+    def format_of(self, bits: int) -> Format:
+        """The number format that `bits` means in this scheme; 16 is full precision."""
+        if bits >= 16:
+            return Format(16, 16)
+        return Format(bits, bits if self.scheme == "weight-activation" else 16, self.group_size)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"bits": list(self.bits)}
+
+
+@dataclass(frozen=True)
+class UnitLosses:
+    """One layer's record. Arrays are float64 with axes [bits, states] and, for the first two, [.., boundaries].
+
+    mass, attribution: Delta^mass and Delta^attr of Eqs. (6), (7). action_error: QVLA Eq. (4) per state, squared
+    distance of the teacher-forced action from the reference in normalised units ([-1, 1] per dimension).
+    likelihood: J of Eq. (2) minus its full-precision value, in nats.
+    """
+
+    unit: str
+    bits: tuple[int, ...]
+    samples: tuple[int, ...]
+    mass: np.ndarray
+    attribution: np.ndarray
+    action_error: np.ndarray
+    likelihood: np.ndarray
+
+
+@dataclass(frozen=True)
+class _FullPrecision:
+    trunk: Trunk
+    profiles: dict[str, Profile]
+    objective: Tensor
+
+
+class Sweep:
+    """Evaluates layers of one policy on one calibration set.
+
+    Full-precision passes are kept for the next layer as long as they fit into `cache_bytes`; the memory beyond the
+    policy's weights is that plus one batch's pass, whatever the number of layers.
+    """
+
+    def __init__(
+        self, policy: OpenVLA, states: States, ref: Reference, settings: SweepSettings, cache_bytes: int = 2 << 30
+    ) -> None:
+        self.policy = policy
+        self.states = states
+        self.reference = ref
+        self.settings = settings
+        self._block = language_block(policy, settings)
+        device = policy.projector.fc1.weight.device
+        self._means = {name: torch.from_numpy(mean).to(device) for name, mean in ref.means.items()}
+        codec = states.codec
+        ids = np.arange(codec.first_token, codec.last_token + 1)
+        self._values = torch.from_numpy(codec.tokens_to_normalised(ids)).to(device)
+        self._first_token = codec.first_token
+        self._cache: OrderedDict[tuple[int, ...], _FullPrecision] = OrderedDict()
+        self._cache_bytes = cache_bytes
+
+    def evaluate(self, unit: str, bits: tuple[int, ...], samples: tuple[int, ...]) -> UnitLosses:
+        """The record of layer `unit` at the given widths on the given states.
+
+        Raises DataError when evidence is not finite, naming unit, width, state and boundary.
+        """
+        place = place_of(unit)
+        position = {sample: index for index, sample in enumerate(samples)}
+        mass = np.zeros((len(bits), len(samples), len(BOUNDARIES)))
+        attribution = np.zeros_like(mass)
+        action_error = np.zeros(mass.shape[:2])
+        likelihood = np.zeros_like(action_error)
+        for members in self.states.split(samples):
+            full = self._full_precision(members)
+            columns = [position[sample] for sample in members]
+            for row, width in enumerate(bits):
+                with quantized(self.policy, unit, self.settings.format_of(width)):
+                    changed = signals(self.policy, full.trunk, place)
+                for column, name in enumerate(BOUNDARIES):
+                    now = profile(self.evidence(changed, name), self.settings.epsilon)
+                    before = full.profiles[name]
+                    mass[row, columns, column] = mass_distortion(before, now, self.settings.epsilon).cpu()
+                    attribution[row, columns, column] = jensen_shannon(before.attribution, now.attribution).cpu()
+                action_error[row, columns] = self._action_error(changed.logits, members).cpu()
+                likelihood[row, columns] = (changed.objective - full.objective).cpu()
+        check_finite(mass + attribution, unit, bits, BOUNDARIES)
+        return UnitLosses(unit, bits, samples, mass, attribution, action_error, likelihood)
+
+    def evidence(self, measured: Signals, boundary: str) -> Tensor:
+        """E of Eq. (4) at one boundary, float32 [B, tokens, channels]."""
+        return evidence_map(measured.hidden[boundary], self._means[boundary], measured.gradients[boundary])
+
+    def full_precision(self, samples: tuple[int, ...]) -> tuple[Trunk, Signals]:
+        """The reference pass of states with equal prompt length, and its signals."""
+        trunk = Trunk(self.policy, self.states.batch(self.policy, samples, self.reference.tokens), self._block)
+        return trunk, signals(self.policy, trunk, Place("projector", 0))
+
+    def _full_precision(self, samples: tuple[int, ...]) -> _FullPrecision:
+        if samples in self._cache:
+            self._cache.move_to_end(samples)
+            return self._cache[samples]
+        # Room is made first: otherwise the peak would be the cache and one pass more than the bound.
+        while self._cache and self._cached_bytes() + self._last_bytes() > self._cache_bytes:
+            self._cache.popitem(last=False)
+        trunk, measured = self.full_precision(samples)
+        profiles = {name: profile(self.evidence(measured, name), self.settings.epsilon) for name in BOUNDARIES}
+        self._cache[samples] = _FullPrecision(trunk, profiles, measured.objective)
+        return self._cache[samples]
+
+    def _cached_bytes(self) -> int:
+        return sum(_nbytes(item) for item in self._cache.values())
+
+    def _last_bytes(self) -> int:
+        return _nbytes(next(reversed(self._cache.values())))
+
+    def _action_error(self, logits: Tensor, samples: tuple[int, ...]) -> Tensor:
+        """QVLA Eq. (4) per state [B]: squared distance in normalised action units, under teacher forcing."""
+        first = self._first_token
+        chosen = logits[..., first : first + len(self._values)].argmax(-1)
+        wanted = torch.from_numpy(self.reference.tokens[list(samples)] - first).to(chosen.device)
+        return (self._values[chosen] - self._values[wanted]).square().sum(-1)
+
+
+def _nbytes(full: _FullPrecision) -> int:
+    return full.trunk.nbytes + sum(item.attribution.nbytes for item in full.profiles.values())
+
+
+def language_block(policy: OpenVLA, settings: SweepSettings) -> int:
+    """The decoder block of the language boundary. Raises PolicyError when there is no such block."""
+    last = last_block(policy)
+    block = last if settings.language_block is None else settings.language_block
+    if not 0 <= block <= last:
+        raise PolicyError(f"language block {block} does not exist; the policy has blocks 0 to {last}")
+    return block
+
+
+@dataclass(frozen=True)
+class SweepSpec:
+    """Everything that makes a sweep, as paths and values: what a worker process needs to build its own."""
+
+    policy: str
+    calibration: str
+    settings: SweepSettings
+    batch_size: int = 16
+    cache_bytes: int = 2 << 30
+    device: str = "cpu"
+
+    def load_policy(self) -> OpenVLA:
+        return load_policy(self.policy, _DTYPES[self.settings.dtype], self.device)
+
+    def load_states(self, policy: OpenVLA) -> States:
+        calibration = load_calibration(self.calibration)
+        return States(calibration, policy.config, self.policy, self.settings.unnorm_key, self.batch_size)
+
+    def open(self, ref: Reference | None = None) -> Sweep:
+        """Loads policy and states; the reference is computed unless it is given."""
+        policy = self.load_policy()
+        states = self.load_states(policy)
+        if ref is None:
+            ref = reference(policy, states, language_block(policy, self.settings))
+        return Sweep(policy, states, ref, self.settings, self.cache_bytes)
+
+
+def macs_per_action(policy: OpenVLA, prompt_tokens: float, action_tokens: int) -> dict[str, int]:
+    """Multiply-accumulates of every live layer for one action: weights times the tokens that pass through it.
+
+    Patches (and prefix tokens) in the towers, patches in the projector, the whole sequence and the fed-back action
+    tokens in the decoder, and in the head the K positions that predict an action token.
+    """
+    patches = policy.config.num_patches
+    sequence = patches + prompt_tokens + action_tokens - 1
+    tokens: dict[str, float] = {}
+    for unit in live_units(policy):
+        place = place_of(unit.name)
+        if place.part in ("featurizer", "fused_featurizer"):
+            prefix = tower_of(policy, place.part).prefix_tokens if place.index >= 0 else 0
+            tokens[unit.name] = patches + prefix
+        else:
+            tokens[unit.name] = {"projector": patches, "layers": sequence, "lm_head": action_tokens}[place.part]
+    return {unit.name: round(unit.params * tokens[unit.name]) for unit in live_units(policy)}

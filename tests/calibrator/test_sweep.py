@@ -1,0 +1,241 @@
+"""The sweep against an independent recomputation, and the identities that its shortcuts rest on."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from calibrator.evidence import BOUNDARIES, EPSILON
+from calibrator.passes import Place, Trunk, place_of, signals
+from calibrator.policy import OpenVLA, live_units
+from calibrator.quantization import quantized
+from calibrator.sweep import Sweep, SweepSettings, SweepSpec, macs_per_action
+from vla_policy.core.errors import DataError, PolicyError
+from vla_policy.core.formats import Format
+
+UNITS = (
+    "vision_backbone.featurizer.patch_embed.proj",
+    "vision_backbone.featurizer.blocks.1.mlp.fc2",
+    "vision_backbone.fused_featurizer.blocks.0.attn.qkv",
+    "projector.fc2",
+    "language_model.model.layers.0.self_attn.v_proj",
+    "language_model.model.layers.1.mlp.down_proj",
+    "language_model.lm_head",
+)
+
+
+def naive_points(policy: OpenVLA, pixels: Tensor, ids: Tensor, tokens: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """Boundaries by hooks on the policy's own forward pass, one state, and J by an explicit sum."""
+    points: dict[str, Tensor] = {}
+
+    def keep(name: str, tensor: Tensor) -> None:
+        tensor.retain_grad()
+        points[name] = tensor
+
+    model = policy.language_model.model
+    count = tokens.shape[1]
+    handles = [
+        policy.vision_backbone.register_forward_hook(lambda _m, _a, out: keep("vision", out)),
+        policy.projector.register_forward_hook(lambda _m, _a, out: keep("projector", out)),
+        model.layers[-1].register_forward_pre_hook(lambda _m, args: keep("language", args[0])),
+        model.norm.register_forward_hook(lambda _m, _a, out: keep("head", out)),
+    ]
+    try:
+        logits = policy.action_logits(pixels, ids, tokens)
+    finally:
+        for handle in handles:
+            handle.remove()
+    objective = torch.zeros(())
+    for k in range(count):
+        objective = objective + torch.log(torch.softmax(logits[0, k], 0)[tokens[0, k]]) / count
+    objective.backward()
+    return points, objective
+
+
+def naive_losses(sweep: Sweep, unit: str, bits: int) -> list[list[tuple[float, float]]]:
+    """(mass, attribution) distortion per state and boundary of Eqs. (3) to (7), with loops over elements."""
+    policy, states, tokens = sweep.policy, sweep.states, torch.from_numpy(sweep.reference.tokens)
+    policy.requires_grad_(True)  # so that a graph exists from the pixels on, as in a plain implementation
+    try:
+        full, changed = [], []
+        for index in range(len(states)):
+            pixels, ids = states.inputs(policy, (index,))
+            full.append(naive_points(policy, pixels, ids, tokens[index][None])[0])
+            with quantized(policy, unit, sweep.settings.format_of(bits)):
+                changed.append(naive_points(policy, pixels, ids, tokens[index][None])[0])
+    finally:
+        policy.requires_grad_(False)
+    count = states.codec.dim
+    result: list[list[tuple[float, float]]] = [[] for _ in full]
+    for name in BOUNDARIES:
+        crop = -count if name == "head" else 0
+        rows = torch.cat([item[name].detach()[0, crop:] for item in full]).double()
+        mean, deviation = rows.mean(0), rows.std(0)
+        for sample, (before, after) in enumerate(zip(full, changed, strict=True)):
+            evidence = []
+            for item in (before, after):
+                gradient = item[name].grad
+                assert gradient is not None
+                hidden, gradient = item[name].detach()[0, crop:].double(), gradient[0, crop:].double()
+                normalised = (hidden - mean) / (deviation + 1e-6)
+                evidence.append((normalised * gradient * (deviation + 1e-6)).abs().flatten().tolist())
+            result[sample].append(compare(*evidence))
+    return result
+
+
+def compare(before: list[float], after: list[float]) -> tuple[float, float]:
+    """Eqs. (5) to (7) with plain sums."""
+    mass = abs(math.log((sum(after) / len(after) + EPSILON) / (sum(before) / len(before) + EPSILON)))
+    p = [value + EPSILON for value in before]
+    q = [value + EPSILON for value in after]
+    p, q = [value / sum(p) for value in p], [value / sum(q) for value in q]
+    divergence = 0.0
+    for one, other in zip(p, q, strict=True):
+        middle = (one + other) / 2
+        divergence += one / 2 * math.log(one / middle) + other / 2 * math.log(other / middle)
+    return mass, divergence
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_losses_equal_a_naive_recomputation(sweep: Sweep, unit: str) -> None:
+    losses = sweep.evaluate(unit, (2, 8), tuple(range(8)))
+    for row, bits in enumerate((2, 8)):
+        expected = np.asarray(naive_losses(sweep, unit, bits))
+        np.testing.assert_allclose(losses.mass[row], expected[..., 0], rtol=2e-3, atol=2e-5)
+        np.testing.assert_allclose(losses.attribution[row], expected[..., 1], rtol=2e-3, atol=1e-7)
+    assert losses.mass[0].max() > 1e-3, "the comparison would say nothing if two bits changed nothing"
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_every_entry_gives_the_full_precision_signals(sweep: Sweep, unit: str) -> None:
+    trunk, reference = sweep.full_precision(sweep.states.split(range(8))[0])
+    entered = signals(sweep.policy, trunk, place_of(unit))
+    for name in BOUNDARIES:
+        torch.testing.assert_close(entered.hidden[name], reference.hidden[name], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(entered.gradients[name], reference.gradients[name], rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(entered.objective, reference.objective)
+
+
+@pytest.mark.parametrize(
+    ("start", "name"),
+    [(Place("projector", 0), "vision"), (Place("layers", 1), "language"), (Place("lm_head", 0), "head")],
+)
+def test_gradients_equal_finite_differences(sweep: Sweep, start: Place, name: str) -> None:
+    trunk, measured = sweep.full_precision((0,))
+    entry = trunk.run.entries[start].detach()
+    # Along the gradient the derivative is its norm; other directions drown in the float32 of J.
+    direction = measured.gradients[name] / measured.gradients[name].norm()
+    step = 4e-3 * float(entry.norm())
+    with torch.no_grad():
+        moved = (entry + step * direction, entry - step * direction)
+        ahead, behind = (objective_from(sweep.policy, trunk, start, x) for x in moved)
+    assert float(measured.gradients[name].norm()) == pytest.approx(float(ahead - behind) / (2 * step), rel=5e-3)
+
+
+def objective_from(policy: OpenVLA, trunk: Trunk, start: Place, x: Tensor) -> Tensor:
+    """J with the chain entered at `start` by `x`, through the policy's own modules."""
+    batch = trunk.batch
+    model = policy.language_model.model
+    if start.part == "projector":
+        hidden = policy.hidden(policy.embed(torch.cat([batch.input_ids, batch.tokens[:, :-1]], 1), policy.projector(x)))
+        x = hidden[:, -batch.tokens.shape[1] :]
+    elif start.part == "layers":
+        rotary = model.rotary_emb(x, torch.arange(x.shape[1])[None])
+        for layer in model.layers[start.index :]:
+            x = layer(x, position_embeddings=rotary)
+        x = model.norm(x)[:, -batch.tokens.shape[1] :]
+    logits = policy.language_model.lm_head(x)
+    return logits.log_softmax(-1).gather(-1, batch.tokens[..., None]).mean()
+
+
+def test_full_precision_scores_exactly_zero(sweep: Sweep) -> None:
+    losses = sweep.evaluate("projector.fc1", (16,), tuple(range(8)))
+    assert not losses.mass.any() and not losses.attribution.any()
+    assert not losses.action_error.any() and not losses.likelihood.any()
+
+
+def test_a_layer_that_never_runs_scores_exactly_zero(spec: SweepSpec) -> None:
+    sweep = spec.open()
+    mlp = sweep.policy.get_submodule("vision_backbone.featurizer.blocks.0.mlp")
+    # A checkpoint's last block is not built; hang a layer beside the live ones, where no forward pass goes.
+    mlp.add_module("dead", torch.nn.Linear(64, 64).requires_grad_(False))
+    losses = sweep.evaluate("vision_backbone.featurizer.blocks.0.mlp.dead", (2,), tuple(range(8)))
+    assert not losses.mass.any() and not losses.attribution.any() and not losses.action_error.any()
+
+
+def test_results_do_not_depend_on_batch_size(spec: SweepSpec, sweep: Sweep) -> None:
+    single = replace(spec, batch_size=1).open()
+    for unit in UNITS[1::2]:
+        one = single.evaluate(unit, (2, 8), tuple(range(8)))
+        many = sweep.evaluate(unit, (2, 8), tuple(range(8)))
+        np.testing.assert_allclose(one.mass, many.mass, rtol=1e-3, atol=2e-5)
+        np.testing.assert_allclose(one.attribution, many.attribution, rtol=1e-3, atol=1e-7)
+
+
+def test_cache_size_changes_nothing_and_holds_its_bound(spec: SweepSpec, sweep: Sweep) -> None:
+    tight = replace(spec, cache_bytes=1).open()
+    for unit in UNITS[:2]:
+        got = tight.evaluate(unit, (4,), tuple(range(8)))
+        np.testing.assert_array_equal(got.mass, sweep.evaluate(unit, (4,), tuple(range(8))).mass)
+    assert len(tight._cache) == 1
+
+
+def test_weights_are_restored(sweep: Sweep) -> None:
+    before = {name: tensor.clone() for name, tensor in sweep.policy.state_dict().items()}
+    for unit in UNITS:
+        sweep.evaluate(unit, (2,), (0, 1))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in sweep.policy.state_dict().items())
+
+
+def test_action_error_is_the_squared_distance_of_decoded_actions(sweep: Sweep) -> None:
+    unit, fmt = "language_model.lm_head", Format(2, 16, 32)
+    losses = sweep.evaluate(unit, (2,), tuple(range(8)))
+    codec = sweep.states.codec
+    for index in range(8):
+        pixels, ids = sweep.states.inputs(sweep.policy, (index,))
+        tokens = sweep.reference.tokens[index]
+        with quantized(sweep.policy, unit, fmt), torch.no_grad():
+            logits = sweep.policy.action_logits(pixels, ids, torch.from_numpy(tokens)[None])[0]
+        chosen = codec.first_token + logits[:, codec.first_token : codec.last_token + 1].argmax(-1).numpy()
+        distance = codec.tokens_to_normalised(chosen) - codec.tokens_to_normalised(tokens)
+        assert losses.action_error[0, index] == pytest.approx(float((distance**2).sum()))
+    assert losses.action_error.any()
+
+
+def test_weight_activation_scheme_changes_more_than_weights_alone(spec: SweepSpec, sweep: Sweep) -> None:
+    both = replace(spec, settings=SweepSettings(scheme="weight-activation", group_size=32)).open()
+    unit = "language_model.model.layers.0.self_attn.v_proj"
+    weights, with_activations = (item.evaluate(unit, (8,), tuple(range(8))) for item in (sweep, both))
+    assert not np.array_equal(weights.mass, with_activations.mass)
+    expected = np.asarray(naive_losses(both, unit, 8))
+    np.testing.assert_allclose(with_activations.attribution[0], expected[..., 1], rtol=2e-3, atol=1e-6)
+
+
+def test_evidence_that_is_not_finite_is_named(spec: SweepSpec) -> None:
+    sweep = spec.open()
+    sweep.reference.means["vision"][:] = np.nan
+    broken = Sweep(sweep.policy, sweep.states, sweep.reference, sweep.settings)
+    with pytest.raises(DataError, match=r"projector.fc1 at 4 bits: evidence of sample 2 at boundary 'vision'"):
+        broken.evaluate("projector.fc1", (4,), (2, 3))
+
+
+def test_unknown_layers_and_blocks_are_refused(sweep: Sweep, spec: SweepSpec) -> None:
+    with pytest.raises(PolicyError, match="not on the path"):
+        place_of("action_head.fc1")
+    with pytest.raises(PolicyError, match="blocks 0 to 1"):
+        replace(spec, settings=SweepSettings(language_block=2)).open()
+
+
+def test_macs_count_the_tokens_that_pass(sweep: Sweep) -> None:
+    macs = macs_per_action(sweep.policy, prompt_tokens=10, action_tokens=3)
+    params = {unit.name: unit.params for unit in live_units(sweep.policy)}
+    tokens = {name: macs[name] / params[name] for name in macs}
+    assert tokens["vision_backbone.featurizer.patch_embed.proj"] == 4
+    assert tokens["vision_backbone.featurizer.blocks.0.attn.qkv"] == 4 + 3
+    assert tokens["vision_backbone.fused_featurizer.blocks.0.attn.qkv"] == 4
+    assert tokens["projector.fc1"] == 4
+    assert tokens["language_model.model.layers.0.mlp.up_proj"] == 4 + 10 + 2
+    assert tokens["language_model.lm_head"] == 3
