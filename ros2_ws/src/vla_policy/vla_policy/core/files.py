@@ -56,7 +56,9 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
         yield temporary
         os.replace(temporary, path)
     except OSError as error:
-        raise ArtefactError(f"{path}: cannot be written ({error.strerror}); check free space and permissions") from error
+        raise ArtefactError(
+            f"{path}: cannot be written ({error.strerror}); check free space and permissions"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -77,7 +79,9 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
     except OSError as error:
         if replaced.exists() and not path.exists():
             os.replace(replaced, path)
-        raise ArtefactError(f"{path}: cannot be written ({error.strerror}); check free space and permissions") from error
+        raise ArtefactError(
+            f"{path}: cannot be written ({error.strerror}); check free space and permissions"
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(replaced, ignore_errors=True)
@@ -98,7 +102,9 @@ def read_json(path: Path | str, kind: str | None = None, schema_version: int = 1
     except OSError as error:
         raise ArtefactError(f"{path}: cannot be read ({error.strerror}); check the path") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ArtefactError(f"{path}: not valid JSON ({error}); the file is truncated or damaged: make it again") from error
+        raise ArtefactError(
+            f"{path}: not valid JSON ({error}); the file is truncated or damaged: make it again"
+        ) from error
     if not isinstance(content, dict):
         raise ArtefactError(f"{path}: expected a JSON object, got {type(content).__name__}")
     if kind is not None:

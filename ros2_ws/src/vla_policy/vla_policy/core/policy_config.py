@@ -164,7 +164,9 @@ class PolicyConfig:
             names = set(TextSpec.__dataclass_fields__)
             given = {name: value for name, value in raw.get("text_config", {}).items() if name in names}
             text = TextSpec(**({"num_key_value_heads": given.get("num_attention_heads", 32)} | given))
-            norm_stats = {key: _norm_stats(value, f"{source}: norm_stats.{key}") for key, value in raw["norm_stats"].items()}
+            norm_stats = {
+                key: _norm_stats(value, f"{source}: norm_stats.{key}") for key, value in raw["norm_stats"].items()
+            }
             return PolicyConfig(
                 towers=towers,
                 text=text,
@@ -187,7 +189,9 @@ def _towers(raw: dict[str, Any], source: str) -> tuple[TowerSpec, TowerSpec]:
     else:
         unknown = [name for name in raw["timm_model_ids"] if name not in _PUBLISHED_TOWERS]
         if unknown:
-            raise PolicyError(f"{source}: vision tower {unknown[0]!r} is unknown; known: {', '.join(_PUBLISHED_TOWERS)}")
+            raise PolicyError(
+                f"{source}: vision tower {unknown[0]!r} is unknown; known: {', '.join(_PUBLISHED_TOWERS)}"
+            )
         towers = [_PUBLISHED_TOWERS[name] for name in raw["timm_model_ids"]]
     if [tower.kind for tower in towers] != ["dinov2", "siglip"]:
         raise PolicyError(f"{source}: expected the fused towers dinov2 and siglip, got {[t.kind for t in towers]}")

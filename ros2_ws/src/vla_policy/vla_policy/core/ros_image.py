@@ -53,8 +53,8 @@ class RawImage:
         return np.ascontiguousarray(pixels[:, :, list(order)])
 
     def checksum(self) -> int:
-        """CRC-32 of the bytes: equal for a frozen camera."""
-        return zlib.crc32(self.data)
+        """CRC-32 of every 61st byte: equal for a frozen camera, and cheap on the way from callback to action."""
+        return zlib.crc32(np.frombuffer(self.data, np.uint8)[::61].tobytes())
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,392 @@
+"""The policy server: everything that the ROS node does, without ROS.
+
+Messages go in with `receive`, chunks come out through `on_chunk`, and `tick` says once per control step what the robot
+should do. Times are nanoseconds of the node's clock, which may be simulated; `receive`, `tick` and the services may be
+called from different threads.
+"""
+
+import threading
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from vla_policy.core.chunks import Chunk, ChunkExecutor
+from vla_policy.core.contract import Contract
+from vla_policy.core.errors import DataError
+from vla_policy.core.events import Event, to_event
+from vla_policy.core.latency import Percentiles, RateCounter, RollingWindow
+from vla_policy.core.observation import Actor
+from vla_policy.core.ros_image import CompressedImage, RawImage
+from vla_policy.core.safety import Command, FreezeDetector, HoldReason, Limiter
+from vla_policy.core.synchroniser import Dropped, DropReason, Frame, Synchroniser
+from vla_policy.core.worker import Answer, InferenceWorker
+
+_JOIN_TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """Times in seconds; `freeze_timeout_s` 0 turns the frozen-camera check off. See the node's parameters."""
+
+    lossless: bool = False
+    queue_size: int = 256
+    source_timeout_s: float = 0.5
+    inference_deadline_s: float = 0.5
+    freeze_timeout_s: float = 1.0
+    chunk_grace_s: float = 0.1
+    blending: str = "latest"
+    ensemble_decay: float = 0.1
+
+
+@dataclass(frozen=True)
+class ServedChunk:
+    """One decision as it is published. `actions`: float64 [horizon, K], as the engine gave them.
+
+    `age_ms`: from the image's stamp to the decision. `usable`: False where it came too late to move the robot.
+    """
+
+    sequence: int
+    frame: Frame
+    actions: np.ndarray
+    tokens: np.ndarray
+    steps_per_action: int
+    latency_ms: float
+    age_ms: float
+    usable: bool
+
+
+@dataclass(frozen=True)
+class Step:
+    """One control step: a command, or none and the reasons for holding."""
+
+    command: Command | None
+    reasons: tuple[HoldReason, ...]
+
+
+@dataclass(frozen=True)
+class Status:
+    """A snapshot for diagnostics. Ages in milliseconds since each topic's last stamp, None before its first message.
+
+    `holding`: what forbids motion now. `starved`: motion is allowed, but the last control step found no usable chunk.
+    """
+
+    active: bool
+    enabled: bool
+    started: bool
+    latch: str | None
+    instruction: str
+    holding: tuple[HoldReason, ...]
+    starved: bool
+    chunks: int
+    commands: int
+    limited: int
+    late: int
+    drops: dict[str, int]
+    last_drop: str
+    ages_ms: dict[str, float | None]
+    rates_hz: dict[str, float]
+    latency_ms: Percentiles
+    age_ms: Percentiles
+    overhead_ms: Percentiles
+
+
+class PolicyServer:
+    """Serves one policy under one contract; see the module's text."""
+
+    def __init__(
+        self,
+        contract: Contract,
+        actor: Actor,
+        settings: ServerSettings,
+        clock: Callable[[], int],
+        on_chunk: Callable[[ServedChunk], None],
+        on_drop: Callable[[Dropped], None],
+    ) -> None:
+        self._contract, self._actor, self._settings, self._clock = contract, actor, settings, clock
+        self._on_chunk, self._on_drop = on_chunk, on_drop
+        self._lock = threading.RLock()
+        self._synchroniser = Synchroniser(contract)
+        self._limiter = Limiter(contract.action)
+        self._chunks = ChunkExecutor(
+            contract.action.control_period_ns,
+            round(settings.chunk_grace_s * 1e9),
+            self._limiter.discrete,
+            settings.blending,
+            settings.ensemble_decay,
+        )
+        self._freeze = FreezeDetector(round(settings.freeze_timeout_s * 1e9))
+        self._worker = InferenceWorker(
+            contract,
+            actor,
+            settings.lossless,
+            settings.queue_size,
+            self._answered,
+            self._drop,
+            lambda: self.stop("the engine failed; see the log, then clean up and configure again"),
+        )
+        self._enabled = self._started = self._active = False
+        self._latch: str | None = None
+        self._late_since_chunk = self._starved = False
+        self._last_stamp_ns: dict[str, int] = {}
+        self._joint_positions: dict[str, float] = {}
+        self._last_tick_ns: int | None = None
+        self._last_command_ns: int | None = None
+        self._sequence = self._commands = self._limited = self._late = 0
+        self._drops: Counter[str] = Counter()
+        self._last_drop = ""
+        self._rates = {topic: RateCounter() for topic in (*contract.input_types, "chunks", "commands")}
+        self._latency, self._age, self._overhead = RollingWindow(), RollingWindow(), RollingWindow()
+
+    # --- life ---------------------------------------------------------------------------------------------------
+
+    def activate(self) -> None:
+        """Begins to answer frames."""
+        with self._lock:
+            self._active = True
+        self._worker.start()
+
+    def deactivate(self) -> bool:
+        """Ends the worker. False when the engine did not come back in time."""
+        with self._lock:
+            self._active = False
+        for dropped in self._worker.discard():
+            self._drop(dropped)
+        return self._worker.stop(_JOIN_TIMEOUT_S)
+
+    def drain(self, timeout_s: float) -> bool:
+        """Decides what waits for its state and answers every queued frame: the end of a recording."""
+        with self._lock:
+            results = self._synchroniser.flush()
+        self._handle(results)
+        return self._worker.drain(timeout_s)
+
+    # --- input --------------------------------------------------------------------------------------------------
+
+    def receive(self, topic: str, message: Any) -> None:
+        """Takes a message of one of the contract's topics."""
+        now_ns = self._clock()
+        try:
+            event: Event | Dropped = to_event(self._contract, topic, message, now_ns)
+        except DataError as error:
+            event = Dropped(topic, now_ns, DropReason.INVALID_MESSAGE, str(error))
+        with self._lock:
+            self._note(event, now_ns)
+            results = self._synchroniser.offer(event)
+        self._handle(results)
+
+    def instruct(self, text: str) -> str:
+        """Sets the instruction as its topic would. Returns it as the policy uses it; raises DataError if refused."""
+        topic = self._contract.instruction.topic
+        self.receive(topic, _Text(text))
+        return str(to_event(self._contract, topic, _Text(text), self._clock()).payload)
+
+    def _note(self, event: Event | Dropped, now_ns: int) -> None:
+        self._rates[event.topic].add(now_ns)
+        if event.topic == self._contract.instruction.topic:
+            self._chunks.clear()
+        if isinstance(event, Dropped):
+            return
+        self._last_stamp_ns[event.topic] = event.stamp_ns
+        if isinstance(event.payload, RawImage | CompressedImage):
+            if event.topic == self._contract.primary.topic:
+                self._freeze.see(event.payload.checksum(), event.stamp_ns)
+        elif isinstance(event.payload, np.ndarray):
+            source = next(state for state in self._contract.states if state.topic == event.topic)
+            for value, number in zip(source.values, event.payload, strict=True):
+                if value.joint is not None and value.field == "position":
+                    self._joint_positions[value.joint] = float(number)
+
+    def _handle(self, results: list[Frame | Dropped]) -> None:
+        for result in results:
+            if isinstance(result, Dropped):
+                self._drop(result)
+            elif self._active:
+                for dropped in self._worker.submit(result):
+                    self._drop(dropped)
+
+    def _drop(self, dropped: Dropped) -> None:
+        with self._lock:
+            self._drops[dropped.reason.value] += 1
+            self._last_drop = f"{dropped.reason.value}: {dropped.detail}"
+            if dropped.reason is DropReason.CLOCK_JUMP:
+                self._chunks.clear()
+        self._on_drop(dropped)
+
+    # --- decisions ----------------------------------------------------------------------------------------------
+
+    def _answered(self, answer: Answer) -> None:
+        now_ns = self._clock()
+        age_ms = (now_ns - answer.frame.stamp_ns) / 1e6
+        actions = np.atleast_2d(answer.decision.action)
+        deadline_ms = self._settings.inference_deadline_s * 1e3
+        finite = bool(np.isfinite(actions).all())
+        if not finite:
+            self.stop("the engine gave an action that is not finite")
+        with self._lock:
+            late = max(answer.latency_ms, age_ms) > deadline_ms
+            current = self._active and answer.frame.instruction == self._synchroniser.instruction
+            usable = finite and current and not late
+            self._late += late
+            self._late_since_chunk = late
+            if usable:
+                steps = self._actor.config.steps_per_action
+                self._chunks.submit(Chunk.of(answer.frame.stamp_ns, now_ns, actions, steps))
+            chunk = ServedChunk(
+                sequence=self._sequence,
+                frame=answer.frame,
+                actions=actions,
+                tokens=answer.decision.tokens,
+                steps_per_action=self._actor.config.steps_per_action,
+                latency_ms=answer.latency_ms,
+                age_ms=age_ms,
+                usable=usable,
+            )
+            self._sequence += 1
+            self._rates["chunks"].add(now_ns)
+            self._latency.add(answer.latency_ms)
+            self._age.add(age_ms)
+            self._overhead.add((now_ns - answer.frame.received_ns) / 1e6 - answer.latency_ms)
+        self._on_chunk(chunk)
+
+    def tick(self) -> Step:
+        """What the robot should do now: called once per control step, and when a chunk has just arrived."""
+        now_ns = self._clock()
+        with self._lock:
+            reasons = self._reasons(now_ns)
+            self._last_tick_ns = now_ns
+            action = self._chunks.action(now_ns) if not reasons else None
+            self._starved = not reasons and action is None
+            if self._starved:
+                reasons.append(HoldReason.DEADLINE_MISSED if self._late_since_chunk else HoldReason.NO_CHUNK)
+            command = None if action is None else self._limiter.command(action, self._elapsed_s(now_ns))
+            if command is None:
+                self._limiter.rest(self._positions())
+                self._last_command_ns = None
+                return Step(None, tuple(reasons) or (HoldReason.STALE_STATE,))
+            self._last_command_ns = now_ns
+            self._commands += 1
+            self._limited += command.limited
+            self._rates["commands"].add(now_ns)
+            return Step(command, ())
+
+    def _elapsed_s(self, now_ns: int) -> float:
+        period_ns = self._contract.action.control_period_ns
+        elapsed_ns = period_ns if self._last_command_ns is None else now_ns - self._last_command_ns
+        return min(elapsed_ns, period_ns) / 1e9
+
+    def _positions(self) -> np.ndarray | None:
+        known = [self._joint_positions.get(target) for target in self._limiter.targets]
+        return None if None in known else np.asarray(known, np.float64)
+
+    def _reasons(self, now_ns: int) -> list[HoldReason]:
+        timeout_ns = self._settings.source_timeout_s * 1e9
+        reasons = []
+        if not self._active:
+            reasons.append(HoldReason.INACTIVE)
+        if not self._enabled:
+            reasons.append(HoldReason.DISABLED)
+        if self._latch is not None:
+            reasons.append(HoldReason.STOP_LATCHED)
+        elif not self._started:
+            reasons.append(HoldReason.NOT_STARTED)
+        if not self._synchroniser.instruction:
+            reasons.append(HoldReason.NO_INSTRUCTION)
+        if self._last_tick_ns is not None and now_ns < self._last_tick_ns:
+            self._chunks.clear()
+            reasons.append(HoldReason.CLOCK_JUMP)
+        cameras = {camera.topic for camera in self._contract.cameras}
+        for topic in (*cameras, *(state.topic for state in self._contract.states)):
+            age_ns = now_ns - self._last_stamp_ns.get(topic, -(1 << 62))
+            if age_ns > timeout_ns:
+                reasons.append(HoldReason.STALE_CAMERA if topic in cameras else HoldReason.STALE_STATE)
+            elif age_ns < -timeout_ns:
+                reasons.append(HoldReason.FUTURE_STAMP)
+        if self._freeze.frozen:
+            reasons.append(HoldReason.FROZEN_CAMERA)
+        return list(dict.fromkeys(reasons))
+
+    @property
+    def enabled(self) -> bool:
+        """False in the dry run."""
+        return self._enabled
+
+    # --- services -----------------------------------------------------------------------------------------------
+
+    def enable(self, enabled: bool) -> None:
+        """Allows motion and starts; or back to the dry run."""
+        with self._lock:
+            self._enabled = enabled
+            self._started = enabled and self._latch is None
+            self._chunks.clear()
+
+    def start(self) -> str | None:
+        """Resumes after a stop was reset. Returns why not, or None."""
+        with self._lock:
+            if self._latch is not None:
+                return f"a stop is latched ({self._latch}); reset it first"
+            if not self._enabled:
+                return "output is disabled (dry run); enable it first"
+            self._started = True
+            return None
+
+    def finish(self) -> None:
+        """Ends motion without a latch: a run is over."""
+        with self._lock:
+            self._started = False
+            self._chunks.clear()
+
+    def stop(self, reason: str) -> None:
+        """Latches a stop: the robot is held until `reset` and then `start`."""
+        with self._lock:
+            self._latch = self._latch or reason
+            self._started = False
+            self._chunks.clear()
+
+    def reset(self) -> None:
+        """Takes the latch back. Motion needs a new `start`."""
+        with self._lock:
+            self._latch = None
+            self._chunks.clear()
+
+    def expire(self) -> None:
+        """Decides frames whose state did not come in time; call a few times per second."""
+        with self._lock:
+            results = self._synchroniser.expire(self._clock())
+        self._handle(results)
+
+    def status(self) -> Status:
+        """A consistent snapshot."""
+        now_ns = self._clock()
+        with self._lock:
+            ages = {
+                topic: None if topic not in self._last_stamp_ns else (now_ns - self._last_stamp_ns[topic]) / 1e6
+                for topic in self._contract.input_types
+            }
+            return Status(
+                active=self._active,
+                enabled=self._enabled,
+                started=self._started,
+                latch=self._latch,
+                instruction=self._synchroniser.instruction,
+                holding=tuple(self._reasons(now_ns)),
+                starved=self._starved,
+                chunks=self._sequence,
+                commands=self._commands,
+                limited=self._limited,
+                late=self._late,
+                drops=dict(self._drops),
+                last_drop=self._last_drop,
+                ages_ms=ages,
+                rates_hz={name: counter.rate_hz(now_ns) for name, counter in self._rates.items()},
+                latency_ms=self._latency.percentiles(),
+                age_ms=self._age.percentiles(),
+                overhead_ms=self._overhead.percentiles(),
+            )
+
+
+@dataclass(frozen=True)
+class _Text:
+    data: str

@@ -1,0 +1,124 @@
+"""Inference in its own thread, so that a slow engine never blocks a callback."""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from vla_policy.core.contract import Contract
+from vla_policy.core.errors import DataError, VlaError
+from vla_policy.core.observation import Actor, Decision
+from vla_policy.core.observe import observe
+from vla_policy.core.synchroniser import Dropped, DropReason, Frame
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A frame and the decision for it. `latency_ms`: decoding, preprocessing and engine, by the steady clock."""
+
+    frame: Frame
+    decision: Decision
+    latency_ms: float
+
+
+class InferenceWorker:
+    """Answers frames in order.
+
+    `lossless`: every frame is answered, up to `capacity` waiting ones. Otherwise a newer frame replaces the one that
+    waits, which is reported as superseded. `on_answer` and `on_drop` are called from the worker's thread;
+    `on_failure` when the engine raised what is no VlaError, after which the worker is dead.
+    """
+
+    def __init__(
+        self,
+        contract: Contract,
+        actor: Actor,
+        lossless: bool,
+        capacity: int,
+        on_answer: Callable[[Answer], None],
+        on_drop: Callable[[Dropped], None],
+        on_failure: Callable[[], None],
+    ) -> None:
+        self._contract = contract
+        self._actor = actor
+        self._capacity = capacity if lossless else 1
+        self._lossless = lossless
+        self._on_answer, self._on_drop, self._on_failure = on_answer, on_drop, on_failure
+        self._waiting: deque[Frame] = deque()
+        self._changed = threading.Condition()
+        self._stopping = False
+        self._busy = False
+        self._thread = threading.Thread(target=self._run, name="inference", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def submit(self, frame: Frame) -> list[Dropped]:
+        """Queues a frame; returns those that this displaced."""
+        with self._changed:
+            if len(self._waiting) < self._capacity:
+                self._waiting.append(frame)
+                self._changed.notify_all()
+                return []
+            if self._lossless:
+                return [self._dropped(frame, DropReason.QUEUE_FULL, f"{self._capacity} frames wait already")]
+            displaced = self._waiting.popleft()
+            self._waiting.append(frame)
+            return [self._dropped(displaced, DropReason.SUPERSEDED, "a newer frame came before the engine was free")]
+
+    def discard(self) -> list[Dropped]:
+        """Empties the queue: a stop, or another task."""
+        with self._changed:
+            frames, self._waiting = list(self._waiting), deque()
+            return [self._dropped(frame, DropReason.STOPPED, "the policy was stopped") for frame in frames]
+
+    def drain(self, timeout_s: float) -> bool:
+        """Waits until every queued frame is answered. False when that takes longer."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._waiting and not self._busy, timeout_s)
+
+    def stop(self, timeout_s: float) -> bool:
+        """Ends the thread after the decision that runs. False when that decision outlasts `timeout_s`."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
+        if self._thread.is_alive() and self._thread is not threading.current_thread():
+            self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        try:
+            while (frame := self._next()) is not None:
+                self._answer(frame)
+        finally:
+            # Reached without a stop only when the engine raised: the traceback goes to stderr, the robot is held.
+            if not self._stopping:
+                self._on_failure()
+
+    def _next(self) -> Frame | None:
+        with self._changed:
+            self._busy = False
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._stopping or self._waiting)
+            if self._stopping:
+                return None
+            self._busy = True
+            return self._waiting.popleft()
+
+    def _answer(self, frame: Frame) -> None:
+        started = time.perf_counter()
+        try:
+            observation = observe(frame, self._contract)
+        except DataError as error:
+            self._on_drop(self._dropped(frame, DropReason.UNDECODABLE, str(error)))
+            return
+        try:
+            decision = self._actor.act(observation)
+        except VlaError as error:
+            self._on_drop(self._dropped(frame, DropReason.ENGINE_ERROR, str(error)))
+            return
+        self._on_answer(Answer(frame, decision, (time.perf_counter() - started) * 1e3))
+
+    def _dropped(self, frame: Frame, reason: DropReason, detail: str) -> Dropped:
+        return Dropped(self._contract.primary.topic, frame.stamp_ns, reason, detail)

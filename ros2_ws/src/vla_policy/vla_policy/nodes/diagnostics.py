@@ -1,0 +1,71 @@
+"""`/diagnostics` from a server's status."""
+
+import math
+
+from builtin_interfaces.msg import Time
+from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
+from std_msgs.msg import Header
+
+from vla_policy.core.latency import Percentiles
+from vla_policy.core.safety import HoldReason
+from vla_policy.core.server import Status
+
+# Holds that an operator asked for; every other one says that something is wrong.
+_MEANT = {HoldReason.INACTIVE, HoldReason.DISABLED, HoldReason.NOT_STARTED, HoldReason.NO_INSTRUCTION}
+
+
+def to_diagnostics(
+    name: str, stamp: Time, identity: dict[str, str], watchdog_holds: int, status: Status
+) -> DiagnosticArray:
+    """One status for the policy; the values name rates, ages, latencies, drops by reason and the engine."""
+    level, message = _summary(status)
+    values = dict(identity)
+    values |= {
+        "instruction": status.instruction,
+        "enabled": str(status.enabled),
+        "started": str(status.started),
+        "latch": status.latch or "",
+        "holding": ", ".join(reason.value for reason in status.holding),
+        "chunks": str(status.chunks),
+        "commands": str(status.commands),
+        "commands limited": str(status.limited),
+        "decisions late": str(status.late),
+        "watchdog holds": str(watchdog_holds),
+        "last drop": status.last_drop,
+    }
+    values |= {f"drops {reason}": str(count) for reason, count in sorted(status.drops.items())}
+    values |= {f"rate {topic} (Hz)": f"{rate:.2f}" for topic, rate in status.rates_hz.items()}
+    values |= {f"age {topic} (ms)": "never" if age is None else f"{age:.1f}" for topic, age in status.ages_ms.items()}
+    for label, window in (("latency", status.latency_ms), ("age", status.age_ms), ("overhead", status.overhead_ms)):
+        values |= _percentiles(label, window)
+    entry = DiagnosticStatus(
+        level=level,
+        name=f"{name}: policy",
+        message=message,
+        hardware_id=identity.get("engine", ""),
+        values=[KeyValue(key=key, value=value) for key, value in values.items()],
+    )
+    return DiagnosticArray(header=Header(stamp=stamp), status=[entry])
+
+
+def _summary(status: Status) -> tuple[bytes, str]:
+    if status.latch is not None:
+        return DiagnosticStatus.ERROR, f"stopped until reset: {status.latch}"
+    wrong = [reason.value for reason in status.holding if reason not in _MEANT]
+    if wrong:
+        return DiagnosticStatus.ERROR, f"input cannot be trusted: {', '.join(wrong)}"
+    if status.holding:
+        return DiagnosticStatus.OK, f"holding: {', '.join(reason.value for reason in status.holding)}"
+    if any(status.drops.values()) or status.late:
+        return DiagnosticStatus.WARN, f"serving; {sum(status.drops.values())} drops, {status.late} late"
+    return DiagnosticStatus.OK, "serving"
+
+
+def _percentiles(label: str, window: Percentiles) -> dict[str, str]:
+    if math.isnan(window.p50):
+        return {}
+    return {
+        f"{label} p50 (ms)": f"{window.p50:.2f}",
+        f"{label} p99 (ms)": f"{window.p99:.2f}",
+        f"{label} max (ms)": f"{window.maximum:.2f}",
+    }

@@ -1,0 +1,93 @@
+"""The policy node's parameters: declared once, with ranges and descriptions, and read into types."""
+
+from dataclasses import dataclass
+
+from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor
+from rclpy.node import Node
+
+from vla_policy.core.chunks import BLENDING
+from vla_policy.core.errors import ContractError
+from vla_policy.core.server import ServerSettings
+
+CHECKS = ("none", "graph", "message")
+
+
+@dataclass(frozen=True)
+class NodeParameters:
+    """Times in seconds. See `_DECLARED` for the meaning of each."""
+
+    engine_path: str
+    contract: str
+    instruction: str
+    autostart: bool
+    enabled: bool
+    check_sources: str
+    source_wait_s: float
+    output_watchdog_timeout_s: float
+    diagnostics_period_s: float
+    server: ServerSettings
+
+
+# name: (default, description, range)
+_DECLARED: dict[str, tuple[bool | int | float | str, str, tuple[float, float] | None]] = {
+    "engine_path": ("", "folder of the engine that serves", None),
+    "contract": ("", "YAML file that maps topics to the policy's inputs and actions to commands", None),
+    "instruction": ("", "task in words at activation; empty: wait for the topic or the service", None),
+    "autostart": (False, "configure and activate without a lifecycle manager", None),
+    "enabled": (False, "allow motion from activation on; false is the dry run", None),
+    "lossless": (False, "answer every frame in order instead of the newest (replay)", None),
+    "queue_size": (256, "frames that may wait in lossless mode", (1, 100_000)),
+    "source_timeout": (0.5, "seconds after which camera or state is stale and the robot is held", (0.01, 60.0)),
+    "inference_deadline": (0.5, "seconds from image stamp to decision; a later decision never moves", (0.001, 60.0)),
+    "freeze_timeout": (1.0, "seconds of an unchanging image that mean a frozen camera; 0: off", (0.0, 600.0)),
+    "chunk_grace": (0.1, "seconds for which a chunk's last action is held beyond its end", (0.0, 10.0)),
+    "blending": ("latest", f"how chunks follow each other: {', '.join(BLENDING)}", None),
+    "ensemble_decay": (0.1, "m in temporal ensembling's weights exp(-m i)", (0.0, 10.0)),
+    "check_sources": ("message", f"what configure demands of the input topics: {', '.join(CHECKS)}", None),
+    "source_wait": (10.0, "seconds that configure waits for the input topics", (0.0, 600.0)),
+    "output_watchdog_timeout": (0.25, "seconds without a control step after which the hold is sent", (0.01, 60.0)),
+    "diagnostic_updater.period": (1.0, "seconds between diagnostics", (0.05, 60.0)),
+}
+
+
+def declare(node: Node) -> None:
+    """Declares every parameter; a value outside its range is refused by ROS itself."""
+    for name, (default, description, limits) in _DECLARED.items():
+        descriptor = ParameterDescriptor(description=description)
+        if limits is not None and isinstance(default, float):
+            descriptor.floating_point_range = [FloatingPointRange(from_value=limits[0], to_value=limits[1])]
+        elif limits is not None:
+            descriptor.integer_range = [IntegerRange(from_value=int(limits[0]), to_value=int(limits[1]))]
+        node.declare_parameter(name, default, descriptor)
+
+
+def read(node: Node) -> NodeParameters:
+    """The current values. Raises ContractError for a choice that does not exist or a path that is missing."""
+    value = {name: node.get_parameter(name).value for name in _DECLARED}
+    for name, allowed in (("blending", BLENDING), ("check_sources", CHECKS)):
+        if value[name] not in allowed:
+            raise ContractError(f"parameter {name}: expected one of {', '.join(allowed)}, got {value[name]!r}")
+    for name in ("engine_path", "contract"):
+        if not value[name]:
+            raise ContractError(f"parameter {name} is not set; start the node with -p {name}:=PATH")
+    return NodeParameters(
+        engine_path=value["engine_path"],
+        contract=value["contract"],
+        instruction=value["instruction"],
+        autostart=value["autostart"],
+        enabled=value["enabled"],
+        check_sources=value["check_sources"],
+        source_wait_s=value["source_wait"],
+        output_watchdog_timeout_s=value["output_watchdog_timeout"],
+        diagnostics_period_s=value["diagnostic_updater.period"],
+        server=ServerSettings(
+            lossless=value["lossless"],
+            queue_size=value["queue_size"],
+            source_timeout_s=value["source_timeout"],
+            inference_deadline_s=value["inference_deadline"],
+            freeze_timeout_s=value["freeze_timeout"],
+            chunk_grace_s=value["chunk_grace"],
+            blending=value["blending"],
+            ensemble_decay=value["ensemble_decay"],
+        ),
+    )

@@ -1,0 +1,309 @@
+"""The lifecycle node that serves a policy: configure loads and checks, activate answers, enable moves.
+
+    ros2 run vla_policy policy_node --ros-args -p engine_path:=engine -p contract:=contract.yaml -p autostart:=true
+
+It only wires `core.server.PolicyServer` to ROS. Relative topic names come from the contract; `action_chunk` carries
+the decisions, the contract's command topics the motion. Nothing moves unless the node is active, enabled and started.
+"""
+
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from diagnostic_msgs.msg import DiagnosticArray
+from rclpy.clock import Clock, ClockType
+from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
+from rclpy.node import Node
+from rclpy.qos import QoSProfile
+from rclpy.subscription import Subscription
+from rclpy.timer import Timer
+from std_srvs.srv import SetBool, Trigger
+from vla_policy_interfaces.srv import SetInstruction
+
+from vla_policy.core.contract import Contract, load_contract
+from vla_policy.core.errors import ArtefactError, DataError, VlaError
+from vla_policy.core.files import sha256_file
+from vla_policy.core.observation import Actor, Observation
+from vla_policy.core.observe import check_contract
+from vla_policy.core.server import PolicyServer, ServedChunk
+from vla_policy.core.synchroniser import Dropped
+from vla_policy.nodes import diagnostics, inputs, parameters
+from vla_policy.nodes.outputs import Outputs
+from vla_policy.nodes.process import run_node
+from vla_policy.nodes.run_policy import RunPolicyServer
+from vla_policy.nodes.watchdog import OutputWatchdog
+
+_WARM_UP_DECISIONS = 3
+_EXPIRE_PERIOD_S = 0.05
+_DROP_LOG_PERIOD_S = 2.0
+LoadEngine = Callable[[Path], Actor]
+
+
+def _load_engine(folder: Path) -> Actor:
+    # Imported at configure, not at start: the runtime takes seconds to load and a refused parameter should not wait.
+    from vla_policy.core.runner import load_engine
+
+    return load_engine(folder)
+
+
+class PolicyNode(LifecycleNode):
+    """See the module's text. `load_engine` makes the actor of the folder `engine_path`."""
+
+    def __init__(self, load_engine: LoadEngine = _load_engine) -> None:
+        super().__init__("policy_node")
+        self._load_engine = load_engine
+        parameters.declare(self)
+        self._settings: parameters.NodeParameters | None = None
+        self._contract: Contract | None = None
+        self._actor: Actor | None = None
+        self._identity: dict[str, str] = {}
+        self._outputs: Outputs | None = None
+        self._server: PolicyServer | None = None
+        self._watchdog: OutputWatchdog | None = None
+        self._output_lock = threading.Lock()
+        self._inputs: list[Subscription] = []
+        self._periodic: list[Timer] = []
+        self._runs = RunPolicyServer(self, lambda: self._server)
+        self._diagnostics = self.create_publisher(DiagnosticArray, "/diagnostics", QoSProfile(depth=10))
+        self.create_service(SetBool, "~/enable", self._on_enable)
+        self.create_service(Trigger, "~/start", self._on_start)
+        self.create_service(Trigger, "~/stop", self._on_stop)
+        self.create_service(Trigger, "~/reset", self._on_reset)
+        self.create_service(SetInstruction, "~/set_instruction", self._on_set_instruction)
+        if self.get_parameter("autostart").value:
+            self._autostart_timer = self.create_timer(
+                0.0, self._autostart, clock=Clock(clock_type=ClockType.STEADY_TIME)
+            )
+
+    # --- lifecycle ----------------------------------------------------------------------------------------------
+
+    def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Loads and checks everything; on a mistake stays unconfigured and logs the reason."""
+        try:
+            settings = parameters.read(self)
+            contract = load_contract(settings.contract)
+            actor = self._load_engine(Path(settings.engine_path))
+            check_contract(contract, actor.config)
+            warm_up_ms = self._warm_up(actor, contract, settings.server.inference_deadline_s)
+            inputs.check_sources(
+                self, contract, settings.check_sources, settings.source_wait_s, settings.server.lossless
+            )
+            engine_id = sha256_file(Path(settings.engine_path) / "manifest.json")
+        except VlaError as error:
+            self.get_logger().error(f"configure refused: {error}")
+            return TransitionCallbackReturn.FAILURE
+        self._settings, self._contract, self._actor = settings, contract, actor
+        self._identity = {
+            "engine": engine_id,
+            "engine path": settings.engine_path,
+            "contract": contract.sha256,
+            "mode": "lossless" if settings.server.lossless else "newest frame",
+            "warm-up (ms)": f"{warm_up_ms:.2f}",
+        }
+        depth = settings.server.queue_size if settings.server.lossless else 10
+        self._outputs = Outputs(self, contract, engine_id, depth)
+        self.get_logger().info(f"configured: engine {engine_id[:12]}, warm-up decision {warm_up_ms:.1f} ms")
+        return super().on_configure(state)
+
+    def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Subscribes and begins to answer; motion waits for enable (or the parameter `enabled`)."""
+        settings, contract, actor = self._settings, self._contract, self._actor
+        assert settings is not None and contract is not None and actor is not None
+        result = super().on_activate(state)
+        clock = self.get_clock()
+        server = PolicyServer(
+            contract, actor, settings.server, lambda: clock.now().nanoseconds, self._on_chunk, self._on_drop
+        )
+        self._server = server
+        if settings.instruction:
+            try:
+                server.instruct(settings.instruction)
+            except DataError as error:
+                self.get_logger().error(f"parameter instruction refused: {error}")
+        server.enable(settings.enabled)
+        server.activate()
+        self._watchdog = OutputWatchdog(settings.output_watchdog_timeout_s, self._watchdog_hold)
+        steady = Clock(clock_type=ClockType.STEADY_TIME)
+        self._periodic = [
+            self.create_timer(contract.action.control_period_ns / 1e9, self._control),
+            self.create_timer(_EXPIRE_PERIOD_S, server.expire, clock=steady),
+            self.create_timer(settings.diagnostics_period_s, self._diagnose, clock=steady),
+        ]
+        self._inputs = inputs.subscribe(
+            self, contract, settings.server.lossless, settings.server.queue_size, server.receive
+        )
+        self.get_logger().info(f"active, {'enabled' if settings.enabled else 'disabled: dry run'}")
+        return result
+
+    def on_deactivate(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Sends the declared hold while the publishers are still active, then ends inference."""
+        self._end_serving()
+        return super().on_deactivate(state)
+
+    def on_cleanup(self, state: LifecycleState) -> TransitionCallbackReturn:
+        result = super().on_cleanup(state)
+        if self._outputs is not None:
+            self._outputs.destroy()
+        self._outputs = self._actor = self._contract = self._settings = None
+        return result
+
+    def on_shutdown(self, state: LifecycleState) -> TransitionCallbackReturn:
+        self._end_serving()
+        return super().on_shutdown(state)
+
+    def close(self) -> None:
+        """Orderly end from any state, called when no executor spins any more."""
+        if self._server is not None:
+            self.trigger_deactivate()
+        self._runs.close()
+        self.trigger_shutdown()
+
+    def _autostart(self) -> None:
+        self.destroy_timer(self._autostart_timer)
+        if self.trigger_configure() == TransitionCallbackReturn.SUCCESS:
+            self.trigger_activate()
+
+    def _end_serving(self) -> None:
+        server, self._server = self._server, None
+        if server is None:
+            return
+        for subscription in self._inputs:
+            self.destroy_subscription(subscription)
+        for timer in self._periodic:
+            self.destroy_timer(timer)
+        self._inputs, self._periodic = [], []
+        enabled = server.status().enabled
+        with self._output_lock:
+            if enabled and self._outputs is not None:
+                self._outputs.hold()
+        if self._watchdog is not None:
+            self._watchdog.close()
+        if not server.deactivate():
+            self.get_logger().error("the engine did not return from its decision; its thread is abandoned")
+
+    @staticmethod
+    def _warm_up(actor: Actor, contract: Contract, deadline_s: float) -> float:
+        """Median milliseconds of a decision. Raises ArtefactError when it misses the deadline or is not finite."""
+        size = actor.config.image_size
+        names = contract.state_names
+        state = np.zeros(len(names), np.float32) if names else None
+        observation = Observation(np.zeros((size, size, 3), np.uint8), "warm up", state)
+        times_ms = []
+        for _ in range(_WARM_UP_DECISIONS):
+            begun = time.perf_counter()
+            decision = actor.act(observation)
+            times_ms.append((time.perf_counter() - begun) * 1e3)
+            if not np.isfinite(decision.action).all():
+                raise ArtefactError(f"engine: the warm-up decision is not finite: {decision.action.tolist()}")
+        median_ms = float(np.median(times_ms))
+        if median_ms > deadline_s * 1e3:
+            raise ArtefactError(
+                f"engine: a warm-up decision took {median_ms:.1f} ms, above inference_deadline "
+                f"{deadline_s * 1e3:.1f} ms; choose a smaller plan or raise the deadline"
+            )
+        return median_ms
+
+    # --- serving ------------------------------------------------------------------------------------------------
+
+    def _on_chunk(self, chunk: ServedChunk) -> None:
+        outputs = self._outputs
+        if outputs is None or self._server is None:
+            return
+        outputs.chunk(chunk)
+        if chunk.usable:
+            self._control()
+
+    def _on_drop(self, dropped: Dropped) -> None:
+        self.get_logger().warning(
+            f"dropped {dropped.topic} at {dropped.stamp_ns} ns: {dropped.reason.value}: {dropped.detail}",
+            throttle_duration_sec=_DROP_LOG_PERIOD_S,
+        )
+
+    def _control(self) -> None:
+        server, outputs, watchdog = self._server, self._outputs, self._watchdog
+        if server is None or outputs is None or watchdog is None:
+            return
+        with self._output_lock:
+            step = server.tick()
+            if step.command is not None:
+                outputs.command(step.command)
+            elif server.enabled:
+                outputs.hold()
+        watchdog.feed()
+
+    def _watchdog_hold(self) -> None:
+        server, outputs = self._server, self._outputs
+        if server is not None and outputs is not None and server.enabled:
+            outputs.hold()
+            self.get_logger().error("control loop stands still: holding", throttle_duration_sec=_DROP_LOG_PERIOD_S)
+
+    def _diagnose(self) -> None:
+        if self._server is not None and self._watchdog is not None:
+            stamp = self.get_clock().now().to_msg()
+            name = self.get_fully_qualified_name()
+            message = diagnostics.to_diagnostics(
+                name, stamp, self._identity, self._watchdog.holds, self._server.status()
+            )
+            self._diagnostics.publish(message)
+
+    # --- services -----------------------------------------------------------------------------------------------
+
+    def _on_enable(self, request: SetBool.Request, response: SetBool.Response) -> SetBool.Response:
+        def act(server: PolicyServer) -> str | None:
+            with self._output_lock:
+                server.enable(request.data)
+                if not request.data and self._outputs is not None:
+                    self._outputs.hold()
+            return None
+
+        return self._answer(response, act, "enabled" if request.data else "disabled: dry run")
+
+    def _on_start(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
+        return self._answer(response, lambda server: server.start(), "started")
+
+    def _on_stop(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
+        def act(server: PolicyServer) -> None:
+            server.stop("stop service")
+            self._control()
+
+        return self._answer(response, act, "stopped until reset")
+
+    def _on_reset(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
+        return self._answer(response, lambda server: server.reset(), "latch reset; start to move again")
+
+    def _on_set_instruction(
+        self, request: SetInstruction.Request, response: SetInstruction.Response
+    ) -> SetInstruction.Response:
+        def act(server: PolicyServer) -> str | None:
+            try:
+                response.message = server.instruct(request.instruction)
+            except DataError as error:
+                return str(error)
+            return None
+
+        return self._answer(response, act, None)
+
+    def _answer(self, response: Any, act: Callable[[PolicyServer], str | None], done: str | None) -> Any:
+        refused = "the node is not active" if self._server is None else act(self._server)
+        response.success = refused is None
+        if refused is not None or done is not None:
+            response.message = refused or done
+        return response
+
+
+def main(args: Sequence[str] | None = None, load_engine: LoadEngine = _load_engine) -> int:
+    """Runs the node until SIGINT or SIGTERM."""
+
+    def close(node: Node) -> None:
+        assert isinstance(node, PolicyNode)
+        node.close()
+
+    return run_node(lambda: PolicyNode(load_engine), close, args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,180 @@
+"""The action server `~/run_policy`.
+
+It lives in a node and an executor of its own: its callback waits as long as the run lasts, and the policy node's
+single-threaded executor, which carries the cameras, must not wait.
+"""
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable
+
+import rclpy
+from rclpy.action import ActionServer, CancelResponse, GoalResponse
+from rclpy.action.server import ServerGoalHandle
+from rclpy.executors import ExternalShutdownException, MultiThreadedExecutor
+from rclpy.lifecycle import LifecycleNode
+from vla_policy_interfaces.action import RunPolicy
+
+from vla_policy.core.errors import DataError
+from vla_policy.core.safety import HoldReason
+from vla_policy.core.server import PolicyServer, Status
+from vla_policy.nodes.outputs import to_duration
+
+_FEEDBACK_PERIOD_S = 0.1
+# How long the robot may be held for one cause before the run is given up.
+_PATIENCE_S = 2.0
+_STALE = {HoldReason.STALE_CAMERA, HoldReason.STALE_STATE, HoldReason.FROZEN_CAMERA, HoldReason.FUTURE_STAMP}
+Ending = tuple[int, str]
+
+
+class RunPolicyServer:
+    """Serves runs while it exists. `server` gives the policy server, None unless the node is active."""
+
+    def __init__(self, owner: LifecycleNode, server: Callable[[], PolicyServer | None]) -> None:
+        self._server = server
+        self._owner = owner
+        self._running = threading.Lock()
+        self._closing = threading.Event()
+        self._node = rclpy.create_node(
+            f"{owner.get_name()}_run_policy",
+            namespace=owner.get_namespace(),
+            context=owner.context,
+            use_global_arguments=False,
+            start_parameter_services=False,
+        )
+        self._action = ActionServer(
+            self._node,
+            RunPolicy,
+            f"{owner.get_fully_qualified_name()}/run_policy",
+            execute_callback=self._execute,
+            goal_callback=lambda goal: GoalResponse.ACCEPT,  # a refusal has a numbered result, which needs a goal
+            cancel_callback=lambda goal: CancelResponse.ACCEPT,
+        )
+        # One thread waits for the run's end, the others serve cancellation and refuse further goals.
+        self._executor = MultiThreadedExecutor(3, context=owner.context)
+        self._executor.add_node(self._node)
+        self._thread = threading.Thread(target=self._spin, name="run_policy", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Ends a run as not active, then the action server."""
+        self._closing.set()
+        with self._running:
+            pass
+        self._executor.shutdown(timeout_sec=2.0)
+        self._thread.join(2.0)
+        self._action.destroy()
+        self._node.destroy_node()
+
+    def _spin(self) -> None:
+        with contextlib.suppress(ExternalShutdownException):
+            self._executor.spin()
+
+    def _execute(self, goal: ServerGoalHandle) -> RunPolicy.Result:
+        if not self._running.acquire(blocking=False):
+            return self._result(goal, (RunPolicy.Result.ALREADY_RUNNING, "another run is going on"), 0, 0, 0)
+        try:
+            return self._run(goal)
+        finally:
+            self._running.release()
+
+    def _run(self, goal: ServerGoalHandle) -> RunPolicy.Result:
+        server = self._server()
+        limit_ns = goal.request.time_limit.sec * 10**9 + goal.request.time_limit.nanosec
+        refusal = self._refusal(server, goal.request.prompt, limit_ns)
+        if refusal is not None or server is None:
+            return self._result(goal, refusal or (RunPolicy.Result.UNKNOWN, "no server"), 0, 0, 0)
+        clock = self._owner.get_clock()
+        begun_ns, first = clock.now().nanoseconds, server.status()
+        patience = _Patience()
+        ending: Ending | None = None
+        while ending is None:
+            status = server.status()
+            elapsed_ns = max(0, clock.now().nanoseconds - begun_ns)
+            self._feedback(goal, status, first, elapsed_ns, limit_ns)
+            ending = self._ending(goal, status, patience, elapsed_ns >= limit_ns)
+            if ending is None:
+                self._closing.wait(_FEEDBACK_PERIOD_S)
+        server.finish()
+        last = server.status()
+        elapsed_ns = max(0, clock.now().nanoseconds - begun_ns)
+        return self._result(goal, ending, last.chunks - first.chunks, last.commands - first.commands, elapsed_ns)
+
+    def _refusal(self, server: PolicyServer | None, prompt: str, limit_ns: int) -> Ending | None:
+        codes = RunPolicy.Result
+        if server is None:
+            return codes.NOT_ACTIVE, "the node is not active"
+        if limit_ns <= 0:
+            return codes.INVALID_GOAL, "time_limit must be above zero"
+        if not prompt.strip():
+            return codes.INVALID_GOAL, "prompt is empty"
+        status = server.status()
+        if status.latch is not None:
+            return codes.STOP_LATCHED, f"a stop is latched: {status.latch}"
+        if not status.enabled:
+            return codes.DISABLED, "output is disabled (dry run); enable it first"
+        try:
+            server.instruct(prompt)
+        except DataError as error:
+            return codes.INVALID_GOAL, str(error)
+        refused = server.start()
+        return None if refused is None else (codes.STOP_LATCHED, refused)
+
+    def _ending(self, goal: ServerGoalHandle, status: Status, patience: "_Patience", over: bool) -> Ending | None:
+        codes = RunPolicy.Result
+        if goal.is_cancel_requested:
+            return codes.CANCELLED, "cancelled by the client"
+        if self._closing.is_set() or not status.active:
+            return codes.NOT_ACTIVE, "the node was deactivated"
+        if status.latch is not None:
+            failed = "engine" in status.latch
+            return (codes.ENGINE_FAILED if failed else codes.STOP_LATCHED), status.latch
+        if not status.enabled:
+            return codes.DISABLED, "output was disabled"
+        if over:
+            return codes.TIME_LIMIT_REACHED, "time limit reached"
+        if patience.exhausted("stale", bool(_STALE & set(status.holding))):
+            return codes.STALE_INPUT, f"input stale for {_PATIENCE_S:g} s: {', '.join(r.value for r in status.holding)}"
+        if patience.exhausted("late", status.starved):
+            return codes.DEADLINE_MISSED, f"no decision within its deadline for {_PATIENCE_S:g} s"
+        return None
+
+    def _feedback(self, goal: ServerGoalHandle, status: Status, first: Status, elapsed_ns: int, limit_ns: int) -> None:
+        feedback = RunPolicy.Feedback(
+            elapsed=to_duration(elapsed_ns),
+            remaining=to_duration(max(0, limit_ns - elapsed_ns)),
+            chunks=status.chunks - first.chunks,
+            commands=status.commands - first.commands,
+            observation_age_ms=status.age_ms.p50 if status.age_ms.count else 0.0,
+            latency_ms=status.latency_ms.p50 if status.latency_ms.count else 0.0,
+            holding=bool(status.holding) or status.starved,
+        )
+        goal.publish_feedback(feedback)
+
+    def _result(
+        self, goal: ServerGoalHandle, ending: Ending, chunks: int, commands: int, elapsed_ns: int
+    ) -> RunPolicy.Result:
+        code, message = ending
+        if code == RunPolicy.Result.TIME_LIMIT_REACHED:
+            goal.succeed()
+        elif code == RunPolicy.Result.CANCELLED:
+            goal.canceled()
+        else:
+            goal.abort()
+        return RunPolicy.Result(
+            code=code, message=message, chunks=chunks, commands=commands, elapsed=to_duration(elapsed_ns)
+        )
+
+
+class _Patience:
+    """Since when each cause has held without a break, by the steady clock."""
+
+    def __init__(self) -> None:
+        self._since: dict[str, float] = {}
+
+    def exhausted(self, cause: str, holds: bool) -> bool:
+        if not holds:
+            self._since.pop(cause, None)
+            return False
+        return time.monotonic() - self._since.setdefault(cause, time.monotonic()) > _PATIENCE_S

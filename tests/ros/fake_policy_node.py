@@ -1,0 +1,63 @@
+"""The policy node's process with a FakeEngine in place of a built one; everything else is the product.
+
+The folder `engine_path` holds `fake.json` (latency_s, action: "echo" or a list, fail_after) beside a manifest.json. The
+latency is read again before every decision, so that a test can change it while the node runs.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from vla_policy.core.errors import ArtefactError
+from vla_policy.core.observation import Decision, Observation
+from vla_policy.core.policy_config import ActionStats, NormStats, PolicyConfig, ProprioStats, TextSpec, TowerSpec
+from vla_policy.nodes.policy_node import main
+
+STATES = ("x", "y", "z", "gripper_width", "gripper_velocity")
+
+
+def fake_config() -> PolicyConfig:
+    tower = TowerSpec("dinov2", 112, 16, 192, 5, 3, 768, 4)
+    action = ActionStats((-1.0,) * 7, (1.0,) * 7, (True,) * 7)
+    proprio = ProprioStats(STATES, (-1.0,) * 5, (1.0,) * 5)
+    stats = {"fake": NormStats(action, proprio)}
+    return PolicyConfig((tower, tower), TextSpec(), 64, 256, stats, True, 4, {})
+
+
+class FakeEngine:
+    """Acts as `fake.json` says; "echo" gives the state, the image's mean and the instruction's length."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._decisions = 0
+        self.config = fake_config()
+
+    def act(self, observation: Observation) -> Decision:
+        settings = json.loads((self._folder / "fake.json").read_text())
+        time.sleep(settings.get("latency_s", 0.0))
+        self._decisions += 1
+        if 0 < settings.get("fail_after", 0) < self._decisions:
+            raise RuntimeError("the fake engine fails as told")
+        action = settings.get("action", "echo")
+        values = echo(observation) if action == "echo" else np.asarray(action, np.float64)
+        return Decision(np.arange(7, dtype=np.int64), values)
+
+
+def echo(observation: Observation) -> np.ndarray:
+    """float64 [7], different for every observation."""
+    assert observation.state is not None
+    features = [observation.image.mean() / 255, len(observation.instruction) / 1000]
+    return np.asarray([*observation.state.astype(np.float64), *features])
+
+
+def load_fake(folder: Path) -> FakeEngine:
+    if not (folder / "manifest.json").is_file():
+        raise ArtefactError(f"{folder}: no manifest.json; it is not an engine folder")
+    return FakeEngine(folder)
+
+
+if __name__ == "__main__":
+    sys.exit(main(load_engine=load_fake))
