@@ -1,0 +1,66 @@
+"""Who decides in a rollout: a torch policy, plain or with uniformly rounded weights, or a built engine."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from vla_policy.core.errors import ArtefactError
+from vla_policy.core.files import sha256_folder
+from vla_policy.core.formats import Format
+from vla_policy.core.observation import Actor
+from vla_policy.core.policy_config import PolicyConfig
+
+_POLICY_FILES = ("config.json", "tokenizer.json", "*.safetensors")
+
+
+@dataclass(frozen=True)
+class ActorSpec:
+    """A recipe for an actor that can be sent to a worker process.
+
+    weights: format of every layer's weights by round-to-nearest; None leaves them alone. Policies only, as is dtype.
+    """
+
+    kind: Literal["policy", "engine"]
+    folder: Path
+    unnorm_key: str | None = None
+    weights: Format | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+    def settings(self) -> dict[str, Any]:
+        """What identifies the actor in a result; the folder's content, not its place, decides."""
+        if not self.folder.is_dir():
+            raise ArtefactError(f"{self.folder}: no such folder; --{self.kind} expects a {self.kind} folder")
+        patterns = _POLICY_FILES if self.kind == "policy" else ("*",)
+        return {
+            "kind": self.kind,
+            "name": self.folder.resolve().name,
+            "sha256": sha256_folder(self.folder, patterns),
+            "unnorm_key": self.unnorm_key,
+            "weights": str(self.weights) if self.weights else None,
+            "dtype": self.dtype if self.kind == "policy" else None,
+        }
+
+    def config(self) -> PolicyConfig:
+        """The policy's configuration, read without loading the weights."""
+        if self.kind == "policy":
+            return PolicyConfig.load(self.folder)
+        from vla_policy.core.manifest import Manifest
+
+        return Manifest.load(self.folder).config
+
+    def load(self) -> Actor:
+        """Builds the actor with one thread, so that workers do not fight over the cores."""
+        if self.kind == "engine":
+            from vla_policy.core.runner import load_engine
+
+            return load_engine(self.folder, self.unnorm_key, threads=1)
+        import torch
+
+        from calibrator.policy import TorchActor, live_units
+        from calibrator.quantization import quantize_policy
+
+        torch.set_num_threads(1)
+        actor = TorchActor.load(self.folder, self.unnorm_key, getattr(torch, self.dtype))
+        if self.weights is not None:
+            quantize_policy(actor.policy, {unit.name: self.weights for unit in live_units(actor.policy)})
+        return actor

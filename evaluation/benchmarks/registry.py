@@ -1,0 +1,34 @@
+"""Benchmarks by name, set up as a policy expects them."""
+
+from dataclasses import replace
+from importlib.util import find_spec
+
+from evaluation.benchmarks.base import BenchmarkEnv
+from evaluation.benchmarks.libero import DEMO_PROTOCOL, OPENVLA_PROTOCOL, SUITES, SWAPPED_SUITES, LiberoEnv
+from evaluation.benchmarks.metaworld import MetaWorldEnv
+from vla_policy.core.errors import DataError
+from vla_policy.core.policy_config import PolicyConfig
+
+BENCHMARKS = (*SUITES, *SWAPPED_SUITES, MetaWorldEnv.name)
+
+
+def make_env(benchmark: str, config: PolicyConfig) -> BenchmarkEnv:
+    """The benchmark for the policy with `config`; nothing is simulated before the first reset.
+
+    On LIBERO a policy that takes no state is one of the published kind and gets the official protocol; one that takes
+    the state gets the demo's. Raises DataError for an unknown name or an extra that is not installed.
+    """
+    if benchmark not in BENCHMARKS:
+        raise DataError(f"benchmark {benchmark!r} is unknown; choose from: {', '.join(BENCHMARKS)}")
+    try:
+        if benchmark == MetaWorldEnv.name:
+            if find_spec("metaworld") is None:
+                raise ModuleNotFoundError(name="metaworld")
+            return MetaWorldEnv(config.steps_per_action)
+        protocol = DEMO_PROTOCOL if config.state_in_prompt else OPENVLA_PROTOCOL
+        return LiberoEnv(benchmark, replace(protocol, steps_per_action=config.steps_per_action))
+    except ModuleNotFoundError as error:
+        extra = benchmark.partition("_")[0]
+        raise DataError(
+            f"benchmark {benchmark}: Python module {error.name!r} is missing; pip install 'vla-deploy[{extra}]'"
+        ) from error

@@ -1,0 +1,214 @@
+"""Closed-loop episodes: a policy acts in a simulator until it succeeds or its steps are used up."""
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Generator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from tqdm import tqdm
+
+from evaluation.benchmarks.base import BenchmarkEnv
+from evaluation.benchmarks.registry import make_env
+from evaluation.results import Episode, Journal, RolloutResult, Settings
+from evaluation.video import write_video
+from vla_policy.core.errors import DataError, VlaError
+from vla_policy.core.observation import Actor, Observation
+from vla_policy.core.policy_config import PolicyConfig
+
+Control = Literal["none", "blind", "wrong_instruction"]
+
+
+class ActorRecipe(Protocol):
+    """Something picklable that becomes an actor in a worker process."""
+
+    def settings(self) -> dict[str, Any]:
+        """What identifies the actor in a result, as JSON values."""
+        ...
+
+    def config(self) -> PolicyConfig:
+        """The policy's configuration, read without loading the weights."""
+        ...
+
+    def load(self) -> Actor:
+        """Builds the actor."""
+        ...
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One run. control: `blind` shows a grey image, `wrong_instruction` names another task of the benchmark."""
+
+    benchmark: str
+    actor: ActorRecipe
+    seed: int = 7
+    control: Control = "none"
+    videos: Path | None = None
+
+    def settings(self) -> Settings:
+        """Everything that decides an episode's outcome; a journal with other values is refused."""
+        return {
+            "benchmark": self.benchmark,
+            "actor": self.actor.settings(),
+            "seed": self.seed,
+            "control": self.control,
+        }
+
+
+@dataclass(frozen=True)
+class Job:
+    """One episode to run."""
+
+    task: str
+    trial: int
+
+
+def spoken_instruction(env: BenchmarkEnv, task: str, control: Control) -> str:
+    """The task's words or, for the control, those of the task half the benchmark away that has other words."""
+    right = env.instruction(task)
+    if control != "wrong_instruction":
+        return right
+    tasks = env.tasks
+    start = tasks.index(task) + len(tasks) // 2
+    for offset in range(len(tasks)):
+        words = env.instruction(tasks[(start + offset) % len(tasks)])
+        if words != right:
+            return words
+    raise DataError("wrong instruction: every task of the benchmark has the same words")
+
+
+def run_episode(env: BenchmarkEnv, actor: Actor, rollout: Rollout, job: Job) -> tuple[Episode, list[np.ndarray]]:
+    """Plays one episode; also returns the frames that the policy saw, one per decision."""
+    seen = env.reset(job.task, job.trial, rollout.seed)
+    initial_state = env.initial_state()
+    instruction = spoken_instruction(env, job.task, rollout.control)
+    frames: list[np.ndarray] = []
+    spent_ns = 0
+    while True:
+        image = np.full_like(seen.image, 128) if rollout.control == "blind" else seen.image
+        frames.append(image)
+        started_ns = time.perf_counter_ns()
+        decision = actor.act(Observation(image, instruction, seen.state))
+        spent_ns += time.perf_counter_ns() - started_ns
+        result = env.step(decision.action)
+        if result.done:
+            break
+        seen = result.observation
+    latency_ms = round(spent_ns / 1e6 / len(frames), 3)
+    return Episode(job.task, job.trial, result.success, len(frames), latency_ms, initial_state), frames
+
+
+class Worker:
+    """A process's actor and env, built for the first job and kept for the rest."""
+
+    def __init__(self, rollout: Rollout) -> None:
+        self._rollout = rollout
+        self._actor = rollout.actor.load()
+        self._env = make_env(rollout.benchmark, self._actor.config)
+
+    def run(self, job: Job) -> Episode:
+        """One episode; a failure leaves its film in the rollout's video folder, if there is one."""
+        episode, frames = run_episode(self._env, self._actor, self._rollout, job)
+        if self._rollout.videos is not None and not episode.success:
+            write_video(self._rollout.videos / f"{job.task}_{job.trial:03d}.mp4", frames)
+        return episode
+
+    def close(self) -> None:
+        self._env.close()
+
+
+def run(rollout: Rollout, tasks: tuple[str, ...], trials: int, out: Path, workers: int = 1) -> RolloutResult:
+    """Runs what the journal beside `out` does not hold yet, then writes the result to `out`.
+
+    The journal makes the run resumable; more tasks or trials may be added later, any other change is refused.
+    Raises DataError for unknown tasks, ArtefactError for a journal with other settings.
+    """
+    config = rollout.actor.config()
+    tasks = tasks or make_env(rollout.benchmark, config).tasks
+    _check(rollout, config, tasks, trials)
+    journal = Journal(out.with_suffix(".episodes.jsonl"), rollout.settings())
+    jobs = [Job(task, trial) for task in tasks for trial in range(trials)]
+    open_jobs = [job for job in jobs if (job.task, job.trial) not in journal.episodes]
+    done = [journal.episodes[job.task, job.trial] for job in jobs if (job.task, job.trial) in journal.episodes]
+    successes = sum(episode.success for episode in done)
+    with (
+        tqdm(total=len(jobs), initial=len(done), unit="episode", smoothing=0.1, desc=out.stem) as bar,
+        closing(_episodes(rollout, open_jobs, workers)) as episodes,
+    ):
+        for episode in episodes:
+            journal.append(episode)
+            successes += episode.success
+            bar.set_postfix_str(f"{successes} succeeded", refresh=False)
+            bar.update()
+    result = RolloutResult(rollout.settings(), tasks, tuple(journal.episodes[job.task, job.trial] for job in jobs))
+    result.write(out)
+    return result
+
+
+def _check(rollout: Rollout, config: PolicyConfig, tasks: tuple[str, ...], trials: int) -> None:
+    if trials < 1:
+        raise DataError(f"--trials must be at least 1, got {trials}")
+    env = make_env(rollout.benchmark, config)
+    for task in tasks:
+        env.instruction(task)
+    if rollout.control == "wrong_instruction" and len(env.tasks) < 2:
+        raise DataError(f"benchmark {rollout.benchmark} has one task only, so no instruction is wrong")
+
+
+def _episodes(rollout: Rollout, jobs: list[Job], workers: int) -> Generator[Episode, None, None]:
+    if not jobs:
+        return
+    if workers <= 1:
+        with closing(Worker(rollout)) as worker:
+            yield from map(worker.run, jobs)
+    else:
+        yield from _parallel(rollout, jobs, min(workers, len(jobs)))
+
+
+_worker: Worker | None = None
+
+
+def _parallel(rollout: Rollout, jobs: list[Job], workers: int) -> Generator[Episode, None, None]:
+    # A renderer's context does not survive a fork; a fresh interpreter per worker is slower to start but safe.
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (rollout,))
+    try:
+        futures = [pool.submit(_run_job, job) for job in jobs]
+        for future in as_completed(futures):
+            yield future.result()
+    except BrokenProcessPool as error:
+        raise VlaError(
+            "a rollout worker ended unexpectedly (its message is above, or the machine ran out of memory); "
+            "the same command continues where it stopped, with fewer --workers if memory was short"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _start_worker(rollout: Rollout) -> None:
+    """Runs once in each worker: no Ctrl-C of its own, one thread, and an end when the parent is gone."""
+    global _worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _worker = Worker(rollout)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+
+def _run_job(job: Job) -> Episode:
+    if _worker is None:
+        raise RuntimeError("worker was not started")
+    return _worker.run(job)
