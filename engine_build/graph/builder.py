@@ -1,0 +1,155 @@
+"""A small writer of ONNX graphs whose weights stream to one external file, so that no model ever has to fit twice."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+OPSET = 25  # the first with 2-bit integers
+_IR_VERSION = 13
+_INLINE_BYTES = 1024
+_PAGE = 4096
+_LINE = 64
+_MICROSOFT = "com.microsoft"
+
+_NUMPY: dict[int, Any] = {TensorProto.FLOAT: np.float32, TensorProto.FLOAT16: np.float16}
+
+
+class GraphBuilder:
+    """Collects nodes and tensors of one graph. Use as a context manager: the data file is closed at the end.
+
+    float_type: ONNX type of the activations, TensorProto.FLOAT or FLOAT16.
+    opset: of the default domain.
+    """
+
+    def __init__(self, path: Path, float_type: int = TensorProto.FLOAT, opset: int = OPSET) -> None:
+        self.path = path
+        self.float_type = float_type
+        self.opset = opset
+        self._nodes: list[onnx.NodeProto] = []
+        self._tensors: list[onnx.TensorProto] = []
+        self._constants: dict[tuple[str, tuple[int, ...], bytes], str] = {}
+        self._domains: set[str] = set()
+        self._data_path = path.with_suffix(".data")
+        self._data = open(self._data_path, "wb")  # noqa: SIM115 (closed by __exit__)
+
+    def __enter__(self) -> "GraphBuilder":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._data.close()
+
+    @property
+    def float_dtype(self) -> Any:
+        """NumPy type of the activations."""
+        return _NUMPY[self.float_type]
+
+    def node(self, op: str, inputs: Sequence[str], name: str | None = None, domain: str = "", **attributes: Any) -> str:
+        """Adds a node with one output; returns the output's name."""
+        return self.nodes(op, inputs, 1, name, domain, **attributes)[0]
+
+    def nodes(
+        self, op: str, inputs: Sequence[str], count: int, name: str | None = None, domain: str = "", **attributes: Any
+    ) -> list[str]:
+        """Adds a node with `count` outputs; returns their names."""
+        name = name or f"{op}_{len(self._nodes)}"
+        outputs = [f"{name}:{index}" if index else name for index in range(count)]
+        self._nodes.append(helper.make_node(op, list(inputs), outputs, name=name, domain=domain, **attributes))
+        if domain:
+            self._domains.add(domain)
+        return outputs
+
+    def rename(self, value: str, name: str) -> str:
+        """`value` under the graph output's name."""
+        self._nodes.append(helper.make_node("Identity", [value], [name], name=f"{name}_out"))
+        return name
+
+    def constant(self, values: Any, dtype: Any) -> str:
+        """A small tensor inside the graph file; equal ones are stored once."""
+        array = np.asarray(values, dtype)
+        key = (array.dtype.str, array.shape, array.tobytes())
+        if key not in self._constants:
+            name = f"constant_{len(self._constants)}"
+            self._tensors.append(numpy_helper.from_array(array, name))
+            self._constants[key] = name
+        return self._constants[key]
+
+    def ints(self, *values: int) -> str:
+        """An int64 vector."""
+        return self.constant(values, np.int64)
+
+    def scalar(self, value: float) -> str:
+        """One number of the activations' type."""
+        return self.constant(value, self.float_dtype)
+
+    def tensor(self, name: str, array: np.ndarray) -> str:
+        """A tensor of a type that NumPy and ONNX share."""
+        return self.raw(name, helper.np_dtype_to_tensor_dtype(array.dtype), array.shape, array.tobytes())
+
+    def raw(self, name: str, data_type: int, shape: Sequence[int], content: bytes) -> str:
+        """A tensor of any ONNX type from its bytes; long ones go to the data file."""
+        tensor = TensorProto(name=name, data_type=data_type, dims=list(shape))
+        if len(content) < _INLINE_BYTES:
+            tensor.raw_data = content
+        else:
+            start = self._write(content)
+            tensor.data_location = TensorProto.EXTERNAL
+            for key, value in (("location", self._data_path.name), ("offset", start), ("length", len(content))):
+                tensor.external_data.add(key=key, value=str(value))
+        self._tensors.append(tensor)
+        return name
+
+    def _write(self, content: bytes) -> int:
+        """Appends bytes, aligned so that they can be mapped into memory; returns the offset."""
+        grain = _PAGE if len(content) >= _PAGE else _LINE
+        self._data.write(bytes(-self._data.tell() % grain))
+        start = self._data.tell()
+        self._data.write(content)
+        return start
+
+    def save(self, inputs: Sequence[onnx.ValueInfoProto], outputs: Sequence[onnx.ValueInfoProto]) -> None:
+        """Writes the graph file; the data file is complete from here on."""
+        graph = helper.make_graph(self._nodes, self.path.stem, list(inputs), list(outputs), self._tensors)
+        opsets = [helper.make_opsetid("", self.opset)] + [
+            helper.make_opsetid(name, 1) for name in sorted(self._domains)
+        ]
+        model = helper.make_model(graph, opset_imports=opsets, ir_version=_IR_VERSION, producer_name="engine_build")
+        self._data.flush()
+        self.path.write_bytes(model.SerializeToString(deterministic=True))
+
+    # Shorthands for the arithmetic that the architecture is made of.
+
+    def add(self, left: str, right: str) -> str:
+        return self.node("Add", [left, right])
+
+    def mul(self, left: str, right: str) -> str:
+        return self.node("Mul", [left, right])
+
+    def matmul(self, left: str, right: str) -> str:
+        return self.node("MatMul", [left, right])
+
+    def concat(self, values: Sequence[str], axis: int, name: str | None = None) -> str:
+        return self.node("Concat", values, name, axis=axis)
+
+    def reshape(self, value: str, *shape: int) -> str:
+        """0 keeps a dimension, -1 infers one."""
+        return self.node("Reshape", [value, self.ints(*shape)])
+
+    def transpose(self, value: str, *order: int) -> str:
+        return self.node("Transpose", [value], perm=list(order))
+
+    def slice(self, value: str, start: int, end: int, axis: int) -> str:
+        return self.node("Slice", [value, self.ints(start), self.ints(end), self.ints(axis)])
+
+    def cast(self, value: str, data_type: int, name: str | None = None) -> str:
+        return self.node("Cast", [value], name, to=data_type)
+
+    def microsoft(self, op: str, inputs: Sequence[str], name: str, **attributes: Any) -> str:
+        """A node of ONNX Runtime's own operators."""
+        return self.node(op, inputs, name, _MICROSOFT, **attributes)

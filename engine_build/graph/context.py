@@ -1,0 +1,42 @@
+"""What the two architectures share: a builder, a checkpoint, the plan, and how a layer of a format is written."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from engine_build.graph.builder import GraphBuilder
+from engine_build.weights import Layer, LayerWeights, Tensors, as_float32, layer_weights
+from vla_policy.core.formats import Format
+
+LinearWriter = Callable[[GraphBuilder, str, LayerWeights], str]
+"""Writes one linear layer behind a value of the graph; returns the result's name."""
+
+
+@dataclass(frozen=True)
+class GraphContext:
+    """Everything that writing a graph needs.
+
+    on_layer: called with each layer once it is written (progress).
+    """
+
+    builder: GraphBuilder
+    tensors: Tensors
+    layers: Mapping[str, Layer]
+    assignment: Mapping[str, Format]
+    write_linear: LinearWriter
+    on_layer: Callable[[Layer], None]
+
+    io_dtype = np.dtype(np.float32)
+
+    def linear(self, x: str, name: str) -> str:
+        """The layer called `name`, in its planned format, applied to `x` [1, tokens, in]."""
+        layer = self.layers[name]
+        result = self.write_linear(self.builder, x, layer_weights(self.tensors, layer, self.assignment[name]))
+        self.on_layer(layer)
+        return result
+
+    def parameter(self, name: str, dtype: type | None = None) -> str:
+        """A small tensor of the checkpoint (norm, position, bias), in the activations' type unless `dtype` is given."""
+        values = as_float32(self.tensors.tensor(name))
+        return self.builder.tensor(name, values.astype(dtype or self.builder.float_dtype))

@@ -1,0 +1,116 @@
+"""A linear layer in any format that ONNX Runtime's CPU provider really runs; see the `cpu` table in core.targets.
+
+Inside the file weights are packed and scales are float16. Which kernel runs is decided here, by form:
+
+- 4-bit codes [in, out] in blocks: the optimiser fuses DequantizeLinear and MatMul to MatMulNBits at the session's
+  accuracy level 1 (float32 activations).
+- 2 and 8 bits with 16-bit activations, and one scale per row: MatMulNBits has no fast float32 kernel for these (ten
+  times slower at one row), and fusing per-row scales would copy each of them for every 32 inputs. Codes of rank 3
+  [groups, group, out] are not fused; they are dequantized at run time.
+- 8-bit activations in groups: MatMulNBits itself, at accuracy level 4.
+- w8a8: dynamic per-token codes and MatMulInteger, unsigned on both sides because the signed kernels saturate on
+  processors without VNNI.
+"""
+
+import numpy as np
+import torch
+from onnx import TensorProto
+
+from engine_build.graph.builder import GraphBuilder
+from engine_build.packing import pack, pack_nbits, pad_groups
+from engine_build.weights import LayerWeights
+
+_CODE_TYPES = {2: TensorProto.INT2, 4: TensorProto.INT4, 8: TensorProto.INT8}
+_SMALLEST_PEAK = 1e-30
+_TOP = 127.0
+_UINT8_ZERO = 128
+
+
+def linear(builder: GraphBuilder, x: str, weights: LayerWeights) -> str:
+    """x [1, tokens, in] -> [1, tokens, out], weights and arithmetic in the layer's format, bias added."""
+    fmt, name = weights.format, weights.layer.name
+    if fmt.weight_bits == 16:
+        result = builder.node("MatMul", [x, _sixteen_bit(builder, weights)], name)
+    elif fmt.activation_bits == 16 and fmt.weight_bits == 4 and fmt.group_size:
+        result = builder.node("MatMul", [x, _blocked(builder, weights)], name)
+    elif fmt.activation_bits == 16:
+        result = builder.node("MatMul", [x, _unfused(builder, weights)], name)
+    elif fmt.group_size:
+        result = _nbits(builder, x, weights)
+    else:
+        result = _integer(builder, x, weights)
+    if weights.bias is not None:
+        result = builder.add(result, builder.tensor(f"{name}.bias", weights.bias))
+    return result
+
+
+def _sixteen_bit(builder: GraphBuilder, weights: LayerWeights) -> str:
+    assert weights.rows is not None
+    rows = weights.rows.to(torch.bfloat16).t().contiguous()
+    content = rows.view(torch.uint8).numpy().tobytes()
+    stored = builder.raw(f"{weights.layer.name}.weight", TensorProto.BFLOAT16, tuple(rows.shape), content)
+    return builder.cast(stored, builder.float_type, f"{weights.layer.name}.weight_float")
+
+
+def _scales(builder: GraphBuilder, weights: LayerWeights, values: np.ndarray) -> str:
+    stored = builder.tensor(f"{weights.layer.name}.scales", np.ascontiguousarray(values))
+    return builder.cast(stored, builder.float_type, f"{weights.layer.name}.scales_float")
+
+
+def _codes(builder: GraphBuilder, weights: LayerWeights, codes: np.ndarray) -> str:
+    bits = weights.format.weight_bits
+    content = pack(np.ascontiguousarray(codes), bits)
+    return builder.raw(f"{weights.layer.name}.codes", _CODE_TYPES[bits], codes.shape, content)
+
+
+def _blocked(builder: GraphBuilder, weights: LayerWeights) -> str:
+    codes, scales = _codes(builder, weights, weights.codes.T), _scales(builder, weights, weights.scales.T)
+    return builder.node(
+        "DequantizeLinear",
+        [codes, scales],
+        f"{weights.layer.name}.dequantized",
+        axis=0,
+        block_size=weights.format.group_size,
+    )
+
+
+def _unfused(builder: GraphBuilder, weights: LayerWeights) -> str:
+    layer, name = weights.layer, weights.layer.name
+    group = weights.format.group_size or layer.inputs
+    blocks = pad_groups(weights.codes, group).transpose(1, 2, 0)
+    codes = _codes(builder, weights, blocks)
+    scales = _scales(builder, weights, weights.scales.T[:, None, :])
+    values = builder.node("DequantizeLinear", [codes, scales], f"{name}.dequantized", axis=1, block_size=group)
+    rows = builder.reshape(values, -1, layer.outputs)
+    return rows if layer.inputs % group == 0 else builder.slice(rows, 0, layer.inputs, 0)
+
+
+def _nbits(builder: GraphBuilder, x: str, weights: LayerWeights) -> str:
+    layer, fmt = weights.layer, weights.format
+    assert fmt.group_size is not None
+    codes = builder.tensor(f"{layer.name}.codes", pack_nbits(weights.codes, fmt.weight_bits, fmt.group_size))
+    scales = _scales(builder, weights, weights.scales.reshape(-1))
+    return builder.microsoft(
+        "MatMulNBits",
+        [x, codes, scales],
+        layer.name,
+        K=layer.inputs,
+        N=layer.outputs,
+        bits=fmt.weight_bits,
+        block_size=fmt.group_size,
+        accuracy_level=4,
+    )
+
+
+def _integer(builder: GraphBuilder, x: str, weights: LayerWeights) -> str:
+    name = weights.layer.name
+    peak = builder.node("ReduceMax", [builder.node("Abs", [x]), builder.ints(-1)], keepdims=1)
+    scale = builder.mul(builder.node("Max", [peak, builder.scalar(_SMALLEST_PEAK)]), builder.scalar(1 / _TOP))
+    rounded = builder.node("Round", [builder.node("Div", [x, scale])])
+    unsigned = builder.cast(builder.add(rounded, builder.scalar(_UINT8_ZERO)), TensorProto.UINT8)
+    shifted = (weights.codes.T.astype(np.int16) + _UINT8_ZERO).astype(np.uint8)
+    codes = builder.tensor(f"{name}.codes", np.ascontiguousarray(shifted))
+    zero = builder.constant(_UINT8_ZERO, np.uint8)
+    sums = builder.node("MatMulInteger", [unsigned, codes, zero, zero], name)
+    scaled = builder.mul(builder.cast(sums, builder.float_type), _scales(builder, weights, weights.scales.reshape(-1)))
+    return builder.mul(scaled, scale)

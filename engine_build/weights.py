@@ -1,0 +1,135 @@
+"""A checkpoint's tensors, one at a time: a 15 GB policy is exported in the memory of its largest layer."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+
+from calibrator.policy.loading import empty_policy, weight_files
+from calibrator.policy.units import live_units
+from calibrator.quantization import QuantizedWeight, quantize_weight
+from vla_policy.core.errors import ArtefactError, PolicyError
+from vla_policy.core.formats import FULL_PRECISION, Format
+from vla_policy.core.policy_config import PolicyConfig
+from vla_policy.core.targets import LayerKind
+
+
+class Tensors(Protocol):
+    """Tensors by the published names."""
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The tensor, in the checkpoint's own type."""
+        ...
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A quantizable layer as a linear map."""
+
+    name: str
+    kind: LayerKind
+    group: str
+    outputs: int
+    inputs: int
+    bias: bool
+
+    @property
+    def weights(self) -> int:
+        return self.outputs * self.inputs
+
+
+def layers_of(config: PolicyConfig) -> dict[str, Layer]:
+    """Every live layer of the policy by name, in the order in which they run."""
+    layers = {}
+    for unit in live_units(empty_policy(config)):
+        kind: LayerKind = "linear"
+        if unit.stage == "head":
+            kind = "head"
+        elif isinstance(unit.module, torch.nn.Conv2d):
+            kind = "patch_embed"
+        outputs = unit.module.weight.shape[0]
+        layers[unit.name] = Layer(
+            unit.name, kind, unit.group, outputs, unit.params // outputs, unit.module.bias is not None
+        )
+    return layers
+
+
+class Checkpoint:
+    """The safetensors of a policy folder; open it with `open_checkpoint`."""
+
+    def __init__(self, files: Mapping[str, Any]) -> None:
+        self._files = files
+
+    def tensor(self, name: str) -> torch.Tensor:
+        tensor: torch.Tensor = self._files[name].get_tensor(name)
+        return tensor
+
+
+@contextmanager
+def open_checkpoint(folder: Path, config: PolicyConfig) -> Iterator[Checkpoint]:
+    """The folder's tensors, all live ones present and of the configured shapes.
+
+    Raises ArtefactError for a damaged file and PolicyError for a tensor that is missing or wrongly shaped.
+    """
+    expected = {name: tuple(tensor.shape) for name, tensor in empty_policy(config).state_dict().items()}
+    with ExitStack() as stack:
+        files: dict[str, Any] = {}
+        for path in weight_files(folder):
+            try:
+                stream = stack.enter_context(safe_open(path, framework="pt"))
+            except SafetensorError as error:
+                raise ArtefactError(f"{path}: damaged or truncated ({error}); copy it again") from error
+            for name in stream.keys():  # noqa: SIM118 (safe_open is no mapping)
+                shape = tuple(stream.get_slice(name).get_shape())
+                if name in expected and shape != expected[name]:
+                    raise PolicyError(
+                        f"{path}: tensor {name!r} has shape {list(shape)}, expected {list(expected[name])}"
+                    )
+                files[name] = stream
+        missing = sorted(set(expected) - set(files))
+        if missing:
+            raise PolicyError(f"{folder}: tensor {missing[0]!r} is missing; the checkpoint is incomplete")
+        yield Checkpoint(files)
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """One layer ready to be written: quantized, or as float32 rows [out, in]; bias float32 [out] or None."""
+
+    layer: Layer
+    format: Format
+    quantized: QuantizedWeight | None
+    rows: torch.Tensor | None
+    bias: np.ndarray | None
+
+    @property
+    def codes(self) -> np.ndarray:
+        """int8 [out, in]."""
+        assert self.quantized is not None
+        return self.quantized.codes.numpy()
+
+    @property
+    def scales(self) -> np.ndarray:
+        """float16 [out, groups]: the quantizer's scales are float16 numbers."""
+        assert self.quantized is not None
+        return self.quantized.scales.numpy().astype(np.float16)
+
+
+def layer_weights(tensors: Tensors, layer: Layer, fmt: Format) -> LayerWeights:
+    """Reads one layer and quantizes it as the calibrator does."""
+    weight = tensors.tensor(f"{layer.name}.weight")
+    bias = as_float32(tensors.tensor(f"{layer.name}.bias")) if layer.bias else None
+    if fmt.weight_bits == FULL_PRECISION.weight_bits:
+        return LayerWeights(layer, fmt, None, weight.flatten(1), bias)
+    return LayerWeights(layer, fmt, quantize_weight(weight, fmt), None, bias)
+
+
+def as_float32(tensor: torch.Tensor) -> np.ndarray:
+    """The tensor's values as a NumPy array."""
+    values: np.ndarray = tensor.float().numpy()
+    return values

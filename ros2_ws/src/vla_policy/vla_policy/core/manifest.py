@@ -1,0 +1,204 @@
+"""`manifest.json`: what an engine folder holds, from what it was made, and which formats its layers really have."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vla_policy.core.errors import ArtefactError
+from vla_policy.core.files import read_json, sha256_file, write_json
+from vla_policy.core.policy_config import PolicyConfig
+
+MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer.json"
+KIND = "engine"
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One input or output of a graph; named dimensions vary. `meaning` says what the values are and their units."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+    meaning: str
+
+
+@dataclass(frozen=True)
+class GraphSpec:
+    """One graph of the engine: the file that holds it, its inputs and outputs."""
+
+    file: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+@dataclass(frozen=True)
+class UnitRecord:
+    """One quantizable layer as planned and as read back from the built engine.
+
+    realised, arithmetic: weight format, and what multiplies it, as the backend reports after its optimisations.
+    code_bytes, scale_bytes: in the engine's files. resident_bytes: of both once loaded; None where not reported.
+    """
+
+    name: str
+    kind: str
+    outputs: int
+    inputs: int
+    planned: str
+    realised: str
+    arithmetic: str
+    code_bytes: int
+    scale_bytes: int
+    resident_bytes: int | None
+
+    @property
+    def weights(self) -> int:
+        return self.outputs * self.inputs
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """Content of one file of the engine folder."""
+
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """See the module. `policy_config` is the policy's `config.json`: architecture, tokens, statistics."""
+
+    target: str
+    backend: str
+    backend_version: str
+    builder_version: str
+    graphs: dict[str, GraphSpec]
+    units: tuple[UnitRecord, ...]
+    files: dict[str, FileRecord]
+    parents: dict[str, str]
+    policy_config: dict[str, Any]
+    other_bytes: int
+    legalized: tuple[str, ...] = ()
+    ran_on_target: bool = False
+    notes: tuple[str, ...] = ()
+    reference_check: dict[str, Any] | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def config(self) -> PolicyConfig:
+        """The policy's configuration as types."""
+        return PolicyConfig.from_dict(self.policy_config, MANIFEST)
+
+    def to_json(self) -> dict[str, Any]:
+        """The artefact, with what a reader needs spelled out: preprocessing, action layout, sums."""
+        config = self.config
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "kind": KIND,
+            **asdict(self),
+            "preprocessing": _preprocessing(config),
+            "actions": {key: _action_layout(config, key) for key in config.norm_stats},
+            "totals": self.totals(),
+        }
+
+    def totals(self) -> dict[str, Any]:
+        """Sums over the units, and what `average_bits` counts: codes only, as Mix-QVLA's C_size does."""
+        weights = sum(unit.weights for unit in self.units)
+        codes = sum(unit.code_bytes for unit in self.units)
+        return {
+            "units": len(self.units),
+            "weights": weights,
+            "code_bytes": codes,
+            "scale_bytes": sum(unit.scale_bytes for unit in self.units),
+            "other_bytes": self.other_bytes,
+            "engine_bytes": sum(record.bytes for record in self.files.values()),
+            "average_bits": round(8 * codes / weights, 4) if weights else 0.0,
+        }
+
+    def write(self, folder: Path | str) -> None:
+        write_json(Path(folder) / MANIFEST, self.to_json())
+
+    @staticmethod
+    def load(folder: Path | str) -> "Manifest":
+        """Reads `folder/manifest.json`. Raises ArtefactError if it is missing, damaged or of another version."""
+        path = Path(folder) / MANIFEST
+        if not path.is_file():
+            raise ArtefactError(f"{path}: no such file; expected an engine folder made by `engine_build build`")
+        content = read_json(path, KIND, SCHEMA_VERSION)
+        try:
+            return _parse(content)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ArtefactError(f"{path}: field {error} is missing or malformed; build the engine again") from error
+
+    def check_files(self, folder: Path | str) -> None:
+        """Raises ArtefactError for the first file that is missing, truncated or altered."""
+        for name, record in self.files.items():
+            path = Path(folder) / name
+            if not path.is_file():
+                raise ArtefactError(f"{path}: missing from the engine; copy or build it again")
+            size = path.stat().st_size
+            if size != record.bytes:
+                raise ArtefactError(f"{path}: {size} bytes, expected {record.bytes}; truncated: copy or build it again")
+            if sha256_file(path) != record.sha256:
+                raise ArtefactError(f"{path}: sha256 differs from the manifest's; altered: copy or build it again")
+
+
+def file_records(folder: Path) -> dict[str, FileRecord]:
+    """Records of every file in `folder` but the manifest, by name."""
+    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != MANIFEST)
+    return {path.name: FileRecord(sha256_file(path), path.stat().st_size) for path in files}
+
+
+def _parse(content: Mapping[str, Any]) -> Manifest:
+    return Manifest(
+        target=content["target"],
+        backend=content["backend"],
+        backend_version=content["backend_version"],
+        builder_version=content["builder_version"],
+        graphs={name: _graph(value) for name, value in content["graphs"].items()},
+        units=tuple(UnitRecord(**unit) for unit in content["units"]),
+        files={name: FileRecord(**record) for name, record in content["files"].items()},
+        parents=dict(content["parents"]),
+        policy_config=dict(content["policy_config"]),
+        other_bytes=int(content["other_bytes"]),
+        legalized=tuple(content["legalized"]),
+        ran_on_target=bool(content["ran_on_target"]),
+        notes=tuple(content["notes"]),
+        reference_check=content["reference_check"],
+        versions=dict(content["versions"]),
+    )
+
+
+def _graph(raw: Mapping[str, Any]) -> GraphSpec:
+    return GraphSpec(raw["file"], _tensors(raw["inputs"]), _tensors(raw["outputs"]))
+
+
+def _tensors(raw: list[dict[str, Any]]) -> tuple[TensorSpec, ...]:
+    return tuple(TensorSpec(**(tensor | {"shape": tuple(tensor["shape"])})) for tensor in raw)
+
+
+def _preprocessing(config: PolicyConfig) -> dict[str, Any]:
+    return {
+        "image": "uint8 RGB, any size, upright",
+        "resize": f"antialiased bicubic to {config.image_size} x {config.image_size} pixels, aspect ratio ignored",
+        "scale": "divided by 255, then (x - mean) / std per tower; channels of the towers one after the other",
+        "towers": [{"kind": tower.kind, "mean": tower.mean, "std": tower.std} for tower in config.towers],
+        "prompt": "In: What action should the robot take to {instruction, lower case}?\\nOut:",
+        "state_in_prompt": config.state_in_prompt,
+    }
+
+
+def _action_layout(config: PolicyConfig, key: str) -> dict[str, Any]:
+    stats = config.stats(key)
+    return {
+        "dimensions": len(stats.action.q01),
+        "bins": config.n_action_bins,
+        "first_token": config.token_vocab - config.n_action_bins,
+        "last_token": config.token_vocab - 1,
+        "steps_per_action": config.steps_per_action,
+        "un_normalise": "0.5 (x + 1)(q99 - q01) + q01 where mask, x elsewhere",
+        "action": asdict(stats.action),
+        "proprio": asdict(stats.proprio) if stats.proprio else None,
+    }

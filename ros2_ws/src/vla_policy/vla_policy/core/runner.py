@@ -1,0 +1,135 @@
+"""Runs a built engine: camera image, instruction and state in, action out. Needs the engine folder and nothing else."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from vla_policy.core.actions import ActionCodec
+from vla_policy.core.errors import ArtefactError
+from vla_policy.core.image import preprocess
+from vla_policy.core.manifest import Manifest
+from vla_policy.core.observation import Decision, Observation
+from vla_policy.core.policy_config import PolicyConfig
+from vla_policy.core.prompt import PromptTokenizer
+from vla_policy.core.targets import find_target
+
+
+class Backend(Protocol):
+    """What executes an engine's two graphs and keeps the key/value cache between decode steps."""
+
+    def encode(self, pixel_values: np.ndarray) -> Any:
+        """Patch embeddings of float32 [1, 6, S, S], in whatever form `prefill` takes them."""
+        ...
+
+    def prefill(self, input_ids: np.ndarray, patches: Any) -> np.ndarray:
+        """Forgets the cache, reads int64 [1, L] and the patches; float32 logits [vocab] of the last position."""
+        ...
+
+    def step(self, token: int) -> np.ndarray:
+        """Appends one token; float32 logits [vocab] of what follows it."""
+        ...
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Where the time of one decision went, in milliseconds; `decode_ms` has one entry per decode step."""
+
+    preprocess_ms: float
+    vision_ms: float
+    prefill_ms: float
+    decode_ms: tuple[float, ...]
+
+    @property
+    def total_ms(self) -> float:
+        return self.preprocess_ms + self.vision_ms + self.prefill_ms + sum(self.decode_ms)
+
+
+class _Clock:
+    """Milliseconds since the last reading."""
+
+    def __init__(self) -> None:
+        self._last = time.perf_counter()
+
+    def lap(self) -> float:
+        now = time.perf_counter()
+        lap, self._last = (now - self._last) * 1e3, now
+        return lap
+
+
+class Engine:
+    """An Actor that decides with a built engine. One decision at a time: it owns one key/value cache."""
+
+    def __init__(self, manifest: Manifest, backend: Backend, tokenizer: PromptTokenizer, codec: ActionCodec) -> None:
+        self.manifest = manifest
+        self.codec = codec
+        self.tokenizer = tokenizer
+        self._backend = backend
+        self._config = manifest.config
+
+    @property
+    def config(self) -> PolicyConfig:
+        return self._config
+
+    def act(self, observation: Observation) -> Decision:
+        """The greedy decision among the action tokens. Raises DataError for an unusable observation."""
+        return self.decide(observation)[0]
+
+    def decide(self, observation: Observation) -> tuple[Decision, Timings]:
+        """`act`, and where its time went."""
+        clock = _Clock()
+        pixel_values = preprocess(observation.image, self._config)[None]
+        input_ids = self.tokenizer.encode(observation.instruction, observation.state)[None]
+        preprocess_ms = clock.lap()
+        patches = self._backend.encode(pixel_values)
+        vision_ms = clock.lap()
+        tokens = [self._choose(self._backend.prefill(input_ids, patches))]
+        prefill_ms = clock.lap()
+        decode_ms = []
+        while len(tokens) < self.codec.dim:
+            tokens.append(self._choose(self._backend.step(tokens[-1])))
+            decode_ms.append(clock.lap())
+        chosen = np.asarray(tokens, np.int64)
+        timings = Timings(preprocess_ms, vision_ms, prefill_ms, tuple(decode_ms))
+        return Decision(chosen, self.codec.tokens_to_action(chosen)), timings
+
+    def action_logits(self, pixel_values: np.ndarray, input_ids: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        """Teacher-forced logits float32 [K, vocab] for one sample: [1, 6, S, S], [1, L] and action `tokens` [K]."""
+        logits = [self._backend.prefill(input_ids, self._backend.encode(pixel_values))]
+        logits += [self._backend.step(int(token)) for token in tokens[:-1]]
+        return np.stack(logits)
+
+    def _choose(self, logits: np.ndarray) -> int:
+        first = self.codec.first_token
+        return first + int(np.argmax(logits[first : self.codec.last_token + 1]))
+
+
+def load_engine(folder: Path | str, unnorm_key: str | None = None, threads: int | None = None) -> Engine:
+    """The engine in `folder`, every file checked against the manifest's hashes.
+
+    unnorm_key: which action statistics to use; may be left out if the policy has only one.
+    threads: CPU threads; None leaves the number to the backend.
+
+    Raises ArtefactError for a damaged engine, one built for another backend version or another GPU, and PolicyError for
+    an unknown `unnorm_key`.
+    """
+    folder = Path(folder)
+    manifest = Manifest.load(folder)
+    target = find_target(manifest.target)
+    if manifest.backend != target.backend:
+        raise ArtefactError(
+            f"{folder}: target {target.name} runs on {target.backend}, but the engine is for {manifest.backend}; "
+            "build it again"
+        )
+    manifest.check_files(folder)
+    config = manifest.config
+    tokenizer = PromptTokenizer(folder, config, unnorm_key)
+    return Engine(manifest, _backend(folder, manifest, threads), tokenizer, ActionCodec.of(config, unnorm_key))
+
+
+def _backend(folder: Path, manifest: Manifest, threads: int | None) -> Backend:
+    from vla_policy.core.backend_onnxruntime import OnnxRuntimeBackend
+
+    return OnnxRuntimeBackend(folder, manifest, threads)

@@ -1,0 +1,131 @@
+"""Which number formats each target can really run, per layer kind, and why: the one table that everything obeys.
+
+A row names a kernel that exists, not a wish. `allocate --target` offers these formats, `build` refuses all others, and
+the robot's runner takes the backend and the compute capability from here. Groups are counted in inputs; "row" means one
+scale per output channel.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from vla_policy.core.errors import ArtefactError
+from vla_policy.core.formats import FULL_PRECISION, Format
+
+Backend = Literal["onnxruntime", "tensorrt_rtx", "tensorrt"]
+LayerKind = Literal["linear", "patch_embed", "head"]
+_ALL_KINDS: tuple[LayerKind, ...] = ("linear", "patch_embed", "head")
+ROW: None = None
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One format that a target runs: by which kernel, for which group sizes and layer kinds."""
+
+    weight_bits: int
+    activation_bits: int
+    groups: tuple[int | None, ...]
+    kernel: str
+    kinds: tuple[LayerKind, ...] = _ALL_KINDS
+
+    def formats(self) -> tuple[Format, ...]:
+        return tuple(Format(self.weight_bits, self.activation_bits, group) for group in self.groups)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A machine that engines are built for.
+
+    compute_capability: of its GPU, (major, minor); None for a CPU.
+    fuses_groups: whether layers of one input (q/k/v, gate/up) become one kernel and must share a format.
+    refused: formats, without group, that people ask for and this target lacks, with the reason.
+    """
+
+    name: str
+    title: str
+    backend: Backend
+    compute_capability: tuple[int, int] | None
+    fuses_groups: bool
+    rules: tuple[Rule, ...]
+    refused: tuple[tuple[str, str], ...]
+
+    def legal(self, kind: LayerKind = "linear") -> tuple[Format, ...]:
+        """Every format that a layer of this kind may have, most precise first."""
+        formats = [fmt for rule in self.rules if kind in rule.kinds for fmt in rule.formats()]
+        return tuple(sorted(formats, key=_precision, reverse=True))
+
+    def why_not(self, fmt: Format, kind: LayerKind = "linear") -> str | None:
+        """Why `fmt` cannot be had for a layer of this kind, or None if it can."""
+        if fmt in self.legal(kind):
+            return None
+        bare = f"w{fmt.weight_bits}a{fmt.activation_bits}"
+        reason = dict(self.refused).get(bare)
+        if reason is not None:
+            return reason
+        groups = [
+            rule.groups
+            for rule in self.rules
+            if rule.formats()[0].activation_bits == fmt.activation_bits
+            and rule.weight_bits == fmt.weight_bits
+            and kind in rule.kinds
+        ]
+        if groups:
+            return f"{bare} has kernels for {', '.join(_group(group) for group in groups[0])} only"
+        return f"no kernel runs {bare} on a {kind} layer"
+
+    def nearest(self, fmt: Format, kind: LayerKind = "linear") -> Format:
+        """The legal format that loses nothing against `fmt` and costs the least more."""
+        at_least = [
+            legal
+            for legal in self.legal(kind)
+            if legal.weight_bits >= fmt.weight_bits and legal.activation_bits >= fmt.activation_bits
+        ]
+        return min(at_least, key=lambda legal: (legal.weight_bits, legal.activation_bits, _group_distance(legal, fmt)))
+
+
+def _precision(fmt: Format) -> tuple[int, int, float]:
+    return fmt.weight_bits, fmt.activation_bits, -(fmt.group_size or float("inf"))
+
+
+def _group(group: int | None) -> str:
+    return f"groups of {group}" if group else "one scale per row"
+
+
+def _group_distance(legal: Format, wanted: Format) -> tuple[bool, float]:
+    """Groups no coarser than wanted come first, the largest of them foremost."""
+    have, want = legal.group_size or float("inf"), wanted.group_size or float("inf")
+    return have > want, have if have > want else -have
+
+
+_SIXTEEN = Rule(16, 16, (ROW,), "bf16 in the file, float32 arithmetic")
+_NO_A4 = ("w4a4", "no kernel multiplies 4-bit activations here")
+
+_CPU = Target(
+    "cpu",
+    "x86-64 or Arm processor, ONNX Runtime",
+    "onnxruntime",
+    None,
+    False,
+    (
+        _SIXTEEN,
+        Rule(8, 16, (ROW, 32, 64, 128), "DequantizeLinear at run time, then float32 MatMul"),
+        Rule(4, 16, (16, 32, 64, 128, 256), "MatMulNBits at accuracy level 1: float32 activations"),
+        Rule(4, 16, (ROW,), "DequantizeLinear at run time, then float32 MatMul"),
+        Rule(2, 16, (ROW, 32, 64, 128), "DequantizeLinear at run time, then float32 MatMul"),
+        Rule(8, 8, (ROW,), "MatMulInteger: 8-bit codes per token and per row, int32 sums"),
+        Rule(4, 8, (32, 64, 128), "MatMulNBits at accuracy level 4: int8 activations per token and group"),
+        Rule(2, 8, (32, 64, 128), "MatMulNBits at accuracy level 4: int8 activations per token and group"),
+    ),
+    (_NO_A4, ("w2a4", _NO_A4[1]), ("w3a16", "ONNX has no 3-bit type"), ("w3a8", "ONNX has no 3-bit type")),
+)
+
+TARGETS: dict[str, Target] = {target.name: target for target in (_CPU,)}
+
+
+def find_target(name: str) -> Target:
+    """The target called `name`. Raises ArtefactError naming the choices."""
+    if name not in TARGETS:
+        raise ArtefactError(f"target {name!r} is unknown; choose one of: {', '.join(TARGETS)}")
+    return TARGETS[name]
+
+
+__all__ = ["FULL_PRECISION", "TARGETS", "Backend", "LayerKind", "Rule", "Target", "find_target"]

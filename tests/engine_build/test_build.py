@@ -1,0 +1,167 @@
+"""Policy and plan to engine: same numbers as the torch policy, same bytes every time, and refusals in one line."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from ragged import build_engine, observation, write_policy
+
+from calibrator.policy import TorchActor
+from calibrator.quantization import quantize_policy
+from engine_build import build as build_module
+from engine_build.build import Request, build
+from engine_build.graph.builder import GraphBuilder
+from engine_build.graph.linear_onnxruntime import linear
+from engine_build.plan import load_plan
+from engine_build.weights import LayerWeights, layers_of
+from vla_policy.core.errors import ArtefactError, VlaError
+from vla_policy.core.files import sha256_policy
+from vla_policy.core.formats import Format
+from vla_policy.core.image import preprocess
+from vla_policy.core.manifest import Manifest
+from vla_policy.core.runner import load_engine
+from vla_policy.core.targets import find_target
+
+CPU = find_target("cpu")
+
+
+def simulated(folder: Path) -> TorchActor:
+    """The torch policy with the plan's weights rounded in place."""
+    actor = TorchActor.load(folder / "policy")
+    layers = layers_of(actor.config)
+    quantize_policy(actor.policy, load_plan(folder / "plan.json", sha256_policy(folder / "policy"), layers).assignment)
+    return actor
+
+
+def logits(actor: TorchActor, seed: int, tokens: np.ndarray) -> np.ndarray:
+    seen = observation(seed)
+    pixels = torch.from_numpy(preprocess(seen.image, actor.config)[None])
+    ids = torch.from_numpy(actor.tokenizer.encode(seen.instruction, seen.state)[None])
+    return actor.policy.action_logits(pixels, ids, torch.from_numpy(tokens)[None])[0].numpy()
+
+
+@pytest.mark.parametrize(
+    ("formats", "tolerance"),
+    [
+        (["w16a16"], 1e-5),
+        (["w2a16_g32", "w4a16_g32", "w8a16_g32", "w16a16"], 1e-5),
+        (["w2a16", "w4a16_g64", "w8a16"], 1e-5),
+        # A code that falls on the other side of .5 moves an activation by 1/127 of its token's peak.
+        (["w8a8"], 0.25),
+    ],
+)
+def test_engine_equals_the_torch_policy(formats: list[str], tolerance: float, tmp_path: Path) -> None:
+    engine = load_engine(build_engine(tmp_path, formats), threads=1)
+    actor = simulated(tmp_path)
+    for seed in range(4):
+        seen = observation(seed)
+        decision = actor.act(seen)
+        pixels = preprocess(seen.image, engine.config)[None]
+        ids = engine.tokenizer.encode(seen.instruction, seen.state)[None]
+        got = engine.action_logits(pixels, ids, decision.tokens)
+        np.testing.assert_allclose(got, logits(actor, seed, decision.tokens), atol=tolerance)
+        if tolerance < 1e-3:
+            served = engine.act(seen)
+            np.testing.assert_array_equal(served.tokens, decision.tokens)
+            np.testing.assert_array_equal(served.action, decision.action)
+
+
+def test_same_inputs_give_the_same_bytes(workshop: Path, tmp_path: Path) -> None:
+    build(Request(workshop / "policy", CPU, tmp_path / "again", plan=workshop / "plan.json"))
+    assert Manifest.load(tmp_path / "again") == Manifest.load(workshop / "engine")
+    for path in (workshop / "engine").iterdir():
+        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes(), path.name
+
+
+def test_manifest_counts_every_byte(workshop: Path) -> None:
+    manifest = Manifest.load(workshop / "engine")
+    totals = manifest.totals()
+    on_disk = sum(path.stat().st_size for path in (workshop / "engine").iterdir() if path.name != "manifest.json")
+    assert totals["engine_bytes"] == on_disk
+    assert totals["code_bytes"] + totals["scale_bytes"] + totals["other_bytes"] == on_disk
+    two_bit = [unit for unit in manifest.units if unit.planned == "w2a16_g32" and unit.inputs % 32 == 0]
+    assert two_bit
+    for unit in two_bit:
+        assert unit.code_bytes == unit.weights // 4
+        assert unit.scale_bytes == 2 * unit.weights // 32
+
+
+def test_dead_layers_are_not_in_the_engine(workshop: Path) -> None:
+    names = {unit.name for unit in Manifest.load(workshop / "engine").units}
+    assert "vision_backbone.featurizer.blocks.1.attn.qkv" in names
+    assert not any("blocks.2." in name or "attn_pool" in name for name in names)
+
+
+def test_a_format_that_was_not_realised_stops_the_build(
+    workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forgets_to_pack(builder: GraphBuilder, x: str, weights: LayerWeights) -> str:
+        if weights.quantized is None:
+            return linear(builder, x, weights)
+        rows = weights.quantized.dequantize().flatten(1)
+        return linear(builder, x, replace(weights, format=Format(16, 16), quantized=None, rows=rows))
+
+    monkeypatch.setattr(build_module, "linear", forgets_to_pack)
+    with pytest.raises(ArtefactError, match="planned as w2a16_g32 but runs as w16a16"):
+        build(Request(workshop / "policy", CPU, tmp_path / "engine", plan=workshop / "plan.json"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def damaged_plan(workshop: Path, tmp_path: Path, change: str) -> Path:
+    """The workshop's plan with one thing wrong."""
+    content = json.loads((workshop / "plan.json").read_text())
+    assignment = content["assignment"]
+    first = next(iter(assignment))
+    if change == "policy":
+        content["parents"]["policy"] = "0" * 64
+    elif change == "unknown":
+        assignment["language_model.model.layers.99.mlp.up_proj"] = {"bits": 4, "format": "w4a16_g32"}
+    elif change == "missing":
+        del assignment[first]
+    elif change == "contradiction":
+        assignment[first] = {"bits": 8, "format": "w4a16_g32"}
+    elif change == "illegal":
+        assignment[first] = {"bits": 4, "format": "w4a4_g32"}
+    elif change == "shape":
+        assignment[first] = 4
+    path = tmp_path / "plan.json"
+    path.write_text("{" if change == "truncated" else json.dumps(content))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("policy", "made for the policy with sha256 000000000000"),
+        ("unknown", r"unknown units: language_model.model.layers.99.mlp.up_proj"),
+        ("missing", r"missing units: vision_backbone.featurizer.patch_embed.proj"),
+        ("contradiction", "bits 8 contradict format w4a16_g32"),
+        ("illegal", r"1 layers have formats that target cpu cannot run, .*w4a4_g32: no kernel multiplies 4-bit"),
+        ("shape", "expected .*got 4"),
+        ("truncated", "not valid JSON"),
+    ],
+)
+def test_unusable_plans_are_refused(change: str, message: str, workshop: Path, tmp_path: Path) -> None:
+    plan = damaged_plan(workshop, tmp_path, change)
+    with pytest.raises(VlaError, match=message):
+        build(Request(workshop / "policy", CPU, tmp_path / "engine", plan=plan))
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+
+
+def test_legalize_raises_formats_and_records_it(workshop: Path, tmp_path: Path) -> None:
+    plan = damaged_plan(workshop, tmp_path, "illegal")
+    manifest = build(Request(workshop / "policy", CPU, tmp_path / "engine", plan=plan, legalize=True))
+    assert len(manifest.legalized) == 1
+    assert "w4a4_g32 -> w4a8_g32 (no kernel multiplies 4-bit activations" in manifest.legalized[0]
+
+
+def test_a_truncated_checkpoint_is_refused(tmp_path: Path) -> None:
+    policy = write_policy(tmp_path / "policy")
+    weights = policy / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises(ArtefactError, match="damaged or truncated"):
+        build(Request(policy, CPU, tmp_path / "engine", uniform=Format(16, 16)))
+    assert not (tmp_path / "engine").exists()

@@ -1,0 +1,82 @@
+"""One layer in every CPU format against the calibrator's simulated quantization and against integers in NumPy."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper
+
+from calibrator.quantization import quantize_activation, quantize_weight
+from engine_build.graph.builder import GraphBuilder
+from engine_build.graph.linear_onnxruntime import linear
+from engine_build.readback import canonical, read_back
+from engine_build.weights import Layer, LayerWeights
+from vla_policy.core.backend_onnxruntime import open_session, session_options
+from vla_policy.core.formats import Format
+from vla_policy.core.targets import find_target
+
+INPUTS, OUTPUTS, TOKENS = 150, 40, 7
+LAYER = Layer("stack.layer", "linear", "stack.layer", OUTPUTS, INPUTS, bias=True)
+
+
+def random_layer(fmt: Format) -> tuple[LayerWeights, torch.Tensor, np.ndarray]:
+    generator = torch.Generator().manual_seed(5)
+    weight = (torch.randn(OUTPUTS, INPUTS, generator=generator) / INPUTS**0.5).to(torch.bfloat16)
+    bias = torch.randn(OUTPUTS, generator=generator).numpy()
+    if fmt.weight_bits == 16:
+        return LayerWeights(LAYER, fmt, None, weight, bias), weight.float(), bias
+    quantized = quantize_weight(weight, fmt)
+    return LayerWeights(LAYER, fmt, quantized, None, bias), quantized.dequantize(), bias
+
+
+def write_graph(path: Path, weights: LayerWeights) -> None:
+    with GraphBuilder(path) as builder:
+        builder.rename(linear(builder, "x", weights), "y")
+        x, y = (
+            helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, "tokens", size])
+            for name, size in (("x", INPUTS), ("y", OUTPUTS))
+        )
+        builder.save([x], [y])
+    onnx.checker.check_model(str(path))
+
+
+@pytest.mark.parametrize("fmt", find_target("cpu").legal(), ids=str)
+def test_layer_equals_simulated_quantization_and_is_read_back(fmt: Format, tmp_path: Path) -> None:
+    weights, values, bias = random_layer(fmt)
+    write_graph(tmp_path / "layer.onnx", weights)
+    x = torch.randn(1, TOKENS, INPUTS, generator=torch.Generator().manual_seed(6))
+    (y,) = open_session(tmp_path / "layer.onnx", session_options(1)).run(None, {"x": x.numpy()})
+    if fmt.activation_bits == 16:
+        expected = (x.double() @ values.double().T).numpy() + bias
+        np.testing.assert_allclose(y, expected, atol=2e-6)
+    elif fmt.group_size is None:
+        expected = (quantize_activation(x, 8).double() @ values.double().T).numpy() + bias
+        np.testing.assert_allclose(y, expected, atol=5e-6)
+    else:
+        expected = grouped_activations(x, fmt.group_size) @ values.double().numpy().T + bias
+        np.testing.assert_allclose(y, expected, atol=1e-5)
+    realised = read_back(tmp_path / "layer.onnx", {LAYER.name: LAYER})[LAYER.name]
+    assert realised.format == canonical(fmt, INPUTS)
+
+
+def grouped_activations(x: torch.Tensor, group: int) -> np.ndarray:
+    """What MatMulNBits multiplies at accuracy level 4: int8 codes with one scale per token and group."""
+    missing = -x.shape[-1] % group
+    padded = torch.nn.functional.pad(x, (0, missing))
+    rounded = quantize_activation(padded.unflatten(-1, (-1, group)), 8).flatten(-2)
+    return rounded[..., : x.shape[-1]].double().numpy()
+
+
+def test_sixteen_bit_activations_are_not_rounded_to_int8(tmp_path: Path) -> None:
+    """At ONNX Runtime's default accuracy level 4 this fails: the layer would be w4a8 behind the plan's back."""
+    weights, values, bias = random_layer(Format(4, 16, 32))
+    write_graph(tmp_path / "layer.onnx", weights)
+    x = np.random.default_rng(0).standard_normal((1, 1, INPUTS)).astype(np.float32)
+    (y,) = open_session(tmp_path / "layer.onnx", session_options(1)).run(None, {"x": x})
+    error = np.abs(y - (x.astype(np.float64) @ values.double().numpy().T + bias)).max()
+    int8_error = np.abs(
+        (grouped_activations(torch.from_numpy(x), 32) - x.astype(np.float64)) @ values.double().numpy().T
+    ).max()
+    assert error < int8_error / 1000

@@ -1,0 +1,122 @@
+"""A random policy of odd sizes in the published layout: ragged groups, shared key/value heads."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+from calibrator.policy import save_policy
+from calibrator.policy.loading import empty_policy
+from engine_build.build import Request, build
+from engine_build.weights import layers_of
+from vla_policy.core.files import sha256_policy
+from vla_policy.core.formats import Format
+from vla_policy.core.observation import Observation
+from vla_policy.core.policy_config import PolicyConfig
+from vla_policy.core.targets import find_target
+
+WORDS = (
+    "<unk>",
+    "<s>",
+    "▁",
+    "In:",
+    "What",
+    "action",
+    "should",
+    "the",
+    "robot",
+    "take",
+    "to",
+    "?",
+    "Out:",
+    "push",
+    "lift",
+)
+TOKEN_VOCAB = 256 + 44
+KEY = "ragged"
+
+
+def config_dict() -> dict[str, Any]:
+    tower = {"image_size": 16, "patch_size": 4, "depth": 3, "heads": 4, "registers": 0}
+    names = ["x", "y", "z"]
+    return {
+        "model_type": "openvla",
+        "vision_towers": [
+            tower | {"kind": "dinov2", "width": 32, "mlp_width": 80, "registers": 4},
+            tower | {"kind": "siglip", "width": 48, "mlp_width": 72},
+        ],
+        "text_config": {
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "vocab_size": TOKEN_VOCAB + 64,
+            "rms_norm_eps": 1e-6,
+        },
+        "pad_to_multiple_of": 64,
+        "n_action_bins": 256,
+        "state_in_prompt": True,
+        "norm_stats": {
+            KEY: {
+                "action": {"q01": [-1.0, -2.0, 0.0], "q99": [1.0, 2.0, 1.0], "mask": [True, True, False]},
+                "proprio": {"names": names, "q01": [-1.0] * 3, "q99": [1.0] * 3},
+            }
+        },
+    }
+
+
+def write_tokenizer(path: Path) -> None:
+    """Whole words, BOS in front, as Llama's tokenizer gives them for the prompt."""
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.save(str(path))
+
+
+def write_policy(folder: Path, seed: int = 0) -> Path:
+    """A random policy in `folder`."""
+    policy = empty_policy(PolicyConfig.from_dict(config_dict(), "ragged")).to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(seed)
+    for name, tensor in policy.state_dict().items():
+        fan_in = tensor[0].numel() if tensor.dim() > 1 else 1
+        values = torch.randn(tensor.shape, generator=generator) / fan_in**0.5
+        if tensor.dim() == 1 and not name.endswith("bias"):
+            values = 1 + 0.1 * values
+        tensor.copy_(values)
+    tokenizer = folder.with_suffix(".tokenizer.json")
+    tokenizer.parent.mkdir(parents=True, exist_ok=True)
+    write_tokenizer(tokenizer)
+    save_policy(policy, folder, tokenizer)
+    tokenizer.unlink()
+    return folder
+
+
+def mixed_assignment(names: list[str], formats: list[str]) -> dict[str, Format]:
+    """The formats in turn over the layers."""
+    return {name: Format.parse(formats[index % len(formats)]) for index, name in enumerate(names)}
+
+
+def write_plan(path: Path, policy_sha256: str, assignment: dict[str, Format]) -> Path:
+    entries = {name: {"bits": fmt.weight_bits, "format": str(fmt)} for name, fmt in assignment.items()}
+    plan = {"schema_version": 1, "kind": "plan", "parents": {"policy": policy_sha256}, "assignment": entries}
+    path.write_text(json.dumps(plan))
+    return path
+
+
+def observation(seed: int = 0) -> Observation:
+    rng = np.random.default_rng(seed)
+    image = rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)
+    return Observation(image, "push the robot", rng.uniform(-1, 1, 3).astype(np.float32))
+
+
+def build_engine(folder: Path, formats: list[str]) -> Path:
+    """Policy, plan (the formats in turn) and CPU engine in `folder`; returns the engine's folder."""
+    policy = write_policy(folder / "policy")
+    assignment = mixed_assignment(list(layers_of(PolicyConfig.load(policy))), formats)
+    plan = write_plan(folder / "plan.json", sha256_policy(policy), assignment)
+    build(Request(policy, find_target("cpu"), folder / "engine", plan=plan))
+    return folder / "engine"
