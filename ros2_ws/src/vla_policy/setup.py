@@ -26,6 +26,7 @@ setup(
     entry_points={
         "console_scripts": [
             "policy_node = vla_policy.nodes.policy_node:main",
+            "record_node = vla_policy.nodes.record_node:main",
             "replay_node = vla_policy.nodes.replay_node:main",
         ],
     },

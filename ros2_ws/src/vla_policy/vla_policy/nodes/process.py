@@ -14,13 +14,18 @@ from rclpy.signals import SignalHandlerOptions
 from vla_policy.core.errors import VlaError
 
 
-def run_node(make: Callable[[], Node], close: Callable[[Node], None], args: Sequence[str] | None = None) -> int:
-    """Spins the node that `make` creates until SIGINT or SIGTERM, then calls `close` while the context still lives.
+def run_node(
+    make: Callable[[], Node],
+    close: Callable[[Node], None],
+    args: Sequence[str] | None = None,
+    done: threading.Event | None = None,
+) -> int:
+    """Spins the node that `make` creates until SIGINT, SIGTERM or `done`, then calls `close` in the living context.
 
     rclpy's own handlers would shut the context down first, and the last command could not be published; a second
     SIGINT (terminal plus launch) would interrupt the clean-up. So the signals only set an event here.
     """
-    ending = threading.Event()
+    ending = done or threading.Event()
 
     def end(number: int, frame: FrameType | None) -> None:
         ending.set()

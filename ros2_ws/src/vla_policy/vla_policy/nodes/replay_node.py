@@ -1,0 +1,242 @@
+"""Publishes a bag's contract topics over DDS as they were recorded, and records the decisions that come back.
+
+    ros2 run vla_policy replay_node --ros-args -p bag:=bag -p contract:=contract.yaml -p served:=served -p rate:=1.0
+
+Bytes, quality of service and timing are the recording's; `rate` scales the timing, 0 sends as fast as the policy
+answers. `/clock` follows the recording unless `publish_clock` is false, so the policy node should `use_sim_time`.
+Starts when every topic has a subscriber. At most `max_in_flight` frames are unanswered at any time, so a policy in
+lossless mode answers every frame. The process ends when all is answered, or nothing came for `answer_timeout` seconds;
+`summary` names a JSON file for the counts, `served` a bag for the decisions.
+"""
+
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from builtin_interfaces.msg import Time
+from rclpy.node import Node
+from rclpy.publisher import Publisher
+from rclpy.qos import DurabilityPolicy, HistoryPolicy, QoSProfile, ReliabilityPolicy
+from rclpy.serialization import deserialize_message
+from rosbags.interfaces import Connection
+from rosgraph_msgs.msg import Clock as ClockMessage
+from vla_policy_interfaces.msg import ActionChunk
+
+from vla_policy.core.bag import contract_connections, open_bag, resolve
+from vla_policy.core.contract import load_contract
+from vla_policy.core.errors import ContractError, VlaError
+from vla_policy.core.files import write_json
+from vla_policy.core.recording import BagWriter, recorded_qos
+from vla_policy.core.served import ACTION_CHUNK
+from vla_policy.nodes.inputs import MESSAGES
+from vla_policy.nodes.outputs import CHUNK_TOPIC, to_time
+from vla_policy.nodes.process import run_node
+from vla_policy.nodes.recording import definition_of
+
+_CLOCK_PERIOD_S = 0.01
+_POLL_S = 0.02
+_QUEUE = 1000
+
+
+@dataclass(frozen=True)
+class ReplaySettings:
+    """Times in seconds; see the module's text."""
+
+    bag: str
+    contract: str
+    namespace: str
+    rate: float
+    publish_clock: bool
+    wait_for_subscribers_s: float
+    max_in_flight: int
+    answer_timeout_s: float
+    served: str
+    summary: str
+
+
+_DEFAULTS: dict[str, bool | int | float | str] = {
+    "bag": "",
+    "contract": "",
+    "bag_namespace": "",
+    "rate": 1.0,
+    "publish_clock": True,
+    "wait_for_subscribers": 30.0,
+    "max_in_flight": 8,
+    "answer_timeout": 10.0,
+    "served": "",
+    "summary": "",
+}
+
+
+def read_settings(node: Node) -> ReplaySettings:
+    """Declares and reads the parameters. Raises ContractError for a value that cannot be."""
+    value: dict[str, Any] = {name: node.declare_parameter(name, default).value for name, default in _DEFAULTS.items()}
+    if not value["bag"] or not value["contract"]:
+        raise ContractError("replay: set the parameters bag and contract")
+    if value["rate"] < 0 or value["max_in_flight"] < 1:
+        raise ContractError("replay: rate must not be negative, and max_in_flight at least 1")
+    return ReplaySettings(*value.values())
+
+
+class ReplayNode(Node):
+    """Publishes from a thread of its own while the executor receives the decisions."""
+
+    def __init__(self, done: threading.Event) -> None:
+        super().__init__("replay_node")
+        self.settings = read_settings(self)
+        self.error: VlaError | None = None
+        self._done, self._closing = done, threading.Event()
+        self._contract = load_contract(self.settings.contract)
+        self._stack = ExitStack()
+        self._chunk_topic = self.resolve_topic_name(CHUNK_TOPIC)
+        self._writer: BagWriter | None = None
+        if self.settings.served:
+            definitions = {ACTION_CHUNK: definition_of(ACTION_CHUNK)}
+            self._writer = self._stack.enter_context(BagWriter(self.settings.served, definitions=definitions))
+            self._writer.add_topic(self._chunk_topic, ACTION_CHUNK, recorded_qos(True, False, 10))
+        self._clock_publisher = self.create_publisher(ClockMessage, "/clock", QoSProfile(depth=10))
+        self._outstanding: set[int] = set()
+        self._sent = self._answered = 0
+        self._answers = threading.Condition()
+        self._last_answer_s = time.monotonic()
+        self.create_subscription(ActionChunk, CHUNK_TOPIC, self._on_chunk, QoSProfile(depth=_QUEUE), raw=True)
+        self._thread = threading.Thread(target=self._run, name="replay", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Ends publishing and finishes the served bag."""
+        self._closing.set()
+        self._thread.join()
+        self._stack.close()
+
+    def _run(self) -> None:
+        try:
+            with open_bag(self.settings.bag) as reader:
+                namespace = self.settings.namespace
+                names = contract_connections(reader, self._contract, self.settings.bag, namespace)
+                connections = [item for item in reader.connections if item.topic in names]
+                publishers = {item.topic: self._publisher(item, names[item.topic]) for item in connections}
+                self._await_subscribers(publishers)
+                camera = resolve(self._contract.primary.topic, namespace)
+                self._publish(reader.messages(connections=connections), publishers, camera)
+            self._await_answers()
+            self._summarise()
+        except VlaError as error:
+            self.error = error
+        finally:
+            self._done.set()
+
+    def _publisher(self, connection: Connection, topic: str) -> Publisher:
+        """With the recorded quality of service, or reliable where none was recorded."""
+        profiles = getattr(connection.ext, "offered_qos_profiles", None) or [recorded_qos(True, False, 10)]
+        profile = QoSProfile(
+            history=HistoryPolicy.KEEP_LAST,
+            depth=max(profiles[0].depth, 10),
+            reliability=ReliabilityPolicy[profiles[0].reliability.name],
+            durability=DurabilityPolicy[profiles[0].durability.name],
+        )
+        return self.create_publisher(MESSAGES[self._contract.input_types[topic]], topic, profile)
+
+    def _await_subscribers(self, publishers: dict[str, Publisher]) -> None:
+        deadline = time.monotonic() + self.settings.wait_for_subscribers_s
+        while missing := [topic for topic, item in publishers.items() if item.get_subscription_count() == 0]:
+            if time.monotonic() > deadline:
+                raise ContractError(f"replay: no subscriber on {', '.join(missing)}; is the policy node active?")
+            if self._closing.wait(_POLL_S):
+                return
+
+    def _publish(
+        self, messages: Iterator[tuple[Connection, int, bytes]], publishers: dict[str, Publisher], camera: str
+    ) -> None:
+        """Sends everything in recorded order."""
+        first_ns, begun_s = -1, time.monotonic()
+        for connection, time_ns, data in messages:
+            first_ns = time_ns if first_ns < 0 else first_ns
+            self._await_time(begun_s, first_ns, time_ns)
+            if connection.topic == camera:
+                self._await_window(self._stamp(connection, data))
+            if self._closing.is_set():
+                return
+            publishers[connection.topic].publish(data)
+
+    def _stamp(self, connection: Connection, data: bytes) -> int:
+        stamp = deserialize_message(data, MESSAGES[connection.msgtype]).header.stamp
+        return stamp.sec * 10**9 + stamp.nanosec
+
+    def _await_time(self, begun_s: float, first_ns: int, time_ns: int) -> None:
+        """Waits for the message's turn while the clock runs on; `/clock` is never behind what is published."""
+        rate = self.settings.rate
+        while rate > 0 and not self._closing.is_set():
+            elapsed_ns = (time.monotonic() - begun_s) * rate * 1e9
+            left_s = (time_ns - first_ns - elapsed_ns) / rate / 1e9
+            if left_s <= 0:
+                break
+            self._tick(first_ns + round(elapsed_ns))
+            self._closing.wait(min(left_s, _CLOCK_PERIOD_S))
+        self._tick(time_ns)
+
+    def _tick(self, time_ns: int) -> None:
+        if self.settings.publish_clock:
+            self._clock_publisher.publish(ClockMessage(clock=to_time(time_ns)))
+
+    def _await_window(self, stamp_ns: int) -> None:
+        """Back-pressure: waits for an answer while too many frames are out; goes on when none comes in time."""
+        with self._answers:
+            self._answers.wait_for(
+                lambda: len(self._outstanding) < self.settings.max_in_flight or self._closing.is_set(),
+                self.settings.answer_timeout_s,
+            )
+            self._outstanding.add(stamp_ns)
+            self._sent += 1
+
+    def _await_answers(self) -> None:
+        with self._answers:
+            self._last_answer_s = time.monotonic()
+            while self._outstanding and not self._closing.is_set():
+                left_s = self._last_answer_s + self.settings.answer_timeout_s - time.monotonic()
+                if left_s <= 0:
+                    return
+                self._answers.wait(min(left_s, _POLL_S * 10))
+
+    def _on_chunk(self, data: bytes) -> None:
+        stamp: Time = deserialize_message(data, ActionChunk).observation_stamp
+        if self._writer is not None:
+            self._writer.write(self._chunk_topic, time.time_ns(), data)
+        with self._answers:
+            stamp_ns = stamp.sec * 10**9 + stamp.nanosec
+            if stamp_ns in self._outstanding:
+                self._outstanding.remove(stamp_ns)
+                self._answered += 1
+            self._last_answer_s = time.monotonic()
+            self._answers.notify_all()
+
+    def _summarise(self) -> None:
+        self.get_logger().info(f"{self._sent} frames sent, {self._answered} answered")
+        if self.settings.summary:
+            content = {"schema_version": 1, "kind": "replay_summary", "frames": self._sent, "answered": self._answered}
+            write_json(self.settings.summary, content | {"settings": asdict(self.settings)})
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Runs one replay. Returns 2 when the bag or the policy does not fit, 0 otherwise."""
+    done = threading.Event()
+    errors: list[VlaError] = []
+
+    def close(node: Node) -> None:
+        assert isinstance(node, ReplayNode)
+        node.close()
+        if node.error is not None:
+            errors.append(node.error)
+
+    code = run_node(lambda: ReplayNode(done), close, args, done)
+    for error in errors:
+        print(f"error: {error}", file=sys.stderr)
+    return 2 if errors else code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
