@@ -3,6 +3,7 @@
 As in OpenVLA the last 256 ids of the vocabulary are the action bins; unlike Llama-2's rarely used words they are named.
 """
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -31,6 +32,7 @@ def build_tokenizer(instructions: Iterable[str], words: int = 512) -> Tokenizer:
     sentence = "In: What action should the robot take to {}?\nOut:"
     corpus = (word for text in instructions for word in sentence.format(text.lower()).replace("\n", " ").split())
     tokenizer.train_from_iterator(corpus, trainer)
+    tokenizer = _with_ordinary_bytes(tokenizer)
     missing = words - tokenizer.get_vocab_size()
     tokenizer.add_tokens([AddedToken(f"<unused_{index}>", normalized=False) for index in range(missing)])
     tokenizer.add_tokens([AddedToken(f"<action_{bin_}>", normalized=False) for bin_ in range(ACTION_BINS, 0, -1)])
@@ -38,6 +40,13 @@ def build_tokenizer(instructions: Iterable[str], words: int = 512) -> Tokenizer:
         single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
     )
     return tokenizer
+
+
+def _with_ordinary_bytes(tokenizer: Tokenizer) -> Tokenizer:
+    """The trainer makes byte tokens special, so that decoding would drop them; in Llama-2 they are ordinary."""
+    content = json.loads(tokenizer.to_str())
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] in _SPECIAL]
+    return Tokenizer.from_str(json.dumps(content))
 
 
 def save_tokenizer(instructions: Iterable[str], path: Path) -> int:
