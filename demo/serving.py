@@ -53,8 +53,8 @@ class Served:
     """One decision that arrived.
 
     actions_hex: the float64 values as `float.hex`, so that equal text means equal bits.
-    latency_ms: the engine's time as the node measured it. response_ms: from the image's arrival at the recorder to the
-    decision's, so both ways over DDS included; None where the recorder missed the image.
+    latency_ms: the engine's time as the node measured it. response_ms: from the image's publication to the decision's
+    arrival, both ways over DDS included, by DDS's own time stamps; None where the recorder missed the image.
     """
 
     stamp_ns: int
@@ -86,19 +86,19 @@ class Recorder(Node):
         self.decisions: dict[int, Served] = {}
         self.diagnostics: dict[str, str] = {}
         self.last_arrival_s = time.monotonic()
-        self._images: dict[int, float] = {}
+        self._published_ns: dict[int, int] = {}
         kind = Image if camera.type == IMAGE else CompressedImage
         self.create_subscription(kind, camera.topic, self._on_image, qos_profile_sensor_data)
         self.create_subscription(ActionChunk, "action_chunk", self._on_chunk, QoSProfile(depth=_QUEUE))
         self.create_subscription(DiagnosticArray, "/diagnostics", self._on_diagnostics, QoSProfile(depth=10))
 
-    def _on_image(self, message: Any) -> None:
-        self._images[_to_ns(message.header.stamp)] = time.monotonic()
+    def _on_image(self, message: Any, info: dict[str, int]) -> None:
+        self._published_ns[_to_ns(message.header.stamp)] = info["source_timestamp"]
 
-    def _on_chunk(self, message: Any) -> None:
+    def _on_chunk(self, message: Any, info: dict[str, int]) -> None:
         self.last_arrival_s = time.monotonic()
         stamp_ns = _to_ns(message.observation_stamp)
-        seen_s = self._images.get(stamp_ns)
+        published_ns = self._published_ns.get(stamp_ns)
         self.decisions[stamp_ns] = Served(
             stamp_ns=stamp_ns,
             sequence=message.sequence,
@@ -106,7 +106,7 @@ class Recorder(Node):
             tokens=tuple(int(token) for token in message.tokens),
             actions_hex=tuple(float(value).hex() for value in message.actions),
             latency_ms=message.latency_ms,
-            response_ms=None if seen_s is None else (self.last_arrival_s - seen_s) * 1e3,
+            response_ms=None if published_ns is None else (info["received_timestamp"] - published_ns) / 1e6,
             engine_id=message.engine_id,
         )
 
@@ -125,7 +125,7 @@ def _to_ns(stamp: Any) -> int:
     return int(stamp.sec) * 10**9 + int(stamp.nanosec)
 
 
-def node_command(engine: Path, contract: Path, parameters: Path) -> list[str]:
+def node_command(engine: Path, contract: Path, parameters: Path, use_sim_time: bool) -> list[str]:
     """Writes the parameter file and returns the command line of the node, as `launch` generates it."""
     values = {
         "engine_path": str(engine.resolve()),
@@ -134,6 +134,7 @@ def node_command(engine: Path, contract: Path, parameters: Path) -> list[str]:
         "queue_size": _QUEUE,
         "check_sources": "none",
         "diagnostic_updater.period": 0.2,
+        "use_sim_time": use_sim_time,
     }
     parameters.write_text(yaml.safe_dump({"/**": {"ros__parameters": values}}), encoding="utf-8")
     remaps = ["-r", f"__node:={NODE}", "-r", f"__ns:={NAMESPACE}"]
@@ -150,8 +151,13 @@ def _executable(name: str) -> str:
     return str(path)
 
 
-def serve(engine: Path, bag: Path, contract: Contract, publisher: Sequence[str], work: Path) -> Record:
-    """Runs node and publisher to the bag's end. Raises ServingError with the process's own last words."""
+def serve(
+    engine: Path, bag: Path, contract: Contract, publisher: Sequence[str], work: Path, use_sim_time: bool
+) -> Record:
+    """Runs node and publisher to the bag's end. Raises ServingError with the process's own last words.
+
+    publisher: command that publishes the bag; with `use_sim_time` it publishes /clock as well.
+    """
     expected = sum(isinstance(frame, Frame) for frame in read_frames(bag, contract))
     environment = {
         "ROS_DOMAIN_ID": os.environ.get("ROS_DOMAIN_ID", str(1 + os.getpid() % 100)),
@@ -164,7 +170,7 @@ def serve(engine: Path, bag: Path, contract: Contract, publisher: Sequence[str],
     executor = SingleThreadedExecutor()
     executor.add_node(recorder)
     try:
-        command = node_command(engine, Path(contract.path), work / "policy.params.yaml")
+        command = node_command(engine, Path(contract.path), work / "policy.params.yaml", use_sim_time)
         log = work / "policy_node.log"
         with running(command, log, environment) as node:
             waiter = _Waiter(executor, node, log)
@@ -243,7 +249,7 @@ def _publish(
 def replay_command(bag: Path, contract: Path, rate: float) -> list[str]:
     """The command line of the replay node for this bag."""
     remaps = ["-r", f"__ns:={NAMESPACE}"]
-    values = {"bag": str(bag.resolve()), "contract": str(contract.resolve()), "rate": f"{rate}"}
+    values = {"bag": str(bag.resolve()), "contract": str(contract.resolve()), "rate": repr(float(rate))}
     parameters = [item for name, value in values.items() for item in ("-p", f"{name}:={value}")]
     return [_executable("replay_node"), "--ros-args", *remaps, *parameters]
 
@@ -263,7 +269,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     contract = load_contract(arguments.contract)
     publisher = arguments.publisher or replay_command(arguments.bag, arguments.contract, arguments.rate)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    record = serve(arguments.engine, arguments.bag, contract, publisher, arguments.out.parent)
+    use_sim_time = not arguments.publisher
+    record = serve(arguments.engine, arguments.bag, contract, publisher, arguments.out.parent, use_sim_time)
     parents = {
         "engine": sha256_file(arguments.engine / "manifest.json"),
         "contract": contract.sha256,
