@@ -48,12 +48,15 @@ def temporal_score(losses: np.ndarray, phases: np.ndarray) -> np.ndarray:
     return np.max([losses[..., phases == phase].mean(-1) for phase in np.unique(phases)], axis=0)
 
 
-def check_finite(losses: np.ndarray, unit: str, bits: tuple[int, ...], boundaries: tuple[str, ...]) -> None:
-    """Raises DataError naming unit, bits, sample and boundary of the first loss [bits, N, boundaries] not finite."""
+def check_finite(
+    losses: np.ndarray, unit: str, bits: tuple[int, ...], samples: tuple[int, ...], boundaries: tuple[str, ...]
+) -> None:
+    """Raises DataError naming unit, bits, sample and boundary of the first of `losses` [bits, N, boundaries]."""
     bad = np.argwhere(~np.isfinite(losses))
     if len(bad):
         width, sample, boundary = bad[0]
         raise DataError(
-            f"{unit} at {bits[width]} bits: evidence of sample {sample} at boundary {boundaries[boundary]!r} is not "
-            f"finite ({len(bad)} such values); the policy overflows in this dtype, use --dtype float32"
+            f"{unit} at {bits[width]} bits: evidence of sample {samples[sample]} at boundary "
+            f"{boundaries[boundary]!r} is not finite ({len(bad)} such values); if the policy overflows, "
+            f"use --dtype float32"
         )

@@ -129,7 +129,7 @@ class Sweep:
                     attribution[row, columns, column] = jensen_shannon(before.attribution, now.attribution).cpu()
                 action_error[row, columns] = self._action_error(changed.logits, members).cpu()
                 likelihood[row, columns] = (changed.objective - full.objective).cpu()
-        check_finite(mass + attribution, unit, bits, BOUNDARIES)
+        check_finite(mass + attribution, unit, bits, samples, BOUNDARIES)
         return UnitLosses(unit, bits, samples, mass, attribution, action_error, likelihood)
 
     def evidence(self, measured: Signals, boundary: str) -> Tensor:

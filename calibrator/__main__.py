@@ -1,0 +1,192 @@
+"""python -m calibrator: from recordings to a bit plan and its report."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from vla_policy.core.cli import run
+from vla_policy.core.errors import BudgetError, VlaError
+
+
+def _parser() -> argparse.ArgumentParser:
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser("python -m calibrator", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    _add_collect(commands.add_parser("collect", help="recordings -> calibration set", formatter_class=formatter))
+    _add_sensitivity(
+        commands.add_parser("sensitivity", help="policy + calibration set -> scores", formatter_class=formatter)
+    )
+    _add_allocate(commands.add_parser("allocate", help="scores + budget -> bit plan", formatter_class=formatter))
+    # The report's options belong to its own module; `report --help` is answered there.
+    commands.add_parser("report", help="scores + plan -> one HTML file", add_help=False)
+    return parser
+
+
+def _add_collect(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("sources", nargs="+", type=Path, help="rosbag2 folders, LIBERO HDF5 files, episode folders")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the calibration set")
+    parser.add_argument("--samples", type=int, default=32, help="number of states")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the choice")
+    parser.add_argument("--contract", type=Path, help="topic contract (YAML), needed for bags")
+    parser.add_argument("--namespace", default="", help="ROS namespace of the bag's relative topics")
+    parser.add_argument("--hdf5-image", default="obs/agentview_rgb", help="image dataset of an HDF5 demonstration")
+    parser.add_argument("--hdf5-state", nargs="*", default=[], help="state datasets, joined in this order")
+    parser.add_argument("--hdf5-upright", action="store_true", help="HDF5 images are upright: do not turn them")
+    parser.add_argument("--hdf5-crop-area", type=float, default=1.0, help="centre crop, part of the area in (0, 1]")
+
+
+def _add_sensitivity(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--policy", type=Path, required=True, help="policy folder")
+    parser.add_argument("--calibration", type=Path, required=True, help="calibration set")
+    parser.add_argument("--out", type=Path, required=True, help="sensitivity.json to write")
+    parser.add_argument("--scheme", choices=("weight-only", "weight-activation"), default="weight-only")
+    parser.add_argument("--bits", type=int, nargs="+", default=[2, 4, 8], help="widths to measure, below 16")
+    parser.add_argument(
+        "--group-size", type=int, default=64, help="inputs per weight scale, 0: one scale per output channel"
+    )
+    parser.add_argument("--kappa", type=float, default=0.1, help="temperature of the soft bottleneck, Eq. (9)")
+    parser.add_argument("--lambda", dest="weight", type=float, default=1.0, help="attribution weight, Eq. (8)")
+    parser.add_argument("--bins", type=int, default=10, help="phases of a trajectory, Eq. (12)")
+    parser.add_argument("--language-block", type=int, help="decoder block whose input is a boundary; default the last")
+    parser.add_argument("--unnorm-key", help="action statistics, needed when the policy has several")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--device", default="cpu", help="torch device")
+    parser.add_argument("--batch-size", type=int, default=16, help="states per pass")
+    parser.add_argument("--cache-gb", type=float, default=2.0, help="memory for full-precision passes, 1e9 bytes")
+    parser.add_argument("--units", nargs="+", default=["*"], help="only layers whose names match these globs")
+    parser.add_argument("--executor", choices=("local", "ray"), default="local")
+    parser.add_argument("--ray-address", help="address of a running Ray cluster; default: one on this machine")
+    parser.add_argument("--cpus-per-task", type=int, default=1, help="CPU cores of a Ray task")
+    parser.add_argument(
+        "--resume",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="continue an unfinished run and keep a finished one; --no-resume discards both",
+    )
+
+
+def _add_allocate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--sensitivity", type=Path, required=True, help="sensitivity.json")
+    parser.add_argument("--out", type=Path, required=True, help="plan.json to write")
+    parser.add_argument("--average-bits", type=float, help="budget: mean weight bits of the planned layers")
+    parser.add_argument("--size-gb", type=float, help="budget: everything in the engine, 1e9 bytes")
+    parser.add_argument("--bitops-ratio", type=float, help="budget: part of the 16-bit policy's BitOps")
+    parser.add_argument("--latency-ms", type=float, help="budget: milliseconds per action, by --latency-table")
+    parser.add_argument("--latency-table", type=Path, help="cost table measured on the target")
+    parser.add_argument("--alpha", type=float, default=0.75, help="weight of Omega, Eq. (14a)")
+    parser.add_argument("--beta", type=float, default=0.25, help="weight of Omega_tau, Eq. (14a)")
+    parser.add_argument(
+        "--signal",
+        choices=("evidence", "action", "proxy"),
+        default="evidence",
+        help="what is minimised: Mix-QVLA's scores, QVLA's action error, or its first-order estimate",
+    )
+    parser.add_argument("--solver", choices=("HIGHS", "ECOS_BB"), default="HIGHS")
+    parser.add_argument("--pin", nargs="*", default=[], metavar="GLOB=BITS", help="layers with a fixed width")
+    parser.add_argument("--float-bits", type=int, choices=(16, 32), default=16, help="width of unquantized tensors")
+    parser.add_argument("--target", help="name of the device the plan is for")
+    parser.add_argument("--frontier", type=Path, help="also write the whole trade-off curve to this JSON")
+    parser.add_argument("--frontier-points", type=int, default=33, help="sizes on the curve")
+
+
+def _collect(args: argparse.Namespace) -> int:
+    from calibrator.calibration import collect
+    from calibrator.sources import Hdf5Layout, open_sources
+    from vla_policy.core.contract import load_contract
+
+    contract = load_contract(args.contract) if args.contract else None
+    layout = Hdf5Layout(args.hdf5_image, tuple(args.hdf5_state), not args.hdf5_upright, args.hdf5_crop_area)
+    sources = open_sources(args.sources, contract, args.namespace, layout)
+    content = collect(sources, args.out, args.samples, args.seed)
+    for source in content["sources"]:
+        reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(source["left_out"].items())) or "nothing"
+        print(f"{source['path']}: {source['trajectories']} trajectories; left out: {reasons}")
+    print(f"{args.out}: {len(content['samples'])} states")
+    return 0
+
+
+def _sensitivity(args: argparse.Namespace) -> int:
+    from calibrator.measure import RunOptions, measure
+    from calibrator.scores import ScoreSettings
+    from calibrator.sweep import SweepSettings, SweepSpec
+
+    settings = SweepSettings(
+        scheme=args.scheme,
+        bits=tuple(sorted(args.bits)),
+        group_size=args.group_size or None,
+        language_block=args.language_block,
+        dtype=args.dtype,
+        unnorm_key=args.unnorm_key,
+    )
+    spec = SweepSpec(
+        str(args.policy), str(args.calibration), settings, args.batch_size, int(args.cache_gb * 1e9), args.device
+    )
+    options = RunOptions(args.executor, args.ray_address, args.cpus_per_task, args.resume, tuple(args.units))
+    result = measure(spec, args.out, ScoreSettings(args.kappa, args.weight, args.bins), options)
+    low = min(result.bits)
+    worst = sorted(result.units, key=lambda unit: -unit.omega[low])[:3]
+    print(f"{args.out}: {len(result.units)} layers at {', '.join(map(str, settings.bits))} bits")
+    print(f"most fragile at {low} bits: " + ", ".join(f"{unit.name} {unit.omega[low]:.3f}" for unit in worst))
+    if result.meta["inversions"]:
+        count = len(result.meta["inversions"])
+        print(f"note: {count} times more bits scored worse than fewer; use more states if it matters")
+    return 0
+
+
+def _allocate(args: argparse.Namespace) -> int:
+    from calibrator.choices import LatencyTable, Objective, Pin
+    from calibrator.planning import Limits, Planner, PlanRequest, write_frontier
+    from calibrator.sensitivity import Sensitivity
+
+    if args.frontier_points < 2:
+        raise BudgetError(f"--frontier-points {args.frontier_points}: a curve needs at least 2")
+    request = PlanRequest(
+        limits=Limits(args.average_bits, args.size_gb, args.bitops_ratio, args.latency_ms),
+        objective=Objective(args.alpha, args.beta, args.signal),
+        pins=tuple(Pin.parse(text) for text in args.pin),
+        solver=args.solver,
+        float_bits=args.float_bits,
+        latency=LatencyTable.load(args.latency_table) if args.latency_table else None,
+        target=args.target,
+    )
+    planner = Planner.of(Sensitivity.load(args.sensitivity), request)
+    for label, row in planner.ranges(planner.budgets()).items():
+        print(f"{label}: {row['limit']:.4g} of feasible {row['minimum']:.4g} to {row['maximum']:.4g}")
+    plan = planner.plan()
+    plan.save(args.out)
+    print(
+        f"{args.out}: {plan.average_bits:.3f} bits on average, {plan.size.total_bits / 8e9:.4g} GB, "
+        f"objective {plan.objective:.6g}, gap {plan.gap:.2g} ({plan.solver})"
+    )
+    greedy = plan.details["greedy"]
+    if greedy:
+        print(f"QVLA's greedy demotion on the same table: {100 * greedy['above_optimum']:.2f} % above")
+    if args.frontier:
+        write_frontier(args.frontier, planner, args.frontier_points)
+        print(f"{args.frontier}: {args.frontier_points} points")
+    return 0
+
+
+_COMMANDS = {"collect": _collect, "sensitivity": _sensitivity, "allocate": _allocate}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one subcommand; returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+
+    def command() -> int:
+        if arguments[:1] == ["report"]:
+            try:
+                from calibrator.report import main as report
+            except ImportError as error:
+                raise VlaError(f"the report needs {error.name}; install the project again") from error
+            return report(arguments[1:])
+        args = _parser().parse_args(arguments)
+        return _COMMANDS[args.command](args)
+
+    return run(command)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

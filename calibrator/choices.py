@@ -1,0 +1,209 @@
+"""What an allocation chooses from: groups of layers, their widths, and every width's score and costs."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Literal
+
+from calibrator.quantization import groups_per_row
+from calibrator.sensitivity import FULL_BITS, Sensitivity, UnitScores
+from vla_policy.core.errors import ArtefactError, BudgetError
+from vla_policy.core.files import read_json
+from vla_policy.core.formats import FULL_PRECISION, Format
+
+SCALE_BITS = 16
+Signal = Literal["evidence", "action", "proxy"]
+CostName = Literal["code_bits", "size_bits", "bitops", "latency_ms"]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Eq. (14a): alpha Omega + beta Omega_tau, or QVLA's action error or its first-order estimate in their place."""
+
+    alpha: float = 0.75
+    beta: float = 0.25
+    signal: Signal = "evidence"
+
+    def score(self, unit: UnitScores, bits: int) -> float:
+        if self.signal == "action":
+            return unit.action_mse[bits]
+        if self.signal == "proxy":
+            return unit.action_proxy[bits]
+        return self.alpha * unit.omega[bits] + self.beta * unit.omega_tau[bits]
+
+
+@dataclass(frozen=True)
+class LatencyTable:
+    """Measured milliseconds per layer and format on one target, and what does not depend on the plan."""
+
+    target: str
+    fixed_ms: float
+    units: Mapping[str, Mapping[str, float]]
+
+    @staticmethod
+    def load(path: Path | str) -> "LatencyTable":
+        """Reads a `latency-table` artefact."""
+        raw = read_json(path, "latency-table")
+        try:
+            return LatencyTable(raw["target"], float(raw["fixed_ms"]), raw["units"])
+        except KeyError as error:
+            raise ArtefactError(f"{path}: entry {error} is missing; measure the target again") from error
+
+    def latency_ms(self, unit: str, fmt: Format) -> float:
+        """Raises ArtefactError when the table lacks the layer in this format."""
+        try:
+            return float(self.units[unit][str(fmt)])
+        except KeyError as error:
+            raise ArtefactError(
+                f"latency table of {self.target}: no entry for {unit} in {fmt}; measure it with engine_build bench"
+            ) from error
+
+
+@dataclass(frozen=True)
+class Option:
+    """One width of one group, summed over its layers.
+
+    code_bits: N_m b of Eq. (14c). size_bits: with scales, 16-bit weights at the plan's float width.
+    bitops: MACs times weight bits times activation bits, which is MACs b^2 where both have b bits.
+    """
+
+    bits: int
+    score: float
+    code_bits: int
+    size_bits: int
+    bitops: int
+    latency_ms: float
+
+    def cost(self, name: CostName) -> float:
+        return float(getattr(self, name))
+
+
+@dataclass(frozen=True)
+class Group:
+    """Layers that share one width because the target fuses them."""
+
+    name: str
+    units: tuple[str, ...]
+    options: tuple[Option, ...]
+
+
+@dataclass(frozen=True)
+class Pin:
+    """Layers whose names match `glob` get `bits`."""
+
+    glob: str
+    bits: int
+
+    @staticmethod
+    def parse(text: str) -> "Pin":
+        """From `glob=bits`. Raises BudgetError for any other text."""
+        glob, separator, bits = text.rpartition("=")
+        if not separator or not bits.isdigit():
+            raise BudgetError(f"--pin {text!r}: expected 'glob=bits', e.g. 'projector.*=16'")
+        return Pin(glob, int(bits))
+
+
+def format_of(sensitivity: Sensitivity, bits: int) -> Format:
+    """The format that a width means in the scheme that was measured."""
+    if bits >= FULL_BITS:
+        return FULL_PRECISION
+    activation_bits = bits if sensitivity.scheme == "weight-activation" else 16
+    return Format(bits, activation_bits, sensitivity.group_size)
+
+
+def build_groups(
+    sensitivity: Sensitivity,
+    objective: Objective,
+    pins: Sequence[Pin] = (),
+    float_bits: int = 16,
+    latency: LatencyTable | None = None,
+) -> list[Group]:
+    """Every fused group with its allowed widths. Raises BudgetError for a pin that cannot hold."""
+    fixed = _pinned(sensitivity, pins)
+    members: dict[str, list[UnitScores]] = {}
+    for unit in sensitivity.units:
+        members.setdefault(unit.group, []).append(unit)
+    groups = []
+    for name, units in members.items():
+        wanted = {fixed[unit.name] for unit in units if unit.name in fixed}
+        if len(wanted) > 1:
+            raise BudgetError(f"{name}: pinned to {sorted(wanted)} bits, but its layers are fused and share one width")
+        widths = tuple(wanted) or sensitivity.bits
+        options = tuple(
+            _option(sensitivity, units, bits, objective, float_bits, latency) for bits in sorted(widths)
+        )
+        groups.append(Group(name, tuple(unit.name for unit in units), options))
+    return groups
+
+
+def _pinned(sensitivity: Sensitivity, pins: Sequence[Pin]) -> dict[str, int]:
+    fixed: dict[str, int] = {}
+    for pin in pins:
+        if pin.bits not in sensitivity.bits:
+            widths = ", ".join(map(str, sensitivity.bits))
+            raise BudgetError(f"--pin '{pin.glob}={pin.bits}': {pin.bits} bits were not measured; choose from {widths}")
+        matched = [unit.name for unit in sensitivity.units if fnmatchcase(unit.name, pin.glob)]
+        if not matched:
+            raise BudgetError(
+                f"--pin '{pin.glob}={pin.bits}' matches no layer; names look like {sensitivity.units[0].name}"
+            )
+        for name in matched:
+            if fixed.setdefault(name, pin.bits) != pin.bits:
+                raise BudgetError(f"{name}: pinned to {fixed[name]} and to {pin.bits} bits; keep one of the two")
+    return fixed
+
+
+def _option(
+    sensitivity: Sensitivity,
+    units: Sequence[UnitScores],
+    bits: int,
+    objective: Objective,
+    float_bits: int,
+    latency: LatencyTable | None,
+) -> Option:
+    fmt = format_of(sensitivity, bits)
+    return Option(
+        bits=bits,
+        score=sum(objective.score(unit, bits) for unit in units),
+        code_bits=sum(unit.params * bits for unit in units),
+        size_bits=sum(weight_bits(unit, fmt, float_bits) + scale_bits(unit, fmt) for unit in units),
+        bitops=sum(unit.macs * fmt.weight_bits * fmt.activation_bits for unit in units),
+        latency_ms=sum(latency.latency_ms(unit.name, fmt) for unit in units) if latency else 0.0,
+    )
+
+
+def weight_bits(unit: UnitScores, fmt: Format, float_bits: int) -> int:
+    """Bits of a layer's weight without its scales."""
+    return unit.params * (fmt.weight_bits if fmt.weight_bits < FULL_BITS else float_bits)
+
+
+def scale_bits(unit: UnitScores, fmt: Format) -> int:
+    """Bits of a layer's weight scales: one float16 per group of inputs and output."""
+    if fmt.weight_bits >= FULL_BITS:
+        return 0
+    return unit.outputs * groups_per_row(unit.inputs, fmt) * SCALE_BITS
+
+
+@dataclass(frozen=True)
+class Budget:
+    """An upper limit on one cost summed over all groups; `label` and `unit` are for people, `scale` converts."""
+
+    cost: CostName
+    limit: float
+    label: str
+    scale: float = 1.0
+
+    def shown(self, value: float) -> str:
+        return f"{value / self.scale:.4g}"
+
+
+def totals(choice: Sequence[Option]) -> dict[str, Any]:
+    """Score and costs of one option per group, summed in plain Python."""
+    return {
+        "objective": sum(option.score for option in choice),
+        "code_bits": sum(option.code_bits for option in choice),
+        "size_bits": sum(option.size_bits for option in choice),
+        "bitops": sum(option.bitops for option in choice),
+        "latency_ms": sum(option.latency_ms for option in choice),
+    }

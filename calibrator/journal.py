@@ -1,0 +1,99 @@
+"""Finished layers on disk: a killed sweep continues where it was, and never with other inputs.
+
+The folder holds `signature.json`, `reference.safetensors` and one `<layer>.safetensors` per finished layer, each
+written whole under a temporary name and renamed; a file that exists is complete.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from calibrator.states import Reference
+from calibrator.sweep import UnitLosses
+from vla_policy.core.errors import ArtefactError
+from vla_policy.core.files import atomic_path, read_json, write_json
+
+_KIND = "sweep-journal"
+_SIGNATURE, _REFERENCE, _UNITS = "signature.json", "reference.safetensors", "units"
+_ARRAYS = ("mass", "attribution", "action_error", "likelihood")
+
+
+def difference(before: dict[str, Any], now: dict[str, Any], path: str = "") -> str | None:
+    """The first entry that differs between two signatures, as text; None when they are equal."""
+    for key in sorted(before.keys() | now.keys()):
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            if found := difference(old, new, f"{path}{key}."):
+                return found
+        elif old != new:
+            return f"{path}{key} was {old}, is now {new}"
+    return None
+
+
+class Journal:
+    """Records of one sweep, identified by the signature of everything its numbers depend on."""
+
+    def __init__(self, folder: Path, signature: dict[str, Any]) -> None:
+        """Opens or creates the journal. Raises ArtefactError naming the difference when it is another sweep's."""
+        self.folder = folder
+        self.signature = signature
+        path = folder / _SIGNATURE
+        if path.is_file():
+            changed = difference(read_json(path, _KIND)["signature"], signature)
+            if changed:
+                raise ArtefactError(
+                    f"{folder}: holds an unfinished sweep of other inputs ({changed}); "
+                    f"restore them, choose another --out, or discard it with --no-resume"
+                )
+        else:
+            (folder / _UNITS).mkdir(parents=True, exist_ok=True)
+            write_json(path, {"schema_version": 1, "kind": _KIND, "signature": signature})
+
+    @property
+    def finished(self) -> set[str]:
+        """Names of the layers whose records are on disk."""
+        return {path.stem for path in (self.folder / _UNITS).glob("*.safetensors")}
+
+    def write(self, losses: UnitLosses) -> None:
+        tensors = {name: getattr(losses, name) for name in _ARRAYS}
+        tensors |= {"bits": np.asarray(losses.bits), "samples": np.asarray(losses.samples)}
+        with atomic_path(self._path(losses.unit)) as temporary:
+            save_file(tensors, temporary)
+
+    def read(self, unit: str) -> UnitLosses:
+        """Raises ArtefactError when the record is damaged."""
+        tensors = _load(self._path(unit))
+        bits, samples = (tuple(tensors[name].tolist()) for name in ("bits", "samples"))
+        return UnitLosses(unit, bits, samples, **{name: tensors[name] for name in _ARRAYS})
+
+    def write_reference(self, ref: Reference) -> None:
+        with atomic_path(self.folder / _REFERENCE) as temporary:
+            save_file({"tokens": ref.tokens} | {f"mean.{name}": mean for name, mean in ref.means.items()}, temporary)
+
+    def read_reference(self) -> Reference | None:
+        """The reference of the earlier start, or None when it had not got that far."""
+        path = self.folder / _REFERENCE
+        if not path.is_file():
+            return None
+        tensors = _load(path)
+        means = {name.removeprefix("mean."): value for name, value in tensors.items() if name != "tokens"}
+        return Reference(tensors["tokens"], means)
+
+    @staticmethod
+    def discard(folder: Path) -> None:
+        """Removes a journal, if there is one."""
+        shutil.rmtree(folder, ignore_errors=True)
+
+    def _path(self, unit: str) -> Path:
+        return self.folder / _UNITS / f"{unit}.safetensors"
+
+
+def _load(path: Path) -> dict[str, np.ndarray]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ArtefactError(f"{path}: damaged or truncated ({error}); delete it and resume") from error

@@ -1,0 +1,62 @@
+"""Evidence over the camera image: where a decision's support sits, and where low precision moves it (Fig. 1)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from calibrator.evidence import jensen_shannon, mass_distortion, profile
+from calibrator.passes import place_of, signals
+from calibrator.quantization import quantized
+from calibrator.scores import ScoreSettings
+from calibrator.sensitivity import UnitScores
+from calibrator.sweep import Sweep
+
+_BOUNDARY = "vision"
+
+
+def pick_units(units: Sequence[UnitScores], bits: int) -> list[str]:
+    """The vision layer and the layer of the rest that lose most evidence at `bits`."""
+    vision = [unit for unit in units if unit.stage == "vision"]
+    rest = [unit for unit in units if unit.stage != "vision"]
+    return [max(pool, key=lambda unit: unit.omega[bits]).name for pool in (vision, rest) if pool]
+
+
+def pick_samples(progress: np.ndarray, count: int) -> list[int]:
+    """`count` different states whose progress is nearest to evenly spaced instants."""
+    chosen: list[int] = []
+    for target in (np.arange(count) + 0.5) / count:
+        order = np.argsort(np.abs(progress - target), kind="stable")
+        chosen.append(next(int(index) for index in order if int(index) not in chosen))
+    return chosen
+
+
+def evidence_maps(
+    sweep: Sweep, units: Sequence[str], samples: Sequence[int], settings: ScoreSettings
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """E of Eq. (4) at the vision boundary, summed over channels, and its loss of Eq. (8).
+
+    Returns tensors `evidence` float32 [units, states, 1 + bits, patches] (full precision first) and `loss` float32
+    [units, states, 1 + bits], and a description with the names of the axes.
+    """
+    bits = tuple(sorted(sweep.settings.bits, reverse=True))
+    patches = sweep.policy.config.num_patches
+    evidence = np.zeros((len(units), len(samples), 1 + len(bits), patches), np.float32)
+    loss = np.zeros(evidence.shape[:3], np.float32)
+    for column, sample in enumerate(samples):
+        trunk, full = sweep.full_precision((sample,))
+        before = sweep.evidence(full, _BOUNDARY)
+        reference = profile(before, sweep.settings.epsilon)
+        for row, unit in enumerate(units):
+            evidence[row, column, 0] = before.sum(-1)[0].cpu()
+            for depth, width in enumerate(bits, 1):
+                with quantized(sweep.policy, unit, sweep.settings.format_of(width)):
+                    now = sweep.evidence(signals(sweep.policy, trunk, place_of(unit)), _BOUNDARY)
+                changed = profile(now, sweep.settings.epsilon)
+                mass = mass_distortion(reference, changed, sweep.settings.epsilon)
+                attribution = jensen_shannon(reference.attribution, changed.attribution)
+                evidence[row, column, depth] = now.sum(-1)[0].cpu()
+                loss[row, column, depth] = float(mass + settings.weight * attribution)
+    grid = round(patches**0.5)
+    axes = {"units": list(units), "samples": list(samples), "bits": [16, *bits], "grid": [grid, grid]}
+    return {"evidence": evidence, "loss": loss}, {"boundary": _BOUNDARY, **axes}

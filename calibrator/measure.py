@@ -1,0 +1,264 @@
+"""One sensitivity run: what is to be measured, what is already on disk, and the artefact at the end."""
+
+import platform
+import resource
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from calibrator.evidence import BOUNDARIES
+from calibrator.executors import Executor, LocalExecutor, RayExecutor, Task
+from calibrator.journal import Journal, difference
+from calibrator.maps import evidence_maps, pick_samples, pick_units
+from calibrator.policy import OpenVLA, live_units
+from calibrator.proxy import action_proxy
+from calibrator.scores import ScoreSettings, phase_of
+from calibrator.sensitivity import (
+    FULL_BITS,
+    KIND,
+    Sensitivity,
+    UnitShape,
+    inversions,
+    score_unit,
+    stack_losses,
+    write_tensors,
+)
+from calibrator.states import States, reference
+from calibrator.sweep import Sweep, SweepSpec, UnitLosses, language_block, macs_per_action
+from vla_policy.core.errors import ArtefactError, PolicyError
+from vla_policy.core.files import read_json, sha256_policy, write_json
+
+_MAP_SAMPLES = 3
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a run is carried out; none of it changes the numbers (batch and worker count beyond rounding)."""
+
+    executor: str = "local"
+    ray_address: str | None = None
+    cpus_per_task: int = 1
+    resume: bool = True
+    unit_globs: tuple[str, ...] = ("*",)
+    progress: Callable[..., Any] = tqdm
+
+
+def unit_shapes(policy: OpenVLA, states: States) -> list[UnitShape]:
+    """Every live layer with its cost per action on these states."""
+    macs = macs_per_action(policy, states.mean_prompt_tokens, states.codec.dim)
+    return [
+        UnitShape(
+            unit.name,
+            unit.stage,
+            unit.group,
+            inputs=unit.params // unit.module.weight.shape[0],
+            outputs=unit.module.weight.shape[0],
+            macs=macs[unit.name],
+        )
+        for unit in live_units(policy)
+    ]
+
+
+def choose_units(shapes: Sequence[UnitShape], globs: Sequence[str]) -> list[UnitShape]:
+    """The layers whose names match one of `globs`. Raises PolicyError for a glob that matches none."""
+    for glob in globs:
+        if not any(fnmatchcase(shape.name, glob) for shape in shapes):
+            raise PolicyError(f"--units {glob!r} matches no layer; names look like {shapes[0].name}")
+    return [shape for shape in shapes if any(fnmatchcase(shape.name, glob) for glob in globs)]
+
+
+def signature_of(spec: SweepSpec, policy_sha256: str, calibration_sha256: str) -> dict[str, Any]:
+    """Everything that the losses per state depend on, apart from rounding."""
+    return {
+        "policy_sha256": policy_sha256,
+        "calibration_sha256": calibration_sha256,
+        "settings": spec.settings.to_json(),
+    }
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What a finished measurement is written from."""
+
+    spec: SweepSpec
+    scores: ScoreSettings
+    identity: dict[str, Any]
+    sweep: Sweep
+    shapes: Sequence[UnitShape]
+    started_s: float
+
+    @property
+    def states(self) -> States:
+        return self.sweep.states
+
+
+def measure(spec: SweepSpec, out: Path, scores: ScoreSettings, options: RunOptions) -> Sensitivity:
+    """Measures every chosen layer exactly and writes `out` with its losses and maps.
+
+    Finished layers are kept in a journal beside `out` until the artefact is written, so a killed run continues.
+    Raises ArtefactError when `out` or the journal belongs to other inputs (naming the difference).
+    """
+    started_s = time.monotonic()
+    policy = spec.load_policy()
+    states = spec.load_states(policy)
+    signature = signature_of(spec, sha256_policy(spec.policy), states.calibration.sha256)
+    shapes = unit_shapes(policy, states)
+    chosen = choose_units(shapes, options.unit_globs)
+    identity = signature | {"scores": asdict(scores), "units": [shape.name for shape in chosen]}
+    if options.resume and (done := _finished(out, identity)):
+        return done
+    folder = journal_folder(out)
+    if not options.resume:
+        Journal.discard(folder)
+    journal = Journal(folder, signature)
+    ref = journal.read_reference()
+    if ref is None:
+        ref = reference(policy, states, language_block(policy, spec.settings))
+        journal.write_reference(ref)
+    sweep = Sweep(policy, states, ref, spec.settings, spec.cache_bytes)
+    _evaluate(sweep, spec, [shape.name for shape in chosen], journal, options)
+    run = _Run(spec, scores, identity, sweep, shapes, started_s)
+    result = _write(run, out, chosen, [journal.read(shape.name) for shape in chosen])
+    Journal.discard(folder)
+    return result
+
+
+def journal_folder(out: Path) -> Path:
+    """Where the finished layers of an unfinished run are."""
+    return out.with_name(f"{out.stem}.unfinished")
+
+
+def _finished(out: Path, identity: dict[str, Any]) -> Sensitivity | None:
+    """The artefact at `out` if it is of these inputs, None if there is none."""
+    if not out.is_file():
+        return None
+    changed = difference(read_json(out, KIND)["identity"], identity)
+    if changed:
+        raise ArtefactError(
+            f"{out}: was measured with other inputs ({changed}); choose another --out, or replace it with --no-resume"
+        )
+    return Sensitivity.load(out)
+
+
+def _evaluate(sweep: Sweep, spec: SweepSpec, units: Sequence[str], journal: Journal, options: RunOptions) -> None:
+    samples = tuple(range(len(sweep.states)))
+    finished = journal.finished
+    tasks = [Task(unit, spec.settings.bits, samples) for unit in units if unit not in finished]
+    with ExitStack() as stack:
+        executor: Executor = LocalExecutor(sweep)
+        if options.executor == "ray" and tasks:
+            key = f"{journal.signature}"
+            cluster = RayExecutor(spec, sweep.reference, key, options.ray_address, options.cpus_per_task)
+            stack.callback(cluster.close)
+            executor = cluster
+        bar = stack.enter_context(
+            options.progress(total=len(units), initial=len(units) - len(tasks), desc="layers", unit="layer")
+        )
+        for losses in executor.run(tasks):
+            journal.write(losses)
+            bar.update()
+
+
+def _proxies(sweep: Sweep, units: Sequence[str]) -> dict[str, dict[int, np.ndarray]]:
+    """First-order action error of every layer, bit-width and state."""
+    count = len(sweep.states)
+    bits = sweep.settings.bits
+    result = {unit: {width: np.zeros(count) for width in bits} for unit in units}
+    formats = {width: sweep.settings.format_of(width) for width in bits}
+    for members in sweep.states.split(range(count)):
+        found = action_proxy(sweep.policy, sweep.states, sweep.reference.tokens, members, formats)
+        for unit in units:
+            for width in bits:
+                result[unit][width][list(members)] = found[unit][width]
+    return result
+
+
+def _maps(sweep: Sweep, units: Sequence[Any], scores: ScoreSettings) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    bits = 4 if 4 in sweep.settings.bits else min(sweep.settings.bits)
+    samples = pick_samples(sweep.states.calibration.progress, min(_MAP_SAMPLES, len(sweep.states)))
+    return evidence_maps(sweep, pick_units(units, bits), samples, scores)
+
+
+def _write(run: _Run, out: Path, chosen: Sequence[UnitShape], records: Sequence[UnitLosses]) -> Sensitivity:
+    """Scores the records and writes the tensors, then the JSON that names their hashes."""
+    names = [shape.name for shape in chosen]
+    progress = run.states.calibration.progress
+    proxies = _proxies(run.sweep, names)
+    phases = phase_of(progress, run.scores.bins)
+    units = [
+        score_unit(shape, record, proxies[shape.name], phases, run.scores)
+        for shape, record in zip(chosen, records, strict=True)
+    ]
+    maps, map_axes = _maps(run.sweep, units, run.scores)
+    tensors = {"losses": stack_losses(records, proxies, progress, run.scores), "maps": maps}
+    prefix = "" if out.stem == "sensitivity" else f"{out.stem}."
+    files = {}
+    for key, arrays in tensors.items():
+        path = out.with_name(f"{prefix}{key}.safetensors")
+        files[key] = {"name": path.name, "sha256": write_tensors(path, arrays)}
+    content = _header(run, phases) | {
+        "mode": "exact",
+        "exact_evaluations": len(chosen) * len(run.spec.settings.bits) * len(run.states),
+        "units": [unit.to_json() for unit in units],
+        "unmeasured": [shape.name for shape in run.shapes if shape.name not in names],
+        "unquantized_params": _all_params(run) - sum(unit.params for unit in units),
+        "inversions": inversions(units),
+        "files": files,
+        "maps": map_axes,
+        "cost": _cost(run),
+    }
+    write_json(out, content)
+    return Sensitivity.load(out)
+
+
+def _all_params(run: _Run) -> int:
+    return sum(parameter.numel() for parameter in run.sweep.policy.parameters())
+
+
+def _header(run: _Run, phases: np.ndarray) -> dict[str, Any]:
+    """Parents, settings and versions."""
+    calibration, settings = run.states.calibration, run.spec.settings
+    return {
+        "schema_version": 1,
+        "kind": KIND,
+        "identity": run.identity,
+        "policy": {"id": Path(run.spec.policy).resolve().name, "sha256": run.identity["policy_sha256"]},
+        "calibration": {
+            "sha256": calibration.sha256,
+            "samples": len(calibration),
+            "trajectories": calibration.trajectories,
+            "phases": np.bincount(phases, minlength=run.scores.bins).tolist(),
+        },
+        "scheme": settings.scheme,
+        "bits": [*settings.bits, FULL_BITS],
+        "group_size": settings.group_size,
+        "kappa": run.scores.kappa,
+        "lambda": run.scores.weight,
+        "bins": run.scores.bins,
+        "epsilon": settings.epsilon,
+        "boundaries": list(BOUNDARIES),
+        "language_block": language_block(run.sweep.policy, settings),
+        "dtype": settings.dtype,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "vla-deploy": version("vla-deploy"),
+        },
+    }
+
+
+def _cost(run: _Run) -> dict[str, float]:
+    return {
+        "seconds": time.monotonic() - run.started_s,
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "policy_bytes": sum(parameter.nbytes for parameter in run.sweep.policy.parameters()),
+    }

@@ -1,0 +1,107 @@
+"""The bit plan: which format every layer gets, why, and what it costs."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vla_policy.core.errors import ArtefactError
+from vla_policy.core.files import read_json, sha256_policy, write_json
+from vla_policy.core.formats import Format
+
+KIND = "plan"
+
+
+@dataclass(frozen=True)
+class PlanSize:
+    """Bits on disk by kind: integer codes (or 16-bit weights), weight scales, and tensors that are not quantized."""
+
+    weight_bits: int
+    scale_bits: int
+    unquantized_bits: int
+
+    @property
+    def total_bits(self) -> int:
+        return self.weight_bits + self.scale_bits + self.unquantized_bits
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`plan.json` as a type.
+
+    assignment: format by layer name, every measured layer. objective, bound, gap: of Mix-QVLA Eq. (14a); the gap is
+    (objective - bound) / objective, 0 for a certified optimum. average_bits: over the weights of the planned layers.
+    bitops: per action. latency_ms: from the target's table, None without one. details: every other entry of the file.
+    """
+
+    assignment: Mapping[str, Format]
+    policy_sha256: str
+    alpha: float
+    beta: float
+    objective: float
+    bound: float
+    gap: float
+    solver: str
+    average_bits: float
+    size: PlanSize
+    bitops: int
+    latency_ms: float | None
+    target: str | None
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            **self.details,
+            "schema_version": 1,
+            "kind": KIND,
+            "assignment": {
+                unit: {"bits": fmt.weight_bits, "format": str(fmt)} for unit, fmt in self.assignment.items()
+            },
+            "policy_sha256": self.policy_sha256,
+            "alpha": self.alpha,
+            "beta": self.beta,
+            "objective": self.objective,
+            "bound": self.bound,
+            "gap": self.gap,
+            "solver": self.solver,
+            "average_bits": self.average_bits,
+            "size_bits": self.size.total_bits,
+            "weight_bits": self.size.weight_bits,
+            "scale_bits": self.size.scale_bits,
+            "unquantized_bits": self.size.unquantized_bits,
+            "bitops": self.bitops,
+            "latency_ms": self.latency_ms,
+            "target": self.target,
+        }
+
+    def save(self, path: Path | str) -> None:
+        """Writes the plan, whole or not at all."""
+        write_json(path, self.to_json())
+
+    @staticmethod
+    def load(path: Path | str) -> "Plan":
+        """Raises ArtefactError when the file is missing, damaged or no plan."""
+        raw = read_json(path, KIND)
+        try:
+            plan = Plan(
+                assignment={unit: Format.parse(entry["format"]) for unit, entry in raw["assignment"].items()},
+                policy_sha256=raw["policy_sha256"],
+                size=PlanSize(raw["weight_bits"], raw["scale_bits"], raw["unquantized_bits"]),
+                **{name: raw[name] for name in _PLAIN},
+            )
+        except KeyError as error:
+            raise ArtefactError(f"{path}: entry {error} is missing; allocate again") from error
+        known = plan.to_json()
+        return Plan(**{**plan.__dict__, "details": {key: raw[key] for key in raw if key not in known}})
+
+    def check_policy(self, folder: Path | str, path: Path | str) -> None:
+        """Raises ArtefactError when the plan (read from `path`) was made for another policy than that in `folder`."""
+        got = sha256_policy(folder)
+        if got != self.policy_sha256:
+            raise ArtefactError(
+                f"{path}: was made for the policy {self.policy_sha256[:12]}, {folder} is {got[:12]}; "
+                f"measure and allocate for this policy, or choose the policy of the plan"
+            )
+
+
+_PLAIN = ("alpha", "beta", "objective", "bound", "gap", "solver", "average_bits", "bitops", "latency_ms", "target")

@@ -1,0 +1,237 @@
+"""From a sensitivity table and budgets to a plan, and to the whole trade-off between size and score."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from calibrator.allocation import Solution, Solver, feasible_range, greedy_demotion, solve
+from calibrator.choices import (
+    Budget,
+    Group,
+    LatencyTable,
+    Objective,
+    Pin,
+    build_groups,
+    format_of,
+    scale_bits,
+    totals,
+    weight_bits,
+)
+from calibrator.plan import Plan, PlanSize
+from calibrator.sensitivity import Sensitivity
+from vla_policy.core.errors import BudgetError
+from vla_policy.core.files import write_json
+from vla_policy.core.formats import Format
+
+_GB_BITS = 8e9
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Budgets as a user states them; None leaves one out.
+
+    size_gb: 1e9 bytes, everything in the engine. bitops_ratio: part of the 16-bit policy's. latency_ms: per action.
+    """
+
+    average_bits: float | None = None
+    size_gb: float | None = None
+    bitops_ratio: float | None = None
+    latency_ms: float | None = None
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """Everything that shapes a plan besides the table."""
+
+    limits: Limits
+    objective: Objective = field(default_factory=Objective)
+    pins: tuple[Pin, ...] = ()
+    solver: Solver = "HIGHS"
+    float_bits: int = 16
+    latency: LatencyTable | None = None
+    target: str | None = None
+
+
+@dataclass(frozen=True)
+class Planner:
+    """A sensitivity table and a request, ready to be solved for one budget or many."""
+
+    sensitivity: Sensitivity
+    request: PlanRequest
+    groups: tuple[Group, ...]
+
+    @staticmethod
+    def of(sensitivity: Sensitivity, request: PlanRequest) -> "Planner":
+        """Raises BudgetError for pins that cannot hold, ArtefactError for a latency table that lacks a layer."""
+        groups = build_groups(sensitivity, request.objective, request.pins, request.float_bits, request.latency)
+        return Planner(sensitivity, request, tuple(groups))
+
+    @property
+    def params(self) -> int:
+        """Weights of the planned layers."""
+        return sum(unit.params for unit in self.sensitivity.units)
+
+    @property
+    def unquantized_bits(self) -> int:
+        return self.sensitivity.unquantized_params * self.request.float_bits
+
+    def budgets(self) -> list[Budget]:
+        """The request's limits as rows of Eq. (14c), (14d). Raises BudgetError when none is given."""
+        limits, rows = self.request.limits, []
+        if limits.average_bits is not None:
+            rows.append(Budget("code_bits", limits.average_bits * self.params, "average bits", self.params))
+        if limits.size_gb is not None:
+            # Only the layers' part can be chosen; what is not quantized is taken off first.
+            room = limits.size_gb * _GB_BITS - self.unquantized_bits
+            if room <= 0:
+                floor = self.unquantized_bits / _GB_BITS
+                raise BudgetError(
+                    f"size {limits.size_gb:.4g} GB is below the {floor:.4g} GB of tensors that are not quantized"
+                )
+            rows.append(Budget("size_bits", room, "size of quantized layers in GB", _GB_BITS))
+        if limits.bitops_ratio is not None:
+            full = self._full_bitops()
+            rows.append(Budget("bitops", limits.bitops_ratio * full, "BitOps ratio", full))
+        if limits.latency_ms is not None:
+            rows.append(self._latency_budget(limits.latency_ms))
+        if not rows:
+            raise BudgetError("no budget given; choose --average-bits, --size-gb, --bitops-ratio or --latency-ms")
+        return rows
+
+    def _latency_budget(self, limit_ms: float) -> Budget:
+        if self.request.latency is None:
+            raise BudgetError("--latency-ms needs --latency-table, measured on the target with engine_build bench")
+        room_ms = limit_ms - self.request.latency.fixed_ms
+        if room_ms <= 0:
+            fixed_ms = self.request.latency.fixed_ms
+            raise BudgetError(f"latency {limit_ms:.4g} ms is below the {fixed_ms:.4g} ms that no plan can change")
+        return Budget("latency_ms", room_ms, "latency of planned layers in ms")
+
+    def _full_bitops(self) -> float:
+        return float(sum(unit.macs for unit in self.sensitivity.units) * 16 * 16)
+
+    def ranges(self, budgets: Sequence[Budget]) -> dict[str, dict[str, float]]:
+        """Feasible range of every budget under the pins, in the budget's shown unit, and the limit itself."""
+        shown = {}
+        for budget in budgets:
+            low, high = feasible_range(self.groups, budget)
+            shown[budget.label] = {
+                "minimum": low / budget.scale,
+                "maximum": high / budget.scale,
+                "limit": budget.limit / budget.scale,
+            }
+        return shown
+
+    def plan(self) -> Plan:
+        """The optimal plan within the request's budgets, compared with QVLA's greedy demotion on the same table."""
+        budgets = self.budgets()
+        solution = solve(self.groups, budgets, self.request.solver)
+        greedy = greedy_demotion(self.groups, budgets)
+        return self._as_plan(solution, greedy, budgets)
+
+    def _as_plan(self, solution: Solution, greedy: Solution | None, budgets: Sequence[Budget]) -> Plan:
+        request, sums = self.request, totals(solution.choice)
+        limits = request.limits
+        details: dict[str, Any] = {
+            "parents": {
+                "sensitivity_sha256": self.sensitivity.sha256,
+                "policy_sha256": self.sensitivity.policy_sha256,
+                "calibration_sha256": self.sensitivity.meta["calibration"]["sha256"],
+            },
+            "signal": request.objective.signal,
+            "scheme": self.sensitivity.scheme,
+            "pins": [f"{pin.glob}={pin.bits}" for pin in request.pins],
+            "float_bits": request.float_bits,
+            "average_bits_budget": limits.average_bits,
+            "size_budget_bits": None if limits.size_gb is None else round(limits.size_gb * _GB_BITS),
+            "bitops_budget": None if limits.bitops_ratio is None else limits.bitops_ratio * self._full_bitops(),
+            "latency_budget_ms": limits.latency_ms,
+            "feasible": self.ranges(budgets),
+            "greedy": None if greedy is None else _comparison(greedy, solution),
+        }
+        fixed_ms = request.latency.fixed_ms if request.latency else None
+        return Plan(
+            assignment=self._assignment(solution),
+            policy_sha256=self.sensitivity.policy_sha256,
+            alpha=request.objective.alpha,
+            beta=request.objective.beta,
+            objective=solution.objective,
+            bound=solution.bound,
+            gap=solution.gap,
+            solver=solution.solver,
+            average_bits=sums["code_bits"] / self.params,
+            size=self._size(solution),
+            bitops=int(sums["bitops"]),
+            latency_ms=None if fixed_ms is None else fixed_ms + sums["latency_ms"],
+            target=request.target or (request.latency.target if request.latency else None),
+            details=details,
+        )
+
+    def _assignment(self, solution: Solution) -> dict[str, Format]:
+        by_unit = {
+            unit: option.bits
+            for group, option in zip(self.groups, solution.choice, strict=True)
+            for unit in group.units
+        }
+        return {unit.name: format_of(self.sensitivity, by_unit[unit.name]) for unit in self.sensitivity.units}
+
+    def _size(self, solution: Solution) -> PlanSize:
+        formats = self._assignment(solution)
+        return PlanSize(
+            weight_bits=sum(weight_bits(u, formats[u.name], self.request.float_bits) for u in self.sensitivity.units),
+            scale_bits=sum(scale_bits(unit, formats[unit.name]) for unit in self.sensitivity.units),
+            unquantized_bits=self.unquantized_bits,
+        )
+
+    def frontier(self, points: int) -> list[dict[str, Any]]:
+        """The best score at evenly spaced sizes of the planned layers, smallest first, with greedy's beside it."""
+        low, high = feasible_range(self.groups, Budget("size_bits", 0.0, "size"))
+        curve = []
+        for limit in np.linspace(low, high, points):
+            budgets = [Budget("size_bits", float(limit), "size")]
+            solution = solve(self.groups, budgets, self.request.solver)
+            greedy = greedy_demotion(self.groups, budgets)
+            sums = totals(solution.choice)
+            widths = [fmt.weight_bits for fmt in self._assignment(solution).values()]
+            curve.append(
+                {
+                    "size_bits": int(sums["size_bits"]) + self.unquantized_bits,
+                    "average_bits": sums["code_bits"] / self.params,
+                    "bitops": int(sums["bitops"]),
+                    "objective": solution.objective,
+                    "gap": solution.gap,
+                    "greedy_objective": None if greedy is None else greedy.objective,
+                    "layers_by_bits": {str(bits): widths.count(bits) for bits in self.sensitivity.bits},
+                }
+            )
+        return curve
+
+
+def _comparison(greedy: Solution, solution: Solution) -> dict[str, Any]:
+    above = (greedy.objective - solution.objective) / solution.objective if solution.objective > 0 else 0.0
+    return {"objective": greedy.objective, "above_optimum": above}
+
+
+def write_frontier(path: Path, planner: Planner, points: int) -> None:
+    """Writes the trade-off curve as an artefact of kind `frontier`."""
+    objective = planner.request.objective
+    write_json(
+        path,
+        {
+            "schema_version": 1,
+            "kind": "frontier",
+            "parents": {
+                "sensitivity_sha256": planner.sensitivity.sha256,
+                "policy_sha256": planner.sensitivity.policy_sha256,
+            },
+            "alpha": objective.alpha,
+            "beta": objective.beta,
+            "signal": objective.signal,
+            "pins": [f"{pin.glob}={pin.bits}" for pin in planner.request.pins],
+            "solver": planner.request.solver,
+            "points": planner.frontier(points),
+        },
+    )

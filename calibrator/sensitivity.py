@@ -1,0 +1,218 @@
+"""The sensitivity artefact: scores of every live layer, and what they were computed from."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from calibrator.evidence import BOUNDARIES
+from calibrator.scores import ScoreSettings, evidence_loss, phase_of, soft_bottleneck, temporal_score
+from calibrator.sweep import UnitLosses
+from vla_policy.core.errors import ArtefactError
+from vla_policy.core.files import atomic_path, read_json, sha256_file
+
+KIND = "sensitivity"
+FULL_BITS = 16
+
+
+@dataclass(frozen=True)
+class UnitScores:
+    """One layer's row: what it costs and what each bit-width does to the policy.
+
+    inputs, outputs: sides of its weight as a matrix. macs: per action. Scores are by bit-width, 16 included as 0.
+    omega, omega_tau: Mix-QVLA Eqs. (10), (13). action_mse: QVLA Eq. (4). action_proxy: its first-order estimate.
+    """
+
+    name: str
+    stage: str
+    group: str
+    inputs: int
+    outputs: int
+    macs: int
+    omega: Mapping[int, float]
+    omega_tau: Mapping[int, float]
+    action_mse: Mapping[int, float]
+    action_proxy: Mapping[int, float]
+    likelihood_drop: Mapping[int, float]
+    boundary_loss: Mapping[int, Mapping[str, float]]
+
+    @property
+    def params(self) -> int:
+        return self.inputs * self.outputs
+
+    def to_json(self) -> dict[str, Any]:
+        scores = ("omega", "omega_tau", "action_mse", "action_proxy", "likelihood_drop")
+        return {
+            "name": self.name,
+            "stage": self.stage,
+            "group": self.group,
+            "inputs": self.inputs,
+            "outputs": self.outputs,
+            "params": self.params,
+            "macs": self.macs,
+            **{key: {str(bits): value for bits, value in getattr(self, key).items()} for key in scores},
+            "boundary_loss": {str(bits): dict(values) for bits, values in self.boundary_loss.items()},
+        }
+
+    @staticmethod
+    def from_json(raw: Mapping[str, Any]) -> "UnitScores":
+        def by_bits(key: str) -> dict[int, float]:
+            return {int(bits): float(value) for bits, value in raw[key].items()}
+
+        return UnitScores(
+            name=raw["name"],
+            stage=raw["stage"],
+            group=raw["group"],
+            inputs=raw["inputs"],
+            outputs=raw["outputs"],
+            macs=raw["macs"],
+            omega=by_bits("omega"),
+            omega_tau=by_bits("omega_tau"),
+            action_mse=by_bits("action_mse"),
+            action_proxy=by_bits("action_proxy"),
+            likelihood_drop=by_bits("likelihood_drop"),
+            boundary_loss={int(bits): dict(values) for bits, values in raw["boundary_loss"].items()},
+        )
+
+
+@dataclass(frozen=True)
+class UnitShape:
+    """What a layer is, before anything is measured."""
+
+    name: str
+    stage: str
+    group: str
+    inputs: int
+    outputs: int
+    macs: int
+
+
+def score_unit(
+    shape: UnitShape, losses: UnitLosses, proxy: Mapping[int, np.ndarray], phases: np.ndarray, settings: ScoreSettings
+) -> UnitScores:
+    """Eqs. (8) to (13) for one layer. phases: int64 [N], the bin of each state of `losses`."""
+    per_boundary = evidence_loss(losses.mass, losses.attribution, settings.weight)
+    bottleneck = soft_bottleneck(per_boundary, settings.kappa)
+    temporal = temporal_score(bottleneck, phases)
+
+    def by_bits(values: Sequence[float] | np.ndarray) -> dict[int, float]:
+        return {bits: float(value) for bits, value in zip(losses.bits, values, strict=True)} | {FULL_BITS: 0.0}
+
+    return UnitScores(
+        name=shape.name,
+        stage=shape.stage,
+        group=shape.group,
+        inputs=shape.inputs,
+        outputs=shape.outputs,
+        macs=shape.macs,
+        omega=by_bits(bottleneck.mean(-1)),
+        omega_tau=by_bits(temporal),
+        action_mse=by_bits(losses.action_error.mean(-1)),
+        action_proxy=by_bits([float(proxy[bits].mean()) for bits in losses.bits]),
+        likelihood_drop=by_bits(-losses.likelihood.mean(-1)),
+        boundary_loss={
+            bits: dict(zip(BOUNDARIES, per_boundary[row].mean(0).tolist(), strict=True))
+            for row, bits in enumerate(losses.bits)
+        },
+    )
+
+
+def inversions(units: Sequence[UnitScores]) -> list[dict[str, Any]]:
+    """Neighbouring widths where more bits scored worse: noise of a small calibration set, reported, not clamped."""
+    found = []
+    for unit in units:
+        widths = sorted(unit.omega)
+        for low, high in pairwise(widths):
+            if unit.omega[high] > unit.omega[low]:
+                found.append(
+                    {"unit": unit.name, "bits": [low, high], "omega": [unit.omega[low], unit.omega[high]]}
+                )
+    return found
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """`sensitivity.json` as a type. `meta`: every other entry of the file; `path` and `sha256`: the file's own."""
+
+    units: tuple[UnitScores, ...]
+    bits: tuple[int, ...]
+    scheme: str
+    group_size: int | None
+    unquantized_params: int
+    meta: Mapping[str, Any]
+    path: str
+    sha256: str
+
+    @property
+    def policy_sha256(self) -> str:
+        return str(self.meta["policy"]["sha256"])
+
+    @staticmethod
+    def load(path: Path | str) -> "Sensitivity":
+        """Raises ArtefactError when the file is missing, damaged or of another kind."""
+        raw = read_json(path, KIND)
+        try:
+            return Sensitivity(
+                units=tuple(UnitScores.from_json(unit) for unit in raw["units"]),
+                bits=tuple(raw["bits"]),
+                scheme=raw["scheme"],
+                group_size=raw["group_size"],
+                unquantized_params=raw["unquantized_params"],
+                meta={key: value for key, value in raw.items() if key != "units"},
+                path=str(path),
+                sha256=sha256_file(path),
+            )
+        except KeyError as error:
+            raise ArtefactError(f"{path}: entry {error} is missing; measure the sensitivity again") from error
+
+
+def stack_losses(
+    records: Sequence[UnitLosses],
+    proxies: Mapping[str, Mapping[int, np.ndarray]],
+    progress: np.ndarray,
+    settings: ScoreSettings,
+) -> dict[str, np.ndarray]:
+    """`losses.safetensors`: everything per layer, bit-width and state, in the order of `units` in the JSON."""
+    bits = records[0].bits
+    mass = np.stack([record.mass for record in records])
+    attribution = np.stack([record.attribution for record in records])
+    losses = evidence_loss(mass, attribution, settings.weight)
+    return {
+        "loss": losses.astype(np.float32),
+        "mass": mass.astype(np.float32),
+        "attribution": attribution.astype(np.float32),
+        "soft_bottleneck": soft_bottleneck(losses, settings.kappa).astype(np.float32),
+        "action_error": np.stack([record.action_error for record in records]).astype(np.float32),
+        "likelihood": np.stack([record.likelihood for record in records]).astype(np.float32),
+        "action_proxy": np.stack(
+            [np.stack([proxies[record.unit][width] for width in bits]) for record in records]
+        ).astype(np.float32),
+        "progress": progress.astype(np.float64),
+        "phase": phase_of(progress, settings.bins),
+    }
+
+
+def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> str:
+    """Writes a safetensors file whole or not at all; returns its sha256."""
+    with atomic_path(path) as temporary:
+        save_file(dict(tensors), temporary)
+    return sha256_file(path)
+
+
+def load_tensors(sensitivity: Sensitivity, which: str) -> dict[str, np.ndarray]:
+    """The arrays of `losses` or `maps` beside a sensitivity file. Raises ArtefactError unless they belong to it."""
+    entry = sensitivity.meta["files"].get(which)
+    if entry is None:
+        raise ArtefactError(f"{sensitivity.path}: has no {which}; measure the sensitivity again")
+    path = Path(sensitivity.path).parent / entry["name"]
+    if sha256_file(path) != entry["sha256"]:
+        raise ArtefactError(f"{path}: not the file that {sensitivity.path} was written with; measure again")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ArtefactError(f"{path}: damaged or truncated ({error}); measure the sensitivity again") from error
