@@ -9,6 +9,8 @@ from vla_policy.core.cli import run
 from vla_policy.core.formats import Format
 from vla_policy.core.targets import TARGETS, find_target
 
+_COST_FORMATS = ("w16a16", "w8a16_g64", "w4a16_g64", "w2a16_g64")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one subcommand; raises VlaError for what the user can mend."""
@@ -21,7 +23,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m engine_build", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="command")
     _add_build(commands.add_parser("build", help="policy and plan -> engine folder"))
+    _add_verify(commands.add_parser("verify", help="read the formats back, compare with the torch policy, record it"))
     _add_inspect(commands.add_parser("inspect", help="print what an engine holds"))
+    _add_bench(commands.add_parser("bench", help="latency, memory and load time beside the 16-bit engine"))
     return parser
 
 
@@ -50,6 +54,70 @@ def _build(arguments: argparse.Namespace) -> int:
     )
     print(summary(build(request)))
     return 0
+
+
+def _add_verify(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(command=_verify)
+    parser.add_argument("engine", type=Path, help="engine folder; its manifest gets the outcome")
+    parser.add_argument("--policy", type=Path, required=True, help="the policy that the engine was built from")
+    parser.add_argument(
+        "--calibration", type=Path, help="calibration set with reference states (default: random images)"
+    )
+    parser.add_argument("--samples", type=_positive, default=8, help="number of reference states (default: 8)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random images (default: 0)")
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from engine_build.inspect import summary
+    from engine_build.verify import verify
+
+    manifest = verify(arguments.engine, arguments.policy, arguments.calibration, arguments.samples, arguments.seed)
+    print(summary(manifest))
+    return 0
+
+
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(command=_bench)
+    parser.add_argument("engine", type=Path, help="engine folder")
+    parser.add_argument(
+        "--against", type=Path, required=True, help="16-bit engine folder of the same policy and target"
+    )
+    parser.add_argument("--repeats", type=_positive, default=30, help="decisions per engine (default: 30)")
+    parser.add_argument("--threads", type=_positive, default=1, help="CPU threads per engine (default: 1)")
+    parser.add_argument("--out", type=Path, help="write the figures as JSON")
+    parser.add_argument(
+        "--cost-table", type=Path, help="also time every layer in every format and write the table (ms)"
+    )
+    parser.add_argument(
+        "--formats",
+        type=Format.parse,
+        nargs="+",
+        default=[Format.parse(name) for name in _COST_FORMATS],
+        help=f"formats of the cost table (default: {' '.join(_COST_FORMATS)})",
+    )
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from engine_build.bench import bench, report
+    from engine_build.costs import cost_table
+    from vla_policy.core.files import write_json
+    from vla_policy.core.manifest import Manifest
+
+    result = bench(arguments.engine, arguments.against, arguments.repeats, arguments.threads)
+    print(report(result))
+    if arguments.out is not None:
+        write_json(arguments.out, result.to_json())
+    if arguments.cost_table is not None:
+        table = cost_table(Manifest.load(arguments.engine), arguments.formats, arguments.threads)
+        write_json(arguments.cost_table, table)
+    return 0
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not a positive number")
+    return value
 
 
 def _add_inspect(parser: argparse.ArgumentParser) -> None:

@@ -102,7 +102,9 @@ def _prove(
     """Reads both graphs back; the units' records, and the bytes of everything that is no unit."""
     realised = realised_formats(folder, graphs, layers)
     stored = stored_bytes(folder, graphs, layers)
-    units = tuple(_record(layer, plan.assignment[name], realised[name], stored[name]) for name, layer in layers.items())
+    units = tuple(
+        unit_record(layer, plan.assignment[name], realised[name], stored[name]) for name, layer in layers.items()
+    )
     check_realised(folder, units)
     counted = sum(unit.code_bytes + unit.scale_bytes for unit in units)
     return units, sum(record.bytes for record in file_records(folder).values()) - counted
@@ -160,7 +162,8 @@ def planned_bytes(unit: UnitRecord) -> tuple[int, int]:
     return -(-unit.weights * fmt.weight_bits // 8), -(-unit.outputs * padded * fmt.weight_bits // 8)
 
 
-def _record(layer: Layer, planned: Format, realised: Realised, stored: tuple[int, int]) -> UnitRecord:
+def unit_record(layer: Layer, planned: Format, realised: Realised, stored: tuple[int, int]) -> UnitRecord:
+    """The manifest's entry of one layer. `stored`: bytes of codes and scales."""
     return UnitRecord(
         name=layer.name,
         kind=layer.kind,

@@ -35,7 +35,7 @@ def summary(manifest: Manifest) -> str:
     parents = ", ".join(f"{name} {sha256[:12]}" for name, sha256 in sorted(manifest.parents.items()))
     lines = [
         f"target {manifest.target} ({manifest.backend} {manifest.backend_version}), {parents}",
-        f"{totals['units']} units, {totals['weights']:,} weights, {totals['average_bits']} bits on average (codes only)",
+        f"{totals['units']} units, {totals['weights']:,} weights, {totals['average_bits']} bits on average (codes)",
         "formats: " + ", ".join(f"{count} x {name}" for name, count in sorted(formats.items())),
         f"{totals['engine_bytes']:,} bytes on disk = codes {totals['code_bytes']:,} + scales {totals['scale_bytes']:,}"
         f" + embedding, norms, biases, graph, tokenizer {totals['other_bytes']:,}",

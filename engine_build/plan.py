@@ -26,7 +26,7 @@ class Plan:
 def load_plan(path: Path, policy_sha256: str, layers: Mapping[str, Layer]) -> Plan:
     """The plan in `path`, made for exactly this policy and naming exactly its layers; else ArtefactError."""
     content = read_json(path, "plan")
-    made_for = _policy_of(content)
+    made_for = content.get("policy_sha256")
     if made_for != policy_sha256:
         raise ArtefactError(
             f"{path}: made for the policy with sha256 {str(made_for)[:12]}, this one has {policy_sha256[:12]}; "
@@ -77,12 +77,6 @@ def legalize(plan: Plan, layers: Mapping[str, Layer], target: Target) -> Plan:
             reason = target.why_not(planned, layers[name].kind) or "fused with layers of the same input"
             changes.append(f"{name}: {planned} -> {fmt} ({reason})")
     return Plan(legal, plan.sha256, tuple(changes))
-
-
-def _policy_of(content: Mapping[str, Any]) -> Any:
-    parents = content.get("parents")
-    policy = parents.get("policy") if isinstance(parents, dict) else None
-    return policy.get("sha256") if isinstance(policy, dict) else policy
 
 
 def _format(path: Path, unit: str, entry: Any) -> Format:

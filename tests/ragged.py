@@ -102,7 +102,7 @@ def mixed_assignment(names: list[str], formats: list[str]) -> dict[str, Format]:
 
 def write_plan(path: Path, policy_sha256: str, assignment: dict[str, Format]) -> Path:
     entries = {name: {"bits": fmt.weight_bits, "format": str(fmt)} for name, fmt in assignment.items()}
-    plan = {"schema_version": 1, "kind": "plan", "parents": {"policy": policy_sha256}, "assignment": entries}
+    plan = {"schema_version": 1, "kind": "plan", "policy_sha256": policy_sha256, "assignment": entries}
     path.write_text(json.dumps(plan))
     return path
 

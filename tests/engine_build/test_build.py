@@ -116,7 +116,7 @@ def damaged_plan(workshop: Path, tmp_path: Path, change: str) -> Path:
     assignment = content["assignment"]
     first = next(iter(assignment))
     if change == "policy":
-        content["parents"]["policy"] = "0" * 64
+        content["policy_sha256"] = "0" * 64
     elif change == "unknown":
         assignment["language_model.model.layers.99.mlp.up_proj"] = {"bits": 4, "format": "w4a16_g32"}
     elif change == "missing":

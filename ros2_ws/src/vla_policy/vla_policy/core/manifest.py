@@ -1,7 +1,7 @@
 """`manifest.json`: what an engine folder holds, from what it was made, and which formats its layers really have."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +116,10 @@ class Manifest:
             "engine_bytes": sum(record.bytes for record in self.files.values()),
             "average_bits": round(8 * codes / weights, 4) if weights else 0.0,
         }
+
+    def with_reference_check(self, outcome: dict[str, Any]) -> "Manifest":
+        """This manifest with the outcome of `engine_build verify`."""
+        return replace(self, reference_check=outcome)
 
     def write(self, folder: Path | str) -> None:
         write_json(Path(folder) / MANIFEST, self.to_json())

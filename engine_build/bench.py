@@ -1,0 +1,225 @@
+"""Latency, memory and load time of an engine, always beside the 16-bit engine in the same run.
+
+Each engine runs in a process of its own, so that peak memory is its own, and the two take turns decision by decision,
+so that whatever else the machine does hits both alike.
+"""
+
+import multiprocessing
+import os
+import platform
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from vla_policy.core.errors import ArtefactError
+from vla_policy.core.manifest import Manifest
+from vla_policy.core.observation import Observation
+from vla_policy.core.runner import Timings, load_engine
+
+_KIB = 1024
+_STAGES = ("vision", "prefill", "decode_step", "action")
+_INSTRUCTION = "pick up the object and place it in the basket"
+
+
+@dataclass(frozen=True)
+class Quantiles:
+    """Milliseconds over `count` measurements."""
+
+    median_ms: float
+    p90_ms: float
+    p99_ms: float
+    count: int
+
+    @staticmethod
+    def of(values_ms: Sequence[float]) -> "Quantiles":
+        median, p90, p99 = np.quantile(values_ms, [0.5, 0.9, 0.99])
+        return Quantiles(float(median), float(p90), float(p99), len(values_ms))
+
+
+@dataclass(frozen=True)
+class EngineFigures:
+    """One engine's figures. Stages: vision, prefill, one decode step, whole action with preprocessing.
+
+    peak_bytes: peak resident memory of a process that only runs this engine, Python and its libraries included.
+    idle_bytes: the same process before it loaded the engine.
+    """
+
+    engine: str
+    disk_bytes: int
+    average_bits: float
+    load_s: float
+    idle_bytes: int
+    peak_bytes: int
+    stages: dict[str, Quantiles]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Both engines' figures and the speed-up of the whole action (medians)."""
+
+    engine: EngineFigures
+    reference: EngineFigures
+    threads: int
+    machine: str
+
+    @property
+    def speedup(self) -> float:
+        return self.reference.stages["action"].median_ms / self.engine.stages["action"].median_ms
+
+    def to_json(self) -> dict[str, Any]:
+        return {"schema_version": 1, "kind": "bench", "speedup": self.speedup, **asdict(self)}
+
+
+def bench(engine: Path, reference: Path, repeats: int, threads: int, warm_up: int = 2) -> Bench:
+    """Measures `engine` beside `reference`, `repeats` decisions each. Raises ArtefactError if either is unusable."""
+    ours, theirs = Manifest.load(engine), Manifest.load(reference)
+    if ours.parents["policy"] != theirs.parents["policy"]:
+        raise ArtefactError(f"{reference}: built from another policy than {engine}; compare engines of one policy")
+    if ours.target != theirs.target:
+        raise ArtefactError(
+            f"{reference}: for target {theirs.target}, {engine} is for {ours.target}; build it for both"
+        )
+    observation = _observation(ours)
+    with ExitStack() as stack:
+        workers = [stack.enter_context(_Worker(path, threads)) for path in (engine, reference)]
+        timings: list[list[Timings]] = [[] for _ in workers]
+        for turn in tqdm(range(warm_up + repeats), desc="deciding", unit="decision", disable=None):
+            for worker, measured in zip(workers, timings, strict=True):
+                lap = worker.decide(observation)
+                if turn >= warm_up:
+                    measured.append(lap)
+        figures = [
+            _figures(worker, path, manifest, measured)
+            for worker, path, manifest, measured in zip(
+                workers, (engine, reference), (ours, theirs), timings, strict=True
+            )
+        ]
+    return Bench(figures[0], figures[1], threads, f"{platform.machine()}, {_processor()}, {os.cpu_count()} cores")
+
+
+def report(result: Bench) -> str:
+    """The figures side by side."""
+    lines = [f"{'':24}{'engine':>16}{'16-bit':>16}", f"{result.machine}, {result.threads} threads"]
+    sides = (result.engine, result.reference)
+    for stage in _STAGES:
+        for name in ("median_ms", "p90_ms", "p99_ms"):
+            values = [getattr(side.stages[stage], name) for side in sides]
+            lines.append(f"{stage + ' ' + name:24}" + "".join(f"{value:16.3f}" for value in values))
+    for name in ("load_s", "average_bits"):
+        lines.append(f"{name:24}" + "".join(f"{getattr(side, name):16.3f}" for side in sides))
+    for name in ("disk_bytes", "idle_bytes", "peak_bytes"):
+        lines.append(f"{name:24}" + "".join(f"{getattr(side, name):16,}" for side in sides))
+    lines.append(f"speed-up of a whole action, medians: {result.speedup:.2f}")
+    return "\n".join(lines)
+
+
+def _figures(worker: "_Worker", path: Path, manifest: Manifest, timings: Sequence[Timings]) -> EngineFigures:
+    laps = {
+        "vision": [lap.vision_ms for lap in timings],
+        "prefill": [lap.prefill_ms for lap in timings],
+        "decode_step": [step for lap in timings for step in lap.decode_ms],
+        "action": [lap.total_ms for lap in timings],
+    }
+    totals = manifest.totals()
+    return EngineFigures(
+        engine=path.resolve().name,
+        disk_bytes=totals["engine_bytes"],
+        average_bits=totals["average_bits"],
+        load_s=worker.load_s,
+        idle_bytes=worker.idle_bytes,
+        peak_bytes=worker.peak_bytes(),
+        stages={name: Quantiles.of(values) for name, values in laps.items()},
+    )
+
+
+def _observation(manifest: Manifest) -> Observation:
+    """A random image: the arithmetic takes the same time for any."""
+    config = manifest.config
+    generator = np.random.default_rng(0)
+    proprio = config.stats(next(iter(config.norm_stats))).proprio
+    image = generator.integers(0, 256, (config.image_size, config.image_size, 3), dtype=np.uint8)
+    return Observation(image, _INSTRUCTION, np.asarray(proprio.q01, np.float32) if proprio else None)
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown processor")
+
+
+def _peak_bytes() -> int:
+    """Peak resident memory of this process. Linux: VmHWM, which unlike getrusage does not include the parent's."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) * _KIB
+
+
+class _Worker:
+    """A process with one engine in it."""
+
+    def __init__(self, folder: Path, threads: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process: SpawnProcess = context.Process(target=_serve, args=(theirs, folder, threads), daemon=True)
+        self._process.start()
+        theirs.close()
+        self.load_s, self.idle_bytes = self._receive()
+
+    def __enter__(self) -> "_Worker":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pipe.close()
+        self._process.terminate()
+        self._process.join()
+
+    def decide(self, observation: Observation) -> Timings:
+        self._pipe.send(observation)
+        timings: Timings = self._receive()
+        return timings
+
+    def peak_bytes(self) -> int:
+        self._pipe.send(None)
+        peak: int = self._receive()
+        return peak
+
+    def _receive(self) -> Any:
+        try:
+            answer = self._pipe.recv()
+        except EOFError as error:
+            raise ArtefactError("the process that ran the engine died; is there enough memory?") from error
+        if isinstance(answer, ArtefactError):
+            raise answer
+        return answer
+
+
+def _serve(pipe: Connection, folder: Path, threads: int) -> None:
+    """Answers each observation with its timings, and None with the peak memory."""
+    idle_bytes = _peak_bytes()
+    started = time.perf_counter()
+    manifest = Manifest.load(folder)
+    try:
+        engine = load_engine(folder, next(iter(manifest.config.norm_stats)), threads)
+    except ArtefactError as error:
+        pipe.send(error)
+        return
+    pipe.send((time.perf_counter() - started, idle_bytes))
+    while True:
+        try:
+            observation = pipe.recv()
+        except EOFError:
+            return
+        pipe.send(_peak_bytes() if observation is None else engine.decide(observation)[1])

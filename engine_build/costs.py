@@ -1,0 +1,103 @@
+"""How long each layer takes per action in each legal format: the table that a latency budget is allocated from.
+
+Layers of one shape and number of tokens are measured once. A layer's cost is one pass over the tokens it sees while the
+prompt is read, plus one pass of a single token for each decode step.
+"""
+
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+from onnx import TensorProto, helper
+from tqdm import tqdm
+
+from calibrator.quantization import quantize_weight
+from engine_build.build import graph_of
+from engine_build.graph.builder import GraphBuilder
+from engine_build.graph.linear_onnxruntime import linear
+from engine_build.weights import Layer, LayerWeights, layers_of
+from vla_policy.core.backend_onnxruntime import open_session, session_options
+from vla_policy.core.formats import FULL_PRECISION, Format
+from vla_policy.core.manifest import Manifest
+from vla_policy.core.policy_config import PolicyConfig
+
+KIND = "cost_table"
+PROMPT_TOKENS = 30
+_HEAD = "head"
+
+
+def cost_table(manifest: Manifest, formats: Sequence[Format], threads: int, repeats: int = 7) -> dict[str, Any]:
+    """Median milliseconds per action, `{"units": {unit: {format: ms}}}`, measured on this machine's CPU."""
+    config = manifest.config
+    layers = layers_of(config)
+    shapes = {(layer.outputs, layer.inputs, count) for layer in layers.values() for count in passes(layer, config)}
+    measured: dict[tuple[int, int, int, Format], float] = {}
+    jobs = [(*shape, fmt) for shape in sorted(shapes) for fmt in formats]
+    for outputs, inputs, tokens, fmt in tqdm(jobs, desc="timing layers", unit="shape", disable=None):
+        measured[outputs, inputs, tokens, fmt] = _milliseconds(outputs, inputs, tokens, fmt, threads, repeats)
+    return {
+        "schema_version": 1,
+        "kind": KIND,
+        "target": manifest.target,
+        "policy_sha256": manifest.parents["policy"],
+        "threads": threads,
+        "versions": {"onnxruntime": onnxruntime.__version__},
+        "units": {name: _costs(layer, passes(layer, config), formats, measured) for name, layer in layers.items()},
+    }
+
+
+def passes(layer: Layer, config: PolicyConfig) -> Mapping[int, int]:
+    """How often per action the layer runs, by number of tokens."""
+    if layer.kind == "patch_embed" or layer.name.startswith("projector."):
+        return {config.num_patches: 1}
+    if graph_of(layer.name) == "vision":
+        tower = config.towers[0 if ".featurizer." in layer.name else 1]
+        prefix = 1 + tower.registers if tower.kind == "dinov2" else 0
+        return {tower.num_patches + prefix: 1}
+    steps = max(len(stats.action.q01) for stats in config.norm_stats.values()) - 1
+    if layer.kind == _HEAD:
+        return {1: 1 + steps}
+    return {config.num_patches + PROMPT_TOKENS: 1, 1: steps}
+
+
+def _costs(
+    layer: Layer,
+    runs: Mapping[int, int],
+    formats: Sequence[Format],
+    measured: Mapping[tuple[int, int, int, Format], float],
+) -> dict[str, float]:
+    return {
+        str(fmt): sum(times * measured[layer.outputs, layer.inputs, tokens, fmt] for tokens, times in runs.items())
+        for fmt in formats
+    }
+
+
+def _milliseconds(outputs: int, inputs: int, tokens: int, fmt: Format, threads: int, repeats: int) -> float:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(outputs, inputs, generator=generator)
+    layer = Layer("layer", "linear", "layer", outputs, inputs, bias=False)
+    full = fmt.weight_bits == FULL_PRECISION.weight_bits
+    weights = LayerWeights(layer, fmt, None if full else quantize_weight(rows, fmt), rows if full else None, None)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "layer.onnx"
+        with GraphBuilder(path) as builder:
+            builder.rename(linear(builder, "x", weights), "y")
+            infos = [
+                helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, tokens, size])
+                for name, size in (("x", inputs), ("y", outputs))
+            ]
+            builder.save(infos[:1], infos[1:])
+        session = open_session(path, session_options(threads))
+        x = {"x": torch.randn(1, tokens, inputs, generator=generator).numpy()}
+        session.run(None, x)
+        laps = []
+        for _ in range(repeats):
+            started = time.perf_counter()
+            session.run(None, x)
+            laps.append((time.perf_counter() - started) * 1e3)
+    return float(np.median(laps))

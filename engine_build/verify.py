@@ -1,0 +1,178 @@
+"""Proof that an engine is what its plan says: formats and bytes read back, numbers compared with the torch policy.
+
+The reference is the torch policy with the same layers quantized by the calibrator. Where all activations have 16 bits
+both compute the same products, so their logits may differ by rounding only. With 8-bit activations a code that falls on
+the other side of .5 moves an activation by 1/127 of its token's peak, and such differences add up; the bound is wider.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from calibrator.calibration import load_calibration
+from calibrator.policy import TorchActor
+from calibrator.quantization import quantize_policy
+from engine_build.build import check_realised, realised_formats, stored_bytes, unit_record
+from engine_build.weights import layers_of
+from vla_policy.core.errors import ArtefactError
+from vla_policy.core.files import sha256_policy
+from vla_policy.core.formats import Format
+from vla_policy.core.image import preprocess
+from vla_policy.core.manifest import Manifest
+from vla_policy.core.observation import Observation
+from vla_policy.core.runner import Engine, load_engine
+
+EXACT_TOLERANCE = 1e-4
+ROUNDED_ACTIVATIONS_TOLERANCE = 0.15
+_SYNTHETIC_PIXELS = (256, 256, 3)
+_INSTRUCTION = "pick up the object and place it in the basket"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """An engine beside a torch policy over a number of states.
+
+    logits_error: root mean square difference of the action tokens' logits over their standard deviation, worst state.
+    logits_max_abs: largest difference of any action token's logit.
+    cosine: smallest cosine between the two logit vectors of a position, means removed.
+    equal_tokens: share of action tokens that are equal. equal_decisions: share of states with all tokens equal.
+    action_max_abs: largest difference of an action value, in the action's units, both deciding freely.
+    """
+
+    logits_error: float
+    logits_max_abs: float
+    cosine: float
+    equal_tokens: float
+    equal_decisions: float
+    action_max_abs: float
+
+
+def verify(engine_folder: Path, policy_folder: Path, calibration: Path | None, samples: int, seed: int = 0) -> Manifest:
+    """Checks the engine in `engine_folder` and records the outcome in its manifest.
+
+    Raises ArtefactError for damaged files, an engine of another policy, a realised format or size that differs from the
+    plan, and logits outside the tolerance; the manifest is rewritten only if everything holds.
+    """
+    manifest = Manifest.load(engine_folder)
+    manifest.check_files(engine_folder)
+    _check_parent(engine_folder, manifest, policy_folder)
+    _check_formats(engine_folder, manifest)
+    checked = manifest.with_reference_check(
+        reference_check(engine_folder, manifest, policy_folder, calibration, samples, seed)
+    )
+    checked.write(engine_folder)
+    return checked
+
+
+def _check_parent(engine_folder: Path, manifest: Manifest, policy_folder: Path) -> None:
+    sha256 = sha256_policy(policy_folder)
+    if sha256 != manifest.parents["policy"]:
+        raise ArtefactError(
+            f"{engine_folder}: built from the policy {manifest.parents['policy'][:12]}, {policy_folder} is "
+            f"{sha256[:12]}; name the engine's own policy"
+        )
+
+
+def _check_formats(engine_folder: Path, manifest: Manifest) -> None:
+    """What the graphs hold now must be what the manifest says, and that must be what was planned."""
+    layers = layers_of(manifest.config)
+    realised = realised_formats(engine_folder, manifest.graphs, layers)
+    stored = stored_bytes(engine_folder, manifest.graphs, layers)
+    for unit in manifest.units:
+        now = unit_record(layers[unit.name], Format.parse(unit.planned), realised[unit.name], stored[unit.name])
+        if now != unit:
+            raise ArtefactError(f"{engine_folder}: {unit.name} is {now}, the manifest says {unit}; build it again")
+    check_realised(engine_folder, manifest.units)
+
+
+def reference_check(
+    engine_folder: Path, manifest: Manifest, policy_folder: Path, calibration: Path | None, samples: int, seed: int
+) -> dict[str, Any]:
+    """The `reference_check` entry of the manifest. Raises ArtefactError if the logits leave the tolerance."""
+    unnorm_key = next(iter(manifest.config.norm_stats))
+    engine = load_engine(engine_folder, unnorm_key)
+    states = reference_states(engine, calibration, samples, seed)
+    actor = TorchActor.load(policy_folder, unnorm_key)
+    against_full = compare(engine, actor, states, "against full precision")
+    assignment = {unit.name: Format.parse(unit.planned) for unit in manifest.units}
+    quantize_policy(actor.policy, assignment)
+    against_same = compare(engine, actor, states, "against the same formats in torch")
+    exact = all(fmt.activation_bits == 16 for fmt in assignment.values())
+    tolerance = EXACT_TOLERANCE if exact else ROUNDED_ACTIVATIONS_TOLERANCE
+    if not against_same.logits_error <= tolerance:
+        raise ArtefactError(
+            f"{engine_folder}: logits differ from the torch policy with the same formats by "
+            f"{against_same.logits_error:.2e} of their standard deviation, allowed {tolerance:.0e}; build it again"
+        )
+    return {
+        "states": len(states),
+        "source": "calibration set" if calibration else f"random images, seed {seed}",
+        "statistics": unnorm_key,
+        "tolerance_logits_error": tolerance,
+        "same_formats_in_torch": asdict(against_same),
+        "full_precision_torch": asdict(against_full),
+        "summary": f"{len(states)} states; torch with the same formats: logits differ by "
+        f"{against_same.logits_error:.1e} of their standard deviation (allowed {tolerance:g}), "
+        f"{against_same.equal_tokens:.1%} equal tokens; torch in full precision: {against_full.equal_tokens:.1%} equal "
+        f"tokens, actions differ by up to {against_full.action_max_abs:.3g}",
+    }
+
+
+def reference_states(engine: Engine, calibration: Path | None, samples: int, seed: int) -> list[Observation]:
+    """States spread over the calibration set, or, without one, random images and in-range random states."""
+    if calibration is not None:
+        states = load_calibration(calibration)
+        chosen = np.unique(np.linspace(0, len(states) - 1, min(samples, len(states))).round().astype(int))
+        return [states.observation(int(index)) for index in chosen]
+    generator = np.random.default_rng(seed)
+    proprio = engine.config.stats(next(iter(engine.config.norm_stats))).proprio
+    return [
+        Observation(
+            generator.integers(0, 256, _SYNTHETIC_PIXELS, dtype=np.uint8),
+            _INSTRUCTION,
+            generator.uniform(proprio.q01, proprio.q99).astype(np.float32) if proprio else None,
+        )
+        for _ in range(samples)
+    ]
+
+
+def compare(engine: Engine, actor: TorchActor, states: Sequence[Observation], title: str) -> Comparison:
+    """Teacher-forced on the torch policy's tokens for the logits, each deciding freely for tokens and actions."""
+    errors, largest, cosines, equal, actions = [], [], [], [], []
+    first, end = engine.codec.first_token, engine.codec.last_token + 1
+    for state in tqdm(states, desc=title, unit="state", disable=None):
+        expected, got = actor.act(state), engine.act(state)
+        pixels = preprocess(state.image, engine.config)[None]
+        ids = engine.tokenizer.encode(state.instruction, state.state)[None]
+        reference = _torch_logits(actor, pixels, ids, expected.tokens)[:, first:end]
+        difference = engine.action_logits(pixels, ids, expected.tokens)[:, first:end] - reference
+        errors.append(float(np.sqrt((difference**2).mean()) / reference.std()))
+        largest.append(float(np.abs(difference).max()))
+        cosines.append(_smallest_cosine(reference, reference + difference))
+        equal.append(got.tokens == expected.tokens)
+        actions.append(float(np.abs(got.action - expected.action).max()))
+    return Comparison(
+        logits_error=max(errors),
+        logits_max_abs=max(largest),
+        cosine=min(cosines),
+        equal_tokens=float(np.mean(equal)),
+        equal_decisions=float(np.mean([row.all() for row in equal])),
+        action_max_abs=max(actions),
+    )
+
+
+@torch.no_grad()
+def _torch_logits(actor: TorchActor, pixels: np.ndarray, ids: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    logits = actor.policy.action_logits(torch.from_numpy(pixels), torch.from_numpy(ids), torch.from_numpy(tokens)[None])
+    values: np.ndarray = logits[0].float().numpy()
+    return values
+
+
+def _smallest_cosine(left: np.ndarray, right: np.ndarray) -> float:
+    left, right = left - left.mean(1, keepdims=True), right - right.mean(1, keepdims=True)
+    return float(((left * right).sum(1) / (np.linalg.norm(left, axis=1) * np.linalg.norm(right, axis=1))).min())

@@ -1,0 +1,87 @@
+"""Benchmarks: both engines in one run, memory of their own processes, and the cost table's sums."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from engine_build import costs
+from engine_build.__main__ import main
+from engine_build.bench import Quantiles, bench
+from engine_build.build import Request, build
+from engine_build.weights import layers_of
+from vla_policy.core.errors import ArtefactError
+from vla_policy.core.formats import Format
+from vla_policy.core.manifest import Manifest
+from vla_policy.core.targets import find_target
+
+
+@pytest.fixture(scope="module")
+def reference(workshop: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("reference") / "engine"
+    build(Request(workshop / "policy", find_target("cpu"), out, uniform=Format(16, 16)))
+    return out
+
+
+def test_bench_writes_figures_and_costs(
+    workshop: Path, reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figures, table = tmp_path / "bench.json", tmp_path / "costs.json"
+    arguments = [
+        "bench",
+        str(workshop / "engine"),
+        "--against",
+        str(reference),
+        "--repeats",
+        "3",
+        "--out",
+        str(figures),
+    ]
+    arguments += ["--out", str(figures), "--cost-table", str(table)]
+    assert main([*arguments, "--formats", "w16a16", "w4a16_g32"]) == 0
+    assert "speed-up of a whole action" in capsys.readouterr().out
+    content = json.loads(figures.read_text())
+    for side in ("engine", "reference"):
+        measured = content[side]
+        assert measured["stages"]["action"]["count"] == 3
+        assert measured["stages"]["decode_step"]["count"] == 6
+        assert measured["peak_bytes"] > measured["idle_bytes"] > 0
+        assert measured["load_s"] > 0
+    assert content["engine"]["disk_bytes"] < content["reference"]["disk_bytes"]
+    units = json.loads(table.read_text())["units"]
+    assert set(units) == set(layers_of(Manifest.load(reference).config))
+    assert all(set(costs) == {"w16a16", "w4a16_g32"} and min(costs.values()) > 0 for costs in units.values())
+
+
+def test_a_layer_costs_its_prefill_and_every_decode_step(reference: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = Manifest.load(reference)
+    monkeypatch.setattr(costs, "_milliseconds", lambda outputs, inputs, tokens, *rest: float(tokens))
+    units = costs.cost_table(manifest, [Format(16, 16)], threads=1)["units"]
+    patches, registers, steps = 16, 5, 2
+    assert units["vision_backbone.featurizer.patch_embed.proj"]["w16a16"] == patches
+    assert units["vision_backbone.featurizer.blocks.0.mlp.fc1"]["w16a16"] == patches + registers
+    assert units["vision_backbone.fused_featurizer.blocks.0.mlp.fc1"]["w16a16"] == patches
+    assert units["language_model.model.layers.0.mlp.up_proj"]["w16a16"] == patches + costs.PROMPT_TOKENS + steps
+    assert units["language_model.lm_head"]["w16a16"] == 1 + steps
+
+
+def test_engines_of_different_policies_are_not_compared(workshop: Path, reference: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(reference, tmp_path / "other"))
+    content = json.loads((other / "manifest.json").read_text())
+    content["parents"]["policy"] = "f" * 64
+    (other / "manifest.json").write_text(json.dumps(content))
+    with pytest.raises(ArtefactError, match="built from another policy"):
+        bench(workshop / "engine", other, 1, 1)
+
+
+def test_a_damaged_engine_ends_the_run_with_its_own_message(workshop: Path, reference: Path, tmp_path: Path) -> None:
+    damaged = Path(shutil.copytree(reference, tmp_path / "damaged"))
+    (damaged / "vision.data").write_bytes(b"")
+    with pytest.raises(ArtefactError, match=r"vision.data: 0 bytes, expected"):
+        bench(workshop / "engine", damaged, 1, 1)
+
+
+def test_quantiles_interpolate() -> None:
+    quantiles = Quantiles.of([float(value) for value in range(101)])
+    assert (quantiles.median_ms, quantiles.p90_ms, quantiles.p99_ms, quantiles.count) == (50, 90, 99, 101)
