@@ -1,0 +1,119 @@
+"""Training situations of a benchmark, with the scripted expert's answer to each."""
+
+from typing import Protocol
+
+import numpy as np
+
+from demo.experts.libero import LiberoObjectExpert
+from demo.layouts import BASKET, Layout, category, draw_layout, draw_yaw_rad
+from evaluation.benchmarks.base import StepResult
+from evaluation.benchmarks.libero import DEMO_PROTOCOL, LiberoEnv
+from vla_policy.core.observation import Observation
+
+
+class Teacher(Protocol):
+    """One benchmark as a source of episodes. Everything random comes from the generator given to `start`."""
+
+    name: str
+    tasks: tuple[str, ...]
+    task: str
+    layout: str
+
+    def start(self, task: str, rng: np.random.Generator) -> Observation:
+        """Begins an episode in a new training situation."""
+        ...
+
+    def label(self) -> np.ndarray:
+        """float64 [K]: the expert's action for the present situation."""
+        ...
+
+    def disturbed(self, action: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """What is executed instead of `action`, so that the data hold recoveries."""
+        ...
+
+    def teachable(self) -> bool:
+        """False once the expert's answers mean nothing any more, for instance when the object has fallen over."""
+        ...
+
+    def step(self, action: np.ndarray) -> StepResult:
+        """Executes one held action."""
+        ...
+
+    def aux(self) -> np.ndarray:
+        """float32 [6]: positions of target and goal, metres."""
+        ...
+
+    def close(self) -> None:
+        """Frees the simulator."""
+        ...
+
+
+class LiberoTeacher:
+    """LIBERO-Object with objects moved away from their official places."""
+
+    name = "libero_object"
+
+    # The arm starts elsewhere in half of the episodes: a random command, held this many control steps.
+    _START_STEPS = 8
+    _NEAR_SHARE = 0.45
+    _FALLEN_RAD = 0.7
+    _REST = np.array([0, 0, 0, 0, 0, 0, -1.0])
+
+    def __init__(self) -> None:
+        self._env = LiberoEnv(self.name, DEMO_PROTOCOL)
+        self.tasks = self._env.tasks
+        self.task = ""
+        self.layout: Layout = "near"
+        self._noise = 0.0
+
+    def start(self, task: str, rng: np.random.Generator) -> Observation:
+        """An official state chosen at random, its objects moved, the arm moved, everything at rest."""
+        scene = self._env.scene(task)
+        states = self._env.initial_states(task)
+        scene.restore(states[rng.integers(len(states))])
+        scene.hold(self._REST, DEMO_PROTOCOL.wait_steps)
+        self._target = scene.of_interest()[0]
+        self.task, self.layout = task, "near" if rng.random() < self._NEAR_SHARE else "wide"
+        official = {name: scene.position(name) for name in scene.objects()}
+        for name, place in draw_layout(official, self._target, self.layout, rng).items():
+            scene.place(name, place, 0.0 if name == BASKET else draw_yaw_rad(rng))
+        scene.hold(self._start_command(rng), self._START_STEPS)
+        scene.hold(self._REST, self._START_STEPS)
+        self._upright = scene.vertical_axis(self._target)
+        self._expert = LiberoObjectExpert(category(self._target))
+        self._noise = 0.0 if rng.random() < 0.15 else rng.uniform(0.1, 0.4)
+        return self._env.start()
+
+    def label(self) -> np.ndarray:
+        """The expert's answer from the true positions and the robot's state."""
+        scene = self._env.scene(self.task)
+        return self._expert.act(scene.robot_state(), scene.position(self._target), scene.position(BASKET))
+
+    def disturbed(self, action: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Gaussian noise on the motion of half the actions; now and then an open gripper begins to close."""
+        executed = action.copy()
+        if self._noise and rng.random() < 0.5:
+            executed[:3] = np.clip(executed[:3] + rng.normal(0.0, self._noise, 3), -1.0, 1.0)
+        if self._noise and executed[6] < 0 and rng.random() < 0.02:
+            executed[6] = 1.0
+        return executed
+
+    def teachable(self) -> bool:
+        """False once the object has fallen over."""
+        axis = self._env.scene(self.task).vertical_axis(self._target)
+        return float(axis @ self._upright) > np.cos(self._FALLEN_RAD)
+
+    def step(self, action: np.ndarray) -> StepResult:
+        return self._env.step(action)
+
+    def aux(self) -> np.ndarray:
+        return self._env.aux()
+
+    def close(self) -> None:
+        self._env.close()
+
+    def _start_command(self, rng: np.random.Generator) -> np.ndarray:
+        command = self._REST.copy()
+        if rng.random() < 0.5:
+            command[:3] = rng.uniform([-0.8, -1.0, -0.6], [1.0, 1.0, 0.6])
+        return command
