@@ -1,5 +1,6 @@
 """A chain of stages that resumes: each records what it was made from, and is skipped when nothing of that changed."""
 
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -58,17 +59,13 @@ def _run_stage(stage: Stage, records: Path, heading: str, say: Callable[[str], N
     made_from = _made_from(stage)
     if record_path.is_file():
         record = read_json(record_path, kind=_KIND)
+        _refuse_altered(stage, record["outputs"])
         if record["made_from"] == made_from and all(path.exists() for path in stage.outputs):
-            outputs = _hashes(stage.outputs)
-            changed = sorted(name for name, digest in outputs.items() if record["outputs"].get(name) != digest)
-            if changed:
-                raise ArtefactError(
-                    f"{records / changed[0]}: changed or truncated since the stage {stage.name!r} made it; "
-                    f"restore it, or delete it to have it made again"
-                )
             say(f"{heading}: unchanged, made in {record['duration_s']:.1f} s")
-            return StageResult(stage.name, stage.title, True, record["duration_s"], outputs)
+            return StageResult(stage.name, stage.title, True, record["duration_s"], record["outputs"])
         record_path.unlink()
+        for path in stage.outputs:
+            _remove(path)
     say(f"{heading} ...")
     started = time.monotonic()
     stage.run()
@@ -80,6 +77,23 @@ def _run_stage(stage: Stage, records: Path, heading: str, say: Callable[[str], N
     write_json(record_path, {"schema_version": 1, "kind": _KIND, **content})
     say(f"{heading}: {duration_s:.1f} s")
     return StageResult(stage.name, stage.title, False, duration_s, outputs)
+
+
+def _refuse_altered(stage: Stage, recorded: dict[str, str]) -> None:
+    for path in stage.outputs:
+        if path.exists() and _hash(path) != recorded.get(path.name):
+            raise ArtefactError(
+                f"{path}: changed or truncated since the stage {stage.name!r} made it; "
+                "restore it, or delete it to have it made again"
+            )
+
+
+def _remove(path: Path) -> None:
+    """Takes away what a stage made from other inputs, so that no reader takes it for the new result."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _made_from(stage: Stage) -> dict[str, Any]:

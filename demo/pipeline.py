@@ -1,0 +1,231 @@
+"""The whole path on a recorded bag: calibration, sensitivity, bit plan, packed engine, ROS 2 node, report.
+
+    make demo                       the demo policy and its bag
+    make demo DEMO_ARGS="--average-bits 3.5 --out somewhere"
+
+Every stage is the real one and resumes: a second run repeats only what its inputs, settings or code changed.
+"""
+
+import argparse
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from demo.stages import Stage, StageResult, run_stages
+from vla_policy.core import cli
+from vla_policy.core.bag import summarise
+from vla_policy.core.contract import load_contract
+from vla_policy.core.errors import ArtefactError
+from vla_policy.core.files import read_json, write_json
+from vla_policy.core.manifest import Manifest
+from vla_policy.core.observe import check_contract
+from vla_policy.core.policy_config import PolicyConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+ROBOT = ROOT / "ros2_ws" / "src" / "vla_policy"
+_CORE, _CALIBRATOR, _ENGINE = ROBOT / "vla_policy", ROOT / "calibrator", ROOT / "engine_build"
+_REFERENCE_FORMAT = "w16a16"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the pipeline works on. rate: replay speed as a multiple of the recorded one; samples: calibration states."""
+
+    policy: Path
+    bag: Path
+    contract: Path
+    out: Path
+    average_bits: float
+    samples: int
+    seed: int
+    rate: float
+    repeats: int
+
+    @property
+    def engines(self) -> dict[str, Path]:
+        return {"mixed": self.out / "engines" / "mixed", "reference": self.out / "engines" / "reference"}
+
+
+def check_inputs(job: Job) -> None:
+    """Raises before any work when policy, bag and contract are missing or do not fit each other."""
+    contract = load_contract(job.contract)
+    check_contract(contract, PolicyConfig.load(job.policy))
+    summary = summarise(job.bag, contract)
+    empty = [topic for topic, count in summary.messages.items() if count == 0]
+    if empty:
+        raise ArtefactError(f"{job.bag}: no message on {', '.join(empty)}; record the bag again")
+
+
+def stages(job: Job) -> list[Stage]:
+    """The chain; each stage calls the public command of the part that does the work."""
+    calibration, sensitivity, plan = job.out / "calibration", job.out / "sensitivity.json", job.out / "plan.json"
+    mixed, reference = job.engines["mixed"], job.engines["reference"]
+    serving = (ROOT / "demo" / "serving.py", ROOT / "demo" / "parity.py")
+    return [
+        Stage(
+            name="calibration",
+            title="calibration set from the bag",
+            parents=(job.bag, job.contract),
+            settings={"samples": job.samples, "seed": job.seed},
+            sources=(_CORE / "core", _CALIBRATOR),
+            outputs=(calibration,),
+            run=lambda: _calibrator(
+                "collect", job.bag, "--contract", job.contract, "--out", calibration,
+                "--samples", job.samples, "--seed", job.seed,
+            ),
+        ),
+        Stage(
+            name="sensitivity",
+            title="task evidence and temporal sensitivity of every live layer at 2, 4 and 8 bits",
+            parents=(job.policy, calibration),
+            settings={},
+            sources=(_CORE / "core", _CALIBRATOR),
+            outputs=(sensitivity, job.out / "losses.safetensors", job.out / "maps.safetensors"),
+            run=lambda: _calibrator(
+                "sensitivity", "--policy", job.policy, "--calibration", calibration, "--out", sensitivity
+            ),
+        ),
+        Stage(
+            name="plan",
+            title=f"bit plan with {job.average_bits:g} bits on average",
+            parents=(sensitivity,),
+            settings={"average_bits": job.average_bits},
+            sources=(_CORE / "core", _CALIBRATOR),
+            outputs=(plan, job.out / "frontier.json"),
+            run=lambda: _calibrator(
+                "allocate", "--sensitivity", sensitivity, "--out", plan, "--average-bits", job.average_bits,
+                "--target", "cpu", "--frontier", job.out / "frontier.json",
+            ),
+        ),
+        Stage(
+            name="engines",
+            title="mixed and 16-bit reference engine, built and verified",
+            parents=(job.policy, plan, calibration),
+            settings={"reference": _REFERENCE_FORMAT},
+            sources=(_CORE / "core", _CALIBRATOR, _ENGINE),
+            outputs=(mixed, reference),
+            run=lambda: _build_engines(job, plan, calibration),
+        ),
+        Stage(
+            name="bench",
+            title="latency and memory of both engines in turns",
+            parents=(mixed, reference),
+            settings={"repeats": job.repeats},
+            sources=(_CORE / "core", _ENGINE),
+            outputs=(job.out / "bench.json",),
+            run=lambda: _engine_build(
+                "bench", mixed, "--against", reference, "--repeats", job.repeats, "--out", job.out / "bench.json"
+            ),
+        ),
+        Stage(
+            name="serving",
+            title="the bag replayed over DDS to the ROS 2 node, its decisions recorded",
+            parents=(mixed, job.bag, job.contract, *serving),
+            settings={"rate": job.rate},
+            sources=(_CORE,),
+            outputs=(job.out / "served.json", job.out / "parity.json"),
+            run=lambda: _serve(job),
+        ),
+    ]
+
+
+def _calibrator(*arguments: object) -> None:
+    from calibrator.__main__ import main
+
+    _call(main, arguments)
+
+
+def _engine_build(*arguments: object) -> None:
+    from engine_build.__main__ import main
+
+    _call(main, arguments)
+
+
+def _call(main: Callable[[Sequence[str]], int], arguments: Sequence[object]) -> None:
+    """Runs another part's command line; one that has already said what is wrong ends this one with its status."""
+    status = main([str(argument) for argument in arguments])
+    if status != 0:
+        raise SystemExit(status)
+
+
+def _build_engines(job: Job, plan: Path, calibration: Path) -> None:
+    for name, formats in (("mixed", ("--plan", plan)), ("reference", ("--uniform", _REFERENCE_FORMAT))):
+        folder = job.engines[name]
+        _engine_build("build", "--policy", job.policy, *formats, "--target", "cpu", "--out", folder)
+        _engine_build("verify", folder, "--policy", job.policy, "--calibration", calibration)
+    print(packed_against_plan(job.engines["mixed"], plan))
+
+
+def packed_against_plan(engine: Path, plan: Path) -> str:
+    """The engine's weight bytes beside the plan's bits, the scales' share named.
+
+    Raises ArtefactError when the packed codes are not exactly what the plan counts.
+    """
+    totals = Manifest.load(engine).totals()
+    planned = read_json(plan, "plan")
+    code_bits = 8 * totals["code_bytes"]
+    if code_bits != planned["weight_bits"]:
+        raise ArtefactError(
+            f"{engine}: {code_bits} bits of packed codes, {plan} plans {planned['weight_bits']}; build the engine again"
+        )
+    scales = 100 * totals["scale_bytes"] / totals["code_bytes"]
+    return (
+        f"packed: {totals['code_bytes']:,} bytes of codes, as planned ({planned['average_bits']:.3f} bits on average); "
+        f"scales add {totals['scale_bytes']:,} bytes ({scales:.1f} %)"
+    )
+
+
+def _serve(job: Job) -> None:
+    from demo.parity import check_parity
+
+    served = job.out / "served.json"
+    command = [sys.executable, "-m", "demo.serving", "--rate", str(job.rate), "--out", str(served)]
+    command += ["--engine", str(job.engines["mixed"]), "--bag", str(job.bag), "--contract", str(job.contract)]
+    done = subprocess.run(command, cwd=ROOT, check=False)
+    if done.returncode != 0:
+        raise SystemExit(done.returncode)
+    parity = check_parity(served, job.engines["mixed"], job.bag, load_contract(job.contract))
+    write_json(job.out / "parity.json", {"schema_version": 1, "kind": "parity", **asdict(parity)})
+    print(
+        f"{parity.served} of {parity.frames} frames served; {parity.equal} of {parity.served} equal the same engine "
+        "called in this process, bit for bit"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the chain; raises VlaError for what the user can mend."""
+    job = _parse(argv)
+    started = time.monotonic()
+    check_inputs(job)
+    results = run_stages(stages(job), job.out)
+    _summary(results, time.monotonic() - started)
+    return 0
+
+
+def _summary(results: Sequence[StageResult], duration_s: float) -> None:
+    ran = [result for result in results if not result.skipped]
+    print(f"{len(ran)} stages ran, {len(results) - len(ran)} were up to date, {duration_s:.1f} s in all")
+
+
+def _parse(argv: Sequence[str] | None) -> Job:
+    parser = argparse.ArgumentParser(
+        prog="python -m demo.pipeline", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    demo = ROOT / "demo"
+    parser.add_argument("--policy", type=Path, default=demo / "policies" / "libero_object", help="policy folder")
+    parser.add_argument("--bag", type=Path, default=demo / "bag", help="rosbag2 folder (default: the demo's)")
+    parser.add_argument("--contract", type=Path, default=ROBOT / "config" / "libero.yaml", help="topic contract")
+    parser.add_argument("--out", type=Path, default=demo / "out", help="folder for everything that is made")
+    parser.add_argument("--average-bits", type=float, default=4.0, help="budget, bits per weight (default: 4.0)")
+    parser.add_argument("--samples", type=int, default=32, help="calibration states (default: 32)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the choice of states (default: 0)")
+    parser.add_argument("--rate", type=float, default=1.0, help="replay speed, times recorded (default: 1)")
+    parser.add_argument("--repeats", type=int, default=30, help="decisions per engine in the bench (default: 30)")
+    return Job(**vars(parser.parse_args(argv)))
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))
