@@ -1,0 +1,1 @@
+"""A LIBERO robot as a ROS 2 node: cameras and state out, commands in, on its own clock."""

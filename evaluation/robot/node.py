@@ -1,0 +1,279 @@
+"""The simulated robot's ROS 2 node.
+
+    python -m evaluation.robot --ros-args -p contract:=contract.yaml -p tasks:="[pick_up_the_butter_...]"
+
+Publishes `/clock`, the contract's camera, joint states at every control step and the instruction at each episode's
+start; obeys the contract's twist and gripper commands. Time is the simulation's and continues over episodes. A command
+older than `incoming_command_timeout` (simulated seconds) stops the arm.
+
+`driver` "commands" obeys whoever commands. With `lockstep` (the default) simulated time waits after each image for the
+decision on that image, so a slow policy or a busy machine changes nothing; without it the simulation runs at
+`real_time_factor`. `driver` "expert" lets the scripted expert drive, and publishes its commands: so bags are recorded.
+"""
+
+import io
+import threading
+import time
+from collections.abc import Sequence
+
+import numpy as np
+from geometry_msgs.msg import TwistStamped
+from PIL import Image as PilImage
+from rclpy.node import Node
+from rclpy.parameter import Parameter
+from rclpy.qos import DurabilityPolicy, QoSProfile, qos_profile_sensor_data
+from rosgraph_msgs.msg import Clock as ClockMessage
+from sensor_msgs.msg import CompressedImage, Image, JointState
+from std_msgs.msg import Float64MultiArray, Header, String
+from vla_policy_interfaces.msg import ActionChunk
+
+from evaluation.robot.robot import CONTROL_PERIOD_NS, SETTLE_STEPS, Episode, LiberoRobot
+from vla_policy.core.contract import IMAGE, JOINT_STATE, load_contract
+from vla_policy.core.errors import ContractError, VlaError
+from vla_policy.core.files import write_json
+from vla_policy.core.safety import Command, Limiter
+from vla_policy.nodes.outputs import CHUNK_TOPIC, to_time
+from vla_policy.nodes.process import run_node
+
+_START_NS = 10**9
+_DECISION_TIMEOUT_S = 10.0
+_COMMAND_AFTER_CHUNK_S = 0.05
+_SETTLE_PERIOD_S = 0.01
+
+
+class SimulatedRobotNode(Node):
+    """Simulates in a thread of its own, which also owns the renderer; the executor receives the commands."""
+
+    def __init__(self, done: threading.Event) -> None:
+        super().__init__("simulated_robot")
+        self._contract = load_contract(self.declare_parameter("contract", "").value)
+        self._suite = self.declare_parameter("suite", "libero_object").value
+        self._tasks = self.declare_parameter("tasks", Parameter.Type.STRING_ARRAY).value or []
+        self._trials = self.declare_parameter("trials", [0]).value
+        self._driver = self.declare_parameter("driver", "commands").value
+        self._lockstep = self.declare_parameter("lockstep", True).value
+        self._real_time_factor = self.declare_parameter("real_time_factor", 1.0).value
+        self._steps_per_image = self.declare_parameter("steps_per_image", 4).value
+        self._command_timeout_ns = round(self.declare_parameter("incoming_command_timeout", 0.5).value * 1e9)
+        self._min_subscribers = self.declare_parameter("min_subscribers", 1).value
+        self._summary = self.declare_parameter("summary", "").value
+        if self._driver not in ("commands", "expert"):
+            raise ContractError(f"simulated robot: driver must be commands or expert, got {self._driver!r}")
+        if self._contract.action.command != "twist" or [item.type for item in self._contract.states] != [JOINT_STATE]:
+            raise ContractError(f"{self._contract.path}: the simulated robot takes twists and gives one joint state")
+        self.error: VlaError | None = None
+        self.results: list[dict[str, object]] = []
+        self._now_ns = _START_NS
+        self._changed = threading.Condition()
+        self._twist: tuple[int, dict[str, float]] | None = None
+        self._opening_m: float | None = None
+        self._commands = 0
+        self._answered_ns = 0
+        self._create_topics()
+        self._done, self._closing = done, threading.Event()
+        self._thread = threading.Thread(target=self._run, name="simulation", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._closing.set()
+        self._thread.join()
+
+    def _create_topics(self) -> None:
+        contract, action = self._contract, self._contract.action
+        kept = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
+        kind = Image if contract.primary.type == IMAGE else CompressedImage
+        # Reliable, so that a recorder or a lossless policy misses nothing; best-effort subscribers are served as well.
+        self._camera = self.create_publisher(kind, contract.primary.topic, QoSProfile(depth=10))
+        self._joints = self.create_publisher(JointState, contract.states[0].topic, QoSProfile(depth=50))
+        self._instruction = self.create_publisher(String, contract.instruction.topic, kept)
+        self._clock_publisher = self.create_publisher(ClockMessage, "/clock", QoSProfile(depth=10))
+        if self._driver == "commands":
+            self.create_subscription(TwistStamped, action.topic, self._on_twist, QoSProfile(depth=10))
+            self.create_subscription(ActionChunk, CHUNK_TOPIC, self._on_chunk, qos_profile_sensor_data)
+            if action.gripper is not None:
+                self.create_subscription(
+                    Float64MultiArray, action.gripper.topic, self._on_gripper, QoSProfile(depth=10)
+                )
+        else:
+            self._twists = self.create_publisher(TwistStamped, action.topic, QoSProfile(depth=10))
+            if action.gripper is not None:
+                self._grips = self.create_publisher(Float64MultiArray, action.gripper.topic, QoSProfile(depth=10))
+
+    # --- commands -----------------------------------------------------------------------------------------------
+
+    def _on_twist(self, message: TwistStamped) -> None:
+        parts = (("linear", message.twist.linear), ("angular", message.twist.angular))
+        values = {f"{part}.{axis}": getattr(vector, axis) for part, vector in parts for axis in "xyz"}
+        with self._changed:
+            self._twist = (self._now_ns, values)
+            self._commands += 1
+            self._changed.notify_all()
+
+    def _on_gripper(self, message: Float64MultiArray) -> None:
+        with self._changed:
+            self._opening_m = message.data[0] if message.data else None
+
+    def _on_chunk(self, message: ActionChunk) -> None:
+        with self._changed:
+            stamp = message.observation_stamp
+            self._answered_ns = stamp.sec * 10**9 + stamp.nanosec
+            self._changed.notify_all()
+
+    # --- simulation ---------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            robot = LiberoRobot(self._suite, self._contract.action)
+            try:
+                self._await_subscribers()
+                for task in self._tasks or robot.tasks:
+                    for trial in self._trials:
+                        if not self._closing.is_set():
+                            self._episode(robot, Episode(task, trial))
+            finally:
+                robot.close()
+            if self._summary:
+                write_json(self._summary, {"schema_version": 1, "kind": "simulated_episodes", "episodes": self.results})
+        except VlaError as error:
+            self.error = error
+        finally:
+            self._done.set()
+
+    def _await_subscribers(self) -> None:
+        """Camera and state must be heard by as many as the recording or the policy needs."""
+        for publisher in (self._camera, self._joints, self._instruction):
+            while publisher.get_subscription_count() < self._min_subscribers and not self._closing.is_set():
+                self._tick()
+                self._closing.wait(0.05)
+
+    def _episode(self, robot: LiberoRobot, episode: Episode) -> None:
+        instruction = robot.begin(episode)
+        self._twist = self._opening_m = None
+        self._settle()
+        self._instruction.publish(String(data=instruction))
+        self._settle()
+        success, step = False, 0
+        while not success and step < robot.max_steps and not self._closing.is_set():
+            begun_s = time.monotonic()
+            self._publish_joints(robot.state())
+            if step % self._steps_per_image == 0:
+                self._publish_image(robot.observe().image)
+                self._decide(robot)
+            self._obey(robot)
+            success, step = robot.step(), step + 1
+            self._advance()
+            self._pace(begun_s)
+        self.results.append({"task": episode.task, "trial": episode.trial, "success": success, "steps": step})
+        self.get_logger().info(f"{episode.task} {episode.trial}: {'success' if success else 'failure'}, {step} steps")
+
+    def _decide(self, robot: LiberoRobot) -> None:
+        """Commands for the image that was just published: the expert's, or in lockstep those of the policy."""
+        if self._driver == "expert":
+            self._drive(robot.expert())
+        elif self._lockstep:
+            stamp_ns = self._now_ns
+            with self._changed:
+                seen = self._commands
+                if not self._changed.wait_for(
+                    lambda: self._answered_ns >= stamp_ns or self._closing.is_set(), _DECISION_TIMEOUT_S
+                ):
+                    raise ContractError(
+                        f"simulated robot: no decision on the image of {stamp_ns} ns within {_DECISION_TIMEOUT_S:g} s; "
+                        "is the policy node active, and does it use_sim_time?"
+                    )
+                self._changed.wait_for(lambda: self._commands > seen, _COMMAND_AFTER_CHUNK_S)
+
+    def _drive(self, action: np.ndarray) -> None:
+        command = Limiter(self._contract.action).command(action, float("inf"))
+        if command is None:
+            raise ContractError(f"simulated robot: the expert's action is not finite: {action.tolist()}")
+        with self._changed:
+            self._twist = (self._now_ns, dict(zip(command.targets, command.motion.tolist(), strict=True)))
+            self._opening_m = command.gripper_m
+        self._publish_command(command)
+
+    def _publish_command(self, command: Command) -> None:
+        message = TwistStamped(header=self._header(self._contract.action.frame_id))
+        for target, value in zip(command.targets, command.motion.tolist(), strict=True):
+            part, axis = target.split(".")
+            setattr(getattr(message.twist, part), axis, value)
+        self._twists.publish(message)
+        if command.gripper_m is not None:
+            self._grips.publish(Float64MultiArray(data=[command.gripper_m]))
+
+    def _obey(self, robot: LiberoRobot) -> None:
+        with self._changed:
+            fresh = self._twist is not None and self._now_ns - self._twist[0] <= self._command_timeout_ns
+            robot.move(self._twist[1] if fresh and self._twist is not None else {})
+            if self._opening_m is not None:
+                robot.grip(self._opening_m)
+
+    def _settle(self) -> None:
+        """Half a second between episode, instruction and first image, slow enough for everybody's clock to follow."""
+        for _ in range(SETTLE_STEPS):
+            self._advance()
+            self._closing.wait(_SETTLE_PERIOD_S)
+
+    def _advance(self) -> None:
+        self._now_ns += CONTROL_PERIOD_NS
+        self._tick()
+
+    def _tick(self) -> None:
+        self._clock_publisher.publish(ClockMessage(clock=to_time(self._now_ns)))
+
+    def _pace(self, begun_s: float) -> None:
+        if self._driver == "commands" and not self._lockstep and self._real_time_factor > 0:
+            self._closing.wait(max(0.0, begun_s + CONTROL_PERIOD_NS / 1e9 / self._real_time_factor - time.monotonic()))
+
+    # --- sensors ------------------------------------------------------------------------------------------------
+
+    def _header(self, frame: str) -> Header:
+        return Header(stamp=to_time(self._now_ns), frame_id=frame)
+
+    def _publish_joints(self, state: np.ndarray) -> None:
+        """Every joint that the contract names, with the positions and velocities that the simulator gives."""
+        measured = dict(zip(self._contract.state_names, state.tolist(), strict=True))
+        values = self._contract.states[0].values
+        joints = list(dict.fromkeys(value.joint for value in values))
+        fields = {(value.joint, value.field): measured[value.name] for value in values}
+        self._joints.publish(
+            JointState(
+                header=self._header(self._contract.action.frame_id),
+                name=joints,
+                position=[fields.get((joint, "position"), 0.0) for joint in joints],
+                velocity=[fields.get((joint, "velocity"), 0.0) for joint in joints],
+            )
+        )
+
+    def _publish_image(self, image: np.ndarray) -> None:
+        header = self._header(self._contract.primary.name)
+        height, width, _ = image.shape
+        if self._contract.primary.type == IMAGE:
+            message = Image(header=header, height=height, width=width, encoding="rgb8", step=3 * width)
+            message.data = image.tobytes()
+        else:
+            stream = io.BytesIO()
+            PilImage.fromarray(image).save(stream, "PNG", optimize=True)
+            message = CompressedImage(header=header, format="rgb8; png compressed rgb8", data=stream.getvalue())
+        self._camera.publish(message)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Runs the episodes. Returns 2 on a mistake, 1 when an episode failed, 0 otherwise."""
+    done = threading.Event()
+    nodes: list[SimulatedRobotNode] = []
+
+    def make() -> Node:
+        nodes.append(SimulatedRobotNode(done))
+        return nodes[0]
+
+    def close(node: Node) -> None:
+        nodes[0].close()
+
+    code = run_node(make, close, args, done)
+    if code or not nodes:
+        return code
+    if nodes[0].error is not None:
+        print(f"error: {nodes[0].error}")
+        return 2
+    return 0 if all(result["success"] for result in nodes[0].results) else 1
