@@ -92,8 +92,11 @@ class RolloutResult:
     """A complete run: its settings and episodes, ordered by task and trial."""
 
     settings: Settings
-    tasks: tuple[str, ...]
     episodes: tuple[Episode, ...]
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(episode.task for episode in self.episodes))
 
     @property
     def successes(self) -> int:
@@ -111,7 +114,7 @@ class RolloutResult:
     def restricted_to(self, other: "RolloutResult") -> "RolloutResult":
         """This run's episodes of the tasks and trials that `other` holds, e.g. to pair it with a shorter run."""
         keys = {episode.key for episode in other.episodes}
-        return RolloutResult(self.settings, other.tasks, tuple(e for e in self.episodes if e.key in keys))
+        return RolloutResult(self.settings, tuple(e for e in self.episodes if e.key in keys))
 
     def write(self, path: Path) -> None:
         """Writes the summary with Wilson intervals per task and in all, and every episode."""
@@ -132,7 +135,7 @@ class RolloutResult:
         names = {field.name for field in fields(Episode)}
         try:
             episodes = tuple(Episode(**{name: entry[name] for name in names}) for entry in content["episodes"])
-            return RolloutResult(content["settings"], tuple(content["tasks"]), episodes)
+            return RolloutResult(content["settings"], episodes)
         except (KeyError, TypeError) as error:
             raise ArtefactError(f"{path}: rollout result lacks {error}; make it again") from error
 

@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
@@ -28,6 +28,9 @@ from vla_policy.core.policy_config import PolicyConfig
 Control = Literal["none", "blind", "wrong_instruction"]
 
 
+EnvFactory = Callable[[str, PolicyConfig], BenchmarkEnv]
+
+
 class ActorRecipe(Protocol):
     """Something picklable that becomes an actor in a worker process."""
 
@@ -46,13 +49,18 @@ class ActorRecipe(Protocol):
 
 @dataclass(frozen=True)
 class Rollout:
-    """One run. control: `blind` shows a grey image, `wrong_instruction` names another task of the benchmark."""
+    """One run.
+
+    control: `blind` shows a grey image, `wrong_instruction` names another task of the benchmark.
+    videos: where films of failures go. make_env: an importable function, since worker processes need it too.
+    """
 
     benchmark: str
     actor: ActorRecipe
     seed: int = 7
     control: Control = "none"
     videos: Path | None = None
+    make_env: EnvFactory = make_env
 
     def settings(self) -> Settings:
         """Everything that decides an episode's outcome; a journal with other values is refused."""
@@ -113,7 +121,7 @@ class Worker:
     def __init__(self, rollout: Rollout) -> None:
         self._rollout = rollout
         self._actor = rollout.actor.load()
-        self._env = make_env(rollout.benchmark, self._actor.config)
+        self._env = rollout.make_env(rollout.benchmark, self._actor.config)
 
     def run(self, job: Job) -> Episode:
         """One episode; a failure leaves its film in the rollout's video folder, if there is one."""
@@ -133,7 +141,7 @@ def run(rollout: Rollout, tasks: tuple[str, ...], trials: int, out: Path, worker
     Raises DataError for unknown tasks, ArtefactError for a journal with other settings.
     """
     config = rollout.actor.config()
-    tasks = tasks or make_env(rollout.benchmark, config).tasks
+    tasks = tasks or rollout.make_env(rollout.benchmark, config).tasks
     _check(rollout, config, tasks, trials)
     journal = Journal(out.with_suffix(".episodes.jsonl"), rollout.settings())
     jobs = [Job(task, trial) for task in tasks for trial in range(trials)]
@@ -149,7 +157,7 @@ def run(rollout: Rollout, tasks: tuple[str, ...], trials: int, out: Path, worker
             successes += episode.success
             bar.set_postfix_str(f"{successes} succeeded", refresh=False)
             bar.update()
-    result = RolloutResult(rollout.settings(), tasks, tuple(journal.episodes[job.task, job.trial] for job in jobs))
+    result = RolloutResult(rollout.settings(), tuple(journal.episodes[job.task, job.trial] for job in jobs))
     result.write(out)
     return result
 
@@ -157,7 +165,7 @@ def run(rollout: Rollout, tasks: tuple[str, ...], trials: int, out: Path, worker
 def _check(rollout: Rollout, config: PolicyConfig, tasks: tuple[str, ...], trials: int) -> None:
     if trials < 1:
         raise DataError(f"--trials must be at least 1, got {trials}")
-    env = make_env(rollout.benchmark, config)
+    env = rollout.make_env(rollout.benchmark, config)
     for task in tasks:
         env.instruction(task)
     if rollout.control == "wrong_instruction" and len(env.tasks) < 2:

@@ -1,5 +1,7 @@
 """Meta-World's scripted policies as memoryless experts: the action depends on the present observation alone."""
 
+import warnings
+
 import numpy as np
 
 from vla_policy.core.errors import DataError
@@ -22,4 +24,7 @@ class MetaWorldExpert:
 
     def act(self, vector: np.ndarray) -> np.ndarray:
         """float64 [4]: dx, dy, dz, gripper in [-1, 1] for Meta-World's observation `vector` [39]."""
-        return np.clip(np.asarray(self._policy.get_action(vector), np.float64), -1.0, 1.0)
+        with warnings.catch_warnings():  # "Constant(s) may be too high": the clipping below is the answer to it
+            warnings.simplefilter("ignore", UserWarning)
+            command = np.asarray(self._policy.get_action(vector), np.float64)
+        return np.clip(command, -1.0, 1.0)

@@ -5,7 +5,6 @@ draws it differs: a generator seeded by (task, seed), so that one number names o
 """
 
 import hashlib
-import os
 import zlib
 from typing import Any
 
@@ -60,7 +59,6 @@ class MetaWorldScene:
     """One task in one simulator with one renderer. Close it before the next: one renderer per process is reliable."""
 
     def __init__(self, task: str) -> None:
-        os.environ.setdefault("MUJOCO_GL", "egl")
         import mujoco
         from metaworld.env_dict import ALL_V3_ENVIRONMENTS
 

@@ -1,0 +1,128 @@
+"""Pairing two runs, and the table that is made of them."""
+
+from pathlib import Path
+
+import pytest
+from fake_world import FakeEnv, FakeRecipe
+from scipy.stats import binomtest
+
+from evaluation import __main__ as command
+from evaluation.actors import ActorSpec
+from evaluation.compare import compare
+from evaluation.results import Episode, RolloutResult
+from evaluation.rollout import Rollout
+from evaluation.table import PlannedRun, Section, read_config, render, run_table
+from vla_policy.core.errors import ArtefactError, DataError
+from vla_policy.core.formats import Format
+
+
+def result(outcomes: str, task: str = "open", state: str = "s") -> RolloutResult:
+    """One episode per character; `+` succeeded."""
+    episodes = (Episode(task, trial, mark == "+", 2, 1.5, f"{state}{trial}") for trial, mark in enumerate(outcomes))
+    return RolloutResult({"benchmark": "fake"}, tuple(episodes))
+
+
+def test_pairs_are_counted_and_tested() -> None:
+    comparison = compare(result("++++++----"), result("++-----+--"))
+    pairs = comparison.pairs
+    assert (pairs.both, pairs.only_a, pairs.only_b, pairs.neither) == (2, 4, 1, 3)
+    assert comparison.difference == pytest.approx(0.3)
+    assert comparison.interval.low < 0.3 < comparison.interval.high
+    assert comparison.p_value == pytest.approx(binomtest(1, 5).pvalue)
+
+
+def test_runs_that_cannot_be_paired_are_refused() -> None:
+    with pytest.raises(DataError, match="only the first run holds task 'open' trial 2"):
+        compare(result("+++"), result("++"))
+    with pytest.raises(DataError, match="started from different states"):
+        compare(result("+++"), result("+++", state="other"))
+
+
+def test_a_longer_run_is_restricted_to_a_shorter_one() -> None:
+    comparison = compare(result("+-"), result("++-+").restricted_to(result("+-")))
+    assert (comparison.pairs.total, comparison.pairs.only_b) == (2, 1)
+
+
+def test_compare_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result("+++-").write(tmp_path / "a.json")
+    result("+---").write(tmp_path / "b.json")
+    assert command.main(["rollout", "--compare", str(tmp_path / "a.json"), str(tmp_path / "b.json")]) == 0
+    out = capsys.readouterr().out
+    assert "4 paired episodes: both succeeded 1, only A 2, only B 0, neither 1" in out
+    assert "success rate A - B: +50.0 points" in out
+    assert "p = 0.5" in out
+    (tmp_path / "b.json").write_text("{}")
+    assert command.main(["rollout", "--compare", str(tmp_path / "a.json"), str(tmp_path / "b.json")]) == 2
+    assert "expected kind 'rollout'" in capsys.readouterr().err
+
+
+def test_table_pairs_every_run_with_the_first() -> None:
+    rollout = Rollout("fake", FakeRecipe(), make_env=FakeEnv)
+    runs = tuple(PlannedRun(name, rollout, trials) for name, trials in [("bf16", 4), ("w2", 2), ("later", 4)])
+    text = render([Section("s", "Some tasks", (), runs)], {"s-bf16": result("+++-"), "s-w2": result("+-")})
+    assert "### Some tasks" in text
+    assert "| bf16 | 3/4 | 75.0 % (30.1 to 95.4) | reference | reference | 2 |" in text
+    assert "| w2 | 1/2 | 50.0 % (9.5 to 90.5) | -50.0 (" in text
+    assert "| open | 3/4 |" in text
+    assert "later" not in text
+
+
+_CONFIG = """
+sections:
+  - name: mw
+    title: Meta-World
+    benchmark: metaworld
+    policy: policies/metaworld
+    tasks: [drawer-open]
+    trials: 3
+    runs:
+      - {name: bf16}
+      - {name: w4, weights: w4a16_g64, trials: 2}
+      - {name: blind, control: blind}
+"""
+
+
+def test_configuration_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "evaluation.yaml"
+    path.write_text(_CONFIG)
+    (section,) = read_config(path)
+    assert section.tasks == ("drawer-open",)
+    assert [run.trials for run in section.runs] == [3, 2, 3]
+    assert [run.rollout.control for run in section.runs] == ["none", "none", "blind"]
+    assert [run.rollout.actor for run in section.runs] == [
+        ActorSpec("policy", tmp_path / "policies" / "metaworld", weights=weights)
+        for weights in (None, Format(4, 16, 64), None)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("control: blind", "control: deaf", r"runs\[2\].control: 'deaf' is unknown"),
+        ("weights: w4a16_g64", "weights: int4", r"runs\[1\].weights: format 'int4' is unknown"),
+        ("trials: 3", "tries: 3", r"sections\[0\]: key 'tries' is unknown"),
+        ("    trials: 3\n", "", r"sections\[0\]: key 'trials' is missing"),
+        ("benchmark: metaworld", "benchmark: atari", "'atari' is unknown"),
+        ("sections:", "parts:", "expected a mapping with a list `sections`"),
+    ],
+)
+def test_a_wrong_configuration_is_named(tmp_path: Path, old: str, new: str, message: str) -> None:
+    path = tmp_path / "evaluation.yaml"
+    path.write_text(_CONFIG.replace(old, new))
+    with pytest.raises(ArtefactError, match=message):
+        read_config(path)
+
+
+def test_table_runs_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rollout = Rollout("fake", FakeRecipe(), make_env=FakeEnv)
+    blind = Rollout("fake", FakeRecipe(), control="blind", make_env=FakeEnv)
+    section = Section("s", "Fake", ("read",), (PlannedRun("bf16", rollout, 4), PlannedRun("blind", blind, 4)))
+    monkeypatch.setattr("evaluation.table.read_config", lambda path: [section])
+    table = run_table(tmp_path / "unused.yaml", tmp_path / "out", workers=1)
+    text = table.read_text()
+    assert "| bf16 | 4/4 |" in text
+    assert "| blind | 0/4 | 0.0 % (0.0 to 49.0) | -100.0 (" in text
+    journal = tmp_path / "out" / "s-bf16.episodes.jsonl"
+    before = journal.read_bytes()
+    assert run_table(tmp_path / "unused.yaml", tmp_path / "out", workers=1).read_text() == text
+    assert journal.read_bytes() == before

@@ -1,0 +1,204 @@
+"""The machinery around episodes: counting, controls, resuming, killed processes."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fake_world import FakeEnv, FakeRecipe
+
+from evaluation import __main__ as command
+from evaluation.actors import ActorSpec
+from evaluation.results import RolloutResult
+from evaluation.rollout import Rollout, run
+from evaluation.statistics import wilson_interval
+from vla_policy.core.errors import ArtefactError, DataError, VlaError
+from vla_policy.core.formats import Format
+from vla_policy.core.observation import Observation
+
+TASKS = ("read", "negate")
+
+
+FAKE = Rollout("fake", FakeRecipe(), make_env=FakeEnv)
+
+
+def journal_lines(out: Path) -> list[str]:
+    return out.with_suffix(".episodes.jsonl").read_text().splitlines()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_counts_successes_and_writes_wilson_intervals(tmp_path: Path, workers: int) -> None:
+    out = tmp_path / "result.json"
+    result = run(FAKE, TASKS, 5, out, workers)
+    assert [(e.task, e.trial) for e in result.episodes] == [(task, trial) for task in TASKS for trial in range(5)]
+    assert [e.success for e in result.of_task("negate")] == [True, True, True, False, True]
+    assert [e.decisions for e in result.of_task("negate")] == [1, 1, 1, 3, 1]
+    content = json.loads(out.read_text())
+    interval = wilson_interval(9, 10)
+    assert content["total"]["successes"] == 9
+    assert content["total"]["wilson95"] == [round(interval.low, 4), round(interval.high, 4)]
+    assert content["tasks"]["read"]["rate"] == 1.0
+    assert RolloutResult.read(out) == result
+
+
+def test_controls_destroy_success(tmp_path: Path) -> None:
+    blind = run(replace(FAKE, control="blind"), TASKS, 4, tmp_path / "blind.json")
+    wrong = run(replace(FAKE, control="wrong_instruction"), TASKS, 4, tmp_path / "wrong.json")
+    assert blind.successes == wrong.successes == 0
+
+
+def test_another_run_plays_only_what_is_missing(tmp_path: Path) -> None:
+    out = tmp_path / "result.json"
+    run(FAKE, TASKS, 2, out)
+    before = journal_lines(out)
+    result = run(FAKE, TASKS, 4, out)
+    after = journal_lines(out)
+    assert after[: len(before)] == before
+    assert len(after) == 1 + 2 * 4
+    assert len(result.episodes) == 8
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        (replace(FAKE, seed=8), "seed = 7, now seed = 8"),
+        (replace(FAKE, control="blind"), "control"),
+        (replace(FAKE, actor=FakeRecipe("b")), "actor"),
+    ],
+)
+def test_a_changed_setting_is_refused_by_name(tmp_path: Path, changed: Rollout, named: str) -> None:
+    out = tmp_path / "result.json"
+    run(FAKE, TASKS, 1, out)
+    with pytest.raises(ArtefactError, match=named):
+        run(changed, TASKS, 1, out)
+
+
+def test_a_torn_line_is_played_again(tmp_path: Path) -> None:
+    out = tmp_path / "result.json"
+    whole = run(FAKE, TASKS, 3, out)
+    journal = out.with_suffix(".episodes.jsonl")
+    journal.write_bytes(journal.read_bytes()[:-20])
+    again = run(FAKE, TASKS, 3, out)
+    assert [(e.key, e.success) for e in again.episodes] == [(e.key, e.success) for e in whole.episodes]
+    assert all(json.loads(line) for line in journal_lines(out))
+
+
+def test_a_foreign_journal_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "result.episodes.jsonl").write_text('{"something": "else"}\n')
+    with pytest.raises(ArtefactError, match="not a rollout journal"):
+        run(FAKE, TASKS, 1, tmp_path / "result.json")
+
+
+_SCRIPT = """
+import sys
+from pathlib import Path
+sys.path[:0] = {paths!r}
+from fake_world import FakeEnv, FakeRecipe
+from evaluation.rollout import Rollout, run
+if __name__ == "__main__":
+    folder = Path({folder!r})
+    recipe = FakeRecipe(victim={victim!r}, fatal_act={fatal_act}, fired=folder / "fired")
+    run(Rollout("fake", recipe, make_env=FakeEnv), {tasks!r}, 6, folder / "result.json", {workers})
+"""
+
+
+@pytest.mark.parametrize(("victim", "workers"), [("self", 1), ("parent", 2)])
+def test_a_killed_run_continues(tmp_path: Path, victim: str, workers: int) -> None:
+    """The pipe's end also shows that no orphaned worker lives on: it would hold the pipe open."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        _SCRIPT.format(
+            paths=[str(Path(__file__).parents[1]), str(Path(__file__).parents[2])],
+            folder=str(tmp_path),
+            victim=victim,
+            fatal_act=4,
+            tasks=TASKS,
+            workers=workers,
+        )
+    )
+    killed = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120)
+    assert killed.returncode == -9, killed.stderr
+    assert (tmp_path / "fired").exists()
+    out = tmp_path / "result.json"
+    assert not out.exists()
+    finished = journal_lines(out)
+    assert len(finished) < 1 + 12
+    result = run(FAKE, TASKS, 6, out)
+    assert journal_lines(out)[: len(finished)] == finished
+    assert result.successes == 11
+
+
+def test_a_dead_worker_is_a_clear_error_and_the_run_continues(tmp_path: Path) -> None:
+    recipe = FakeRecipe(victim="self", fatal_act=3, fired=tmp_path / "fired")
+    rollout = replace(FAKE, actor=recipe)
+    with pytest.raises(VlaError, match="worker ended unexpectedly"):
+        run(rollout, TASKS, 6, tmp_path / "result.json", workers=2)
+    assert run(rollout, TASKS, 6, tmp_path / "result.json", workers=2).successes == 11
+
+
+def test_unknown_tasks_and_trials_are_refused_before_anything_runs(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="'fly' is unknown"):
+        run(FAKE, ("fly",), 1, tmp_path / "result.json")
+    with pytest.raises(DataError, match="--trials must be at least 1"):
+        run(FAKE, TASKS, 0, tmp_path / "result.json")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_each_failure_leaves_a_film(tmp_path: Path) -> None:
+    ffmpeg = pytest.importorskip("imageio_ffmpeg")
+    run(replace(FAKE, videos=tmp_path / "films"), TASKS, 4, tmp_path / "result.json")
+    assert [path.name for path in (tmp_path / "films").iterdir()] == ["negate_003.mp4"]
+    reader = ffmpeg.read_frames(str(tmp_path / "films" / "negate_003.mp4"))
+    assert next(reader)["size"] == (32, 32)
+    frames = [np.frombuffer(frame, np.uint8) for frame in reader]
+    secret = FakeEnv("fake", FakeRecipe().config()).reset("negate", 3, 7).image[0, 0, 0]
+    assert len(frames) == 3
+    assert abs(float(np.mean(frames)) - secret) < 4
+
+
+def test_actor_settings_follow_the_content_and_weights_are_rounded(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    from tiny import tiny_policy_folder
+
+    from calibrator.policy import TorchActor
+
+    folder = tiny_policy_folder(tmp_path / "policy")
+    plain, rounded = ActorSpec("policy", folder), ActorSpec("policy", folder, weights=Format(2, 16, 32))
+    copy = tiny_policy_folder(tmp_path / "elsewhere" / "policy")
+    assert plain.settings() == ActorSpec("policy", copy).settings()
+    assert plain.settings()["sha256"] != ActorSpec("policy", tiny_policy_folder(tmp_path / "b", 1)).settings()["sha256"]
+    assert rounded.settings()["weights"] == "w2a16_g32"
+    weights = []
+    for spec in (plain, rounded):
+        actor = spec.load()
+        assert isinstance(actor, TorchActor)
+        weights.append(actor.policy.projector.fc1.weight)
+    assert len(weights[1][0, :32].unique()) <= 4 < len(weights[0][0, :32].unique())
+    observation = Observation(np.zeros((32, 32, 3), np.uint8), "open the drawer", np.zeros(2, np.float32))
+    assert plain.load().act(observation).action.shape == (3,)
+
+
+def test_a_missing_policy_folder_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--benchmark", "metaworld", "--policy", str(tmp_path / "no"), "--out", str(tmp_path / "r.json")]
+    assert command.main(["rollout", *arguments]) == 2
+    assert str(tmp_path / "no") in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--policy", "p"],
+        ["--engine", "e", "--benchmark", "metaworld", "--out", "o", "--uniform-bits", "4"],
+        ["--policy", "p", "--benchmark", "metaworld", "--out", "o", "--group-size", "64"],
+        ["--policy", "p", "--engine", "e"],
+        ["--policy", "p", "--blind", "--wrong-instruction"],
+        [],
+    ],
+)
+def test_contradicting_options_are_usage_errors(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        command.main(["rollout", *arguments])
+    assert exit_.value.code == 2
