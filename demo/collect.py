@@ -15,14 +15,17 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from demo.teachers import LiberoTeacher, Teacher
+from demo.teachers import LiberoTeacher, MetaWorldTeacher, Teacher
 from vla_policy.core import cli
 from vla_policy.core.errors import DataError
 from vla_policy.core.files import atomic_path, write_json
 from vla_policy.core.image import resize
 from vla_policy.core.observation import Actor, Observation
 
-TEACHERS: dict[str, type[LiberoTeacher]] = {"libero_object": LiberoTeacher}
+TEACHERS: dict[str, type[LiberoTeacher] | type[MetaWorldTeacher]] = {
+    "libero_object": LiberoTeacher,
+    "metaworld": MetaWorldTeacher,
+}
 IMAGE_SIZE = 112
 
 # A task's simulator takes a second to load: each task keeps it for so many episodes.
@@ -123,9 +126,7 @@ def _collect_episode(job: Job, index: int, teacher: Teacher, actor: Actor | None
     return Outcome(index, task, success, kept)
 
 
-def _record(
-    columns: dict[str, list[np.ndarray]], observation: Observation, label: np.ndarray, aux: np.ndarray
-) -> None:
+def _record(columns: dict[str, list[np.ndarray]], observation: Observation, label: np.ndarray, aux: np.ndarray) -> None:
     if observation.state is None:
         raise DataError("a demonstration needs the robot's state in every observation")
     columns["image"].append(resize(observation.image, IMAGE_SIZE))
@@ -155,12 +156,11 @@ def collect(job: Job, episodes: int, workers: int) -> list[Outcome]:
 
 def _run(job: Job, blocks: list[list[int]], workers: int) -> Iterator[tuple[int, list[Outcome]]]:
     if workers == 1:
-        for block in blocks:
-            yield len(block), collect_block(job, block)
+        for indices in blocks:
+            yield len(indices), collect_block(job, indices)
         return
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        for size, block in pool.imap_unordered(_sized_block, [(job, block) for block in blocks]):
-            yield size, block
+        yield from pool.imap_unordered(_sized_block, [(job, indices) for indices in blocks])
 
 
 def _sized_block(work: tuple[Job, list[int]]) -> tuple[int, list[Outcome]]:
@@ -174,7 +174,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--episodes", type=int, required=True, help="episodes to try, those already there included")
     parser.add_argument("--out", type=Path, required=True, help="folder for one safetensors file per episode")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    parser.add_argument("--driver", default="expert", metavar="expert|POLICY_DIR", help="who acts; default: %(default)s")
+    parser.add_argument(
+        "--driver", default="expert", metavar="expert|POLICY_DIR", help="who acts; default: %(default)s"
+    )
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help="task names; default: all of the benchmark")
     parser.add_argument("--workers", type=int, default=1, help="processes, one renderer each; default: %(default)s")
     arguments = parser.parse_args(argv)

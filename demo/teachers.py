@@ -5,19 +5,31 @@ from typing import Protocol
 import numpy as np
 
 from demo.experts.libero import LiberoObjectExpert
+from demo.experts.metaworld import MetaWorldExpert
 from demo.layouts import BASKET, Layout, category, draw_layout, draw_yaw_rad
 from evaluation.benchmarks.base import StepResult
 from evaluation.benchmarks.libero import DEMO_PROTOCOL, LiberoEnv
+from evaluation.benchmarks.metaworld import FIRST_TRAINING_SEED, MetaWorldEnv
 from vla_policy.core.observation import Observation
 
 
 class Teacher(Protocol):
     """One benchmark as a source of episodes. Everything random comes from the generator given to `start`."""
 
-    name: str
-    tasks: tuple[str, ...]
-    task: str
-    layout: str
+    @property
+    def name(self) -> str:
+        """The benchmark's name."""
+        ...
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Every task that can be taught."""
+        ...
+
+    @property
+    def layout(self) -> str:
+        """Where the present episode's placement comes from."""
+        ...
 
     def start(self, task: str, rng: np.random.Generator) -> Observation:
         """Begins an episode in a new training situation."""
@@ -117,3 +129,55 @@ class LiberoTeacher:
         if rng.random() < 0.5:
             command[:3] = rng.uniform([-0.8, -1.0, -0.6], [1.0, 1.0, 0.6])
         return command
+
+
+class MetaWorldTeacher:
+    """Meta-World's own placements, the hand starting elsewhere."""
+
+    name = "metaworld"
+    tasks = MetaWorldEnv.tasks
+    layout = "official"
+
+    # The hand is first moved by up to 10 cm, in steps of at most a centimetre.
+    _START_STEPS = 12
+    _START_LOW_M = np.array([-0.10, -0.10, -0.05])
+    _START_HIGH_M = np.array([0.10, 0.05, 0.10])
+    _METRES_PER_STEP = 0.01
+
+    def __init__(self) -> None:
+        self._env = MetaWorldEnv()
+        self.task = ""
+        self._noise = 0.0
+
+    def start(self, task: str, rng: np.random.Generator) -> Observation:
+        """A placement that no evaluation uses, and a hand on its way to somewhere."""
+        self.task = task
+        self._env.place(task, FIRST_TRAINING_SEED + int(rng.integers(FIRST_TRAINING_SEED)))
+        offset_m = rng.uniform(self._START_LOW_M, self._START_HIGH_M)
+        command = np.array([*offset_m / (self._START_STEPS * self._METRES_PER_STEP), -1.0])
+        self._env.scene.step(command, self._START_STEPS)
+        self._expert = MetaWorldExpert(task)
+        self._noise = 0.0 if rng.random() < 0.15 else rng.uniform(0.2, 0.5)
+        return self._env.start()
+
+    def label(self) -> np.ndarray:
+        """The scripted policy's answer from the true positions."""
+        return self._expert.act(self._env.scene.vector)
+
+    def disturbed(self, action: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Gaussian noise on half the actions; less on the gripper."""
+        if not self._noise or rng.random() < 0.5:
+            return action
+        return np.clip(action + rng.normal(0.0, self._noise, 4) * (1.0, 1.0, 1.0, 0.3), -1.0, 1.0)
+
+    def teachable(self) -> bool:
+        return True
+
+    def step(self, action: np.ndarray) -> StepResult:
+        return self._env.step(action)
+
+    def aux(self) -> np.ndarray:
+        return self._env.aux()
+
+    def close(self) -> None:
+        self._env.close()

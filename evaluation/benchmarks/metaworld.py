@@ -142,17 +142,23 @@ class MetaWorldEnv:
         return INSTRUCTIONS[task]
 
     def reset(self, task: str, trial: int, seed: int) -> Observation:
-        return self.reset_to(task, placement_seed(seed, trial))
+        """Starts an episode at an evaluation placement."""
+        self.place(task, placement_seed(seed, trial))
+        return self.start()
 
-    def reset_to(self, task: str, placement: int) -> Observation:
-        """Starts an episode from a numbered placement; `FIRST_TRAINING_SEED` and above are for training."""
+    def place(self, task: str, placement: int) -> None:
+        """Sets up a numbered placement; `FIRST_TRAINING_SEED` and above are for training."""
         self.instruction(task)
         if self._scene is None or self._scene.task != task:
             self.close()
             self._scene = MetaWorldScene(task)
         vector = self._scene.reset(placement)
         self._initial_state = hashlib.sha256(task.encode() + vector.tobytes()).hexdigest()
+
+    def start(self) -> Observation:
+        """Declares the simulator's present state the start of an episode."""
         self._decisions = 0
+        self.scene.success = False
         return self._observation()
 
     def initial_state(self) -> str:
