@@ -112,11 +112,17 @@ def test_a_clock_set_back_starts_a_new_timeline() -> None:
 
 
 def test_a_camera_that_jumps_ahead_is_unsynchronised_until_it_comes_back() -> None:
-    results = served(
-        [instruction(0), state(10), camera(10), camera(90_000), state(43), camera(43), state(76), camera(76)]
-    )
+    events = [instruction(0), state(10), camera(10), camera(90_000), state(43), camera(43), state(76), camera(76)]
+    results = served(events)
     assert reasons(results) == [DropReason.UNSYNCHRONISED, DropReason.CLOCK_JUMP]
-    assert len(frames(results)) == 2
+    assert [frame.stamp_ns - START_NS for frame in frames(results)] == [10 * MS, 76 * MS]
+
+
+def test_a_frame_keeps_the_task_under_which_it_arrived() -> None:
+    results = frames(
+        served([instruction(0, "one"), camera(10), instruction(15, "two"), state(10), state(20), camera(20)])
+    )
+    assert [(frame.instruction, frame.episode, frame.step) for frame in results] == [("one", 0, 0), ("two", 1, 0)]
 
 
 @pytest.mark.parametrize(

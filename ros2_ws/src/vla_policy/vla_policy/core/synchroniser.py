@@ -2,9 +2,9 @@
 
 The primary camera sets the instants. Every other source contributes the sample whose stamp is nearest. A frame waits
 until each source has a sample at or after its stamp, so the choice depends on stamps alone and not on the order in
-which the topics happened to arrive: a bag and the live topics give the same frames. Where a source falls silent the
-frame is decided after `wait_ms` with the nearest earlier sample. Nothing is dropped in silence: every frame that is
-not served comes back as a `Dropped` with its reason.
+which the topics happened to arrive: a bag and the live topics give the same frames. Where a source falls silent, a
+live system decides the frame after `wait_ms` with the nearest earlier sample, as the end of a recording does. Nothing
+is dropped in silence: every frame that is not served comes back as a `Dropped` with its reason.
 """
 
 from collections import deque
@@ -55,7 +55,7 @@ class Frame:
     """One synchronised instant. `images`: in the contract's camera order. `state`: float32 [S], None without states.
 
     `skew_ns`: largest distance of a sample's stamp from `stamp_ns`. `episode` counts instructions from 0, `step` the
-    frames since the last one.
+    images since the last one.
     """
 
     stamp_ns: int
@@ -73,15 +73,19 @@ class _Pending:
     event: Event
     instruction: str
     episode: int
+    step: int
 
 
 class Synchroniser:
-    """Feed events in arrival order with `push`; `expire` in a live system, `flush` at the end of a recording."""
+    """Feed events in arrival order with `push`; `expire` in a live system, `flush` at the end of a recording.
 
-    def __init__(self, contract: Contract) -> None:
+    `wait_ns` replaces the contract's `wait_ms`.
+    """
+
+    def __init__(self, contract: Contract, wait_ns: int | None = None) -> None:
         self._contract = contract
         self._slop_ns = round(contract.synchronisation.slop_ms * 1e6)
-        self._wait_ns = round(contract.synchronisation.wait_ms * 1e6)
+        self._wait_ns = round(contract.synchronisation.wait_ms * 1e6) if wait_ns is None else wait_ns
         self._followers = [camera.topic for camera in contract.cameras[1:]]
         self._followers += [state.topic for state in contract.states]
         self._samples: dict[str, deque[Event]] = {topic: deque(maxlen=_MAX_SAMPLES) for topic in self._followers}
@@ -113,7 +117,7 @@ class Synchroniser:
         return self._sample(event)
 
     def expire(self, now_ns: int) -> list[Frame | Dropped]:
-        """Decides the frames that arrived `wait_ms` before `now_ns` (the clock of `received_ns`)."""
+        """Decides the frames that have waited since `wait_ns` before `now_ns` (the clock of `received_ns`)."""
         return self._settle(lambda pending: now_ns - pending.event.received_ns >= self._wait_ns)
 
     def flush(self) -> list[Frame | Dropped]:
@@ -121,29 +125,27 @@ class Synchroniser:
         return self._settle(lambda pending: True)
 
     def _set_instruction(self, event: Event) -> list[Frame | Dropped]:
-        # Frames from before the instruction belong to the former task, whether or not their state is still to come.
-        decided = self._settle(lambda pending: True)
+        # Frames that still wait for their state keep the task under which they arrived.
         assert isinstance(event.payload, str)
         self._instruction = event.payload
         if event.payload:
             self._episode, self._step = self._episode + 1, 0
-        return decided
+        return []
 
     def _camera(self, event: Event) -> list[Frame | Dropped]:
-        results: list[Frame | Dropped] = []
         behind_ns = self._last_stamp_ns - event.stamp_ns
         if behind_ns > _CLOCK_JUMP_NS:
             return self._set_back(event, behind_ns)
         if self._last_stamp_ns and behind_ns >= 0:
             return [self._dropped(event, DropReason.OUT_OF_ORDER, f"stamp {behind_ns / 1e6:.1f} ms behind the last")]
         self._last_stamp_ns = event.stamp_ns
-        results += self._settle(lambda pending: event.stamp_ns - pending.event.stamp_ns >= self._wait_ns)
         if not self._instruction:
-            return [*results, self._dropped(event, DropReason.NO_INSTRUCTION, "no instruction yet")]
+            return [self._dropped(event, DropReason.NO_INSTRUCTION, "no instruction yet")]
         if len(self._pending) >= _MAX_PENDING:
-            return [*results, self._dropped(event, DropReason.UNSYNCHRONISED, f"{_MAX_PENDING} frames wait already")]
-        self._pending.append(_Pending(event, self._instruction, self._episode))
-        return results + self._settle(lambda pending: False)
+            return [self._dropped(event, DropReason.UNSYNCHRONISED, f"{_MAX_PENDING} frames wait already")]
+        self._pending.append(_Pending(event, self._instruction, self._episode, self._step))
+        self._step += 1
+        return self._settle(lambda pending: False)
 
     def _sample(self, event: Event) -> list[Frame | Dropped]:
         samples = self._samples[event.topic]
@@ -193,7 +195,6 @@ class Synchroniser:
                 states.append(sample.payload)
             else:
                 images.append(sample.payload)
-        step, self._step = self._step, self._step + 1
         return Frame(
             stamp_ns=event.stamp_ns,
             received_ns=event.received_ns,
@@ -202,7 +203,7 @@ class Synchroniser:
             instruction=pending.instruction,
             skew_ns=skew_ns,
             episode=pending.episode,
-            step=step,
+            step=pending.step,
         )
 
     @staticmethod

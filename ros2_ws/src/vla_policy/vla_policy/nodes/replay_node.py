@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from builtin_interfaces.msg import Time
+from rclpy.duration import Duration
 from rclpy.node import Node
 from rclpy.publisher import Publisher
 from rclpy.qos import DurabilityPolicy, HistoryPolicy, QoSProfile, ReliabilityPolicy
@@ -116,13 +117,11 @@ class ReplayNode(Node):
     def _run(self) -> None:
         try:
             with open_bag(self.settings.bag) as reader:
-                namespace = self.settings.namespace
-                names = contract_connections(reader, self._contract, self.settings.bag, namespace)
+                names = contract_connections(reader, self._contract, self.settings.bag, self.settings.namespace)
                 connections = [item for item in reader.connections if item.topic in names]
                 publishers = {item.topic: self._publisher(item, names[item.topic]) for item in connections}
                 self._await_subscribers(publishers)
-                camera = resolve(self._contract.primary.topic, namespace)
-                self._publish(reader.messages(connections=connections), publishers, camera)
+                self._publish(reader.messages(connections=connections), publishers)
             self._await_answers()
             self._summarise()
         except VlaError as error:
@@ -131,11 +130,14 @@ class ReplayNode(Node):
             self._done.set()
 
     def _publisher(self, connection: Connection, topic: str) -> Publisher:
-        """With the recorded quality of service, or reliable where none was recorded."""
+        """With the recorded quality of service, or reliable where none was recorded.
+
+        The depth is no part of the contract between the two ends; a burst must not overwrite what is not yet acknowledged.
+        """
         profiles = getattr(connection.ext, "offered_qos_profiles", None) or [recorded_qos(True, False, 10)]
         profile = QoSProfile(
             history=HistoryPolicy.KEEP_LAST,
-            depth=max(profiles[0].depth, 10),
+            depth=_QUEUE,
             reliability=ReliabilityPolicy[profiles[0].reliability.name],
             durability=DurabilityPolicy[profiles[0].durability.name],
         )
@@ -149,19 +151,24 @@ class ReplayNode(Node):
             if self._closing.wait(_POLL_S):
                 return
 
-    def _publish(
-        self, messages: Iterator[tuple[Connection, int, bytes]], publishers: dict[str, Publisher], camera: str
-    ) -> None:
+    def _publish(self, messages: Iterator[tuple[Connection, int, bytes]], publishers: dict[str, Publisher]) -> None:
         """Sends everything in recorded order."""
+        camera = resolve(self._contract.primary.topic, self.settings.namespace)
+        instruction = resolve(self._contract.instruction.topic, self.settings.namespace)
         first_ns, begun_s = -1, time.monotonic()
         for connection, time_ns, data in messages:
             first_ns = time_ns if first_ns < 0 else first_ns
             self._await_time(begun_s, first_ns, time_ns)
             if connection.topic == camera:
                 self._await_window(self._stamp(connection, data))
+            if connection.topic == instruction:
+                self._await_answers()
             if self._closing.is_set():
                 return
             publishers[connection.topic].publish(data)
+            if connection.topic == instruction:
+                # DDS orders messages within a topic only: an image must not overtake the task it belongs to.
+                publishers[instruction].wait_for_all_acked(Duration(seconds=self.settings.answer_timeout_s))
 
     def _stamp(self, connection: Connection, data: bytes) -> int:
         stamp = deserialize_message(data, MESSAGES[connection.msgtype]).header.stamp
