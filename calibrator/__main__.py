@@ -73,7 +73,7 @@ def _add_allocate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size-gb", type=float, help="budget: everything in the engine, 1e9 bytes")
     parser.add_argument("--bitops-ratio", type=float, help="budget: part of the 16-bit policy's BitOps")
     parser.add_argument("--latency-ms", type=float, help="budget: milliseconds per action, by --latency-table")
-    parser.add_argument("--latency-table", type=Path, help="cost table measured on the target")
+    parser.add_argument("--latency-table", type=Path, help="cost table that engine_build measured on the target")
     parser.add_argument("--alpha", type=float, default=0.75, help="weight of Omega, Eq. (14a)")
     parser.add_argument("--beta", type=float, default=0.25, help="weight of Omega_tau, Eq. (14a)")
     parser.add_argument(
@@ -141,16 +141,18 @@ def _allocate(args: argparse.Namespace) -> int:
 
     if args.frontier_points < 2:
         raise BudgetError(f"--frontier-points {args.frontier_points}: a curve needs at least 2")
+    sensitivity = Sensitivity.load(args.sensitivity)
+    table = LatencyTable.load(args.latency_table, sensitivity.policy_sha256) if args.latency_table else None
     request = PlanRequest(
         limits=Limits(args.average_bits, args.size_gb, args.bitops_ratio, args.latency_ms),
         objective=Objective(args.alpha, args.beta, args.signal),
         pins=tuple(Pin.parse(text) for text in args.pin),
         solver=args.solver,
         float_bits=args.float_bits,
-        latency=LatencyTable.load(args.latency_table) if args.latency_table else None,
+        latency=table,
         target=args.target,
     )
-    planner = Planner.of(Sensitivity.load(args.sensitivity), request)
+    planner = Planner.of(sensitivity, request)
     for label, row in planner.ranges(planner.budgets()).items():
         print(f"{label}: {row['limit']:.4g} of feasible {row['minimum']:.4g} to {row['maximum']:.4g}")
     plan = planner.plan()

@@ -1,5 +1,6 @@
 """What an allocation chooses from: groups of layers, their widths, and every width's score and costs."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -35,20 +36,30 @@ class Objective:
 
 @dataclass(frozen=True)
 class LatencyTable:
-    """Measured milliseconds per layer and format on one target, and what does not depend on the plan."""
+    """Measured milliseconds per action of every layer and format on one target (a `cost_table` of engine_build).
+
+    fixed_ms: what no plan can change, where the table states it.
+    """
 
     target: str
+    policy_sha256: str
     fixed_ms: float
     units: Mapping[str, Mapping[str, float]]
 
     @staticmethod
-    def load(path: Path | str) -> "LatencyTable":
-        """Reads a `latency-table` artefact."""
-        raw = read_json(path, "latency-table")
+    def load(path: Path | str, policy_sha256: str) -> "LatencyTable":
+        """Reads a table. Raises ArtefactError when it is damaged or was measured for another policy."""
+        raw = read_json(path, "cost_table")
         try:
-            return LatencyTable(raw["target"], float(raw["fixed_ms"]), raw["units"])
+            table = LatencyTable(raw["target"], raw["policy_sha256"], float(raw.get("fixed_ms", 0.0)), raw["units"])
         except KeyError as error:
             raise ArtefactError(f"{path}: entry {error} is missing; measure the target again") from error
+        if table.policy_sha256 != policy_sha256:
+            raise ArtefactError(
+                f"{path}: was measured for the policy {table.policy_sha256[:12]}, the scores are of "
+                f"{policy_sha256[:12]}; measure the target with this policy's engine"
+            )
+        return table
 
     def latency_ms(self, unit: str, fmt: Format) -> float:
         """Raises ArtefactError when the table lacks the layer in this format."""
@@ -56,7 +67,7 @@ class LatencyTable:
             return float(self.units[unit][str(fmt)])
         except KeyError as error:
             raise ArtefactError(
-                f"latency table of {self.target}: no entry for {unit} in {fmt}; measure it with engine_build bench"
+                f"latency table of {self.target}: no entry for {unit} in {fmt}; measure it again"
             ) from error
 
 
@@ -195,7 +206,10 @@ class Budget:
     scale: float = 1.0
 
     def shown(self, value: float) -> str:
-        return f"{value / self.scale:.4g}"
+        """`value` in the budget's own unit, rounded up: a minimum that is shown can be asked for."""
+        value /= self.scale
+        step = 10.0 ** (math.floor(math.log10(value)) - 5) if value > 0 else 1.0
+        return f"{math.ceil(value / step - 1e-6) * step:.6g}"
 
 
 def totals(choice: Sequence[Option]) -> dict[str, Any]:

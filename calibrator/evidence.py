@@ -37,7 +37,7 @@ def evidence_map(hidden: Tensor, mean: Tensor, gradient: Tensor) -> Tensor:
 
     hidden, gradient: H and dJ/dH [B, tokens, channels]; mean: [channels], full precision, over the calibration set.
     """
-    return ((hidden.float() - mean) * gradient.float()).abs()
+    return ((hidden.float() - mean.float()) * gradient.float()).abs()
 
 
 def profile(evidence: Tensor, epsilon: float = EPSILON) -> Profile:

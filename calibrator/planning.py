@@ -103,7 +103,7 @@ class Planner:
 
     def _latency_budget(self, limit_ms: float) -> Budget:
         if self.request.latency is None:
-            raise BudgetError("--latency-ms needs --latency-table, measured on the target with engine_build bench")
+            raise BudgetError("--latency-ms needs --latency-table; engine_build bench writes one on the target")
         room_ms = limit_ms - self.request.latency.fixed_ms
         if room_ms <= 0:
             fixed_ms = self.request.latency.fixed_ms

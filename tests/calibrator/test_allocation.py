@@ -1,0 +1,220 @@
+"""Plans against brute force, budgets at their edges, and costs counted by hand."""
+
+import itertools
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from tables import BITS, random_table, table, unit
+
+from calibrator.allocation import greedy_demotion, solve
+from calibrator.choices import Budget, Group, LatencyTable, Objective, Option, Pin, build_groups, totals
+from calibrator.plan import Plan
+from calibrator.planning import Limits, Planner, PlanRequest, write_frontier
+from vla_policy.core.errors import ArtefactError, BudgetError
+from vla_policy.core.formats import Format
+
+
+def brute_force(groups: list[Group], budgets: list[Budget]) -> float | None:
+    """The best score over all assignments, by trying each."""
+    best = None
+    for choice in itertools.product(*(group.options for group in groups)):
+        if all(sum(option.cost(budget.cost) for option in choice) <= budget.limit for budget in budgets):
+            score = sum(option.score for option in choice)
+            best = score if best is None else min(best, score)
+    return best
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("fused", [False, True])
+def test_highs_equals_brute_force(seed: int, fused: bool) -> None:
+    sensitivity = random_table(2 + seed % 5 if not fused else 8, seed, fused)
+    groups = build_groups(sensitivity, Objective())
+    params = sum(item.params for item in sensitivity.units)
+    for average, ratio in ((2.0, 1.0), (3.0, 0.4), (4.7, 0.31), (9.0, 1.0), (16.0, 1.0)):
+        budgets = [
+            Budget("code_bits", average * params, "average bits", params),
+            Budget("bitops", ratio * sum(item.macs for item in sensitivity.units) * 256, "BitOps ratio"),
+        ]
+        expected = brute_force(groups, budgets)
+        if expected is None:
+            with pytest.raises(BudgetError):
+                solve(groups, budgets)
+            continue
+        solution = solve(groups, budgets)
+        assert solution.objective == pytest.approx(expected, abs=1e-12)
+        assert solution.gap == pytest.approx(0.0, abs=1e-9)
+        assert all(sum(option.cost(row.cost) for option in solution.choice) <= row.limit for row in budgets)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_eight_units_equal_brute_force(seed: int) -> None:
+    sensitivity = random_table(8, seed)
+    groups = build_groups(sensitivity, Objective())
+    budgets = [Budget("code_bits", 4.0 * sum(item.params for item in sensitivity.units), "average bits")]
+    expected = brute_force(groups, budgets)
+    assert solve(groups, budgets).objective == pytest.approx(expected, abs=1e-12)
+    ecos = solve(groups, budgets, "ECOS_BB")
+    assert expected is not None and ecos.objective >= expected - 1e-12
+    assert ecos.bound <= expected + 1e-9
+    greedy = greedy_demotion(groups, budgets)
+    assert greedy is not None and greedy.objective >= expected - 1e-12
+    assert sum(option.code_bits for option in greedy.choice) <= budgets[0].limit
+
+
+def test_a_budget_met_exactly_is_met_and_one_bit_less_is_not() -> None:
+    groups = build_groups(random_table(6, 1), Objective())
+    least = sum(min(option.code_bits for option in group.options) for group in groups)
+    exact = solve(groups, [Budget("code_bits", least, "bits")])
+    assert totals(exact.choice)["code_bits"] == least
+    with pytest.raises(BudgetError, match=f"bits {least - 1} is below the minimum {least};"):
+        solve(groups, [Budget("code_bits", least - 1, "bits")])
+
+
+def test_budgets_that_cannot_be_met_together_are_refused() -> None:
+    cheap_size = Option(2, 1.0, 20, 20, 900, 0.0)
+    cheap_ops = Option(8, 0.5, 80, 80, 100, 0.0)
+    group = Group("layer", ("layer",), (cheap_size, cheap_ops))
+    with pytest.raises(BudgetError, match="average bits and BitOps ratio cannot be met together"):
+        solve([group], [Budget("code_bits", 50, "average bits"), Budget("bitops", 500, "BitOps ratio")])
+
+
+def test_greedy_takes_the_cheapest_step_and_stops_at_the_budget() -> None:
+    calm, fragile = unit("calm", {2: 0.03, 4: 0.02, 8: 0.01}), unit("fragile", {2: 9.0, 4: 5.0, 8: 3.0})
+    groups = build_groups(table([calm, fragile]), Objective(1.0, 0.0))
+    params = calm.params
+    solution = greedy_demotion(groups, [Budget("code_bits", 18 * params, "bits")])
+    assert solution is not None
+    assert [option.bits for option in solution.choice] == [2, 16]
+    assert greedy_demotion(groups, [Budget("code_bits", 3 * params, "bits")]) is None
+
+
+def test_objectives_read_their_own_scores() -> None:
+    item = unit("layer", {2: 0.8, 4: 0.4, 8: 0.2})
+    assert Objective(0.75, 0.25).score(item, 4) == pytest.approx(0.75 * 0.4 + 0.25 * 0.8)
+    assert Objective(signal="action").score(item, 4) == pytest.approx(0.04)
+    assert Objective(signal="proxy").score(item, 4) == pytest.approx(0.02)
+
+
+def test_costs_are_counted_with_scales_and_activations() -> None:
+    item = unit("layer", {2: 0.8, 4: 0.4, 8: 0.2}, inputs=70, outputs=10)
+    (group,) = build_groups(table([item]), Objective(), float_bits=32)
+    four, full = group.options[1], group.options[3]
+    assert (four.code_bits, four.size_bits) == (2800, 2800 + 3 * 10 * 16)  # 70 inputs: groups of 32, 32 and 6
+    assert (full.code_bits, full.size_bits) == (700 * 16, 700 * 32)
+    assert four.bitops == item.macs * 4 * 16
+    (both,) = build_groups(table([item], "weight-activation"), Objective())
+    assert both.options[1].bitops == item.macs * 4**2
+
+
+def request(**limits: float) -> PlanRequest:
+    return PlanRequest(Limits(**limits))
+
+
+def test_plan_adds_up_and_survives_a_round_trip(tmp_path: Path) -> None:
+    sensitivity = random_table(7, 3, fused=True)
+    plan = Planner.of(sensitivity, request(average_bits=4.0)).plan()
+    params = {item.name: item.params for item in sensitivity.units}
+    assert plan.average_bits <= 4.0
+    assert plan.average_bits == pytest.approx(
+        sum(params[name] * fmt.weight_bits for name, fmt in plan.assignment.items()) / sum(params.values())
+    )
+    assert plan.size.weight_bits == sum(params[name] * fmt.weight_bits for name, fmt in plan.assignment.items())
+    assert plan.size.unquantized_bits == 16_000
+    for first in range(0, 6, 2):
+        assert plan.assignment[f"layer_{first}"] == plan.assignment[f"layer_{first + 1}"]
+    plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == plan
+    raw = json.loads((tmp_path / "plan.json").read_text())
+    assert raw["size_bits"] == raw["weight_bits"] + raw["scale_bits"] + raw["unquantized_bits"]
+    assert raw["assignment"]["layer_0"]["format"].startswith(f"w{raw['assignment']['layer_0']['bits']}a16")
+
+
+def test_size_budget_covers_everything_in_the_engine() -> None:
+    sensitivity = random_table(6, 5)
+    low = Planner.of(sensitivity, request(average_bits=2.0)).plan().size.total_bits
+    high = Planner.of(sensitivity, request(average_bits=16.0)).plan().size.total_bits
+    middle = (low + high) / 2
+    plan = Planner.of(sensitivity, request(size_gb=middle / 8e9)).plan()
+    assert low <= plan.size.total_bits <= middle
+    with pytest.raises(BudgetError, match="tensors that are not quantized"):
+        Planner.of(sensitivity, request(size_gb=1e-9)).plan()
+
+
+def test_bitops_ratio_is_relative_to_16_bits() -> None:
+    sensitivity = random_table(5, 6)
+    plan = Planner.of(sensitivity, request(bitops_ratio=0.3)).plan()
+    assert plan.bitops <= 0.3 * 256 * sum(item.macs for item in sensitivity.units)
+
+
+def latency_table(sensitivity_units: tuple[str, ...], tmp_path: Path) -> Path:
+    costs = {"w2a16_g32": 3.0, "w4a16_g32": 1.0, "w8a16_g32": 2.0, "w16a16": 4.0}
+    path = tmp_path / "costs.json"
+    content = {"schema_version": 1, "kind": "cost_table", "target": "cpu", "policy_sha256": "p" * 64, "fixed_ms": 5.0}
+    path.write_text(json.dumps(content | {"units": {name: costs for name in sensitivity_units}}))
+    return path
+
+
+def test_latency_budget_uses_the_measured_table(tmp_path: Path) -> None:
+    sensitivity = random_table(4, 7)
+    path = latency_table(tuple(item.name for item in sensitivity.units), tmp_path)
+    costs = LatencyTable.load(path, "p" * 64)
+    limits = Limits(latency_ms=5.0 + 4 * 1.0)
+    plan = Planner.of(sensitivity, PlanRequest(limits, latency=costs)).plan()
+    # Only 4 bits everywhere is fast enough: 2 bits are slower on this target.
+    assert {fmt.weight_bits for fmt in plan.assignment.values()} == {4}
+    assert plan.latency_ms == pytest.approx(9.0) and plan.target == "cpu"
+    with pytest.raises(BudgetError, match="5 ms that no plan can change"):
+        Planner.of(sensitivity, PlanRequest(Limits(latency_ms=4.0), latency=costs)).plan()
+    with pytest.raises(BudgetError, match="--latency-table"):
+        Planner.of(sensitivity, request(latency_ms=9.0)).plan()
+    with pytest.raises(ArtefactError, match="measured for the policy pppp"):
+        LatencyTable.load(path, "q" * 64)
+    partial = replace(costs, units={"layer_0": costs.units["layer_0"]})
+    with pytest.raises(ArtefactError, match="no entry for layer_1 in w2a16_g32"):
+        Planner.of(sensitivity, PlanRequest(limits, latency=partial))
+
+
+def test_pins_hold_and_bad_ones_are_named() -> None:
+    sensitivity = random_table(6, 8, fused=True)
+    pinned = replace(request(average_bits=9.0), pins=(Pin.parse("layer_0=16"),))
+    plan = Planner.of(sensitivity, pinned).plan()
+    assert plan.assignment["layer_0"] == plan.assignment["layer_1"] == Format(16, 16)
+    for pins, message in (
+        (("layer_9=4",), "matches no layer"),
+        (("layer_0=5",), "5 bits were not measured"),
+        (("layer_0=4", "layer_1=8"), "fused and share one width"),
+        (("layer_0=4", "layer_*=8"), "pinned to 4 and to 8"),
+    ):
+        with pytest.raises(BudgetError, match=message):
+            Planner.of(sensitivity, replace(pinned, pins=tuple(map(Pin.parse, pins))))
+    with pytest.raises(BudgetError, match="glob=bits"):
+        Pin.parse("layer_0")
+    with pytest.raises(BudgetError, match="unpin layers"):
+        Planner.of(sensitivity, replace(request(average_bits=3.0), pins=(Pin.parse("*=16"),))).plan()
+
+
+def test_no_budget_is_refused() -> None:
+    with pytest.raises(BudgetError, match="no budget given"):
+        Planner.of(random_table(2, 0), request()).plan()
+
+
+def test_frontier_falls_as_size_grows_and_ends_at_full_precision(tmp_path: Path) -> None:
+    planner = Planner.of(random_table(10, 9), request(average_bits=4.0))
+    curve = planner.frontier(9)
+    scores = [point["objective"] for point in curve]
+    assert scores == sorted(scores, reverse=True)
+    assert curve[-1]["objective"] == 0.0
+    assert curve[0]["size_bits"] < curve[-1]["size_bits"]
+    assert all(sum(point["layers_by_bits"].values()) == 10 for point in curve)
+    assert all(point["greedy_objective"] is None or point["greedy_objective"] >= point["objective"] for point in curve)
+    write_frontier(tmp_path / "frontier.json", planner, 3)
+    assert len(json.loads((tmp_path / "frontier.json").read_text())["points"]) == 3
+
+
+def test_a_plan_of_another_policy_is_refused(tmp_path: Path, policy_folder: Path) -> None:
+    plan = Planner.of(random_table(3, 1), request(average_bits=8.0)).plan()
+    with pytest.raises(ArtefactError, match="made for the policy pppp"):
+        plan.check_policy(policy_folder, "plan.json")
+    assert set(BITS) == {2, 4, 8, 16}
