@@ -32,6 +32,7 @@ from vla_policy.core.observe import check_contract
 from vla_policy.core.server import PolicyServer, ServedChunk
 from vla_policy.core.synchroniser import Dropped
 from vla_policy.nodes import diagnostics, inputs, parameters
+from vla_policy.nodes.exclusive import NameLock
 from vla_policy.nodes.outputs import Outputs
 from vla_policy.nodes.process import run_node
 from vla_policy.nodes.run_policy import RunPolicyServer
@@ -61,6 +62,7 @@ class PolicyNode(LifecycleNode):
         self._contract: Contract | None = None
         self._actor: Actor | None = None
         self._identity: dict[str, str] = {}
+        self._lock: NameLock | None = None
         self._outputs: Outputs | None = None
         self._server: PolicyServer | None = None
         self._watchdog: OutputWatchdog | None = None
@@ -85,6 +87,11 @@ class PolicyNode(LifecycleNode):
         """Loads and checks everything; on a mistake stays unconfigured and logs the reason."""
         try:
             settings = parameters.read(self)
+            lock = NameLock(self.get_fully_qualified_name(), self.context.get_domain_id())
+        except VlaError as error:
+            self.get_logger().error(f"configure refused: {error}")
+            return TransitionCallbackReturn.FAILURE
+        try:
             contract = load_contract(settings.contract)
             actor = self._load_engine(Path(settings.engine_path))
             check_contract(contract, actor.config)
@@ -94,8 +101,10 @@ class PolicyNode(LifecycleNode):
             )
             engine_id = sha256_file(Path(settings.engine_path) / "manifest.json")
         except VlaError as error:
+            lock.release()
             self.get_logger().error(f"configure refused: {error}")
             return TransitionCallbackReturn.FAILURE
+        self._lock = lock
         self._settings, self._contract, self._actor = settings, contract, actor
         self._identity = {
             "engine": engine_id,
@@ -148,7 +157,9 @@ class PolicyNode(LifecycleNode):
         result = super().on_cleanup(state)
         if self._outputs is not None:
             self._outputs.destroy()
-        self._outputs = self._actor = self._contract = self._settings = None
+        if self._lock is not None:
+            self._lock.release()
+        self._outputs = self._actor = self._contract = self._settings = self._lock = None
         return result
 
     def on_shutdown(self, state: LifecycleState) -> TransitionCallbackReturn:

@@ -132,7 +132,7 @@ class ReplayNode(Node):
     def _publisher(self, connection: Connection, topic: str) -> Publisher:
         """With the recorded quality of service, or reliable where none was recorded.
 
-        The depth is no part of the contract between the two ends; a burst must not overwrite what is not yet acknowledged.
+        The depth is no part of the contract between the two ends; a burst must not overwrite what is unacknowledged.
         """
         profiles = getattr(connection.ext, "offered_qos_profiles", None) or [recorded_qos(True, False, 10)]
         profile = QoSProfile(

@@ -1,0 +1,202 @@
+"""Faults, each with real processes: what the node did, what it published, and that nothing else was lost."""
+
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.core.ros_messages import picture, png
+from tests.ros.world import ROOT, World, end, fake_engine, fresh_domain, node_command, process
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    made = World(fresh_domain())
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def running(world: World, tmp_path: Path) -> Iterator[World]:
+    """A policy node that moves the robot. Waits are generous and timeouts short: the machine may be busy."""
+    engine = fake_engine(tmp_path / "engine")
+    command = node_command(engine, source_timeout=0.5, freeze_timeout=0.6)
+    log = tmp_path / "log"
+    with process(command, world.domain, log) as node:
+        world.start_policy()
+        yield world
+        assert node.poll() is None, log.read_text()
+        assert end(node) == 0, log.read_text()
+
+
+def test_camera_stops_and_returns(running: World) -> None:
+    running.sensors.camera = False
+    running.wait_holding("stale_camera")
+    running.sensors.camera = True
+    running.wait_moving()
+
+
+def test_state_stops_and_returns(running: World) -> None:
+    running.sensors.state = False
+    running.wait_holding("stale_state")
+    assert int(running.diagnostics["drops unsynchronised"]) > 0
+    running.sensors.state = True
+    running.wait_moving()
+
+
+def test_camera_freezes_with_new_stamps(running: World) -> None:
+    running.sensors.frozen = True
+    running.wait_holding("frozen_camera")
+    running.sensors.frozen = False
+    running.wait_moving()
+
+
+@pytest.mark.parametrize("offset_s", [60, -60])
+def test_camera_jumps_in_time(running: World, offset_s: int) -> None:
+    running.sensors.camera_offset_ns = offset_s * 10**9
+    running.wait_holding("future_stamp" if offset_s > 0 else "stale_camera")
+    running.sensors.camera_offset_ns = 0
+    running.wait_moving()
+    assert int(running.diagnostics["drops unsynchronised"]) > 0
+
+
+def test_image_that_cannot_be_decoded(running: World) -> None:
+    running.sensors.image = png(picture(1, 64))[:100]
+    running.wait_holding("undecodable")
+    running.sensors.image = None
+    running.wait_moving()
+
+
+def test_state_that_is_not_finite(running: World) -> None:
+    running.sensors.position = [0.1, float("nan"), 0.3, 0.04]
+    running.wait_holding("state y is not finite")
+    running.sensors.position = [0.1, 0.2, 0.3, 0.04]
+    running.wait_moving()
+
+
+def test_joint_missing(running: World) -> None:
+    joints = running.sensors.joints
+    running.sensors.joints = joints[:3]
+    running.wait_holding("joint 'gripper' is missing")
+    running.sensors.joints = joints
+    running.wait_moving()
+
+
+@pytest.mark.parametrize("text", ["", "x" * 10_000])
+def test_instruction_empty_or_endless(running: World, text: str) -> None:
+    running.instruct(text)
+    running.wait_holding("no_instruction")
+    running.instruct("pick up the butter")
+    running.wait_moving()
+    assert running.chunks[-1].instruction == "pick up the butter"
+
+
+def test_inference_slower_than_its_deadline(running: World, tmp_path: Path) -> None:
+    fake_engine(tmp_path / "engine", latency_s=0.7)
+    running.wait_holding("late")
+    assert int(running.diagnostics["decisions late"]) > 0
+    assert int(running.diagnostics["drops superseded"]) > 0
+    fake_engine(tmp_path / "engine")
+    running.wait_moving()
+
+
+def test_action_that_is_not_finite_latches(running: World, tmp_path: Path) -> None:
+    fake_engine(tmp_path / "engine", action=[float("nan")] * 7)
+    running.wait_holding("not finite")
+    fake_engine(tmp_path / "engine")
+    running.wait_chunks(10)
+    assert not running.moving, "only the operator takes the latch back"
+    assert running.trigger("reset").success and running.trigger("start").success
+    running.wait_moving()
+
+
+def test_action_beyond_the_limits_is_slowed(running: World, tmp_path: Path) -> None:
+    fake_engine(tmp_path / "engine", action=[30.0, 40.0, 0.0, 0.0, 0.0, 0.0, 1.0])
+    running.wait(lambda: running.gripper[-1] == 0.0, "the new action")
+    running.wait_moving()
+    twist = running.twists[-1][1].twist.linear
+    assert (twist.x, twist.y) == (pytest.approx(0.75), pytest.approx(1.0)), "direction kept, each axis within its limit"
+    assert int(running.diagnostics["commands limited"]) >= 0
+
+
+def test_an_engine_that_fails_holds_for_good(world: World, tmp_path: Path) -> None:
+    engine = fake_engine(tmp_path / "engine")
+    with process(node_command(engine), world.domain, tmp_path / "log") as node:
+        world.start_policy()
+        fake_engine(engine, fail_after=1)
+        world.wait_holding("the engine failed")
+        assert "the fake engine fails as told" in (tmp_path / "log").read_text()
+        assert end(node) == 0
+
+
+def test_clock_jumps_back(tmp_path: Path) -> None:
+    world = World(fresh_domain(), use_sim_time=True)
+    try:
+        command = node_command(fake_engine(tmp_path / "engine"), use_sim_time=True, output_watchdog_timeout=5.0)
+        with process(command, world.domain, tmp_path / "log") as node:
+            world.start_policy()
+            assert world.sim_time_ns is not None
+            world.sim_time_ns -= 500 * 10**9
+            world.wait(lambda: "drops clock_jump" in world.diagnostics, "the counted jump")
+            world.wait_moving()
+            assert world.chunks[-1].observation_stamp.sec < 900
+            assert end(node) == 0
+    finally:
+        world.close()
+
+
+def test_simulated_clock_stands_still(tmp_path: Path) -> None:
+    world = World(fresh_domain(), use_sim_time=True)
+    try:
+        command = node_command(fake_engine(tmp_path / "engine"), use_sim_time=True, output_watchdog_timeout=1.0)
+        with process(command, world.domain, tmp_path / "log"):
+            world.start_policy()
+            world._closing.set()  # the whole robot falls silent, its clock too
+            world.wait(lambda: not world.moving, "the watchdog's hold")
+            world.wait(lambda: int(world.diagnostics["watchdog holds"]) > 0, "its count")
+    finally:
+        world.close()
+
+
+def test_kill_and_restart(world: World, tmp_path: Path) -> None:
+    command = node_command(fake_engine(tmp_path / "engine"), enabled=True)
+    with process(command, world.domain, tmp_path / "log") as node:
+        world.start_policy()
+        node.send_signal(signal.SIGKILL)
+        node.wait()
+    count = len(world.chunks)
+    with process(command, world.domain, tmp_path / "log2"):
+        world.wait(lambda: len(world.chunks) > count, "chunks of the successor")
+        world.wait_moving()
+        assert world.chunks[-1].sequence < count
+
+
+def test_two_nodes_with_one_name(world: World, tmp_path: Path) -> None:
+    command = node_command(fake_engine(tmp_path / "engine"))
+    with process(command, world.domain, tmp_path / "log") as first:
+        world.start_policy()
+        log = tmp_path / "second.log"
+        with process(command, world.domain, log):
+            world.wait(lambda: "configure refused" in log.read_text(), "the refusal")
+            assert "another process on this machine runs a policy node of this name" in log.read_text()
+        world.wait_moving()
+        assert first.poll() is None
+
+
+def test_publisher_dies_and_returns(tmp_path: Path) -> None:
+    """The sensors are a process of their own, killed without a farewell."""
+    world = World(fresh_domain())
+    world.sensors.camera = world.sensors.state = False
+    publisher = [sys.executable, str(ROOT / "tests/ros/sensor_process.py")]
+    try:
+        with process(node_command(fake_engine(tmp_path / "engine")), world.domain, tmp_path / "log"):
+            with process(publisher, world.domain, tmp_path / "sensors.log") as sensors:
+                world.start_policy()
+                sensors.send_signal(signal.SIGKILL)
+                world.wait_holding("stale_camera")
+            with process(publisher, world.domain, tmp_path / "sensors.log"):
+                world.wait_moving()
+    finally:
+        world.close()

@@ -1,0 +1,178 @@
+"""The policy node as a real process: life, dry run, motion, stop, runs, and a clean end."""
+
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.ros.world import CONTRACT, World, end, fake_engine, fresh_domain, node_command, process
+
+from builtin_interfaces.msg import Duration  # isort: skip  # after the importorskip in tests.ros.world
+from lifecycle_msgs.msg import Transition  # isort: skip
+from rclpy.action import ActionClient  # isort: skip
+from std_srvs.srv import SetBool  # isort: skip
+from vla_policy_interfaces.action import RunPolicy  # isort: skip
+from vla_policy_interfaces.srv import SetInstruction  # isort: skip
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    made = World(fresh_domain())
+    yield made
+    made.close()
+
+
+def test_dry_run_enable_stop_reset_start(world: World, tmp_path: Path) -> None:
+    with process(node_command(fake_engine(tmp_path / "engine")), world.domain, tmp_path / "log"):
+        world.wait(lambda: world.node.count_subscribers("instruction") > 0, "the active policy node")
+        world.instruct()
+        world.wait_chunks(5)
+        assert not world.twists and not world.gripper, "the dry run must not command"
+        chunk = world.chunks[-1]
+        assert (chunk.horizon, chunk.action_dim, chunk.steps_per_action) == (1, 7, 4)
+        assert chunk.instruction == "pick up the soup" and chunk.names[0] == "dx" and len(chunk.engine_id) == 64
+        world.enable()
+        world.wait_moving()
+        assert world.twists[-1][1].twist.linear.x == pytest.approx(0.5)
+        assert world.twists[-1][1].header.frame_id == "world" and world.gripper[-1] == pytest.approx(0.08)
+        assert world.trigger("stop").success
+        world.wait_holding("stop_latched")
+        assert not world.trigger("start").success
+        assert world.trigger("reset").success
+        world.wait_holding("not_started")
+        assert world.trigger("start").success
+        world.wait_moving()
+        world.enable(False)
+        world.wait(lambda: not world.moving, "the hold that ends motion")
+        count = len(world.twists)
+        world.wait_chunks(5)
+        assert len(world.twists) == count
+
+
+@pytest.mark.parametrize("signals", [[signal.SIGTERM], [signal.SIGINT, signal.SIGINT]])
+def test_a_signal_ends_with_the_hold_and_exit_code_zero(world: World, tmp_path: Path, signals: list[int]) -> None:
+    log = tmp_path / "log"
+    with process(node_command(fake_engine(tmp_path / "engine")), world.domain, log) as node:
+        world.start_policy()
+        for number in signals[:-1]:
+            node.send_signal(number)
+        assert end(node, signals[-1]) == 0, log.read_text()
+        world.wait(lambda: not world.moving, "the hold")
+    assert "Traceback" not in log.read_text()
+
+
+def test_lifecycle_by_a_manager(world: World, tmp_path: Path) -> None:
+    command = node_command(fake_engine(tmp_path / "engine"), autostart=False)
+    with process(command, world.domain, tmp_path / "log"):
+        assert world.state_label() == "unconfigured"
+        assert not world.call(SetBool, "/policy/enable", SetBool.Request(data=True)).success
+        assert world.change_state(Transition.TRANSITION_CONFIGURE)
+        assert world.change_state(Transition.TRANSITION_ACTIVATE)
+        world.start_policy()
+        assert world.change_state(Transition.TRANSITION_DEACTIVATE)
+        world.wait(lambda: not world.moving, "the hold on deactivation")
+        count = len(world.chunks)
+        assert world.change_state(Transition.TRANSITION_CLEANUP)
+        assert world.state_label() == "unconfigured" and len(world.chunks) - count <= 1
+        assert world.change_state(Transition.TRANSITION_CONFIGURE)
+        assert world.change_state(Transition.TRANSITION_ACTIVATE)
+        world.wait(lambda: world.node.count_subscribers("instruction") > 0, "the active policy node")
+        world.instruct()
+        world.wait_chunks()
+        assert not world.moving, "a new activation begins disabled"
+
+
+@pytest.mark.parametrize(
+    ("parameters", "spoil", "reason"),
+    [
+        ({"engine_path": "/nowhere"}, None, "no manifest.json"),
+        ({"contract": "/nowhere.yaml"}, None, "cannot be read"),
+        ({"blending": "average"}, None, "expected one of latest, ensemble, rtc"),
+        ({"inference_deadline": 0.05}, {"latency_s": 0.2}, "above inference_deadline 50.0 ms"),
+        ({"source_wait": 5.0}, "camera", "no message within 5 s, though it has a publisher"),
+        ({"source_wait": 10.0}, "joint", "joint 'gripper' is missing"),
+        ({"source_wait": 10.0}, "image", "not a whole JPEG or PNG"),
+    ],
+)
+def test_configure_refuses_with_the_reason(
+    world: World, tmp_path: Path, parameters: dict[str, object], spoil: object, reason: str
+) -> None:
+    engine = fake_engine(tmp_path / "engine", **(spoil if isinstance(spoil, dict) else {}))
+    world.sensors.camera = spoil != "camera"
+    world.sensors.joints = world.sensors.joints[:3] if spoil == "joint" else world.sensors.joints
+    world.sensors.image = b"no image" if spoil == "image" else None
+    log = tmp_path / "log"
+    values = {"engine_path": engine, **parameters}
+    command = node_command(Path(str(values.pop("engine_path"))), Path(str(values.pop("contract", CONTRACT))), **values)
+    with process(command, world.domain, log):
+        world.wait(lambda: "configure refused" in log.read_text(), "the refusal")
+        assert reason in log.read_text()
+        assert world.state_label() == "unconfigured"
+
+
+def test_a_parameter_outside_its_range_is_refused(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    command = node_command(fake_engine(tmp_path / "engine"), source_timeout=-1.0)
+    with process(command, fresh_domain(), log) as node:
+        assert node.wait(30) != 0
+    assert "source_timeout" in log.read_text()
+
+
+def test_run_policy(world: World, tmp_path: Path) -> None:
+    with process(node_command(fake_engine(tmp_path / "engine")), world.domain, tmp_path / "log"):
+        client = ActionClient(world.node, RunPolicy, "/policy/run_policy")
+        world.wait(client.server_is_ready, "the action server")
+        world.wait(lambda: world.node.count_subscribers("instruction") > 0, "the active policy node")
+        feedback: list[RunPolicy.Feedback] = []
+
+        def begin(prompt: str, seconds: int):
+            goal = RunPolicy.Goal(prompt=prompt, time_limit=Duration(sec=seconds))
+            future = client.send_goal_async(goal, feedback_callback=lambda message: feedback.append(message.feedback))
+            world.wait(future.done, "the goal's acceptance")
+            return future.result(), future.result().get_result_async()
+
+        def run(prompt: str, seconds: int) -> RunPolicy.Result:
+            _, result = begin(prompt, seconds)
+            world.wait(result.done, "the run's end")
+            return result.result().result
+
+        assert run("pick up the soup", 1).code == RunPolicy.Result.DISABLED
+        world.enable()
+        assert run("pick up the soup", 0).code == RunPolicy.Result.INVALID_GOAL
+        assert run(" ", 1).code == RunPolicy.Result.INVALID_GOAL
+        assert run("x" * 10_000, 1).code == RunPolicy.Result.INVALID_GOAL
+        done = run("pick up the soup", 1)
+        assert done.code == RunPolicy.Result.TIME_LIMIT_REACHED and done.commands > 5 and done.chunks > 5
+        assert feedback[-1].chunks > 0
+        world.wait_holding("not_started")
+        goal, result = begin("pick up the soup", 60)
+        world.wait_moving()
+        assert run("another", 1).code == RunPolicy.Result.ALREADY_RUNNING
+        goal.cancel_goal_async()
+        world.wait(result.done, "the cancellation")
+        assert result.result().result.code == RunPolicy.Result.CANCELLED
+        _, result = begin("pick up the soup", 60)
+        world.wait_moving()
+        assert world.trigger("stop").success
+        world.wait(result.done, "the run's end by the stop")
+        assert result.result().result.code == RunPolicy.Result.STOP_LATCHED
+        assert run("pick up the soup", 1).code == RunPolicy.Result.STOP_LATCHED
+        assert world.trigger("reset").success
+        _, result = begin("pick up the soup", 60)
+        world.wait_moving()
+        world.sensors.camera = False
+        world.wait(result.done, "the run's end by stale input")
+        assert result.result().result.code == RunPolicy.Result.STALE_INPUT
+
+
+def test_the_instruction_service(world: World, tmp_path: Path) -> None:
+    with process(node_command(fake_engine(tmp_path / "engine")), world.domain, tmp_path / "log"):
+        world.wait(lambda: world.node.count_subscribers("instruction") > 0, "the active policy node")
+        request = SetInstruction.Request(instruction="  open the drawer ")
+        response = world.call(SetInstruction, "/policy/set_instruction", request)
+        assert response.success and response.message == "open the drawer"
+        world.wait_chunks()
+        assert world.chunks[-1].instruction == "open the drawer"
+        refused = world.call(SetInstruction, "/policy/set_instruction", SetInstruction.Request(instruction="x" * 501))
+        assert not refused.success and "at most 500" in refused.message
