@@ -114,7 +114,7 @@ def test_action_that_is_not_finite_latches(running: World, tmp_path: Path) -> No
 
 def test_action_beyond_the_limits_is_slowed(running: World, tmp_path: Path) -> None:
     fake_engine(tmp_path / "engine", action=[30.0, 40.0, 0.0, 0.0, 0.0, 0.0, 1.0])
-    running.wait(lambda: running.gripper[-1] == 0.0, "the new action")
+    running.wait(lambda: 0.0 in running.gripper[-1:], "the new action")
     running.wait_moving()
     twist = running.twists[-1][1].twist.linear
     assert (twist.x, twist.y) == (pytest.approx(0.75), pytest.approx(1.0)), "direction kept, each axis within its limit"
@@ -153,7 +153,7 @@ def test_simulated_clock_stands_still(tmp_path: Path) -> None:
         command = node_command(fake_engine(tmp_path / "engine"), use_sim_time=True, output_watchdog_timeout=1.0)
         with process(command, world.domain, tmp_path / "log"):
             world.start_policy()
-            world._closing.set()  # the whole robot falls silent, its clock too
+            world.fall_silent()
             world.wait(lambda: not world.moving, "the watchdog's hold")
             world.wait(lambda: int(world.diagnostics["watchdog holds"]) > 0, "its count")
     finally:
@@ -168,9 +168,11 @@ def test_kill_and_restart(world: World, tmp_path: Path) -> None:
         node.wait()
     count = len(world.chunks)
     with process(command, world.domain, tmp_path / "log2"):
+        world.wait_holding("no_instruction")
+        world.instruct()
         world.wait(lambda: len(world.chunks) > count, "chunks of the successor")
         world.wait_moving()
-        assert world.chunks[-1].sequence < count
+        assert world.chunks[count].sequence == 0
 
 
 def test_two_nodes_with_one_name(world: World, tmp_path: Path) -> None:

@@ -226,10 +226,9 @@ class World:
         futures = []
         for _ in range(3):
             futures.append(client.call_async(request))
-            deadline = time.monotonic() + TIMEOUT_S / 3
-            self.wait(
-                lambda: any(future.done() for future in futures) or time.monotonic() > deadline, f"answer of {name}"
-            )
+            futures[-1].add_done_callback(self._collector(lambda future: None))
+            with self._changed:
+                self._changed.wait_for(lambda: any(future.done() for future in futures), TIMEOUT_S / 3)
             for future in futures:
                 if future.done():
                     return future.result()
@@ -256,6 +255,10 @@ class World:
         self.wait_chunks()
         self.enable()
         self.wait_moving()
+
+    def fall_silent(self) -> None:
+        """No sensors and no clock any more."""
+        self._closing.set()
 
     def close(self) -> None:
         self._closing.set()
