@@ -10,7 +10,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from dataclasses import dataclass
-from multiprocessing.connection import wait
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -187,33 +187,32 @@ _worker: Worker | None = None
 
 def _parallel(rollout: Rollout, jobs: list[Job], workers: int) -> Generator[Episode, None, None]:
     # A renderer's context does not survive a fork; a fresh interpreter per worker is slower to start but safe.
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (rollout,))
-    try:
+    context = multiprocessing.get_context("spawn")
+    watched, lifeline = context.Pipe(duplex=False)
+    # Leaving the block, for whatever reason, cuts the lifeline first: no worker finishes an episode nobody waits for.
+    with ProcessPoolExecutor(workers, context, _start_worker, (rollout, watched)) as pool, lifeline:
         futures = [pool.submit(_run_job, job) for job in jobs]
-        for future in as_completed(futures):
-            yield future.result()
-    except BrokenProcessPool as error:
-        raise VlaError(
-            "a rollout worker ended unexpectedly (its message is above, or the machine ran out of memory); "
-            "the same command continues where it stopped, with fewer --workers if memory was short"
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
+        try:
+            for future in as_completed(futures):
+                yield future.result()
+        except BrokenProcessPool as error:
+            raise VlaError(
+                "a rollout worker ended unexpectedly (its message is above, or the machine ran out of memory); "
+                "the same command continues where it stopped, with fewer --workers if memory was short"
+            ) from error
 
 
-def _start_worker(rollout: Rollout) -> None:
-    """Runs once in each worker: no Ctrl-C of its own, one thread, and an end when the parent is gone."""
+def _start_worker(rollout: Rollout, watched: Connection) -> None:
+    """Runs once in each worker: Ctrl-C is the parent's business, and a cut lifeline ends the process."""
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=(watched,), daemon=True).start()
     _worker = Worker(rollout)
 
 
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        wait([parent.sentinel])
-        os._exit(1)
+def _end_with_parent(watched: Connection) -> None:
+    wait([watched])
+    os._exit(1)
 
 
 def _run_job(job: Job) -> Episode:

@@ -98,7 +98,10 @@ class FakeActor:
 
 @dataclass(frozen=True)
 class FakeRecipe:
-    """victim: which process dies by SIGKILL at the `fatal_act`-th decision, once (`fired` records that it has)."""
+    """victim: who is hit at the `fatal_act`-th decision, once (`fired` records that it has happened).
+
+    "self" and "parent" get SIGKILL; "interrupt" is a Ctrl-C for the parent.
+    """
 
     name: str = "fake"
     victim: str | None = None
@@ -118,6 +121,8 @@ class FakeRecipe:
         if self.victim is None or self.fired is None or acts != self.fatal_act or self.fired.exists():
             return
         self.fired.touch()
-        os.kill(os.getpid() if self.victim == "self" else os.getppid(), signal.SIGKILL)
-        if self.victim == "parent":
-            signal.pause()  # only the watch on the parent can end this process now
+        if self.victim == "self":
+            os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getppid(), signal.SIGINT if self.victim == "interrupt" else signal.SIGKILL)
+        while True:
+            signal.pause()  # only the lifeline can end this process now

