@@ -126,14 +126,14 @@ def choose_states(trajectories: list[Trajectory], count: int, seed: int) -> list
 
 
 def _quotas(sizes: list[int], count: int, generator: np.random.Generator) -> list[int]:
-    """How many states each trajectory gives; the remainder goes to random ones, none gives more than it has."""
-    quotas = [0] * len(sizes)
-    while (missing := count - sum(quotas)) > 0:
-        open_ = [index for index, size in enumerate(sizes) if quotas[index] < size]
-        share, extra = divmod(missing, len(open_))
-        lucky = {int(index) for index in generator.permutation(open_)[:extra]}
-        for index in open_:
-            quotas[index] = min(sizes[index], quotas[index] + share + (index in lucky))
+    """How many states each trajectory gives: an equal level, capped by what it has; the remainder to random ones."""
+    level = 0
+    while sum(min(size, level + 1) for size in sizes) <= count and level < max(sizes):
+        level += 1
+    quotas = [min(size, level) for size in sizes]
+    more = [index for index, size in enumerate(sizes) if size > level]
+    for index in generator.permutation(more)[: count - sum(quotas)]:
+        quotas[index] += 1
     return quotas
 
 

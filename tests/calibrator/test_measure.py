@@ -1,0 +1,206 @@
+"""A whole run: its artefact, what a killed run leaves, and what is refused."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tables import table, unit
+
+from calibrator.__main__ import main
+from calibrator.executors import LocalExecutor
+from calibrator.journal import Journal, difference
+from calibrator.measure import RunOptions, journal_folder, measure
+from calibrator.plan import Plan
+from calibrator.scores import ScoreSettings, phase_of, soft_bottleneck
+from calibrator.sensitivity import Sensitivity, inversions, load_tensors
+from calibrator.sweep import Sweep, SweepSettings, SweepSpec, UnitLosses
+from vla_policy.core.errors import ArtefactError, PolicyError
+
+
+class SilentBar:
+    """Stands in for the progress bar; calls `after` once `stop` layers are done."""
+
+    def __init__(self, stop: int = 10**9, **_: Any) -> None:
+        self.left = stop
+
+    def __call__(self, **_: Any) -> "SilentBar":
+        return self
+
+    def __enter__(self) -> "SilentBar":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def update(self) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
+
+
+GLOBS = ("projector.*", "language_model.model.layers.1.mlp.*", "vision_backbone.featurizer.blocks.0.*")
+OPTIONS = RunOptions(unit_globs=GLOBS, progress=SilentBar())
+SCORES = ScoreSettings()
+
+
+@pytest.fixture(scope="module")
+def finished(spec: SweepSpec, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("run") / "sensitivity.json"
+    measure(spec, out, SCORES, OPTIONS)
+    return out
+
+
+def test_scores_follow_from_the_stored_losses(finished: Path) -> None:
+    sensitivity = Sensitivity.load(finished)
+    losses = load_tensors(sensitivity, "losses")
+    assert losses["loss"].shape == (10, 3, 8, 4)
+    np.testing.assert_allclose(losses["loss"], losses["mass"] + losses["attribution"], rtol=1e-5)
+    np.testing.assert_allclose(soft_bottleneck(losses["loss"], 0.1), losses["soft_bottleneck"], rtol=1e-4, atol=1e-7)
+    for row, item in enumerate(sensitivity.units):
+        for column, bits in enumerate((2, 4, 8)):
+            values = losses["soft_bottleneck"][row, column]
+            assert item.omega[bits] == pytest.approx(float(values.mean()), rel=1e-4)
+            by_phase = [values[losses["phase"] == phase].mean() for phase in set(losses["phase"].tolist())]
+            assert item.omega_tau[bits] == pytest.approx(float(max(by_phase)), rel=1e-4)
+            assert item.action_mse[bits] == pytest.approx(float(losses["action_error"][row, column].mean()), rel=1e-5)
+        assert item.omega[16] == item.omega_tau[16] == item.action_mse[16] == 0.0
+    np.testing.assert_array_equal(losses["phase"], phase_of(losses["progress"], 10))
+
+
+def test_artefact_names_its_parents_and_what_was_left_out(finished: Path, spec: SweepSpec) -> None:
+    raw = json.loads(finished.read_text())
+    assert raw["bits"] == [2, 4, 8, 16] and raw["scheme"] == "weight-only"
+    assert raw["calibration"]["samples"] == 8 and sum(raw["calibration"]["phases"]) == 8
+    policy = spec.load_policy()
+    total = sum(parameter.numel() for parameter in policy.parameters())
+    assert raw["unquantized_params"] + sum(item["params"] for item in raw["units"]) == total
+    assert "language_model.lm_head" in raw["unmeasured"]
+    assert raw["cost"]["policy_bytes"] == 4 * total
+    assert not journal_folder(finished).exists()
+
+
+def test_maps_show_full_precision_first(finished: Path, sweep: Sweep) -> None:
+    sensitivity = Sensitivity.load(finished)
+    maps, axes = load_tensors(sensitivity, "maps"), sensitivity.meta["maps"]
+    assert maps["evidence"].shape == (2, 3, 4, 4) and axes["grid"] == [2, 2] and axes["bits"] == [16, 8, 4, 2]
+    assert not maps["loss"][:, :, 0].any() and (maps["loss"][:, :, 1:] >= 0).all()
+    np.testing.assert_array_equal(maps["evidence"][0, :, 0], maps["evidence"][1, :, 0])
+    losses = load_tensors(sensitivity, "losses")["loss"]
+    names = [item.name for item in sensitivity.units]
+    for row, name in enumerate(axes["units"]):
+        for column, sample in enumerate(axes["samples"]):
+            stored = losses[names.index(name), :, sample, 0][::-1]
+            np.testing.assert_allclose(maps["loss"][row, column, 1:], stored, rtol=2e-3, atol=2e-5)
+
+
+def test_a_finished_run_is_not_repeated(finished: Path, spec: SweepSpec) -> None:
+    before = finished.stat().st_mtime_ns
+    assert measure(spec, finished, SCORES, OPTIONS).path == str(finished)
+    assert finished.stat().st_mtime_ns == before
+
+
+def test_a_stopped_run_continues_to_the_identical_table(spec: SweepSpec, finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "sensitivity.json"
+    with pytest.raises(KeyboardInterrupt):
+        measure(spec, out, SCORES, replace(OPTIONS, progress=SilentBar(stop=4)))
+    assert not out.exists()
+    kept = {path: path.stat().st_mtime_ns for path in (journal_folder(out) / "units").iterdir()}
+    assert len(kept) == 4
+    seen: list[str] = []
+    original = LocalExecutor.run
+
+    def watched(self: LocalExecutor, tasks: Any) -> Any:
+        seen.extend(task.unit for task in tasks)
+        return original(self, tasks)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LocalExecutor, "run", watched)
+        measure(spec, out, SCORES, OPTIONS)
+    assert len(seen) == 10 - 4 and not {path.stem for path in kept} & set(seen)
+    one, other = (json.loads(path.read_text())["units"] for path in (out, finished))
+    assert one == other
+
+
+def test_other_inputs_are_refused_with_the_difference(spec: SweepSpec, finished: Path, tmp_path: Path) -> None:
+    channel = replace(spec, settings=SweepSettings(group_size=None))
+    with pytest.raises(ArtefactError, match=r"settings.group_size was 32, is now None"):
+        measure(channel, finished, SCORES, OPTIONS)
+    with pytest.raises(ArtefactError, match=r"scores.kappa was 0.1, is now 0.2"):
+        measure(spec, finished, ScoreSettings(kappa=0.2), OPTIONS)
+    out = tmp_path / "sensitivity.json"
+    with pytest.raises(KeyboardInterrupt):
+        measure(spec, out, SCORES, replace(OPTIONS, progress=SilentBar(stop=1)))
+    with pytest.raises(ArtefactError, match=r"unfinished sweep of other inputs \(settings.bits was \[2, 4, 8\]"):
+        measure(replace(spec, settings=SweepSettings(bits=(2, 4), group_size=32)), out, SCORES, OPTIONS)
+    measure(channel, out, SCORES, replace(OPTIONS, resume=False, unit_globs=("projector.fc1",)))
+    assert [item.name for item in Sensitivity.load(out).units] == ["projector.fc1"]
+
+
+def test_a_changed_neighbour_file_is_refused(spec: SweepSpec, tmp_path: Path) -> None:
+    out = tmp_path / "other.json"
+    result = measure(spec, out, SCORES, replace(OPTIONS, unit_globs=("projector.fc1",)))
+    with open(tmp_path / "other.losses.safetensors", "ab") as stream:
+        stream.write(b"x")
+    with pytest.raises(ArtefactError, match=r"other\.losses\.safetensors: not the file"):
+        load_tensors(result, "losses")
+
+
+def test_a_glob_that_matches_nothing_is_named(spec: SweepSpec, tmp_path: Path) -> None:
+    with pytest.raises(PolicyError, match=r"'head\.\*' matches no layer"):
+        measure(spec, tmp_path / "s.json", SCORES, replace(OPTIONS, unit_globs=("head.*",)))
+
+
+def test_journal_keeps_records_exactly(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    arrays = {name: generator.random((2, 3, 4)) for name in ("mass", "attribution")}
+    arrays |= {name: generator.random((2, 3)) for name in ("action_error", "likelihood")}
+    record = UnitLosses("layer.a", (2, 4), (5, 1, 9), **arrays)
+    Journal(tmp_path / "j", {"a": 1}).write(record)
+    reopened = Journal(tmp_path / "j", {"a": 1})
+    assert reopened.finished == {"layer.a"} and reopened.read_reference() is None
+    got = reopened.read("layer.a")
+    assert (got.bits, got.samples) == ((2, 4), (5, 1, 9))
+    assert all(np.array_equal(getattr(got, name), array) for name, array in arrays.items())
+    path = tmp_path / "j" / "units" / "layer.a.safetensors"
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(ArtefactError, match="damaged or truncated"):
+        reopened.read("layer.a")
+
+
+def test_difference_names_the_entry() -> None:
+    assert difference({"a": {"b": 1}}, {"a": {"b": 1}}) is None
+    assert difference({"a": {"b": 1}}, {"a": {"b": 2}}) == "a.b was 1, is now 2"
+    assert difference({"a": 1}, {}) == "a was 1, is now None"
+
+
+def test_inversions_are_reported() -> None:
+    noisy = unit("layer", {2: 0.3, 4: 0.1, 8: 0.2})
+    assert inversions(table([noisy]).units) == [{"unit": "layer", "bits": [4, 8], "omega": [0.1, 0.2]}]
+
+
+def test_commands_lead_from_calibration_to_plan(
+    policy_folder: Path, calibration_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scores, plan = tmp_path / "sensitivity.json", tmp_path / "plan.json"
+    arguments = ["sensitivity", "--policy", str(policy_folder), "--calibration", str(calibration_folder)]
+    arguments += ["--out", str(scores), "--group-size", "32", "--bits", "2", "8", "--units", "projector.*"]
+    assert main(arguments) == 0
+    curve = ["--frontier", str(tmp_path / "frontier.json"), "--frontier-points", "3"]
+    assert main(["allocate", "--sensitivity", str(scores), "--out", str(plan), "--average-bits", "8", *curve]) == 0
+    assert Plan.load(plan).average_bits <= 8
+    assert main(["allocate", "--sensitivity", str(scores), "--out", str(plan), "--average-bits", "1"]) == 2
+    error = capsys.readouterr().err
+    assert error.splitlines()[-1].startswith("error: average bits 1 is below the minimum 2; feasible: 2 to 16")
+    assert main(["sensitivity", "--policy", str(tmp_path), *arguments[3:]]) == 2
+    assert "config.json: cannot be read" in capsys.readouterr().err
+
+
+def test_help_does_not_load_torch() -> None:
+    code = "import sys; from calibrator.__main__ import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+    code += "assert 'torch' not in sys.modules and 'cvxpy' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
