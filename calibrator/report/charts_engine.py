@@ -1,0 +1,92 @@
+"""Bytes and latency of the mixed engine beside the 16-bit one."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup
+
+from calibrator.report.artefacts import BenchResult
+from calibrator.report.numbers import byte_unit, in_bytes, significant
+from calibrator.report.svg import Scale, Svg
+from vla_policy.core.manifest import Manifest
+
+_STAGES = {"vision": "vision", "prefill": "prefill", "decode_step": "one decode step", "action": "whole action"}
+
+
+@dataclass(frozen=True)
+class FormatCount:
+    """How many layers were planned in a format and how many of these really have it."""
+
+    planned: str
+    layers: int
+    realised: int
+    weights: int
+    code_bytes: int
+    scale_bytes: int
+    arithmetic: str
+
+
+def format_counts(engine: Manifest) -> list[FormatCount]:
+    """Planned against realised formats, most weights first."""
+    rows = []
+    for planned in dict.fromkeys(unit.planned for unit in engine.units):
+        units = [unit for unit in engine.units if unit.planned == planned]
+        rows.append(
+            FormatCount(
+                planned=planned,
+                layers=len(units),
+                realised=sum(unit.realised == planned for unit in units),
+                weights=sum(unit.weights for unit in units),
+                code_bytes=sum(unit.code_bytes for unit in units),
+                scale_bytes=sum(unit.scale_bytes for unit in units),
+                arithmetic="; ".join(dict.fromkeys(unit.arithmetic for unit in units)),
+            )
+        )
+    return sorted(rows, key=lambda row: -row.weights)
+
+
+def bytes_chart(engines: Sequence[tuple[str, Manifest]]) -> Markup:
+    """Codes, scales and everything else of each engine on one scale."""
+    left, right, pitch = 120, 940, 40
+    svg = Svg(1080, 46 + pitch * len(engines), "Bytes of the engines")
+    largest = max(engine.totals()["engine_bytes"] for _, engine in engines)
+    unit_bytes, name = byte_unit(largest)
+    x = Scale(0.0, largest / unit_bytes, left, right)
+    bottom = 10 + pitch * len(engines)
+    for index, (label, engine) in enumerate(engines):
+        totals, y, start = engine.totals(), 10 + index * pitch, 0.0
+        rest = totals["engine_bytes"] - totals["code_bytes"] - totals["scale_bytes"]
+        svg.text(left - 10, y + 18, label, "label", "end")
+        parts = (("weights", totals["code_bytes"]), ("scales", totals["scale_bytes"]), ("everything else", rest))
+        for number, (what, count) in enumerate(parts):
+            end = start + count / unit_bytes
+            svg.rect(x(start), y, x(end) - x(start), 26, f"part{number}", f"{label}: {what}\n{count:,} bytes")
+            start = end
+        svg.text(x(start) + 10, y + 18, in_bytes(totals["engine_bytes"], 4), "label")
+    svg.x_axis(x, bottom, name, 6)
+    return svg.render()
+
+
+def latency_chart(bench: BenchResult) -> Markup:
+    """Median of every stage for both engines; the thin line reaches the 99th percentile."""
+    stages = [stage for stage in _STAGES if stage in bench.engine.stages]
+    sides = (("mixed", bench.engine, "s-accent"), ("16-bit", bench.reference, "s-muted"))
+    left, right, pitch = 120, 940, 58
+    svg = Svg(1080, 46 + pitch * len(stages), "Latency of both engines by stage")
+    longest = max(figures.stages[stage].p99_ms for _, figures, _ in sides for stage in stages)
+    x = Scale(0.0, longest * 1.02, left, right)
+    for index, stage in enumerate(stages):
+        y = 10 + index * pitch
+        svg.text(left - 10, y + 26, _STAGES[stage], "label", "end")
+        for number, (label, figures, colour) in enumerate(sides):
+            laps, line = figures.stages[stage], y + number * 22
+            tip = (
+                f"{label}, {_STAGES[stage]}\nmedian {significant(laps.median_ms)} ms\n"
+                f"p90 {significant(laps.p90_ms)} ms\np99 {significant(laps.p99_ms)} ms\n{laps.count} measurements"
+            )
+            svg.rect(left, line, x(laps.median_ms) - left, 18, colour, tip)
+            svg.line(x(laps.median_ms), line + 9, x(laps.p99_ms), line + 9, "whisker")
+            svg.line(x(laps.p99_ms), line + 4, x(laps.p99_ms), line + 14, "whisker")
+            svg.text(x(laps.p99_ms) + 8, line + 13, f"{significant(laps.median_ms)} ms", "tick")
+    svg.x_axis(x, 10 + pitch * len(stages), "milliseconds", 6)
+    return svg.render()

@@ -1,0 +1,137 @@
+"""Which layers are fragile: the paper's Fig. 2."""
+
+from collections.abc import Sequence
+from itertools import groupby
+
+import numpy as np
+from markupsafe import Markup
+
+from calibrator.evidence import BOUNDARIES
+from calibrator.plan import Plan
+from calibrator.report.numbers import layer, significant
+from calibrator.report.svg import Scale, Svg, linear_scale, log_scale
+from calibrator.sensitivity import FULL_BITS, UnitScores
+
+STAGES = ("vision", "projector", "language", "head")
+_WIDTH, _LEFT, _RIGHT = 1080, 64, 1064
+
+
+def layer_chart(units: Sequence[UnitScores], bits: Sequence[int], plan: Plan | None) -> Markup:
+    """Omega of every layer in network order at every measured width; a ring marks the width that the plan chose."""
+    widths = [width for width in sorted(bits) if width < FULL_BITS]
+    top, bottom = 34, 300
+    svg = Svg(_WIDTH, 352, "Sensitivity of every layer in network order")
+    y = log_scale((unit.omega[width] for unit in units for width in widths), bottom, top)
+    svg.y_axis(y, _LEFT, _RIGHT, "Ω, task-evidence sensitivity (logarithmic)")
+    step = (_RIGHT - _LEFT) / len(units)
+    radius = float(np.clip(step * 0.32, 1.6, 4.2))
+    for index, unit in enumerate(units):
+        x = _LEFT + (index + 0.5) * step
+        marks = [y(unit.omega[width]) for width in widths]
+        svg.line(x, min(marks), x, max(marks), f"stem s-{unit.stage}")
+        for width, mark in zip(widths, marks, strict=True):
+            svg.circle(x, mark, radius, f"dot s-{unit.stage} w{width}")
+        if plan:
+            _mark_choice(svg, x, plan.assignment[unit.name].weight_bits, unit, y, radius)
+        svg.rect(x - step / 2, top, step, bottom - top, "hit", _layer_tip(unit, widths, plan))
+    stage_band(svg, units, [_LEFT + index * step for index in range(len(units) + 1)], bottom + 12)
+    return svg.render()
+
+
+def _mark_choice(svg: Svg, x: float, chosen: int, unit: UnitScores, y: Scale, radius: float) -> None:
+    if chosen < FULL_BITS:
+        svg.circle(x, y(unit.omega[chosen]), radius + 2.2, "ring")
+    else:
+        svg.polygon([(x - radius - 1, y.start), (x + radius + 1, y.start), (x, y.start - 2 * radius - 2)], "kept")
+
+
+def _layer_tip(unit: UnitScores, widths: Sequence[int], plan: Plan | None) -> str:
+    scores = [f"Ω at {width} bits  {significant(unit.omega[width])}" for width in widths]
+    chosen = [f"plan  {plan.assignment[unit.name]}"] if plan else []
+    return "\n".join([unit.name, f"{unit.params:,} weights", *scores, *chosen])
+
+
+def stage_band(svg: Svg, units: Sequence[UnitScores], edges: Sequence[float], y: float) -> None:
+    """A coloured band under a chart whose layer i spans edges[i] to edges[i + 1]; its parts are named."""
+    start = 0
+    for (stage, part), members in groupby(units, key=lambda unit: (unit.stage, _part(unit))):
+        count = len(list(members))
+        left, right = edges[start], edges[start + count]
+        svg.rect(left + 0.5, y, right - left - 1, 5, f"s-{stage}", "\n".join([part, f"{count} layers"]))
+        if right - left > 7 * len(part):
+            svg.text((left + right) / 2, y + 22, part, "tick", "middle")
+        start += count
+
+
+def _part(unit: UnitScores) -> str:
+    if unit.stage != "vision":
+        return unit.stage
+    tower = unit.name.removeprefix("vision_backbone.").split(".")[0]
+    return {"featurizer": "vision: DINOv2", "fused_featurizer": "vision: SigLIP"}.get(tower, unit.stage)
+
+
+def boundary_chart(units: Sequence[UnitScores], bits: int) -> Markup:
+    """Mean loss at each boundary and mean action error, by the stage whose layers are quantized (Fig. 2a)."""
+    stages = [stage for stage in STAGES if any(unit.stage == stage for unit in units)]
+    members = {stage: [unit for unit in units if unit.stage == stage] for stage in stages}
+    losses = {
+        stage: {name: float(np.mean([unit.boundary_loss[bits][name] for unit in members[stage]])) for name in BOUNDARIES}
+        for stage in stages
+    }
+    errors = {stage: float(np.mean([unit.action_mse[bits] for unit in members[stage]])) for stage in stages}
+    svg = Svg(530, 380, f"Loss at each boundary and action error by quantized stage, {bits} bits")
+    left, right = 64, 522
+    upper = linear_scale((value for row in losses.values() for value in row.values()), 210, 34)
+    lower = linear_scale(errors.values(), 340, 268)
+    svg.y_axis(upper, left, right, f"mean evidence loss per layer, {bits} bits", 4)
+    svg.y_axis(lower, left, right, "mean action error (normalised, squared)", 2)
+    column = (right - left) / len(stages)
+    for index, stage in enumerate(stages):
+        x, bar = left + index * column + column * 0.14, column * 0.72 / len(BOUNDARIES)
+        for place, name in enumerate(BOUNDARIES):
+            value, head = losses[stage][name], upper(losses[stage][name])
+            tip = f"{stage} layers at {bits} bits\nloss at the {name} boundary  {significant(value)}"
+            svg.rect(x + place * bar, head, bar - 1.5, upper.start - head, f"s-{name}", tip)
+        head = lower(errors[stage])
+        tip = f"{stage} layers at {bits} bits\naction error  {significant(errors[stage])}"
+        svg.rect(x + column * 0.21, head, column * 0.3, lower.start - head, "error", tip)
+        svg.text(x + column * 0.36, 362, stage, "tick", "middle")
+    svg.line(left, upper.start, right, upper.start, "base")
+    svg.line(left, lower.start, right, lower.start, "base")
+    return svg.render()
+
+
+def error_chart(units: Sequence[UnitScores], bits: int) -> Markup:
+    """Every layer's Omega against its action error: where the two disagree, an action-only score misses damage."""
+    svg = Svg(530, 380, f"Evidence sensitivity against action error, {bits} bits")
+    left, right, top, bottom = 70, 518, 34, 322
+    x = log_scale((unit.action_mse[bits] for unit in units), left, right)
+    y = log_scale((unit.omega[bits] for unit in units), bottom, top)
+    svg.y_axis(y, left, right, f"Ω, {bits} bits (logarithmic)")
+    svg.x_axis(x, bottom, "action error (normalised, squared, logarithmic)", 4)
+    for unit in units:
+        omega, error = unit.omega[bits], unit.action_mse[bits]
+        tip = f"{unit.name}\nΩ  {significant(omega)}\naction error  {significant(error)}"
+        svg.circle(x(error), y(omega), 4.5, f"mark s-{unit.stage}", tip)
+    return svg.render()
+
+
+def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
+    """Spearman's rho with mean ranks for ties; NaN where either is constant."""
+    ranks = [_mean_ranks(np.asarray(values, np.float64)) for values in (first, second)]
+    centred = [rank - rank.mean() for rank in ranks]
+    scale = float(np.sqrt((centred[0] ** 2).sum() * (centred[1] ** 2).sum()))
+    return float((centred[0] * centred[1]).sum() / scale) if scale else float("nan")
+
+
+def _mean_ranks(values: np.ndarray) -> np.ndarray:
+    ordered = np.sort(values)
+    first, last = np.searchsorted(ordered, values, "left"), np.searchsorted(ordered, values, "right")
+    return (first + last - 1) / 2
+
+
+def disagreement(units: Sequence[UnitScores], bits: int, count: int) -> list[str]:
+    """Layers among the `count` most fragile by evidence that are not among the `count` worst by action error."""
+    by_evidence = sorted(units, key=lambda unit: -unit.omega[bits])[:count]
+    by_action = {unit.name for unit in sorted(units, key=lambda unit: -unit.action_mse[bits])[:count]}
+    return [layer(unit.name) for unit in by_evidence if unit.name not in by_action]

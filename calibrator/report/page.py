@@ -1,0 +1,220 @@
+"""The page: every section whose artefacts were given, and how to add the others."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from calibrator.report import charts_engine, charts_layers, charts_plan, charts_served, charts_time, numbers, plan_facts
+from calibrator.report.evidence_images import evidence_blocks
+from calibrator.report.inputs import COMMANDS, Inputs
+from calibrator.sensitivity import FULL_BITS
+
+_FOLDER = Path(__file__).parent / "templates"
+_TOP = 20
+
+
+@dataclass(frozen=True)
+class ByBits:
+    """One drawing per measured bit-width; `shown` is the one that is seen first."""
+
+    charts: tuple[tuple[int, Markup], ...]
+    shown: int
+
+
+@dataclass(frozen=True)
+class Section:
+    """One section: its anchor, its heading, its template's variables."""
+
+    key: str
+    title: str
+    variables: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Missing:
+    """A section that is absent: what it would show, the option that adds it, the command that makes its artefact."""
+
+    what: str
+    option: str
+    command: str
+
+
+def render(inputs: Inputs) -> str:
+    """The page as one HTML document."""
+    environment = Environment(loader=FileSystemLoader(_FOLDER), autoescape=True, undefined=StrictUndefined)
+    environment.filters |= {
+        "data": numbers.data,
+        "size": numbers.size,
+        "percent": numbers.percent,
+        "layer": numbers.layer,
+        "given": lambda kinds: [inputs.sources[kind] for kind in kinds if kind in inputs.sources],
+    }
+    environment.globals |= {"sources": inputs.sources}
+    sections = [section for make in _SECTIONS if (section := make(inputs)) is not None]
+    return environment.get_template("page.html").render(
+        inputs=inputs,
+        facts=plan_facts.plan_facts(inputs.plan, inputs.sensitivity) if inputs.plan else None,
+        sections=sections,
+        missing=_missing(inputs),
+        css=Markup((_FOLDER / "style.css").read_text(encoding="utf-8")),
+        script=Markup((_FOLDER / "page.js").read_text(encoding="utf-8")),
+        version=version("vla-deploy"),
+    )
+
+
+def _widths(inputs: Inputs) -> list[int]:
+    """Measured bit-widths below full precision, ascending: the rows of the loss arrays."""
+    return [bits for bits in sorted(inputs.sensitivity.bits) if bits < FULL_BITS]
+
+
+def _by_bits(inputs: Inputs, draw: Callable[[int, int], Markup]) -> ByBits:
+    """`draw(row, bits)` for every width; 4 bits are shown first where measured."""
+    widths = _widths(inputs)
+    return ByBits(
+        tuple((bits, draw(row, bits)) for row, bits in enumerate(widths)), 4 if 4 in widths else widths[0]
+    )
+
+
+def _evidence(inputs: Inputs) -> Section | None:
+    if inputs.maps is None:
+        return None
+    blocks = evidence_blocks(inputs.maps, inputs.losses["progress"], inputs.calibration)
+    boundary = inputs.sensitivity.meta["maps"]["boundary"]
+    return Section("evidence", "Where evidence moves on the image", {"blocks": blocks, "boundary": boundary})
+
+
+def _layers(inputs: Inputs) -> Section:
+    units = inputs.sensitivity.units
+    shown = _by_bits(inputs, lambda row, bits: Markup()).shown
+    pair = _by_bits(
+        inputs,
+        lambda row, bits: Markup('<div class="pair">{}{}</div>').format(
+            charts_layers.boundary_chart(units, bits), charts_layers.error_chart(units, bits)
+        ),
+    )
+    correlation = charts_layers.rank_correlation(
+        [unit.omega[shown] for unit in units], [unit.action_mse[shown] for unit in units]
+    )
+    ranked = sorted(units, key=lambda unit: -unit.omega[shown])
+    return Section(
+        "layers",
+        "Which layers are fragile",
+        {
+            "chart": charts_layers.layer_chart(units, inputs.sensitivity.bits, inputs.plan),
+            "pair": pair,
+            "shown": shown,
+            "top": ranked[:_TOP],
+            "share_of_top": sum(unit.omega[shown] for unit in ranked[:_TOP]) / sum(unit.omega[shown] for unit in units),
+            "correlation": correlation if np.isfinite(correlation) else None,
+            "missed": charts_layers.disagreement(units, shown, _TOP),
+            "widths": _widths(inputs),
+        },
+    )
+
+
+def _time(inputs: Inputs) -> Section:
+    units, losses, bins = inputs.sensitivity.units, inputs.losses, int(inputs.sensitivity.meta["bins"])
+    counts = np.bincount(losses["phase"], minlength=bins).tolist()
+
+    def draw(row: int, bits: int) -> Markup:
+        bands = charts_time.phase_bands(losses, row, bins)
+        return Markup('<div class="pair">{}{}</div>').format(
+            charts_time.band_chart(bands, counts, bits), charts_time.heat_chart(units, losses, row, bins, bits, _TOP)
+        )
+
+    return Section("time", "When in the task", {"charts": _by_bits(inputs, draw), "bins": bins, "empty": counts.count(0)})
+
+
+def _plan(inputs: Inputs) -> Section | None:
+    plan, sensitivity = inputs.plan, inputs.sensitivity
+    if plan is None:
+        return None
+    facts = plan_facts.plan_facts(plan, sensitivity)
+    unit_bytes, unit_name = numbers.byte_unit(facts.size_bytes)
+    step = unit_bytes if facts.size_bytes / unit_bytes >= 4 else unit_bytes / 10
+    protected = [item for item in facts.protections if item.bits >= 8]
+    return Section(
+        "plan",
+        "What the plan protects, and why",
+        {
+            "plan": plan,
+            "facts": facts,
+            "protected": protected[: 2 * _TOP],
+            "protected_count": len(protected),
+            "allocation": charts_plan.allocation_chart(sensitivity.units, plan),
+            "stages": charts_plan.stage_chart(facts.stages),
+            "bits": sorted(sensitivity.bits),
+            "frontier": charts_plan.frontier_chart(inputs.frontier, plan, facts.alternatives) if inputs.frontier else None,
+            "exchanges": plan_facts.exchanges(inputs.frontier, plan, step) if inputs.frontier else [],
+            "unit_name": unit_name,
+        },
+    )
+
+
+def _engine(inputs: Inputs) -> Section | None:
+    if inputs.engine is None and inputs.bench is None:
+        return None
+    engines = [("mixed", inputs.engine), ("16-bit", inputs.reference_engine)]
+    given = [(label, engine) for label, engine in engines if engine is not None]
+    counts = charts_engine.format_counts(inputs.engine) if inputs.engine else []
+    return Section(
+        "engine",
+        "What was built",
+        {
+            "engine": inputs.engine,
+            "reference": inputs.reference_engine,
+            "plan": inputs.plan,
+            "counts": counts,
+            "realised": sum(row.realised for row in counts),
+            "bytes": charts_engine.bytes_chart(given) if given else None,
+            "bench": inputs.bench,
+            "latency": charts_engine.latency_chart(inputs.bench) if inputs.bench else None,
+        },
+    )
+
+
+def _served(inputs: Inputs) -> Section | None:
+    served = inputs.served
+    if served is None:
+        return None
+    errors = charts_served.action_error(served, inputs.decisions, inputs.contract) if inputs.decisions else None
+    engine_ms = [decision.latency_ms for decision in served.decisions if decision.latency_ms is not None]
+    response_ms = [decision.response_ms for decision in served.decisions if decision.response_ms is not None]
+    return Section(
+        "served",
+        "What the node served",
+        {
+            "served": served,
+            "errors": errors,
+            "strips": charts_served.error_strips(errors) if errors else None,
+            "times": [
+                (title, values, *np.quantile(values, [0.5, 0.99]).tolist(), charts_served.latency_histogram(values, title))
+                for title, values in (("engine", engine_ms), ("camera image to action", response_ms))
+                if values
+            ],
+        },
+    )
+
+
+_SECTIONS: Sequence[Callable[[Inputs], Section | None]] = (_evidence, _layers, _time, _plan, _engine, _served)
+
+
+def _missing(inputs: Inputs) -> list[Missing]:
+    wanted = (
+        ("plan", "the allocation and what it protects", "--plan"),
+        ("frontier", "what more or less memory would change", "--frontier"),
+        ("calibration", "the camera images under the evidence maps", "--calibration"),
+        ("engine", "bytes and formats of the engine", "--engine"),
+        ("reference_engine", "the 16-bit engine's bytes beside it", "--reference-engine"),
+        ("bench", "latency and memory of both engines", "--bench"),
+        ("served", "served actions, response times and drops", "--served"),
+        ("decisions", "action error of the served actions against full precision", "--decisions"),
+    )
+    found = [Missing(what, option, COMMANDS[kind]) for kind, what, option in wanted if kind not in inputs.sources]
+    return found if inputs.rollouts else [*found, Missing("closed-loop success rates", "--rollout", COMMANDS["rollout"])]
