@@ -55,16 +55,19 @@ def read_config(path: Path) -> list[Section]:
 
 
 def run_table(config: Path, out: Path, workers: int) -> Path:
-    """Runs what is missing and writes `out/table.md`, anew after every run; returns its path."""
+    """Runs what is missing and writes `out/table.md`, anew after every run; returns its path.
+
+    The sections take turns, so that every reference is done before the first variant.
+    """
     sections = read_config(config)
     table = out / "table.md"
     results: dict[str, RolloutResult] = {}
-    for section in sections:
-        for planned in section.runs:
-            slug = f"{section.name}-{planned.name}"
-            results[slug] = run(planned.rollout, section.tasks, planned.trials, out / f"{slug}.json", workers)
-            with atomic_path(table) as temporary:
-                temporary.write_text(render(sections, results), encoding="utf-8")
+    queue = [(turn, section, planned) for section in sections for turn, planned in enumerate(section.runs)]
+    for _, section, planned in sorted(queue, key=lambda entry: entry[0]):
+        slug = f"{section.name}-{planned.name}"
+        results[slug] = run(planned.rollout, section.tasks, planned.trials, out / f"{slug}.json", workers)
+        with atomic_path(table) as temporary:
+            temporary.write_text(render(sections, results), encoding="utf-8")
     return table
 
 
