@@ -5,12 +5,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vla_policy.core.errors import ArtefactError
-from vla_policy.core.files import sha256_folder
+from vla_policy.core.files import sha256_folder, sha256_policy
 from vla_policy.core.formats import Format
 from vla_policy.core.observation import Actor
 from vla_policy.core.policy_config import PolicyConfig
-
-_POLICY_FILES = ("config.json", "tokenizer.json", "*.safetensors")
 
 
 @dataclass(frozen=True)
@@ -30,11 +28,11 @@ class ActorSpec:
         """What identifies the actor in a result; the folder's content, not its place, decides."""
         if not self.folder.is_dir():
             raise ArtefactError(f"{self.folder}: no such folder; --{self.kind} expects a {self.kind} folder")
-        patterns = _POLICY_FILES if self.kind == "policy" else ("*",)
+        sha256 = sha256_policy(self.folder) if self.kind == "policy" else sha256_folder(self.folder)
         return {
             "kind": self.kind,
             "name": self.folder.resolve().name,
-            "sha256": sha256_folder(self.folder, patterns),
+            "sha256": sha256,
             "unnorm_key": self.unnorm_key,
             "weights": str(self.weights) if self.weights else None,
             "dtype": self.dtype if self.kind == "policy" else None,
