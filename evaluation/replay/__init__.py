@@ -1,0 +1,1 @@
+"""Deterministic replay: every observation of a bag answered exactly once, and two answers compared."""

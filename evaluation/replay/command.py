@@ -1,0 +1,180 @@
+"""`python -m evaluation replay`: a bag through one or two engines, thresholds, and a report."""
+
+import argparse
+import math
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from evaluation.actors import ActorSpec
+from evaluation.replay.compare import Comparison, compare
+from evaluation.replay.page import WorstView, picture, render
+from evaluation.replay.run import Answers, answer, recorded
+from evaluation.replay.thresholds import Check, check, load_thresholds, write_junit
+from vla_policy.core.bag import read_frames
+from vla_policy.core.contract import Contract, load_contract
+from vla_policy.core.errors import ArtefactError
+from vla_policy.core.files import atomic_path, sha256_file, sha256_folder, write_json
+from vla_policy.core.observe import observe
+from vla_policy.core.synchroniser import Frame
+
+SCHEMA_VERSION = 1
+
+
+def add_replay(parser: argparse.ArgumentParser) -> None:
+    """The subcommand's options."""
+    parser.description = (
+        "Answers every observation of a bag exactly once, in process, and compares. Exit code 0: done and every "
+        "threshold met; 1: a threshold failed; 2: bad input."
+    )
+    parser.add_argument("--bag", type=Path, required=True, help="rosbag2 folder, .mcap or .db3 file")
+    parser.add_argument("--contract", type=Path, required=True, help="YAML that maps topics to the policy's inputs")
+    parser.add_argument("--engine", type=Path, required=True, help="engine (or policy) folder under test")
+    against = parser.add_mutually_exclusive_group()
+    against.add_argument("--against", type=Path, help="engine (or policy) folder that is the reference")
+    against.add_argument("--served", type=Path, help="bag of decisions that a node served: the reference")
+    parser.add_argument("--thresholds", type=Path, help="YAML that makes the replay a test")
+    parser.add_argument("--out", type=Path, required=True, help="folder for replay.json, replay.html and junit.xml")
+    parser.add_argument("--namespace", default="", help="ROS namespace of the contract's topics in the bag")
+    parser.add_argument(
+        "--bins", type=int, default=10, help="bins of progress through an episode (default %(default)s)"
+    )
+    parser.add_argument("--worst", type=int, default=8, help="frames shown that differ most (default %(default)s)")
+    parser.set_defaults(run=replay)
+
+
+def replay(arguments: argparse.Namespace) -> int:
+    """Runs the subcommand; returns 1 when a threshold failed."""
+    begun = time.monotonic()
+    contract = load_contract(arguments.contract)
+    names = tuple(dimension.name for dimension in contract.action.dimensions)
+    thresholds = load_thresholds(arguments.thresholds, names) if arguments.thresholds else None
+    spec = _spec(arguments.engine)
+    candidate = answer(arguments.bag, contract, spec.load(), arguments.engine.name, arguments.namespace)
+    reference = _reference(arguments, contract, candidate)
+    comparison = None
+    if reference is not None:
+        comparison = compare(reference, candidate, contract.action, arguments.bins, arguments.worst)
+    checks = check(thresholds, candidate, comparison) if thresholds else []
+    sources = _sources(arguments, contract)
+    _write(arguments, contract, sources, reference, candidate, comparison, checks, time.monotonic() - begun)
+    _print(candidate, reference, comparison, checks, arguments.out)
+    return 0 if all(item.passed for item in checks) else 1
+
+
+def _spec(folder: Path) -> ActorSpec:
+    if not folder.is_dir():
+        raise ArtefactError(f"{folder}: no such folder; expected an engine or a policy")
+    return ActorSpec("engine" if (folder / "manifest.json").is_file() else "policy", folder)
+
+
+def _reference(arguments: argparse.Namespace, contract: Contract, candidate: Answers) -> Answers | None:
+    if arguments.served is not None:
+        return recorded(arguments.served, candidate)
+    if arguments.against is None:
+        return None
+    actor = _spec(arguments.against).load()
+    return answer(arguments.bag, contract, actor, arguments.against.name, arguments.namespace)
+
+
+def _sources(arguments: argparse.Namespace, contract: Contract) -> dict[str, str]:
+    given = {"bag": arguments.bag, "engine": arguments.engine, "against": arguments.against, "served": arguments.served}
+    hashes = {
+        f"{name} {path.name}": sha256_folder(path) if path.is_dir() else sha256_file(path)
+        for name, path in given.items()
+        if path is not None
+    }
+    return hashes | {f"contract {arguments.contract.name}": contract.sha256}
+
+
+def _write(
+    arguments: argparse.Namespace,
+    contract: Contract,
+    sources: dict[str, str],
+    reference: Answers | None,
+    candidate: Answers,
+    comparison: Comparison | None,
+    checks: list[Check],
+    seconds: float,
+) -> None:
+    out: Path = arguments.out
+    content = {
+        "schema_version": SCHEMA_VERSION,
+        "kind": "replay",
+        "parents": sources,
+        "candidate": _summary(candidate),
+        "reference": _summary(reference) if reference else None,
+        "comparison": _without_nan(asdict(comparison)) if comparison else None,
+        "checks": [asdict(item) for item in checks],
+    }
+    write_json(out / "replay.json", content)
+    if arguments.thresholds:
+        write_junit(out / "junit.xml", checks, seconds)
+    views = _views(arguments, contract, reference, candidate, comparison)
+    with atomic_path(out / "replay.html") as temporary:
+        page = render(sources, reference, candidate, comparison, views, checks)
+        temporary.write_text(page, encoding="utf-8")
+
+
+def _summary(answers: Answers) -> dict[str, Any]:
+    return {
+        "name": answers.name,
+        "frames": len(answers.stamp_ns),
+        "episodes": int(answers.episode.max()) + 1,
+        "drops": answers.drops,
+        "decisions_sha256": answers.sha256,
+        "latency_ms": answers.latency_ms.tolist(),
+    }
+
+
+def _without_nan(value: Any) -> Any:
+    """NaN (an empty bin) as null: JSON has no other word for it."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _views(
+    arguments: argparse.Namespace,
+    contract: Contract,
+    reference: Answers | None,
+    candidate: Answers,
+    comparison: Comparison | None,
+) -> tuple[WorstView, ...]:
+    """The worst frames with their pictures, read from the bag once more: holding every image would not scale."""
+    if comparison is None or reference is None:
+        return ()
+    wanted = {item.stamp_ns for item in comparison.worst}
+    pictures = {
+        frame.stamp_ns: picture(observe(frame, contract).image)
+        for frame in read_frames(arguments.bag, contract, arguments.namespace)
+        if isinstance(frame, Frame) and frame.stamp_ns in wanted
+    }
+    views = []
+    for item in comparison.worst:
+        row = int((candidate.stamp_ns == item.stamp_ns).nonzero()[0][0])
+        values = zip(
+            (dimension.name for dimension in contract.action.dimensions),
+            reference.actions[item.index].tolist(),
+            candidate.actions[row].tolist(),
+            strict=True,
+        )
+        views.append(WorstView(item, pictures[item.stamp_ns], candidate.instructions[row], tuple(values)))
+    return tuple(views)
+
+
+def _print(
+    candidate: Answers, reference: Answers | None, comparison: Comparison | None, checks: list[Check], out: Path
+) -> None:
+    print(f"{candidate.name}: {len(candidate.stamp_ns)} frames answered, drops {candidate.drops or 'none'}")
+    if comparison is not None and reference is not None:
+        print(
+            f"against {reference.name}: {comparison.identical_frames} of {comparison.frames} frames identical, "
+            f"{100 * comparison.token_agreement:.2f} % of the tokens agree"
+        )
+    for item in checks:
+        print(f"{'pass' if item.passed else 'FAIL'}  {item.name}: {item.detail}")
+    print(f"report: {out / 'replay.html'}")

@@ -1,0 +1,120 @@
+"""A bag through an actor, in process: every frame exactly once, by the code that the robot runs."""
+
+import hashlib
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from vla_policy.core.bag import read_frames, summarise
+from vla_policy.core.contract import Contract
+from vla_policy.core.errors import ContractError, DataError
+from vla_policy.core.observation import Actor
+from vla_policy.core.observe import check_contract, observe
+from vla_policy.core.served import ServedAction, read_served
+from vla_policy.core.synchroniser import Dropped, DropReason, Frame
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What one actor answered. Arrays have one row per frame, in the bag's order.
+
+    stamp_ns, episode, step: int64 [N]. tokens: int64 [N, K]. actions: float64 [N, K], un-normalised, the policy's
+    units. latency_ms: float64 [N]. drops: messages and frames that could not be used, by reason.
+    """
+
+    name: str
+    stamp_ns: np.ndarray
+    episode: np.ndarray
+    step: np.ndarray
+    instructions: tuple[str, ...]
+    tokens: np.ndarray
+    actions: np.ndarray
+    latency_ms: np.ndarray
+    drops: dict[str, int]
+
+    @property
+    def sha256(self) -> str:
+        """Of stamps, tokens and actions: equal hashes mean identical replays. Latency is left out."""
+        digest = hashlib.sha256()
+        for array in (self.stamp_ns, self.tokens, self.actions):
+            digest.update(np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()
+
+    @property
+    def progress(self) -> np.ndarray:
+        """float64 [N]: ρ = τ / (T - 1) within each episode, as in Mix-QVLA Eq. (11)."""
+        last = np.zeros(int(self.episode.max()) + 1)
+        np.maximum.at(last, self.episode, self.step)
+        return self.step / np.maximum(last[self.episode], 1)
+
+
+def answer(bag: Path, contract: Contract, actor: Actor, name: str, namespace: str = "") -> Answers:
+    """Runs the whole bag. Raises ContractError when bag, contract and actor do not fit, or nothing can be served."""
+    check_contract(contract, actor.config)
+    drops: Counter[str] = Counter()
+    rows: list[tuple[Frame, np.ndarray, np.ndarray, float]] = []
+    total = summarise(bag, contract, namespace).messages[contract.primary.topic]
+    frames_read = _served_frames(bag, contract, namespace, drops)
+    for frame in tqdm(frames_read, total=total, desc=f"replay {name}", unit="frame"):
+        begun = time.perf_counter()
+        try:
+            decision = actor.act(observe(frame, contract))
+        except DataError:
+            drops[DropReason.UNDECODABLE.value] += 1
+            continue
+        rows.append((frame, decision.tokens, decision.action, (time.perf_counter() - begun) * 1e3))
+    if not rows:
+        raise ContractError(f"{bag}: no frame could be served ({dict(drops) or 'it is empty'})")
+    frames = [row[0] for row in rows]
+    return Answers(
+        name=name,
+        stamp_ns=np.asarray([frame.stamp_ns for frame in frames]),
+        episode=np.asarray([frame.episode for frame in frames]),
+        step=np.asarray([frame.step for frame in frames]),
+        instructions=tuple(frame.instruction for frame in frames),
+        tokens=np.stack([row[1] for row in rows]),
+        actions=np.stack([row[2] for row in rows]),
+        latency_ms=np.asarray([row[3] for row in rows]),
+        drops=dict(sorted(drops.items())),
+    )
+
+
+def recorded(served: Path, frames: Answers) -> Answers:
+    """The decisions that a node served live, on the frames of an in-process run.
+
+    Raises ContractError when the recording answers none of these frames, or one of them twice differently.
+    """
+    by_stamp: dict[int, ServedAction] = {}
+    for action in read_served(served):
+        former = by_stamp.setdefault(action.stamp_ns, action)
+        if not np.array_equal(former.actions, action.actions):
+            raise ContractError(f"{served}: two different decisions for the image of {action.stamp_ns} ns")
+    kept = np.asarray([stamp in by_stamp for stamp in frames.stamp_ns.tolist()])
+    if not kept.any():
+        raise ContractError(f"{served}: answers no frame of this bag; was it recorded from another one?")
+    chosen = [by_stamp[stamp] for stamp in frames.stamp_ns[kept].tolist()]
+    missing = int((~kept).sum())
+    return Answers(
+        name=served.name,
+        stamp_ns=frames.stamp_ns[kept],
+        episode=frames.episode[kept],
+        step=frames.step[kept],
+        instructions=tuple(action.instruction for action in chosen),
+        tokens=np.stack([action.tokens for action in chosen]),
+        actions=np.stack([action.actions[0] for action in chosen]),
+        latency_ms=np.asarray([action.latency_ms for action in chosen]),
+        drops={"unanswered": missing} if missing else {},
+    )
+
+
+def _served_frames(bag: Path, contract: Contract, namespace: str, drops: Counter[str]) -> Iterator[Frame]:
+    for result in read_frames(bag, contract, namespace):
+        if isinstance(result, Dropped):
+            drops[result.reason.value] += 1
+        else:
+            yield result
