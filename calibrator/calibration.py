@@ -11,9 +11,10 @@ from typing import Any, Protocol
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from calibrator.evidence import progress
+from calibrator.tensors import save_tensors
 from vla_policy.core.errors import ArtefactError, DataError
 from vla_policy.core.files import atomic_folder, read_json, sha256_file, sha256_folder, write_json
 from vla_policy.core.observation import Observation
@@ -173,7 +174,7 @@ def collect(sources: list[Source], out: Path, count: int, seed: int) -> dict[str
         "samples": [asdict(sample) | {"progress": sample.progress} for sample in samples],
     }
     with atomic_folder(out) as folder:
-        save_file(tensors, folder / _TENSORS)
+        save_tensors(folder / _TENSORS, tensors)
         content["tensors_sha256"] = sha256_file(folder / _TENSORS)
         write_json(folder / _INDEX, content)
     return content

@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from calibrator.states import Reference
 from calibrator.sweep import UnitLosses
+from calibrator.tensors import save_tensors
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.files import atomic_path, read_json, write_json
 
@@ -62,7 +63,7 @@ class Journal:
         tensors = {name: getattr(losses, name) for name in _ARRAYS}
         tensors |= {"bits": np.asarray(losses.bits), "samples": np.asarray(losses.samples)}
         with atomic_path(self._path(losses.unit)) as temporary:
-            save_file(tensors, temporary)
+            save_tensors(temporary, tensors)
 
     def read(self, unit: str) -> UnitLosses:
         """Raises ArtefactError when the record is damaged."""
@@ -72,7 +73,8 @@ class Journal:
 
     def write_reference(self, ref: Reference) -> None:
         with atomic_path(self.folder / _REFERENCE) as temporary:
-            save_file({"tokens": ref.tokens} | {f"mean.{name}": mean for name, mean in ref.means.items()}, temporary)
+            means = {f"mean.{name}": mean for name, mean in ref.means.items()}
+            save_tensors(temporary, {"tokens": ref.tokens} | means)
 
     def read_reference(self) -> Reference | None:
         """The reference of the earlier start, or None when it had not got that far."""

@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from calibrator.evidence import BOUNDARIES
 from calibrator.scores import ScoreSettings, evidence_loss, phase_of, soft_bottleneck, temporal_score
 from calibrator.sweep import UnitLosses
+from calibrator.tensors import save_tensors
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.files import atomic_path, read_json, sha256_file
 
@@ -200,7 +201,7 @@ def stack_losses(
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> str:
     """Writes a safetensors file whole or not at all; returns its sha256."""
     with atomic_path(path) as temporary:
-        save_file(dict(tensors), temporary)
+        save_tensors(temporary, tensors)
     return sha256_file(path)
 
 

@@ -63,7 +63,9 @@ def stages(job: Job) -> list[Stage]:
     """The chain; each stage calls the public command of the part that does the work."""
     calibration, sensitivity, plan = job.out / "calibration", job.out / "sensitivity.json", job.out / "plan.json"
     mixed, reference = job.engines["mixed"], job.engines["reference"]
-    serving = (ROOT / "demo" / "serving.py", ROOT / "demo" / "parity.py")
+    frontier, bench, served = job.out / "frontier.json", job.out / "bench.json", job.out / "served.json"
+    decisions, report = job.out / "decisions.json", job.out / "report.html"
+    serving = (ROOT / "demo" / "serving.py", ROOT / "demo" / "decisions.py")
     return [
         Stage(
             name="calibration",
@@ -84,9 +86,7 @@ def stages(job: Job) -> list[Stage]:
             settings={},
             sources=(_CORE / "core", _CALIBRATOR),
             outputs=(sensitivity, job.out / "losses.safetensors", job.out / "maps.safetensors"),
-            run=lambda: _calibrator(
-                "sensitivity", "--policy", job.policy, "--calibration", calibration, "--out", sensitivity
-            ),
+            run=lambda: _measure(job.policy, calibration, sensitivity),
         ),
         Stage(
             name="plan",
@@ -94,10 +94,10 @@ def stages(job: Job) -> list[Stage]:
             parents=(sensitivity,),
             settings={"average_bits": job.average_bits},
             sources=(_CORE / "core", _CALIBRATOR),
-            outputs=(plan, job.out / "frontier.json"),
+            outputs=(plan, frontier),
             run=lambda: _calibrator(
                 "allocate", "--sensitivity", sensitivity, "--out", plan, "--average-bits", job.average_bits,
-                "--target", "cpu", "--frontier", job.out / "frontier.json",
+                "--target", "cpu", "--frontier", frontier,
             ),
         ),
         Stage(
@@ -115,9 +115,9 @@ def stages(job: Job) -> list[Stage]:
             parents=(mixed, reference),
             settings={"repeats": job.repeats},
             sources=(_CORE / "core", _ENGINE),
-            outputs=(job.out / "bench.json",),
+            outputs=(bench,),
             run=lambda: _engine_build(
-                "bench", mixed, "--against", reference, "--repeats", job.repeats, "--out", job.out / "bench.json"
+                "bench", mixed, "--against", reference, "--repeats", job.repeats, "--out", bench
             ),
         ),
         Stage(
@@ -126,8 +126,30 @@ def stages(job: Job) -> list[Stage]:
             parents=(mixed, job.bag, job.contract, *serving),
             settings={"rate": job.rate},
             sources=(_CORE,),
-            outputs=(job.out / "served.json", job.out / "parity.json"),
-            run=lambda: _serve(job),
+            outputs=(served, job.out / "parity.json"),
+            run=lambda: _serve(job, served),
+        ),
+        Stage(
+            name="decisions",
+            title="full-precision decisions on the same frames",
+            parents=(reference, job.bag, job.contract, ROOT / "demo" / "decisions.py"),
+            settings={},
+            sources=(_CORE / "core",),
+            outputs=(decisions,),
+            run=lambda: _decide(job, decisions),
+        ),
+        Stage(
+            name="report",
+            title="report",
+            parents=(sensitivity, plan, frontier, calibration, mixed, reference, bench, served, decisions),
+            settings={},
+            sources=(_CORE / "core", _CALIBRATOR),
+            outputs=(report,),
+            run=lambda: _calibrator(
+                "report", "--sensitivity", sensitivity, "--plan", plan, "--frontier", frontier,
+                "--calibration", calibration, "--engine", mixed, "--reference-engine", reference, "--bench", bench,
+                "--served", served, "--decisions", decisions, "--contract", job.contract, "--out", report,
+            ),
         ),
     ]
 
@@ -149,6 +171,12 @@ def _call(main: Callable[[Sequence[str]], int], arguments: Sequence[object]) -> 
     status = main([str(argument) for argument in arguments])
     if status != 0:
         raise SystemExit(status)
+
+
+def _measure(policy: Path, calibration: Path, out: Path) -> None:
+    # The command keeps a finished table and refuses one of other inputs; here a table that still exists is outdated.
+    out.unlink(missing_ok=True)
+    _calibrator("sensitivity", "--policy", policy, "--calibration", calibration, "--out", out)
 
 
 def _build_engines(job: Job, plan: Path, calibration: Path) -> None:
@@ -178,10 +206,16 @@ def packed_against_plan(engine: Path, plan: Path) -> str:
     )
 
 
-def _serve(job: Job) -> None:
-    from demo.parity import check_parity
+def _decide(job: Job, out: Path) -> None:
+    from demo.decisions import decide, write_decisions
 
-    served = job.out / "served.json"
+    contract, engine = load_contract(job.contract), job.engines["reference"]
+    write_decisions(out, engine, contract, decide(engine, job.bag, contract, "full precision"))
+
+
+def _serve(job: Job, served: Path) -> None:
+    from demo.decisions import check_parity
+
     command = [sys.executable, "-m", "demo.serving", "--rate", str(job.rate), "--out", str(served)]
     command += ["--engine", str(job.engines["mixed"]), "--bag", str(job.bag), "--contract", str(job.contract)]
     done = subprocess.run(command, cwd=ROOT, check=False)
@@ -202,6 +236,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_inputs(job)
     results = run_stages(stages(job), job.out)
     _summary(results, time.monotonic() - started)
+    print(f"report: {(job.out / 'report.html').resolve()}")
     return 0
 
 

@@ -1,6 +1,5 @@
 """A chain of stages that resumes: each records what it was made from, and is skipped when nothing of that changed."""
 
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -64,8 +63,6 @@ def _run_stage(stage: Stage, records: Path, heading: str, say: Callable[[str], N
             say(f"{heading}: unchanged, made in {record['duration_s']:.1f} s")
             return StageResult(stage.name, stage.title, True, record["duration_s"], record["outputs"])
         record_path.unlink()
-        for path in stage.outputs:
-            _remove(path)
     say(f"{heading} ...")
     started = time.monotonic()
     stage.run()
@@ -86,14 +83,6 @@ def _refuse_altered(stage: Stage, recorded: dict[str, str]) -> None:
                 f"{path}: changed or truncated since the stage {stage.name!r} made it; "
                 "restore it, or delete it to have it made again"
             )
-
-
-def _remove(path: Path) -> None:
-    """Takes away what a stage made from other inputs, so that no reader takes it for the new result."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _made_from(stage: Stage) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from demo.parity import ParityError, check_parity
+from demo.decisions import ParityError, check_parity
 from engine_build.build import Request, build
 from tests.demo.materials import tiny_bag, tiny_contract
 from tests.tiny import tiny_policy_folder

@@ -113,3 +113,17 @@ def test_damaged_record_is_named(chain: Chain) -> None:
     (chain.folder / "upper.stage.json").write_text(json.dumps({"kind": "stage"})[:-3])
     with pytest.raises(ArtefactError, match=r"upper\.stage\.json: not valid JSON"):
         chain.run()
+
+
+def test_failed_stage_keeps_the_former_result(chain: Chain) -> None:
+    chain.run()
+
+    def refuse(text: str) -> str:
+        raise ArtefactError("no")
+
+    double = chain.folder / "double.txt"
+    stage = chain.stage("double", chain.folder / "upper.txt", double, refuse, mode="impossible")
+    with pytest.raises(ArtefactError, match="no"):
+        run_stages([stage], chain.folder, chain.lines.append)
+    assert double.read_text() == "ABCABC"
+    assert chain.run() == [True, False]
