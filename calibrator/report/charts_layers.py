@@ -105,14 +105,19 @@ def error_chart(units: Sequence[UnitScores], bits: int) -> Markup:
     """Every layer's Omega against its action error: where the two disagree, an action-only score misses damage."""
     svg = Svg(530, 380, f"Evidence sensitivity against action error, {bits} bits")
     left, right, top, bottom = 70, 518, 34, 322
-    x = log_scale((unit.action_mse[bits] for unit in units), left, right)
+    untouched = any(unit.action_mse[bits] == 0 for unit in units)
+    start = left + (40 if untouched else 0)
+    x = log_scale((unit.action_mse[bits] for unit in units), start, right)
     y = log_scale((unit.omega[bits] for unit in units), bottom, top)
     svg.y_axis(y, left, right, f"Ω, {bits} bits (logarithmic)")
     svg.x_axis(x, bottom, "action error (normalised, squared, logarithmic)", 4)
+    if untouched:
+        svg.text(left + 14, bottom + 18, "0", "tick", "middle")
+        svg.line(start - 10, top, start - 10, bottom, "grid")
     for unit in units:
         omega, error = unit.omega[bits], unit.action_mse[bits]
         tip = f"{unit.name}\nΩ  {significant(omega)}\naction error  {significant(error)}"
-        svg.circle(x(error), y(omega), 4.5, f"mark s-{unit.stage}", tip)
+        svg.circle(x(error) if error > 0 else left + 14, y(omega), 4.5, f"mark s-{unit.stage}", tip)
     return svg.render()
 
 

@@ -11,7 +11,7 @@ from calibrator.report.charts_layers import stage_band
 from calibrator.report.numbers import byte_unit, in_bytes, significant
 from calibrator.report.plan_facts import Alternative, StageShare
 from calibrator.report.svg import Scale, Svg, log_scale
-from calibrator.sensitivity import FULL_BITS, UnitScores
+from calibrator.sensitivity import UnitScores
 
 _WIDTH, _LEFT, _RIGHT = 1080, 64, 1064
 
@@ -20,8 +20,9 @@ def allocation_chart(units: Sequence[UnitScores], plan: Plan) -> Markup:
     """A block per layer in network order: as wide as it has weights, as high as it has bits, so its area is memory."""
     top, bottom = 34, 210
     svg = Svg(_WIDTH, 262, "Bits of every layer in network order")
-    y = Scale(0.0, FULL_BITS, bottom, top)
-    for bits in sorted({0, *(fmt.weight_bits for fmt in plan.assignment.values()), FULL_BITS}):
+    used = {0, *(fmt.weight_bits for fmt in plan.assignment.values())}
+    y = Scale(0.0, max(used), bottom, top)
+    for bits in sorted(used):
         svg.line(_LEFT, y(bits), _RIGHT, y(bits), "grid")
         svg.text(_LEFT - 8, y(bits) + 4, str(bits), "tick", "end")
     svg.text(_LEFT, top - 12, "bits per weight; the width of a block is its layer's share of all weights", "axis")
@@ -35,7 +36,7 @@ def allocation_chart(units: Sequence[UnitScores], plan: Plan) -> Markup:
         svg.rect(left, head, right - left - gap, bottom - head, f"b{fmt.weight_bits}", tip)
     mean = y(plan.average_bits)
     svg.line(_LEFT, mean, _RIGHT, mean, "mean")
-    svg.text(_RIGHT, mean - 6, f"average {significant(plan.average_bits, 4)} bits", "axis strong", "end")
+    svg.text(_RIGHT, top - 12, f"dashed: average, {significant(plan.average_bits, 4)} bits", "axis strong", "end")
     stage_band(svg, units, edges, bottom + 12)
     return svg.render()
 
@@ -65,19 +66,22 @@ def frontier_chart(frontier: Frontier, plan: Plan, alternatives: Sequence[Altern
     sizes = [point.size_bits / 8 for point in frontier.points]
     scale, name = byte_unit(max(sizes))
     x = Scale(min(sizes) / scale, max(sizes) / scale, left, right)
-    uniform = [item for item in alternatives if item.size_bytes is not None and item.name != "this plan"]
-    values = [point.objective for point in frontier.points] + [plan.objective] + [item.objective for item in uniform]
+    # A logarithmic axis has no place for the full-precision policy's objective, which is 0.
+    points = [point for point in frontier.points if point.objective > 0]
+    others = [item for item in alternatives if item.name != "this plan" and item.objective > 0]
+    uniform = [(item, item.size_bytes) for item in others if item.size_bytes is not None]
+    values = [point.objective for point in points] + [plan.objective] + [item.objective for item, _ in uniform]
     y = log_scale(values, bottom, top)
     svg.y_axis(y, left, right, "objective of Eq. (14), smaller is better (logarithmic)")
     svg.x_axis(x, bottom, f"size of the whole policy in {name}", 8)
     greedy = [
         (x(point.size_bits / 8 / scale), y(point.greedy_objective))
-        for point in frontier.points
-        if point.greedy_objective is not None
+        for point in points
+        if point.greedy_objective
     ]
     svg.polyline(greedy, "curve c-muted")
-    svg.polyline([(x(p.size_bits / 8 / scale), y(p.objective)) for p in frontier.points], "curve c-accent")
-    for point in frontier.points:
+    svg.polyline([(x(p.size_bits / 8 / scale), y(p.objective)) for p in points], "curve c-accent")
+    for point in points:
         tip = (
             f"{in_bytes(point.size_bits / 8, 4)}, {significant(point.average_bits)} bits on average\n"
             f"objective  {significant(point.objective)}"
@@ -85,14 +89,10 @@ def frontier_chart(frontier: Frontier, plan: Plan, alternatives: Sequence[Altern
         if point.greedy_objective is not None:
             tip += f"\ngreedy  {significant(point.greedy_objective)}"
         svg.circle(x(point.size_bits / 8 / scale), y(point.objective), 3.5, "mark s-accent", tip)
-    for item in uniform:
-        assert item.size_bytes is not None
-        place = x(item.size_bytes / scale), y(item.objective)
+    for item, size_bytes in uniform:
+        place = x(size_bytes / scale), y(item.objective)
         svg.circle(*place, 4.5, "hollow", f"{item.name}\nobjective  {significant(item.objective)}")
-        at_edge = place[0] > right - 120
-        svg.text(
-            place[0] + (-8 if at_edge else 8), place[1] - 8, item.name, "tick", "end" if at_edge else "start"
-        )
+        svg.text(place[0] + 10, place[1] + 3, item.name, "tick")
     here = x(plan.size.total_bits / 8 / scale), y(plan.objective)
     svg.circle(*here, 7, "here", f"this plan\n{in_bytes(plan.size.total_bits / 8, 4)}\n{significant(plan.objective)}")
     svg.text(here[0] + 11, here[1] - 9, "this plan", "axis strong")

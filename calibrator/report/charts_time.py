@@ -80,7 +80,7 @@ def heat_chart(
                 svg.rect(left + phase * cell, y, cell - 1.5, pitch - 1.5, "empty", "no state in this phase")
                 continue
             tip = f"{units[index].name}\nphase {phase + 1} of {bins}  Ω {significant(value)}"
-            x, opacity = left + phase * cell, 0.05 + 0.95 * float(value / peak)
+            x, opacity = left + phase * cell, 0.04 + 0.96 * float(value / peak) ** 0.5
             svg.rect(x, y, cell - 1.5, pitch - 1.5, "heat", tip, fill_opacity=round(opacity, 3))
             if phase == worst:
                 svg.circle(x + cell / 2 - 0.75, y + pitch / 2 - 0.75, 2.4, "worst")

@@ -23,17 +23,22 @@ _COLOURS = np.asarray(
     ],
     np.float64,
 )
+_GAIN, _LOSS = np.asarray((255.0, 138.0, 30.0)), np.asarray((64.0, 150.0, 255.0))
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One map: its loss l^ev of Eq. (8), its total evidence over full precision's, and its overlays (data URIs)."""
+    """One map: its loss l^ev of Eq. (8), its total evidence over full precision's, and its overlays (data URIs).
+
+    smooth, patches: shares of the map's evidence. change: share minus full precision's, per patch.
+    """
 
     bits: int
     loss: float
     mass_ratio: float
     smooth: str
     patches: str
+    change: str
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,8 @@ def _cells(maps: Maps, unit: int, state: int) -> tuple[Cell, ...]:
     totals = evidence.sum(1)
     shares = evidence / totals[:, None]
     peak = shares.max()
+    moved = shares - shares[0]
+    largest = np.abs(moved).max() or 1.0
     return tuple(
         Cell(
             bits=bits,
@@ -89,6 +96,7 @@ def _cells(maps: Maps, unit: int, state: int) -> tuple[Cell, ...]:
             mass_ratio=float(totals[width] / totals[0]),
             smooth=_overlay(_enlarged(shares[width].reshape(maps.grid)) / peak),
             patches=_overlay(shares[width].reshape(maps.grid) / peak),
+            change=_change(moved[width].reshape(maps.grid) / largest),
         )
         for width, bits in enumerate(maps.widths)
     )
@@ -109,6 +117,13 @@ def _overlay(values: np.ndarray) -> str:
     strength = np.linspace(0, 1, 256)
     alpha = (255 * (0.18 + 0.67 * strength**0.6)).round().astype(np.uint8)
     return _data_uri(picture, "PNG", transparency=alpha.tobytes())
+
+
+def _change(values: np.ndarray) -> str:
+    """Gains in orange and losses in blue, `values` in [-1, 1]; the stronger the more opaque."""
+    colours = np.where(values[..., None] > 0, _GAIN, _LOSS)
+    alpha = 255 * np.abs(values)[..., None] ** 0.6
+    return _data_uri(Image.fromarray(np.concatenate([colours, alpha], -1).round().astype(np.uint8)), "PNG")
 
 
 def _picture(image: np.ndarray) -> str:

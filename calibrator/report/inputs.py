@@ -24,7 +24,7 @@ COMMANDS = {
     "reference_engine": "python -m engine_build build --policy P --uniform w16a16 --target cpu --out reference",
     "bench": "python -m engine_build bench engine --against reference --out bench.json",
     "served": "python -m demo.serving --engine engine --bag BAG --contract CONTRACT.yaml --out served.json",
-    "decisions": "python -m demo.pipeline",
+    "decisions": "python -m demo.pipeline --out OUT",
     "rollout": "python -m evaluation rollout --engine engine --benchmark NAME --out rollout.json",
 }
 """The command that makes each kind of artefact."""
@@ -58,6 +58,12 @@ class Source:
     @property
     def short(self) -> str:
         return self.sha256[:10]
+
+    @property
+    def program(self) -> str:
+        """The command without its options."""
+        words = self.command.split()
+        return " ".join(words[:4] if words[3].islower() and words[3].isalpha() else words[:3])
 
 
 @dataclass(frozen=True)

@@ -136,8 +136,8 @@ def _plan(inputs: Inputs) -> Section | None:
     if plan is None:
         return None
     facts = plan_facts.plan_facts(plan, sensitivity)
-    unit_bytes, unit_name = numbers.byte_unit(facts.size_bytes)
-    step = unit_bytes if facts.size_bytes / unit_bytes >= 4 else unit_bytes / 10
+    unit_bytes, _ = numbers.byte_unit(facts.size_bytes)
+    step = unit_bytes if facts.size_bytes >= 2 * unit_bytes else unit_bytes / 10
     protected = [item for item in facts.protections if item.bits >= 8]
     return Section(
         "plan",
@@ -152,7 +152,7 @@ def _plan(inputs: Inputs) -> Section | None:
             "bits": sorted(sensitivity.bits),
             "frontier": charts_plan.frontier_chart(inputs.frontier, plan, facts.alternatives) if inputs.frontier else None,
             "exchanges": plan_facts.exchanges(inputs.frontier, plan, step) if inputs.frontier else [],
-            "unit_name": unit_name,
+            "step": step,
         },
     )
 

@@ -55,7 +55,7 @@ class Alternative:
 
 @dataclass(frozen=True)
 class Exchange:
-    """What a different size would buy: the curve's best plan at `size_bytes`."""
+    """What a different budget would buy: the curve's best plan that fits into the plan's size plus `extra_bytes`."""
 
     extra_bytes: float
     size_bytes: float
@@ -158,19 +158,19 @@ def _option(group: Group, bits: int) -> Option:
 
 
 def exchanges(frontier: Frontier, plan: Plan, unit_bytes: float) -> list[Exchange]:
-    """The curve's points just below and above the plan's size, and one, two and four `unit_bytes` away."""
-    size = plan.size.total_bits / 8
-    wanted = [size + factor * unit_bytes for factor in (-2, -1, 1, 2, 4)]
-    return [
-        Exchange(point.size_bits / 8 - size, point.size_bits / 8, point.average_bits, point.objective)
-        for point in dict.fromkeys(_within(frontier.points, limit) for limit in wanted)
-        if point is not None
-    ]
+    """Budgets up to two `unit_bytes` below and four above the plan's size, where the curve reaches that far."""
+    size_bytes = plan.size.total_bits / 8
+    found = []
+    for factor in (-2, -1, 1, 2, 4):
+        point = _within(frontier.points, size_bytes + factor * unit_bytes)
+        if point is not None:
+            found.append(Exchange(factor * unit_bytes, point.size_bits / 8, point.average_bits, point.objective))
+    return found
 
 
 def _within(points: Sequence[FrontierPoint], size_bytes: float) -> FrontierPoint | None:
-    """The largest point of the curve that is not above a size, None below the whole curve."""
-    fitting = [point for point in points if point.size_bits / 8 <= size_bytes]
-    return fitting[-1] if fitting and size_bytes <= points[-1].size_bits / 8 else None
+    """The best point that fits into `size_bytes`; None where the curve ends before."""
+    fitting = [point for point in points if point.size_bits / 8 <= size_bytes <= points[-1].size_bits / 8]
+    return min(fitting, key=lambda point: point.objective) if fitting else None
 
 

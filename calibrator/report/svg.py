@@ -123,4 +123,6 @@ def _points(points: Sequence[tuple[float, float]]) -> str:
 
 def _tick(value: float) -> str:
     text = significant(value, 3)
-    return text.rstrip("0").rstrip(".") if "." in text and "×" not in text else text.replace(".00×", "×")
+    if "×" in text:
+        return text.replace(".00×", "×").removeprefix("1×")
+    return text.rstrip("0").rstrip(".") if "." in text else text
