@@ -17,6 +17,8 @@ _YAW_JITTER_RAD = 0.12
 _OBJECT_GAP_M = 0.095
 _BASKET_GAP_M = 0.155
 _PALM_M = np.array([0.075, 0.15])
+_ROBOT_BASE_XY_M = np.array([-0.6, 0.0])
+_REACH_M = 0.745
 _TRIES = 5000
 
 Positions = dict[str, np.ndarray]
@@ -59,6 +61,8 @@ def grasp_of(name: str) -> Grasp:
 
 
 def _fits(places: Positions, target: str) -> bool:
+    if np.hypot(*(places[target][:2] - _ROBOT_BASE_XY_M)) > _REACH_M:  # a stretched arm gets stuck
+        return False
     names = list(places)
     for index, first in enumerate(names):
         for second in names[index + 1 :]:

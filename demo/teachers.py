@@ -93,7 +93,7 @@ class LiberoTeacher:
         scene.hold(self._REST, self._START_STEPS)
         self._upright = scene.vertical_axis(self._target)
         self._expert = LiberoObjectExpert(category(self._target))
-        self._noise = 0.0 if rng.random() < 0.15 else rng.uniform(0.1, 0.4)
+        self._noise = 0.0 if rng.random() < 0.15 else rng.uniform(0.05, 0.25)
         return self._env.start()
 
     def label(self) -> np.ndarray:

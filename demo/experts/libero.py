@@ -43,14 +43,14 @@ class Grasp:
 GRASPS = {
     "alphabet_soup": Grasp(0.010, 0.038),
     "cream_cheese": Grasp(0.003, 0.009, aside_x_m=-0.015),
-    "salad_dressing": Grasp(0.044, 0.073),
+    "salad_dressing": Grasp(0.047, 0.073),
     "bbq_sauce": Grasp(0.024, 0.055),
-    "ketchup": Grasp(0.044, 0.072),
+    "ketchup": Grasp(0.047, 0.072),
     "tomato_sauce": Grasp(0.010, 0.038, aside_x_m=-0.008),
     "butter": Grasp(0.003, 0.009),
-    "milk": Grasp(0.033, 0.070),
+    "milk": Grasp(0.037, 0.070),
     "chocolate_pudding": Grasp(0.003, 0.013),
-    "orange_juice": Grasp(0.033, 0.070),
+    "orange_juice": Grasp(0.037, 0.070),
 }
 
 
@@ -88,10 +88,11 @@ class LiberoObjectExpert:
         return _action(error + [0, 0, min(above, ceiling)], _OPEN)
 
     def _carry(self, to_basket: np.ndarray) -> np.ndarray:
-        """Up until the object clears the rim, then across."""
+        """Up until the object clears the rim, then across; towards the robot at once, as a stretched arm gets stuck."""
         rise = to_basket[2] + _RIM_ABOVE_BASKET_M + _RIM_MARGIN_M + self._grasp.height_m + self._grasp.below_m
         across = np.clip(1.0 - rise / 0.05, 0.0, 1.0)
-        return _action(np.array([to_basket[0] * across, to_basket[1] * across, rise]), _CLOSE)
+        inward = max(across, 0.6) if to_basket[0] < 0 else across
+        return _action(np.array([to_basket[0] * inward, to_basket[1] * across, rise]), _CLOSE)
 
 
 def _action(displacement_m: np.ndarray, gripper: float) -> np.ndarray:

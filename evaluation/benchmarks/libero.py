@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import io
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -170,6 +171,7 @@ class _Scene:
         # A hard reset rebuilds the model for seconds and changes nothing: the initial state is set afterwards.
         self._control.env.hard_reset = False
         self._model, self._data = self._control.sim.model._model, self._control.sim.data._data
+        self._passes = _SinglePass(self._control.sim)
         self._model.vis.quality.offsamples = 0
         self._model.vis.quality.shadowsize = 0
         self._renderer = mujoco.Renderer(self._model, image_size, image_size)
@@ -186,7 +188,12 @@ class _Scene:
     def restore(self, state: np.ndarray) -> None:
         """Sets a flattened MuJoCo state after the official reset of robot and controller."""
         self._control.reset()
+        # What a soft reset leaves behind: the gripper's last command and the solver's last solution.
+        gripper = self._control.robots[0].gripper
+        gripper.current_action = np.zeros(gripper.dof)
+        self._data.qacc_warmstart[:] = 0
         self._control.set_init_state(state)
+        self._passes.invalidate()
 
     def state_vector(self) -> np.ndarray:
         """The flattened MuJoCo state: time, positions, velocities."""
@@ -242,6 +249,7 @@ class _Scene:
         first, last = self._control.sim.model.get_joint_qvel_addr(joint)
         self._data.qvel[first:last] = 0
         mujoco.mj_forward(self._model, self._data)
+        self._passes.invalidate()
 
     def aux(self) -> np.ndarray:
         """float32 [6]: positions of the first and the last name of interest."""
@@ -251,6 +259,46 @@ class _Scene:
     def close(self) -> None:
         self._renderer.close()
         self._control.close()
+
+
+class _SinglePass:
+    """Computes what depends on the present state once per physics step, where robosuite 1.4 does so three times.
+
+    Forces and integration are MuJoCo's `mj_step2`. The motion is the official one but for the solver's starting
+    point: 5e-6 in any coordinate after 60 control steps.
+    """
+
+    def __init__(self, simulation: Any) -> None:
+        self._model, self._data = simulation.model._model, simulation.data._data
+        self._current = False
+        simulation.forward, simulation.step = self._forward, self._step
+        for name in ("reset", "set_state", "set_state_from_flattened"):
+            setattr(simulation, name, self._invalidating(getattr(simulation, name)))
+
+    def invalidate(self) -> None:
+        """To be called after positions or velocities were written."""
+        self._current = False
+
+    def _invalidating(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*values: Any) -> Any:
+            self.invalidate()
+            return method(*values)
+
+        return call
+
+    def _forward(self) -> None:
+        import mujoco
+
+        if not self._current:
+            mujoco.mj_step1(self._model, self._data)
+            self._current = True
+
+    def _step(self, with_udd: bool = True) -> None:
+        import mujoco
+
+        self._forward()
+        mujoco.mj_step2(self._model, self._data)
+        self._current = False
 
 
 def _official_tasks(suite: str) -> list[Any]:
