@@ -139,3 +139,13 @@ def test_a_frame_keeps_the_task_under_which_it_arrived() -> None:
 def test_a_message_that_must_not_be_used_is_refused(topic: str, message: object, expected: str) -> None:
     with pytest.raises(DataError, match=expected):
         to_event(CONTRACT, topic, message, START_NS)
+
+
+def test_the_search_for_the_nearest_sample_equals_brute_force() -> None:
+    generator = np.random.default_rng(3)
+    stamps = np.cumsum(generator.integers(1, 40, 200))
+    for target in generator.integers(30, int(stamps[-1]) - 30, 50).tolist():
+        events = [instruction(0), *(state(int(ms), float(ms)) for ms in stamps), camera(target)]
+        (frame,) = frames(served(events))
+        assert frame.state is not None
+        assert abs(frame.state[0] - target) == np.abs(stamps - target).min()

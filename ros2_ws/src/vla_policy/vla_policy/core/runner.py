@@ -118,10 +118,10 @@ def load_engine(folder: Path | str, unnorm_key: str | None = None, threads: int 
     folder = Path(folder)
     manifest = Manifest.load(folder)
     target = find_target(manifest.target)
-    if manifest.backend != target.backend:
+    if manifest.backend not in target.backends:
         raise ArtefactError(
-            f"{folder}: target {target.name} runs on {target.backend}, but the engine is for {manifest.backend}; "
-            "build it again"
+            f"{folder}: target {target.name} runs on {' or '.join(target.backends)}, but the engine is for "
+            f"{manifest.backend}; build it again"
         )
     manifest.check_files(folder)
     config = manifest.config

@@ -186,7 +186,7 @@ class Synchroniser:
             samples = self._samples[topic]
             if not samples:
                 return self._dropped(event, DropReason.UNSYNCHRONISED, f"no message on {topic}")
-            sample = min(samples, key=lambda sample: abs(sample.stamp_ns - event.stamp_ns))
+            sample = _nearest(samples, event.stamp_ns)
             skew_ns = max(skew_ns, abs(sample.stamp_ns - event.stamp_ns))
             if skew_ns > self._slop_ns:
                 detail = f"nearest message on {topic} is {skew_ns / 1e6:.1f} ms away"
@@ -209,3 +209,14 @@ class Synchroniser:
     @staticmethod
     def _dropped(event: Event, reason: DropReason, detail: str) -> Dropped:
         return Dropped(event.topic, event.stamp_ns, reason, detail)
+
+
+def _nearest(samples: deque[Event], stamp_ns: int) -> Event:
+    """The sample whose stamp is nearest, the later one of two; the search begins at the newest, which is close."""
+    best = samples[-1]
+    for sample in reversed(samples):
+        if abs(sample.stamp_ns - stamp_ns) < abs(best.stamp_ns - stamp_ns):
+            best = sample
+        elif sample.stamp_ns < stamp_ns:
+            break
+    return best

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from vla_policy.core.errors import ArtefactError
-from vla_policy.core.formats import FULL_PRECISION, Format
+from vla_policy.core.formats import Format
 
 Backend = Literal["onnxruntime", "tensorrt_rtx", "tensorrt"]
+BACKENDS: tuple[Backend, ...] = ("onnxruntime", "tensorrt_rtx", "tensorrt")
 LayerKind = Literal["linear", "patch_embed", "head"]
 _ALL_KINDS: tuple[LayerKind, ...] = ("linear", "patch_embed", "head")
 ROW: None = None
@@ -35,6 +36,7 @@ class Rule:
 class Target:
     """A machine that engines are built for.
 
+    backends: what can run there, the default first.
     compute_capability: of its GPU, (major, minor); None for a CPU.
     fuses_groups: whether layers of one input (q/k/v, gate/up) become one kernel and must share a format.
     refused: formats, without group, that people ask for and this target lacks, with the reason.
@@ -42,7 +44,7 @@ class Target:
 
     name: str
     title: str
-    backend: Backend
+    backends: tuple[Backend, ...]
     compute_capability: tuple[int, int] | None
     fuses_groups: bool
     rules: tuple[Rule, ...]
@@ -102,7 +104,7 @@ _NO_A4 = ("w4a4", "no kernel multiplies 4-bit activations here")
 _CPU = Target(
     "cpu",
     "x86-64 or Arm processor, ONNX Runtime",
-    "onnxruntime",
+    ("onnxruntime",),
     None,
     False,
     (
@@ -118,7 +120,33 @@ _CPU = Target(
     (_NO_A4, ("w2a4", _NO_A4[1]), ("w3a16", "ONNX has no 3-bit type"), ("w3a8", "ONNX has no 3-bit type")),
 )
 
-TARGETS: dict[str, Target] = {target.name: target for target in (_CPU,)}
+_TENSORRT_RULES = (
+    Rule(16, 16, (ROW,), "float16"),
+    Rule(8, 16, (ROW,), "INT8 weights, one scale per row, float16 MatMul"),
+    Rule(4, 16, (ROW, 32, 64, 128), "INT4 weights in blocks, float16 MatMul"),
+    Rule(2, 16, (ROW, 32, 64, 128), "two 2-bit codes to an INT4, split at run time, float16 MatMul"),
+)
+_TENSORRT_REFUSED = (
+    ("w4a4", "TensorRT multiplies no 4-bit integers"),
+    ("w8a8", "TensorRT rounds activations with one fixed scale per tensor, plans assume one per token at run time"),
+    ("w4a8", "TensorRT has no such kernel"),
+    ("w2a8", "TensorRT has no such kernel"),
+    ("w3a16", "TensorRT has no 3-bit type"),
+)
+
+
+def _nvidia(name: str, title: str, backends: tuple[Backend, ...], capability: tuple[int, int]) -> Target:
+    return Target(name, title, backends, capability, True, _TENSORRT_RULES, _TENSORRT_REFUSED)
+
+
+_ALL = (
+    _CPU,
+    _nvidia("a100", "NVIDIA A100; built anywhere, or on the device", ("tensorrt_rtx", "tensorrt"), (8, 0)),
+    _nvidia("orin", "NVIDIA Jetson AGX Orin; built on the device", ("tensorrt",), (8, 7)),
+    _nvidia("thor", "NVIDIA Jetson AGX Thor; built on the device", ("tensorrt",), (11, 0)),
+    _nvidia("h100", "NVIDIA H100 and H200; built on the device", ("tensorrt",), (9, 0)),
+)
+TARGETS: dict[str, Target] = {target.name: target for target in _ALL}
 
 
 def find_target(name: str) -> Target:
@@ -126,6 +154,3 @@ def find_target(name: str) -> Target:
     if name not in TARGETS:
         raise ArtefactError(f"target {name!r} is unknown; choose one of: {', '.join(TARGETS)}")
     return TARGETS[name]
-
-
-__all__ = ["FULL_PRECISION", "TARGETS", "Backend", "LayerKind", "Rule", "Target", "find_target"]

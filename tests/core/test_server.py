@@ -1,0 +1,291 @@
+"""The policy server without ROS: gates, latch, queue modes, parity, and a soak."""
+
+import resource
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.core import ros_messages as msgs
+from vla_policy.core.contract import load_contract
+from vla_policy.core.errors import DataError
+from vla_policy.core.observation import Decision, Observation
+from vla_policy.core.policy_config import ActionStats, NormStats, PolicyConfig, TextSpec, TowerSpec
+from vla_policy.core.safety import HoldReason
+from vla_policy.core.server import PolicyServer, ServedChunk, ServerSettings
+from vla_policy.core.synchroniser import Dropped, DropReason
+
+CONTRACT = load_contract(Path(__file__).parents[2] / "ros2_ws/src/vla_policy/config/libero.yaml")
+CAMERA, STATE, INSTRUCTION = CONTRACT.primary.topic, CONTRACT.states[0].topic, CONTRACT.instruction.topic
+TIMEOUT_S = 20.0
+
+
+class FakeActor:
+    """Answers with the state's first value; waits for `gate` before each answer."""
+
+    def __init__(self) -> None:
+        tower = TowerSpec("dinov2", 112, 16, 192, 5, 3, 768, 4)
+        stats = {"fake": NormStats(ActionStats((-1.0,) * 7, (1.0,) * 7, (True,) * 7), None)}
+        self.config = PolicyConfig((tower, tower), TextSpec(), 64, 256, stats, False, 4, {})
+        self.gate = threading.Event()
+        self.gate.set()
+        self.entered = threading.Semaphore(0)
+        self.error: Exception | None = None
+        self.value: float | None = None
+
+    def act(self, observation: Observation) -> Decision:
+        self.entered.release()
+        assert self.gate.wait(TIMEOUT_S)
+        if self.error is not None:
+            raise self.error
+        assert observation.state is not None
+        x = observation.state[0] if self.value is None else self.value
+        return Decision(np.zeros(7, np.int64), np.asarray([x, 0, 0, 0, 0, 0, 1.0]))
+
+
+class Bench:
+    """A server with a clock in the test's hand."""
+
+    def __init__(self, **settings: object) -> None:
+        self.now_ns = 10**12
+        self.actor = FakeActor()
+        self.chunks: list[ServedChunk] = []
+        self.drops: list[Dropped] = []
+        self.server = PolicyServer(
+            CONTRACT,
+            self.actor,
+            ServerSettings(**settings),  # type: ignore[arg-type]  # keywords of mixed types
+            lambda: self.now_ns,
+            self.chunks.append,
+            self.drops.append,
+        )
+        self.server.activate()
+
+    def instruct(self, text: str = "go") -> None:
+        self.server.receive(INSTRUCTION, msgs.text(text))
+
+    def see(self, x: float = 0.25, advance_ms: int = 50, picture: int | None = None) -> None:
+        self.now_ns += advance_ms * 10**6
+        self.server.receive(STATE, msgs.joints(self.now_ns, [x, 0, 0, 0.04]))
+        image = msgs.picture(self.now_ns // 10**6 if picture is None else picture, 4)
+        self.server.receive(CAMERA, msgs.compressed(self.now_ns, image))
+
+    def answered(self) -> None:
+        assert self.server.drain(TIMEOUT_S)
+
+    def reasons(self) -> set[HoldReason]:
+        return set(self.server.tick().reasons)
+
+    def moving(self) -> "Bench":
+        self.instruct()
+        self.see()
+        self.answered()
+        self.server.enable(True)
+        self.see()
+        self.answered()
+        assert self.server.tick().command is not None
+        return self
+
+
+@pytest.fixture
+def bench() -> Bench:
+    return Bench()
+
+
+def test_dry_run_answers_and_holds(bench: Bench) -> None:
+    bench.instruct()
+    bench.see(0.5)
+    bench.answered()
+    assert bench.chunks[0].actions[0, 0] == 0.5 and bench.chunks[0].usable
+    assert bench.reasons() == {HoldReason.DISABLED, HoldReason.NOT_STARTED}
+
+
+def test_motion_holds_when_each_thing_is_missing(bench: Bench) -> None:
+    bench.moving()
+    bench.now_ns += 600 * 10**6
+    assert bench.reasons() == {HoldReason.STALE_CAMERA, HoldReason.STALE_STATE}
+    bench.see()
+    bench.answered()
+    assert bench.server.tick().command is not None
+    bench.instruct("")
+    assert bench.reasons() == {HoldReason.NO_INSTRUCTION}
+
+
+def test_a_chunk_runs_out(bench: Bench) -> None:
+    bench.moving()
+    bench.now_ns += 301 * 10**6  # four control steps and the grace
+    assert bench.reasons() == {HoldReason.NO_CHUNK}
+    assert bench.server.status().starved
+
+
+def test_a_new_task_forgets_the_old_one_s_plan(bench: Bench) -> None:
+    bench.moving()
+    bench.instruct("something else")
+    assert bench.reasons() == {HoldReason.NO_CHUNK}
+
+
+def test_an_answer_to_a_former_task_does_not_move(bench: Bench) -> None:
+    bench.moving()
+    bench.actor.gate.clear()
+    bench.see()
+    bench.instruct("something else")
+    bench.actor.gate.set()
+    bench.answered()
+    assert not bench.chunks[-1].usable and bench.reasons() == {HoldReason.NO_CHUNK}
+
+
+def test_a_late_decision_does_not_move(bench: Bench) -> None:
+    bench.moving()
+    bench.actor.gate.clear()
+    bench.see()
+    bench.now_ns += 550 * 10**6
+    bench.actor.gate.set()
+    bench.answered()
+    bench.server.receive(STATE, msgs.joints(bench.now_ns, [0, 0, 0, 0.04]))
+    assert not bench.chunks[-1].usable
+    assert HoldReason.STALE_CAMERA in bench.reasons() and bench.server.status().late == 1
+
+
+def test_stop_latches_until_reset_and_start(bench: Bench) -> None:
+    bench.moving()
+    bench.server.stop("operator")
+    assert bench.reasons() == {HoldReason.STOP_LATCHED}
+    assert bench.server.start() == "a stop is latched (operator); reset it first"
+    bench.server.reset()
+    assert bench.reasons() == {HoldReason.NOT_STARTED}
+    assert bench.server.start() is None
+    bench.see()
+    bench.answered()
+    assert bench.server.tick().command is not None
+
+
+def test_enable_does_not_lift_a_latched_stop(bench: Bench) -> None:
+    bench.moving()
+    bench.server.stop("operator")
+    bench.server.enable(False)
+    bench.server.enable(True)
+    assert HoldReason.STOP_LATCHED in bench.reasons()
+    bench.server.reset()
+    assert bench.reasons() == {HoldReason.NOT_STARTED}
+
+
+def test_an_action_that_is_not_finite_latches(bench: Bench) -> None:
+    bench.moving()
+    bench.actor.value = float("nan")
+    bench.see()
+    bench.answered()
+    assert bench.server.status().latch == "the engine gave an action that is not finite"
+
+
+def test_a_refused_observation_is_counted_and_the_next_served(bench: Bench) -> None:
+    bench.moving()
+    bench.actor.error = DataError("cannot")
+    bench.see()
+    bench.answered()
+    bench.actor.error = None
+    bench.see()
+    bench.answered()
+    assert [dropped.reason for dropped in bench.drops] == [DropReason.ENGINE_ERROR]
+    assert bench.server.tick().command is not None
+
+
+def test_a_frozen_camera_holds(bench: Bench) -> None:
+    bench.moving()
+    for _ in range(22):
+        bench.see(picture=1)
+        bench.answered()
+    assert bench.reasons() == {HoldReason.FROZEN_CAMERA}
+    bench.see()
+    assert HoldReason.FROZEN_CAMERA not in bench.reasons()
+
+
+def test_a_clock_set_back_holds_once_and_recovers(bench: Bench) -> None:
+    bench.moving()
+    bench.now_ns -= 10**11
+    assert HoldReason.CLOCK_JUMP in bench.reasons()
+    for _ in range(3):
+        bench.see()
+        bench.answered()
+    assert bench.server.tick().command is not None
+    assert bench.server.status().drops == {"clock_jump": 1}
+
+
+def test_the_newest_frame_replaces_the_waiting_one_and_is_counted(bench: Bench) -> None:
+    bench.instruct()
+    bench.actor.gate.clear()
+    bench.see(0.0)
+    assert bench.actor.entered.acquire(timeout=TIMEOUT_S)
+    for x in (1.0, 2.0, 3.0):
+        bench.see(x)
+    bench.actor.gate.set()
+    bench.answered()
+    assert [chunk.actions[0, 0] for chunk in bench.chunks] == [0.0, 3.0]
+    assert [dropped.reason for dropped in bench.drops] == [DropReason.SUPERSEDED] * 2
+
+
+def test_lossless_answers_all_in_order_and_names_what_does_not_fit() -> None:
+    bench = Bench(lossless=True, queue_size=3)
+    bench.instruct()
+    bench.actor.gate.clear()
+    bench.see(0.0)
+    assert bench.actor.entered.acquire(timeout=TIMEOUT_S)
+    for x in (1.0, 2.0, 3.0, 4.0):
+        bench.see(x)
+    bench.actor.gate.set()
+    bench.answered()
+    assert [chunk.actions[0, 0] for chunk in bench.chunks] == [0.0, 1.0, 2.0, 3.0]
+    assert [dropped.reason for dropped in bench.drops] == [DropReason.QUEUE_FULL]
+
+
+def test_deactivate_reports_what_was_waiting() -> None:
+    bench = Bench(lossless=True)
+    bench.instruct()
+    bench.actor.gate.clear()
+    bench.see(0.0)
+    assert bench.actor.entered.acquire(timeout=TIMEOUT_S)
+    bench.see(1.0)
+    threading.Timer(0.1, bench.actor.gate.set).start()
+    assert bench.server.deactivate()
+    assert [dropped.reason for dropped in bench.drops] == [DropReason.STOPPED]
+    assert HoldReason.INACTIVE in bench.reasons()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_engine_that_raises_is_held_for_good(bench: Bench) -> None:
+    bench.moving()
+    bench.actor.error = RuntimeError("defect")
+    failed: Callable[[], bool] = lambda: bench.server.status().latch is not None  # noqa: E731  # shorter than a def here
+    bench.see()
+    waiter = threading.Event()
+    for _ in range(200):
+        if failed() or waiter.wait(0.05):
+            break
+    assert "the engine failed" in str(bench.server.status().latch)
+
+
+def test_thirty_minutes_at_30_hz_need_no_more_memory() -> None:
+    """54,000 frames of a run, as fast as they go: counters and windows are bounded."""
+    bench = Bench()
+    bench.moving()
+    image = msgs.png(msgs.picture(0, 4))
+
+    def run(frames: int) -> None:
+        for index in range(frames):
+            bench.now_ns += 33_333_333
+            bench.server.receive(STATE, msgs.joints(bench.now_ns, [0.25, 0, 0, 0.04]))
+            data = np.frombuffer(image + index.to_bytes(4, "big"), np.uint8)
+            message = msgs.make("sensor_msgs/msg/CompressedImage", msgs.header(bench.now_ns), "png", data)
+            bench.server.receive(CAMERA, message)
+            bench.server.tick()
+            bench.chunks.clear()
+            bench.drops.clear()
+            if index % 300 == 0:
+                bench.answered()
+                bench.server.status()
+
+    run(9_000)
+    before_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    run(45_000)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kib < 4_096
