@@ -7,7 +7,7 @@ from pathlib import Path
 
 from vla_policy.core.cli import run
 from vla_policy.core.formats import Format
-from vla_policy.core.targets import TARGETS, find_target
+from vla_policy.core.targets import BACKENDS, TARGETS, find_target
 
 _COST_FORMATS = ("w16a16", "w8a16_g64", "w4a16_g64", "w2a16_g64")
 
@@ -36,6 +36,7 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
     plan.add_argument("--plan", type=Path, help="plan.json made by `calibrator allocate` for this policy")
     plan.add_argument("--uniform", type=Format.parse, metavar="FORMAT", help="every layer in one format, e.g. w16a16")
     parser.add_argument("--target", choices=TARGETS, default="cpu", help="machine that runs the engine (default: cpu)")
+    parser.add_argument("--backend", choices=BACKENDS, help="what runs the engine (default: the target's first)")
     parser.add_argument("--out", type=Path, required=True, help="engine folder to write; replaced when complete")
     parser.add_argument("--legalize", action="store_true", help="raise formats that the target lacks, and record it")
 
@@ -51,6 +52,7 @@ def _build(arguments: argparse.Namespace) -> int:
         plan=arguments.plan,
         uniform=arguments.uniform,
         legalize=arguments.legalize,
+        backend=arguments.backend,
     )
     print(summary(build(request)))
     return 0

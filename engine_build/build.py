@@ -10,26 +10,49 @@ from typing import Any
 
 import onnx
 import onnxruntime
+from onnx import TensorProto
 from tqdm import tqdm
 
+from engine_build import readback, readback_tensorrt
+from engine_build.backends import tensorrt
 from engine_build.export import export
-from engine_build.graph.linear_onnxruntime import linear
+from engine_build.graph import builder, linear_onnxruntime, linear_tensorrt
+from engine_build.graph.context import LinearWriter
 from engine_build.plan import Plan, check_legal, legalize, load_plan, uniform_plan
-from engine_build.readback import Realised, canonical, read_back
-from engine_build.weights import Layer, layers_of, open_checkpoint
+from engine_build.readback import Realised, canonical
+from engine_build.weights import Layer, Tensors, layers_of, open_checkpoint
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.files import atomic_folder, sha256_policy
 from vla_policy.core.formats import FULL_PRECISION, Format
 from vla_policy.core.manifest import TOKENIZER, GraphSpec, Manifest, UnitRecord, file_records
 from vla_policy.core.policy_config import PolicyConfig
-from vla_policy.core.targets import Target
+from vla_policy.core.targets import Backend, Target
 
 _TOWERS = "vision_backbone."
 
 
 @dataclass(frozen=True)
+class Dialect:
+    """How the one exporter writes for a backend: activation type, operator set, and the form of a linear layer."""
+
+    float_type: int
+    opset: int
+    linear: LinearWriter
+
+
+DIALECTS: dict[Backend, Dialect] = {
+    "onnxruntime": Dialect(TensorProto.FLOAT, builder.OPSET, linear_onnxruntime.linear),
+    "tensorrt_rtx": Dialect(TensorProto.FLOAT16, 21, linear_tensorrt.linear),
+    "tensorrt": Dialect(TensorProto.FLOAT16, 21, linear_tensorrt.linear),
+}
+
+
+@dataclass(frozen=True)
 class Request:
-    """What to build. Exactly one of `plan` (a file) and `uniform` (a format for every layer) is given."""
+    """What to build. At most one of `plan` (a file) and `uniform` (a format for every layer); 16 bits without either.
+
+    backend: one of the target's; None for its first.
+    """
 
     policy: Path
     target: Target
@@ -37,39 +60,85 @@ class Request:
     plan: Path | None = None
     uniform: Format | None = None
     legalize: bool = False
+    backend: Backend | None = None
+
+    @property
+    def chosen_backend(self) -> Backend:
+        """Raises ArtefactError for a backend that the target does not have."""
+        backend = self.backend or self.target.backends[0]
+        if backend not in self.target.backends:
+            choices = " or ".join(self.target.backends)
+            raise ArtefactError(f"target {self.target.name} cannot run backend {backend}; choose {choices}")
+        return backend
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What a build reads of a policy: tensors may come from a checkpoint or, to measure sizes, from a generator."""
+
+    config: PolicyConfig
+    tensors: Tensors
+    tokenizer: Path
+    sha256: str
 
 
 def build(request: Request) -> Manifest:
     """Builds the engine folder `request.out`; nothing is left there unless every layer has its planned format.
 
-    Raises ArtefactError for a plan of another policy, unknown or missing units, formats that the target cannot run, and
-    a realised format that differs from the plan's.
+    Raises ArtefactError for a plan of another policy, unknown or missing units, formats that the target cannot run, a
+    backend that is not installed, and a realised format that differs from the plan's.
     """
     config = PolicyConfig.load(request.policy)
     layers = layers_of(config)
     policy_sha256 = sha256_policy(request.policy)
     plan = _plan(request, policy_sha256, layers)
-    with atomic_folder(request.out) as folder:
-        shutil.copyfile(request.policy / TOKENIZER, folder / TOKENIZER)
-        graphs = _export(request, folder, config, layers, plan)
-        units, other_bytes = _prove(folder, graphs, layers, plan)
+    with open_checkpoint(request.policy, config) as checkpoint:
+        policy = Policy(config, checkpoint, request.policy / TOKENIZER, policy_sha256)
+        return build_engine(policy, plan, request.target, request.chosen_backend, request.out)
+
+
+def build_engine(policy: Policy, plan: Plan, target: Target, backend: Backend, out: Path) -> Manifest:
+    """The part of `build` behind the checks of its inputs."""
+    layers = layers_of(policy.config)
+    if backend != "onnxruntime":
+        tensorrt.load_module(backend)
+    with atomic_folder(out) as folder:
+        shutil.copyfile(policy.tokenizer, folder / TOKENIZER)
+        graphs = export_graphs(folder, policy, layers, plan.assignment, backend)
+        stored = stored_bytes(folder, graphs, layers)
+        if backend == "onnxruntime":
+            version, realised = onnxruntime.__version__, realised_formats(folder, graphs, layers)
+        else:
+            built = tensorrt.build_engines(backend, target, folder, graphs, policy.config)
+            version, realised = built.version, engine_formats(folder, graphs, built.files, layers, plan.assignment)
+            graphs = _keep_only_engines(folder, graphs, built.files)
+        units = tuple(
+            unit_record(layer, plan.assignment[name], realised[name], stored[name]) for name, layer in layers.items()
+        )
+        check_realised(out, units)
+        files = file_records(folder)
+        counted = sum(unit.code_bytes + unit.scale_bytes for unit in units)
         manifest = Manifest(
-            target=request.target.name,
-            backend=request.target.backend,
-            backend_version=onnxruntime.__version__,
+            target=target.name,
+            backend=backend,
+            backend_version=version,
             builder_version=metadata.version("vla-deploy"),
             graphs=graphs,
             units=units,
-            files=file_records(folder),
-            parents={"policy": policy_sha256} | ({"plan": plan.sha256} if plan.sha256 else {}),
-            policy_config=config.raw,
-            other_bytes=other_bytes,
+            files=files,
+            parents={"policy": policy.sha256} | ({"plan": plan.sha256} if plan.sha256 else {}),
+            policy_config=policy.config.raw,
+            other_bytes=sum(record.bytes for record in files.values()) - counted,
             legalized=plan.legalized,
-            ran_on_target=True,
+            ran_on_target=backend == "onnxruntime",
+            notes=() if backend == "onnxruntime" else (_UNRUN,),
             versions={"onnx": onnx.__version__, "python": platform.python_version()},
         )
         manifest.write(folder)
     return manifest
+
+
+_UNRUN = "built but not run: formats are proven by the codes found in the engine, speed and numbers are not"
 
 
 def _plan(request: Request, policy_sha256: str, layers: Mapping[str, Layer]) -> Plan:
@@ -83,31 +152,30 @@ def _plan(request: Request, policy_sha256: str, layers: Mapping[str, Layer]) -> 
     return plan
 
 
-def _export(
-    request: Request, folder: Path, config: PolicyConfig, layers: Mapping[str, Layer], plan: Plan
+def export_graphs(
+    folder: Path, policy: Policy, layers: Mapping[str, Layer], assignment: Mapping[str, Format], backend: Backend
 ) -> dict[str, GraphSpec]:
+    """Writes the policy's graphs in the backend's dialect, with a progress bar."""
     total = sum(layer.weights for layer in layers.values())
     bar: tqdm[Any] = tqdm(total=total, desc="packing weights", unit="weight", unit_scale=True, disable=None)
 
     def advance(layer: Layer) -> None:
         bar.update(layer.weights)
 
-    with bar, open_checkpoint(request.policy, config) as checkpoint:
-        return export(folder, config, checkpoint, layers, plan.assignment, linear, advance)
+    dialect = DIALECTS[backend]
+    with bar:
+        return export(
+            folder, policy.config, policy.tensors, layers, assignment, dialect.linear, advance,
+            dialect.float_type, dialect.opset,
+        )  # fmt: skip
 
 
-def _prove(
-    folder: Path, graphs: Mapping[str, GraphSpec], layers: Mapping[str, Layer], plan: Plan
-) -> tuple[tuple[UnitRecord, ...], int]:
-    """Reads both graphs back; the units' records, and the bytes of everything that is no unit."""
-    realised = realised_formats(folder, graphs, layers)
-    stored = stored_bytes(folder, graphs, layers)
-    units = tuple(
-        unit_record(layer, plan.assignment[name], realised[name], stored[name]) for name, layer in layers.items()
-    )
-    check_realised(folder, units)
-    counted = sum(unit.code_bytes + unit.scale_bytes for unit in units)
-    return units, sum(record.bytes for record in file_records(folder).values()) - counted
+def _keep_only_engines(folder: Path, graphs: Mapping[str, GraphSpec], files: Mapping[str, str]) -> dict[str, GraphSpec]:
+    """Removes the ONNX graphs, whose weights the engines now hold."""
+    for spec in graphs.values():
+        (folder / spec.file).unlink()
+        (folder / spec.file).with_suffix(".data").unlink()
+    return {name: GraphSpec(files[name], spec.inputs, spec.outputs) for name, spec in graphs.items()}
 
 
 def graph_of(layer: str) -> str:
@@ -115,19 +183,37 @@ def graph_of(layer: str) -> str:
     return "vision" if layer.startswith((_TOWERS, "projector.")) else "decoder"
 
 
+def _by_graph(layers: Mapping[str, Layer], graph: str) -> dict[str, Layer]:
+    return {name: layer for name, layer in layers.items() if graph_of(name) == graph}
+
+
 def realised_formats(folder: Path, graphs: Mapping[str, GraphSpec], layers: Mapping[str, Layer]) -> dict[str, Realised]:
     """What each layer became, from the graphs that ONNX Runtime runs."""
     realised: dict[str, Realised] = {}
     for name, spec in graphs.items():
-        mine = {layer.name: layer for layer in layers.values() if graph_of(layer.name) == name}
-        realised |= read_back(folder / spec.file, mine)
+        realised |= readback.read_back(folder / spec.file, _by_graph(layers, name))
+    return realised
+
+
+def engine_formats(
+    folder: Path,
+    graphs: Mapping[str, GraphSpec],
+    engines: Mapping[str, str],
+    layers: Mapping[str, Layer],
+    planned: Mapping[str, Format],
+) -> dict[str, Realised]:
+    """What each layer became, from the engines that TensorRT wrote for the graphs."""
+    realised: dict[str, Realised] = {}
+    for name, spec in graphs.items():
+        mine = _by_graph(layers, name)
+        realised |= readback_tensorrt.read_back(folder / spec.file, folder / engines[name], mine, planned)
     return realised
 
 
 def stored_bytes(
     folder: Path, graphs: Mapping[str, GraphSpec], layers: Mapping[str, Layer]
 ) -> dict[str, tuple[int, int]]:
-    """Bytes of each layer's codes (or 16-bit weights) and of its scales in the engine's files."""
+    """Bytes of each layer's codes (or 16-bit weights) and of its scales as written."""
     sizes: dict[str, int] = {}
     for spec in graphs.values():
         model = onnx.load(str(folder / spec.file), load_external_data=False)

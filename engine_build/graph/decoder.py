@@ -19,8 +19,8 @@ def build(graph: GraphContext, config: PolicyConfig) -> tuple[list[TensorSpec], 
     """Writes the graph; returns its inputs and outputs."""
     b, text = graph.builder, config.text
     x = _embed(graph)
-    positions = _positions(graph, x)
-    rotation, mask = _rotation(graph, positions, text), _causal_mask(graph, positions)
+    positions, total = _positions(graph, x)
+    rotation, mask = _rotation(graph, positions, text), _causal_mask(graph, positions, total)
     for index in range(text.num_hidden_layers):
         x = _layer(graph, x, rotation, mask, text, index)
     last = _rms_norm(graph, b.slice(x, -1, _LAST, 1), "language_model.model.norm.weight", text.rms_norm_eps)
@@ -72,12 +72,13 @@ def _embed(graph: GraphContext) -> str:
     return b.concat([b.slice(words, 0, 1, 1), "patches", b.slice(words, 1, _LAST, 1)], axis=1)
 
 
-def _positions(graph: GraphContext, x: str) -> str:
-    """int64 [T]: places of this call's inputs in the whole sequence."""
+def _positions(graph: GraphContext, x: str) -> tuple[str, str]:
+    """int64 [T], places of this call's inputs in the whole sequence, and the sequence's length after this call."""
     b = graph.builder
     past = b.node("Squeeze", [b.node("Shape", ["past_key_0"], start=2, end=3), b.ints(0)])
     count = b.node("Squeeze", [b.node("Shape", [x], start=1, end=2), b.ints(0)])
-    return b.node("Range", [past, b.add(past, count), b.constant(1, np.int64)])
+    total = b.add(past, count)
+    return b.node("Range", [past, total, b.constant(1, np.int64)]), total
 
 
 def _rotation(graph: GraphContext, positions: str, text: TextSpec) -> tuple[str, str]:
@@ -94,11 +95,10 @@ def _rotation(graph: GraphContext, positions: str, text: TextSpec) -> tuple[str,
     return cosine, sine
 
 
-def _causal_mask(graph: GraphContext, positions: str) -> str:
-    """[T, past + T]: zero where a key may be seen, the lowest number elsewhere."""
+def _causal_mask(graph: GraphContext, positions: str, total: str) -> str:
+    """[T, total]: zero where a key may be seen, the lowest number elsewhere."""
     b = graph.builder
-    end = b.add(b.node("ReduceMax", [positions, b.ints(0)], keepdims=0), b.constant(1, np.int64))
-    keys = b.node("Range", [b.constant(0, np.int64), end, b.constant(1, np.int64)])
+    keys = b.node("Range", [b.constant(0, np.int64), total, b.constant(1, np.int64)])
     seen = b.node("LessOrEqual", [keys, b.node("Unsqueeze", [positions, b.ints(1)])])
     return b.node("Where", [seen, b.scalar(0.0), b.scalar(float(np.finfo(b.float_dtype).min))])
 

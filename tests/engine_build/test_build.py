@@ -104,7 +104,8 @@ def test_a_format_that_was_not_realised_stops_the_build(
         rows = weights.quantized.dequantize().flatten(1)
         return linear(builder, x, replace(weights, format=Format(16, 16), quantized=None, rows=rows))
 
-    monkeypatch.setattr(build_module, "linear", forgets_to_pack)
+    dialect = replace(build_module.DIALECTS["onnxruntime"], linear=forgets_to_pack)
+    monkeypatch.setitem(build_module.DIALECTS, "onnxruntime", dialect)
     with pytest.raises(ArtefactError, match="planned as w2a16_g32 but runs as w16a16"):
         build(Request(workshop / "policy", CPU, tmp_path / "engine", plan=workshop / "plan.json"))
     assert list(tmp_path.iterdir()) == []

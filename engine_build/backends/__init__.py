@@ -1,0 +1,1 @@
+"""What turns the policy's graphs into something that a target runs."""

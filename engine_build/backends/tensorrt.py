@@ -1,0 +1,168 @@
+"""Graphs to engines with TensorRT (on the device that runs them) or TensorRT-RTX (ahead of time, without a GPU).
+
+The two modules have one API; where they differ, TensorRT-RTX names the GPU and TensorRT keeps a timing cache. The
+network is strongly typed: precision is what the graph says, and no builder flag changes it. The decoder gets two
+optimisation profiles, prefill and decode step, on one copy of the weights.
+"""
+
+import importlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vla_policy.core.errors import ArtefactError
+from vla_policy.core.files import sha256_file
+from vla_policy.core.manifest import GraphSpec
+from vla_policy.core.policy_config import PolicyConfig
+from vla_policy.core.targets import Backend, Target
+
+if TYPE_CHECKING:
+    import tensorrt as trt
+
+TIMING_CACHE = "timing.cache"
+PROMPT_LIMIT = 128
+"""Longest prompt in ids; with the patches and the action tokens it bounds the key/value cache."""
+
+_PACKAGES = {
+    "tensorrt_rtx": "pip install tensorrt-rtx-cu13==1.7.1.116",
+    "tensorrt": "install TensorRT 10.x on the device (JetPack brings it)",
+}
+_TYPICAL_PROMPT = 30
+_LOGGED = 5
+
+Shape = tuple[int, ...]
+Profile = dict[str, tuple[Shape, Shape, Shape]]
+
+
+@dataclass(frozen=True)
+class BuiltEngines:
+    """Files written, by graph; the version of the module that wrote them; and sha256 of the timing cache, if any."""
+
+    files: dict[str, str]
+    version: str
+    timing_cache_sha256: str | None
+
+
+def load_module(backend: Backend) -> Any:
+    """The Python module of a backend. Raises ArtefactError saying how to install it."""
+    try:
+        module = importlib.import_module(backend)
+    except ImportError as error:
+        raise ArtefactError(f"backend {backend} is not installed ({error}); {_PACKAGES[backend]}") from error
+    if not hasattr(module, "Builder"):  # the stubs alone make an empty package
+        raise ArtefactError(f"backend {backend} is not installed, only its type stubs are; {_PACKAGES[backend]}")
+    return module
+
+
+def build_engines(
+    backend: Backend, target: Target, folder: Path, graphs: dict[str, GraphSpec], config: PolicyConfig
+) -> BuiltEngines:
+    """Builds `<graph>.engine` in `folder` for every graph. Raises ArtefactError with TensorRT's own words on failure.
+
+    A timing cache found as `folder/timing.cache` is used; with TensorRT the updated one is written there.
+    """
+    module = load_module(backend)
+    files = {}
+    for name, spec in graphs.items():
+        files[name] = f"{name}.engine"
+        profiles = decoder_profiles(spec, config) if name == "decoder" else []
+        with open(folder / files[name], "wb") as stream:
+            stream.write(_build(module, backend, target, folder / spec.file, profiles))
+    cache = folder / TIMING_CACHE
+    return BuiltEngines(files, module.__version__, sha256_file(cache) if cache.is_file() else None)
+
+
+def decoder_profiles(spec: GraphSpec, config: PolicyConfig) -> list[Profile]:
+    """Smallest, typical and largest shape of each input: first for the prefill, then for a decode step."""
+    longest = config.num_patches + PROMPT_LIMIT + max(len(stats.action.q01) for stats in config.norm_stats.values())
+    prefill: Profile = {}
+    step: Profile = {}
+    for tensor in spec.inputs:
+        if tensor.name == "input_ids":
+            prefill[tensor.name] = ((1, 2), (1, _TYPICAL_PROMPT), (1, PROMPT_LIMIT))
+            step[tensor.name] = _fixed((1, 1))
+        elif tensor.name == "patches":
+            hidden = config.text.hidden_size
+            prefill[tensor.name] = _fixed((1, config.num_patches, hidden))
+            step[tensor.name] = _fixed((1, 0, hidden))
+        else:
+            heads, width = config.text.num_key_value_heads, config.text.head_dim
+            typical = config.num_patches + _TYPICAL_PROMPT
+            prefill[tensor.name] = _fixed((1, heads, 0, width))
+            step[tensor.name] = ((1, heads, 1, width), (1, heads, typical, width), (1, heads, longest, width))
+    return [prefill, step]
+
+
+def _fixed(shape: Shape) -> tuple[Shape, Shape, Shape]:
+    return shape, shape, shape
+
+
+def _build(module: Any, backend: Backend, target: Target, onnx_file: Path, profiles: Sequence[Profile]) -> memoryview:
+    """The serialized engine of one graph."""
+    with _logged(module, f"{onnx_file}: {backend} {module.__version__}") as (logger, fail):
+        builder: trt.Builder = module.Builder(logger)
+        flags = 1 << int(module.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+        network: trt.INetworkDefinition = builder.create_network(flags)
+        parser: trt.OnnxParser = module.OnnxParser(network, logger)
+        if not parser.parse_from_file(str(onnx_file)):
+            fail("; ".join(parser.get_error(index).desc() for index in range(parser.num_errors)))
+        config: trt.IBuilderConfig = builder.create_builder_config()
+        config.profiling_verbosity = module.ProfilingVerbosity.DETAILED
+        for shapes in profiles:
+            profile: trt.IOptimizationProfile = builder.create_optimization_profile()
+            for name, bounds in shapes.items():
+                profile.set_shape(name, *bounds)
+            config.add_optimization_profile(profile)
+        if backend == "tensorrt_rtx":
+            _name_gpu(module, config, target)
+        cache = _timing_cache(config, onnx_file.parent / TIMING_CACHE) if backend == "tensorrt" else None
+        plan = builder.build_serialized_network(network, config)
+        if plan is None:
+            fail("build failed")
+        if cache is not None:
+            (onnx_file.parent / TIMING_CACHE).write_bytes(cache.serialize())
+        return memoryview(plan)
+
+
+def _timing_cache(config: "trt.IBuilderConfig", path: Path) -> "trt.ITimingCache":
+    """The kept cache, or an empty one: the same cache makes the same choice of kernels."""
+    cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
+    if not config.set_timing_cache(cache, False):
+        raise ArtefactError(f"{path}: from another GPU or TensorRT version; delete it and build again")
+    return cache
+
+
+def _name_gpu(module: Any, config: Any, target: Target) -> None:
+    """TensorRT-RTX builds for a GPU that is not here."""
+    assert target.compute_capability is not None
+    name = "SM{}{}".format(*target.compute_capability)
+    capability = getattr(module.ComputeCapability, name, None)
+    if capability is None:
+        known = sorted(entry for entry in dir(module.ComputeCapability) if entry.startswith("SM"))
+        raise ArtefactError(
+            f"target {target.name} is {name}, TensorRT-RTX {module.__version__} builds for {', '.join(known)} only; "
+            "build on the device with --backend tensorrt"
+        )
+    config.num_compute_capabilities = 1
+    config.set_compute_capability(capability, 0)
+
+
+@contextmanager
+def _logged(module: Any, where: str) -> Iterator[tuple[Any, Any]]:
+    """TensorRT reports through a logger; its errors become one line of ours."""
+    errors: list[str] = []
+
+    class Logger(module.ILogger):
+        def __init__(self) -> None:
+            module.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= module.ILogger.ERROR:
+                errors.append(" ".join(message.split()))
+
+    def fail(what: str) -> None:
+        raise ArtefactError(f"{where}: {what}: {'; '.join(errors[:_LOGGED]) or 'no reason given'}")
+
+    yield Logger(), fail

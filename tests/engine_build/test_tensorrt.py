@@ -1,0 +1,128 @@
+"""TensorRT: its dialect's numbers on ONNX Runtime, codes found in engine bytes, a real sm_80 engine without a GPU."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper
+
+from calibrator.quantization import quantize_weight
+from engine_build import readback_tensorrt
+from engine_build.backends.tensorrt import decoder_profiles, load_module
+from engine_build.build import Request, build
+from engine_build.graph.builder import GraphBuilder
+from engine_build.graph.linear_tensorrt import linear
+from engine_build.plan import Plan, check_legal, legalize, uniform_plan
+from engine_build.weights import Layer, LayerWeights, layers_of
+from vla_policy.core.backend_onnxruntime import open_session, session_options
+from vla_policy.core.errors import ArtefactError
+from vla_policy.core.formats import Format
+from vla_policy.core.manifest import Manifest
+from vla_policy.core.targets import find_target
+
+A100 = find_target("a100")
+INPUTS, OUTPUTS = 150, 40
+LAYER = Layer("stack.layer", "linear", "stack.layer", OUTPUTS, INPUTS, bias=True)
+
+
+def write_graph(path: Path, fmt: Format) -> tuple[torch.Tensor, np.ndarray]:
+    """One layer in TensorRT's dialect; its weight as the format rounds it, and its bias."""
+    generator = torch.Generator().manual_seed(5)
+    weight = torch.randn(OUTPUTS, INPUTS, generator=generator) / INPUTS**0.5
+    bias = torch.randn(OUTPUTS, generator=generator).half().float().numpy()
+    quantized = quantize_weight(weight, fmt) if fmt.weight_bits < 16 else None
+    weights = LayerWeights(LAYER, fmt, quantized, None if quantized else weight, bias)
+    with GraphBuilder(path, TensorProto.FLOAT16, 21) as builder:
+        builder.rename(linear(builder, "x", weights), "y")
+        x, y = (
+            helper.make_tensor_value_info(name, TensorProto.FLOAT16, [1, "tokens", size])
+            for name, size in (("x", INPUTS), ("y", OUTPUTS))
+        )
+        builder.save([x], [y])
+    return quantized.dequantize() if quantized else weight, bias
+
+
+@pytest.mark.parametrize("fmt", A100.legal(), ids=str)
+def test_the_dialect_computes_the_planned_numbers(fmt: Format, tmp_path: Path) -> None:
+    weight, bias = write_graph(tmp_path / "layer.onnx", fmt)
+    x = torch.randn(1, 7, INPUTS, generator=torch.Generator().manual_seed(6)).half()
+    (y,) = open_session(tmp_path / "layer.onnx", session_options(1)).run(None, {"x": x.numpy()})
+    expected = (x.double() @ weight.double().T).numpy() + bias
+    np.testing.assert_allclose(y, expected, atol=6e-3)
+
+
+@pytest.mark.parametrize("fmt", [fmt for fmt in A100.legal() if fmt.weight_bits < 16], ids=str)
+def test_codes_are_found_wherever_they_stand_and_missed_when_altered(fmt: Format, tmp_path: Path) -> None:
+    graph, engine = tmp_path / "layer.onnx", tmp_path / "layer.engine"
+    write_graph(graph, fmt)
+    tensors = {tensor.name: tensor for tensor in onnx.load(str(graph)).graph.initializer}
+    codes = tensors["stack.layer.codes"].raw_data
+    noise = np.random.default_rng(0).bytes(4 * 37)
+    engine.write_bytes(noise + codes + noise)
+    found = readback_tensorrt.read_back(graph, engine, {LAYER.name: LAYER}, {LAYER.name: fmt})[LAYER.name]
+    assert found.format == fmt
+    engine.write_bytes(noise + codes[:-1] + bytes([codes[-1] ^ 0x10]) + noise)
+    with pytest.raises(ArtefactError, match=r"codes of 1 layers are not in the engine, e.g. stack.layer, planned"):
+        readback_tensorrt.read_back(graph, engine, {LAYER.name: LAYER}, {LAYER.name: fmt})
+
+
+def test_an_a100_engine_is_built_without_a_gpu(workshop: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX builds sm_80 engines anywhere once it is installed")
+    request = Request(workshop / "policy", A100, tmp_path / "engine", plan=workshop / "plan.json", legalize=True)
+    manifest = build(request)
+    assert Manifest.load(tmp_path / "engine") == manifest
+    assert sorted(path.name for path in (tmp_path / "engine").iterdir()) == [
+        "decoder.engine",
+        "manifest.json",
+        "tokenizer.json",
+        "vision.engine",
+    ]
+    assert {unit.planned for unit in manifest.units} >= {"w2a16_g32", "w4a16_g32", "w16a16"}
+    assert any("w8a16_g32 -> w8a16 " in change for change in manifest.legalized)
+    assert not manifest.ran_on_target
+    assert "built but not run" in manifest.notes[0]
+
+
+def test_fused_layers_must_share_a_format(workshop: Path, tmp_path: Path) -> None:
+    layers = layers_of(Manifest.load(workshop / "engine").config)
+    query = "language_model.model.layers.0.self_attn.q_proj"
+    key = "language_model.model.layers.0.self_attn.k_proj"
+    plan = uniform_plan(Format(4, 16, 32), layers)
+    mixed = Plan(plan.assignment | {key: Format(8, 16)}, None)
+    with pytest.raises(ArtefactError, match="target a100 fuses layers of one input, which must share a format"):
+        check_legal(mixed, layers, A100)
+    raised = legalize(mixed, layers, A100)
+    assert str(raised.assignment[query]) == "w8a16"
+    check_legal(raised, layers, A100)
+
+
+def test_profiles_cover_prefill_and_decode(workshop: Path) -> None:
+    manifest = Manifest.load(workshop / "engine")
+    prefill, step = decoder_profiles(manifest.graphs["decoder"], manifest.config)
+    assert prefill["patches"] == ((1, 16, 64),) * 3
+    assert step["patches"] == ((1, 0, 64),) * 3
+    assert step["input_ids"] == ((1, 1),) * 3
+    assert prefill["past_key_0"] == ((1, 2, 0, 16),) * 3
+    smallest, typical, largest = step["past_value_1"]
+    assert smallest[2] < typical[2] < largest[2]
+
+
+def test_a_backend_that_is_not_installed_is_named(workshop: Path, tmp_path: Path) -> None:
+    try:
+        load_module("tensorrt")
+    except ArtefactError as error:
+        assert "install TensorRT 10.x on the device" in str(error)
+    else:
+        pytest.skip("TensorRT is installed here")
+    request = Request(workshop / "policy", find_target("orin"), tmp_path / "engine", uniform=Format(16, 16))
+    with pytest.raises(ArtefactError, match="backend tensorrt is not installed"):
+        build(request)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_backend_of_another_target_is_refused(workshop: Path, tmp_path: Path) -> None:
+    request = Request(workshop / "policy", find_target("orin"), tmp_path / "engine", backend="tensorrt_rtx")
+    with pytest.raises(ArtefactError, match="target orin cannot run backend tensorrt_rtx; choose tensorrt"):
+        build(request)
