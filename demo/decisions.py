@@ -5,16 +5,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
-from vla_policy.core.bag import read_frames
+from evaluation.replay.run import answer
 from vla_policy.core.contract import Contract
 from vla_policy.core.errors import ArtefactError, VlaError
 from vla_policy.core.files import read_json, sha256_file, write_json
 from vla_policy.core.manifest import MANIFEST
-from vla_policy.core.observe import observe
 from vla_policy.core.runner import load_engine
-from vla_policy.core.synchroniser import Frame
 
 
 class ParityError(VlaError):
@@ -42,18 +38,17 @@ class Parity:
 
 def decide(engine: Path, bag: Path, contract: Contract, title: str) -> dict[int, Decided]:
     """The engine's decision on every frame of the bag, by stamp."""
-    frames = [frame for frame in read_frames(bag, contract) if isinstance(frame, Frame)]
-    actor = load_engine(engine)
-    decided = {}
-    for frame in tqdm(frames, unit="frame", desc=title):
-        decision = actor.act(observe(frame, contract))
-        decided[frame.stamp_ns] = Decided(
-            frame.stamp_ns,
-            frame.instruction,
-            tuple(int(token) for token in decision.tokens),
-            tuple(float(value).hex() for value in decision.action),
+    answers = answer(bag, contract, load_engine(engine), title)
+    rows = zip(answers.stamp_ns.tolist(), answers.instructions, answers.tokens, answers.actions, strict=True)
+    return {
+        stamp_ns: Decided(
+            stamp_ns,
+            instruction,
+            tuple(int(token) for token in tokens),
+            tuple(float(value).hex() for value in action),
         )
-    return decided
+        for stamp_ns, instruction, tokens, action in rows
+    }
 
 
 def write_decisions(path: Path, engine: Path, contract: Contract, decided: Mapping[int, Decided]) -> None:
@@ -77,18 +72,18 @@ def check_parity(served: Path, engine: Path, bag: Path, contract: Contract) -> P
             "serve again"
         )
     decided = decide(engine, bag, contract, "in-process")
-    for answer in record["decisions"]:
-        _check(served, answer, decided)
+    for row in record["decisions"]:
+        _check(served, row, decided)
     return Parity(len(decided), len(record["decisions"]), len(record["decisions"]))
 
 
-def _check(served: Path, answer: dict[str, Any], decided: Mapping[int, Decided]) -> None:
-    stamp_ns = answer["stamp_ns"]
+def _check(served: Path, row: dict[str, Any], decided: Mapping[int, Decided]) -> None:
+    stamp_ns = row["stamp_ns"]
     if stamp_ns not in decided:
         raise ParityError(f"{served}: a decision for stamp {stamp_ns} ns, which is no frame of the bag")
     here = decided[stamp_ns]
-    if (tuple(answer["tokens"]), tuple(answer["actions_hex"])) != (here.tokens, here.actions_hex):
+    if (tuple(row["tokens"]), tuple(row["actions_hex"])) != (here.tokens, here.actions_hex):
         raise ParityError(
-            f"{served}: frame {stamp_ns} ns: the node served tokens {answer['tokens']}, the same engine in this "
+            f"{served}: frame {stamp_ns} ns: the node served tokens {row['tokens']}, the same engine in this "
             f"process gives {list(here.tokens)}; engine or inputs differ between the two paths"
         )

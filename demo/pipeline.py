@@ -27,6 +27,7 @@ from vla_policy.core.policy_config import PolicyConfig
 ROOT = Path(__file__).resolve().parents[1]
 ROBOT = ROOT / "ros2_ws" / "src" / "vla_policy"
 _CORE, _CALIBRATOR, _ENGINE = ROBOT / "vla_policy", ROOT / "calibrator", ROOT / "engine_build"
+_REPLAY = ROOT / "evaluation" / "replay"
 _REFERENCE_FORMAT = "w16a16"
 
 
@@ -125,7 +126,7 @@ def stages(job: Job) -> list[Stage]:
             title="the bag replayed over DDS to the ROS 2 node, its decisions recorded",
             parents=(mixed, job.bag, job.contract, *serving),
             settings={"rate": job.rate},
-            sources=(_CORE,),
+            sources=(_CORE, _REPLAY),
             outputs=(served, job.out / "parity.json"),
             run=lambda: _serve(job, served),
         ),
@@ -134,7 +135,7 @@ def stages(job: Job) -> list[Stage]:
             title="full-precision decisions on the same frames",
             parents=(reference, job.bag, job.contract, ROOT / "demo" / "decisions.py"),
             settings={},
-            sources=(_CORE / "core",),
+            sources=(_CORE / "core", _REPLAY),
             outputs=(decisions,),
             run=lambda: _decide(job, decisions),
         ),
