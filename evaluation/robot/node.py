@@ -48,7 +48,8 @@ class SimulatedRobotNode(Node):
         super().__init__("simulated_robot")
         self._contract = load_contract(self.declare_parameter("contract", "").value)
         self._suite = self.declare_parameter("suite", "libero_object").value
-        self._tasks = self.declare_parameter("tasks", Parameter.Type.STRING_ARRAY).value or []
+        tasks = self.declare_parameter("tasks", Parameter.Type.STRING_ARRAY).value or []
+        self._tasks = [task for task in tasks if task]
         self._trials = self.declare_parameter("trials", [0]).value
         self._driver = self.declare_parameter("driver", "commands").value
         self._lockstep = self.declare_parameter("lockstep", True).value

@@ -12,15 +12,15 @@ from PIL import Image, UnidentifiedImageError
 
 from vla_policy.core.errors import DataError
 
-# Channel count, and the channel order that gives RGB.
+# Channel count, and the slice of channels that gives RGB (of one channel, repeated).
 _ENCODINGS = {
-    "rgb8": (3, (0, 1, 2)),
-    "bgr8": (3, (2, 1, 0)),
-    "8UC3": (3, (2, 1, 0)),  # OpenCV's default order
-    "rgba8": (4, (0, 1, 2)),
-    "bgra8": (4, (2, 1, 0)),
-    "mono8": (1, (0, 0, 0)),
-    "8UC1": (1, (0, 0, 0)),
+    "rgb8": (3, slice(None)),
+    "bgr8": (3, slice(None, None, -1)),
+    "8UC3": (3, slice(None, None, -1)),  # OpenCV's default order
+    "rgba8": (4, slice(0, 3)),
+    "bgra8": (4, slice(2, None, -1)),
+    "mono8": (1, slice(None)),
+    "8UC1": (1, slice(None)),
 }
 _FORMATS = ("JPEG", "PNG")
 _MAX_PIXELS = 1 << 26
@@ -50,7 +50,7 @@ class RawImage:
             raise DataError(f"image {size}: expected {self.step * self.height} bytes, got {len(self.data)}")
         rows = np.frombuffer(self.data, np.uint8, self.step * self.height).reshape(self.height, self.step)
         pixels = rows[:, : self.width * channels].reshape(self.height, self.width, channels)
-        return np.ascontiguousarray(pixels[:, :, list(order)])
+        return np.repeat(pixels, 3, axis=2) if channels == 1 else np.ascontiguousarray(pixels[:, :, order])
 
     def checksum(self) -> int:
         """CRC-32 of every 61st byte: equal for a frozen camera, and cheap on the way from callback to action."""

@@ -72,7 +72,8 @@ class Step:
 class Status:
     """A snapshot for diagnostics. Ages in milliseconds since each topic's last stamp, None before its first message.
 
-    `holding`: what forbids motion now. `starved`: motion is allowed, but the last control step found no usable chunk.
+    `overhead_ms`: from the image's callback to the published action, less the engine's own time. `holding`: what forbids
+    motion now. `starved`: motion is allowed, but the last control step found no usable chunk.
     """
 
     active: bool
@@ -250,8 +251,9 @@ class PolicyServer:
             self._rates["chunks"].add(now_ns)
             self._latency.add(answer.latency_ms)
             self._age.add(age_ms)
-            self._overhead.add((now_ns - answer.frame.received_ns) / 1e6 - answer.latency_ms)
         self._on_chunk(chunk)
+        with self._lock:
+            self._overhead.add((self._clock() - answer.frame.received_ns) / 1e6 - answer.latency_ms)
 
     def tick(self) -> Step:
         """What the robot should do now: called once per control step, and when a chunk has just arrived."""

@@ -15,7 +15,7 @@ from vla_policy.core.synchroniser import Dropped, DropReason, Frame
 
 @dataclass(frozen=True)
 class Answer:
-    """A frame and the decision for it. `latency_ms`: decoding, preprocessing and engine, by the steady clock."""
+    """A frame and the decision for it. `latency_ms`: the engine's own time, by the steady clock."""
 
     frame: Frame
     decision: Decision
@@ -107,18 +107,19 @@ class InferenceWorker:
             return self._waiting.popleft()
 
     def _answer(self, frame: Frame) -> None:
-        started = time.perf_counter()
         try:
             observation = observe(frame, self._contract)
         except DataError as error:
             self._on_drop(self._dropped(frame, DropReason.UNDECODABLE, str(error)))
             return
+        started = time.perf_counter()
         try:
             decision = self._actor.act(observation)
         except VlaError as error:
             self._on_drop(self._dropped(frame, DropReason.ENGINE_ERROR, str(error)))
             return
-        self._on_answer(Answer(frame, decision, (time.perf_counter() - started) * 1e3))
+        latency_ms = (time.perf_counter() - started) * 1e3
+        self._on_answer(Answer(frame, decision, latency_ms))
 
     def _dropped(self, frame: Frame, reason: DropReason, detail: str) -> Dropped:
         return Dropped(self._contract.primary.topic, frame.stamp_ns, reason, detail)

@@ -14,7 +14,7 @@ CHECKS = ("none", "graph", "message")
 
 @dataclass(frozen=True)
 class NodeParameters:
-    """Times in seconds. See `_DECLARED` for the meaning of each."""
+    """Times in seconds. See `DECLARED` for the meaning of each."""
 
     engine_path: str
     contract: str
@@ -29,7 +29,7 @@ class NodeParameters:
 
 
 # name: (default, description, range)
-_DECLARED: dict[str, tuple[bool | int | float | str, str, tuple[float, float] | None]] = {
+DECLARED: dict[str, tuple[bool | int | float | str, str, tuple[float, float] | None]] = {
     "engine_path": ("", "folder of the engine that serves", None),
     "contract": ("", "YAML file that maps topics to the policy's inputs and actions to commands", None),
     "instruction": ("", "task in words at activation; empty: wait for the topic or the service", None),
@@ -52,7 +52,7 @@ _DECLARED: dict[str, tuple[bool | int | float | str, str, tuple[float, float] | 
 
 def declare(node: Node) -> None:
     """Declares every parameter; a value outside its range is refused by ROS itself."""
-    for name, (default, description, limits) in _DECLARED.items():
+    for name, (default, description, limits) in DECLARED.items():
         descriptor = ParameterDescriptor(description=description)
         if limits is not None and isinstance(default, float):
             descriptor.floating_point_range = [FloatingPointRange(from_value=limits[0], to_value=limits[1])]
@@ -63,7 +63,7 @@ def declare(node: Node) -> None:
 
 def read(node: Node) -> NodeParameters:
     """The current values. Raises ContractError for a choice that does not exist or a path that is missing."""
-    value = {name: node.get_parameter(name).value for name in _DECLARED}
+    value = {name: node.get_parameter(name).value for name in DECLARED}
     for name, allowed in (("blending", BLENDING), ("check_sources", CHECKS)):
         if value[name] not in allowed:
             raise ContractError(f"parameter {name}: expected one of {', '.join(allowed)}, got {value[name]!r}")

@@ -59,7 +59,7 @@ class ReplaySettings:
     summary: str
 
 
-_DEFAULTS: dict[str, bool | int | float | str] = {
+DEFAULTS: dict[str, bool | int | float | str] = {
     "bag": "",
     "contract": "",
     "bag_namespace": "",
@@ -75,7 +75,7 @@ _DEFAULTS: dict[str, bool | int | float | str] = {
 
 def read_settings(node: Node) -> ReplaySettings:
     """Declares and reads the parameters. Raises ContractError for a value that cannot be."""
-    value: dict[str, Any] = {name: node.declare_parameter(name, default).value for name, default in _DEFAULTS.items()}
+    value: dict[str, Any] = {name: node.declare_parameter(name, default).value for name, default in DEFAULTS.items()}
     if not value["bag"] or not value["contract"]:
         raise ContractError("replay: set the parameters bag and contract")
     if value["rate"] < 0 or value["max_in_flight"] < 1:
