@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
+from tqdm import tqdm
 
 from calibrator.evidence import progress
 from calibrator.tensors import save_tensors
@@ -154,12 +155,15 @@ def collect(sources: list[Source], out: Path, count: int, seed: int) -> dict[str
     samples: list[Sample] = []
     tensors: dict[str, np.ndarray] = {}
     states: list[np.ndarray | None] = []
+    bar = tqdm(total=count, desc="states", unit="state", disable=None)
     for number, source in enumerate(sources):
         steps = {name: frozenset(values) for name, values in wanted[number].items()}
         for name, step, observation in source.read(steps):
+            bar.update()
             tensors[f"image_{len(samples)}"] = np.ascontiguousarray(observation.image)
             samples.append(Sample(number, name, step, lengths[number, name], observation.instruction))
             states.append(observation.state)
+    bar.close()
     if len(samples) != count:
         raise DataError(f"{count} states were chosen but {len(samples)} could be read; did a source change meanwhile?")
     tensors |= _stacked_states(states)

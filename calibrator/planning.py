@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from calibrator.allocation import Solution, Solver, feasible_range, greedy_demotion, solve
 from calibrator.choices import (
@@ -190,7 +191,7 @@ class Planner:
         """The best score at evenly spaced sizes of the planned layers, smallest first, with greedy's beside it."""
         low, high = feasible_range(self.groups, Budget("size_bits", 0.0, "size"))
         curve = []
-        for limit in np.linspace(low, high, points):
+        for limit in tqdm(np.linspace(low, high, points), desc="frontier", unit="plan", disable=None):
             budgets = [Budget("size_bits", float(limit), "size")]
             solution = solve(self.groups, budgets, self.request.solver)
             greedy = greedy_demotion(self.groups, budgets)

@@ -88,8 +88,11 @@ class Recorder(Node):
         self.last_arrival_s = time.monotonic()
         self._published_ns: dict[int, int] = {}
         kind = Image if camera.type == IMAGE else CompressedImage
-        self.create_subscription(kind, camera.topic, self._on_image, qos_profile_sensor_data)
-        self.create_subscription(ActionChunk, "action_chunk", self._on_chunk, QoSProfile(depth=_QUEUE))
+        # rclpy gives DDS's time stamps to callbacks of two arguments; its annotations do not say so.
+        on_image: Any = self._on_image
+        on_chunk: Any = self._on_chunk
+        self.create_subscription(kind, camera.topic, on_image, qos_profile_sensor_data)
+        self.create_subscription(ActionChunk, "action_chunk", on_chunk, QoSProfile(depth=_QUEUE))
         self.create_subscription(DiagnosticArray, "/diagnostics", self._on_diagnostics, QoSProfile(depth=10))
 
     def _on_image(self, message: Any, info: dict[str, int]) -> None:
@@ -232,7 +235,10 @@ def _publish(
     expected: int,
 ) -> None:
     recorder.last_arrival_s = time.monotonic()
-    with running(publisher, log, environment) as process, tqdm(total=expected, unit="frame", desc="serving") as bar:
+    with (
+        running(publisher, log, environment) as process,
+        tqdm(total=expected, unit="frame", desc="serving", disable=None) as bar,
+    ):
 
         def finished() -> bool:
             if len(recorder.decisions) > bar.n:
