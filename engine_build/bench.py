@@ -158,7 +158,7 @@ def _processor() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown processor")
 
 
-def _peak_bytes() -> int:
+def peak_bytes() -> int:
     """Peak resident memory of this process. Linux: VmHWM, which unlike getrusage does not include the parent's."""
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
@@ -208,7 +208,7 @@ class _Worker:
 
 def _serve(pipe: Connection, folder: Path, threads: int) -> None:
     """Answers each observation with its timings, and None with the peak memory."""
-    idle_bytes = _peak_bytes()
+    idle_bytes = peak_bytes()
     started = time.perf_counter()
     manifest = Manifest.load(folder)
     try:
@@ -222,4 +222,4 @@ def _serve(pipe: Connection, folder: Path, threads: int) -> None:
             observation = pipe.recv()
         except EOFError:
             return
-        pipe.send(_peak_bytes() if observation is None else engine.decide(observation)[1])
+        pipe.send(peak_bytes() if observation is None else engine.decide(observation)[1])

@@ -130,6 +130,10 @@ def load_engine(folder: Path | str, unnorm_key: str | None = None, threads: int 
 
 
 def _backend(folder: Path, manifest: Manifest, threads: int | None) -> Backend:
-    from vla_policy.core.backend_onnxruntime import OnnxRuntimeBackend
+    if manifest.backend == "onnxruntime":
+        from vla_policy.core.backend_onnxruntime import OnnxRuntimeBackend
 
-    return OnnxRuntimeBackend(folder, manifest, threads)
+        return OnnxRuntimeBackend(folder, manifest, threads)
+    from vla_policy.core.backend_tensorrt import TensorRtBackend, load_modules
+
+    return TensorRtBackend(folder, manifest, load_modules(manifest.backend))

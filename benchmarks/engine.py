@@ -1,0 +1,159 @@
+"""OpenVLA-7B at its real size: random weights of the published shapes, built, measured, and counted byte by byte.
+
+    python benchmarks/engine.py --target cpu  --out DIR     build, load, and decide one action
+    python benchmarks/engine.py --target a100 --out DIR     build with TensorRT-RTX, no GPU needed
+
+Prints, per kind of bytes, what is on disk, beside the paper's memory column. Needs about 10 GB of disk (twice that for
+a100 while building) and up to 20 GB of memory; nothing is downloaded, the weights come from a seed.
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+from calibrator.policy.loading import empty_policy
+from engine_build.bench import peak_bytes
+from engine_build.build import Policy, build_engine
+from engine_build.inspect import summary
+from engine_build.plan import Plan, check_legal
+from engine_build.weights import Layer, layers_of
+from vla_policy.core.cli import run
+from vla_policy.core.formats import Format
+from vla_policy.core.manifest import Manifest
+from vla_policy.core.observation import Observation
+from vla_policy.core.policy_config import PolicyConfig
+from vla_policy.core.runner import load_engine
+from vla_policy.core.targets import find_target
+
+AVERAGE_BITS = 3.96
+PAPER_GB = "Mix-QVLA Table 1: 15.2 GB at 16 bits, 4.0 GB at 3.96 bits on average"
+_POOL = 1 << 24
+_ACTION = {"q01": [-1.0] * 7, "q99": [1.0] * 7, "mask": [True] * 6 + [False]}
+_CONFIG = {
+    "model_type": "openvla",
+    "timm_model_ids": ["vit_large_patch14_reg4_dinov2.lvd142m", "vit_so400m_patch14_siglip_224"],
+    "text_config": {"vocab_size": 32064},
+    "pad_to_multiple_of": 64,
+    "norm_stats": {"random": {"action": _ACTION}},
+}
+_INSTRUCTION = "pick up the orange juice and place it in the basket"
+
+
+class RandomTensors:
+    """Weights of the published shapes: windows into one pool of normal numbers, at an offset drawn per tensor."""
+
+    def __init__(self, config: PolicyConfig, seed: int) -> None:
+        self._shapes = {name: tensor.shape for name, tensor in empty_policy(config).state_dict().items()}
+        self._pool = torch.randn(_POOL, generator=torch.Generator().manual_seed(seed)).to(torch.bfloat16)
+        self._offsets = np.random.default_rng(seed).integers(0, _POOL, len(self._shapes))
+        self._order = {name: index for index, name in enumerate(self._shapes)}
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Standard deviation 1 / sqrt(inputs); norms around 1, LayerScale around 0.1."""
+        shape = self._shapes[name]
+        offset = int(self._offsets[self._order[name]])
+        count = shape.numel()
+        repeated = self._pool.roll(-offset).repeat(-(-count // _POOL))[:count]
+        values = repeated.reshape(shape) / max(shape[-1], 1) ** 0.5
+        if name.endswith("scale_factor"):
+            return 0.1 + values
+        return 1 + values if "norm" in name and name.endswith("weight") else values
+
+
+def plan_at(average_bits: float, layers: dict[str, Layer]) -> Plan:
+    """Towers, projector and head at 8 bits, the decoder at 4, its feed-forward layers from the middle out at 2."""
+    four, two, eight = Format(4, 16, 128), Format(2, 16, 128), Format(8, 16)
+    assignment = {name: four if "model.layers." in name else eight for name in layers}
+    total = sum(layer.weights for layer in layers.values())
+    depth = 1 + max(int(name.split(".")[3]) for name in layers if "model.layers." in name)
+    for index in sorted(range(depth), key=lambda place: abs(place - depth / 2)):
+        for group in (("gate_proj", "up_proj"), ("down_proj",)):
+            bits = sum(layer.weights * assignment[name].weight_bits for name, layer in layers.items())
+            if bits <= average_bits * total:
+                return Plan(assignment, None)
+            assignment |= {f"language_model.model.layers.{index}.mlp.{name}": two for name in group}
+    return Plan(assignment, None)
+
+
+def write_tokenizer(path: Path) -> Path:
+    """Whole words: enough for one prompt of a policy without meaning."""
+    words = ("<unk>", "<s>", "▁", "In:", "Out:", *_INSTRUCTION.split())
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(dict.fromkeys(words))}, "<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.save(str(path))
+    return path
+
+
+def account(manifest: Manifest) -> str:
+    """Bytes on disk by kind, and the plain arithmetic beside them."""
+    totals = manifest.totals()
+    weights = totals["weights"]
+    embedding = 2 * manifest.config.text.vocab_size * manifest.config.text.hidden_size
+    lines = [
+        f"weights of live layers       {weights:>16,}",
+        f"codes                        {totals['code_bytes']:>16,} B = {totals['average_bits']} bits per weight",
+        f"scales, float16              {totals['scale_bytes']:>16,} B",
+        f"embedding, 16 bits           {embedding:>16,} B",
+        f"everything else              {totals['other_bytes'] - embedding:>16,} B (norms, biases, positions, graphs)",
+        f"engine on disk               {totals['engine_bytes']:>16,} B = {totals['engine_bytes'] / 1e9:.3f} GB",
+        f"16-bit arithmetic            {2 * weights + embedding:>16,} B",
+        f"8-bit arithmetic             {weights + embedding:>16,} B, embedding at 16 bits",
+        PAPER_GB,
+    ]
+    return "\n".join(lines)
+
+
+def decide_once(folder: Path, threads: int) -> str:
+    """Loads the engine and decides one action on a random image."""
+    started = time.perf_counter()
+    engine = load_engine(folder, threads=threads)
+    load_s = time.perf_counter() - started
+    image = np.random.default_rng(0).integers(0, 256, (224, 224, 3), dtype=np.uint8)
+    decision, timings = engine.decide(Observation(image, _INSTRUCTION))
+    steps = ", ".join(f"{step:.0f}" for step in timings.decode_ms)
+    return (
+        f"load {load_s:.1f} s (hashes included), peak memory {peak_bytes() / 1e9:.2f} GB\n"
+        f"vision {timings.vision_ms:.0f} ms, prefill {timings.prefill_ms:.0f} ms, decode steps {steps} ms, "
+        f"action {timings.total_ms / 1e3:.2f} s, tokens {decision.tokens.tolist()}"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """See the module's text."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", choices=("cpu", "a100"), default="cpu")
+    parser.add_argument("--out", type=Path, required=True, help="engine folder to write")
+    parser.add_argument("--average-bits", type=float, default=AVERAGE_BITS, help="bits per weight (default: 3.96)")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
+    parser.add_argument("--run-only", action="store_true", help="only decide one action with the engine in --out")
+    arguments = parser.parse_args(argv)
+    torch.set_num_threads(arguments.threads)
+    if not arguments.run_only:
+        target = find_target(arguments.target)
+        config = PolicyConfig.from_dict(_CONFIG, "published shapes")
+        layers = layers_of(config)
+        plan = plan_at(arguments.average_bits, layers)
+        check_legal(plan, layers, target)
+        started = time.perf_counter()
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer = write_tokenizer(Path(folder) / "tokenizer.json")
+            policy = Policy(config, RandomTensors(config, seed=0), tokenizer, sha256="0" * 64)
+            manifest = build_engine(policy, plan, target, target.backends[0], arguments.out)
+        print(summary(manifest))
+        print(account(manifest))
+        print(f"built in {time.perf_counter() - started:.0f} s, peak memory {peak_bytes() / 1e9:.2f} GB", flush=True)
+    if arguments.target == "cpu":
+        print(decide_once(arguments.out, arguments.threads))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

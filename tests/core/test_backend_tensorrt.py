@@ -1,0 +1,172 @@
+"""The TensorRT runner's bookkeeping, with stand-ins: device memory in NumPy, engines executed by ONNX Runtime."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from ragged import observation, write_policy
+
+from calibrator.policy import TorchActor
+from engine_build.backends.tensorrt import decoder_profiles
+from engine_build.build import Policy, export_graphs
+from engine_build.weights import layers_of, open_checkpoint
+from vla_policy.core.actions import ActionCodec
+from vla_policy.core.backend_onnxruntime import open_session, session_options
+from vla_policy.core.backend_tensorrt import Modules, TensorRtBackend, load_modules
+from vla_policy.core.errors import ArtefactError
+from vla_policy.core.formats import FULL_PRECISION
+from vla_policy.core.manifest import GraphSpec, Manifest
+from vla_policy.core.policy_config import PolicyConfig
+from vla_policy.core.prompt import PromptTokenizer
+from vla_policy.core.runner import Engine
+
+VERSION = "1.0"
+
+
+class FakeMemory:
+    """Device memory: arrays by address."""
+
+    def __init__(self) -> None:
+        self.blocks: dict[int, np.ndarray] = {}
+
+    def alloc(self, size: int) -> int:
+        address = 1000 * (len(self.blocks) + 1)
+        self.blocks[address] = np.zeros(size, np.uint8)
+        return address
+
+    def write(self, address: int, values: np.ndarray, stream: Any = None) -> None:
+        content = np.frombuffer(values.tobytes(), np.uint8)
+        assert len(content) <= len(self.blocks[address]), "written past the end of a buffer"
+        self.blocks[address][: len(content)] = content
+
+    def read(self, address: int, shape: Sequence[int], dtype: str) -> np.ndarray:
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        assert size <= len(self.blocks[address]), "read past the end of a buffer"
+        return np.frombuffer(self.blocks[address][:size].tobytes(), dtype).reshape(shape)
+
+
+class FakeContext:
+    """An execution context that runs the graph which the engine would have been built from."""
+
+    def __init__(self, memory: FakeMemory, path: Path, spec: GraphSpec) -> None:
+        self.memory, self.spec = memory, spec
+        self.session = open_session(path, session_options(1))
+        self.shapes = {tensor.name: tensor.shape for tensor in spec.inputs}
+        self.addresses: dict[str, int] = {}
+
+    def set_optimization_profile_async(self, profile: int, stream: int) -> None:
+        self.profile = profile
+
+    def set_input_shape(self, name: str, shape: Sequence[int]) -> None:
+        self.shapes[name] = tuple(shape)
+
+    def set_tensor_address(self, name: str, address: int) -> None:
+        self.addresses[name] = address
+
+    def execute_async_v3(self, stream: int) -> bool:
+        feeds = {
+            tensor.name: self.memory.read(self.addresses[tensor.name], self.shapes[tensor.name], tensor.dtype)
+            for tensor in self.spec.inputs
+        }
+        names = [tensor.name for tensor in self.spec.outputs]
+        read = {self.addresses[name] for name in feeds if feeds[name].size}
+        assert not read & {self.addresses[name] for name in names}, "a run must not write what it reads"
+        for name, values in zip(names, self.session.run(names, feeds), strict=True):
+            self.memory.write(self.addresses[name], values)
+        return True
+
+
+class FakeEngine:
+    """A deserialized engine."""
+
+    def __init__(self, memory: FakeMemory, path: Path, spec: GraphSpec, config: PolicyConfig) -> None:
+        self.arguments = (memory, path, spec)
+        self.profiles = decoder_profiles(spec, config) if spec.file.startswith("decoder") else []
+
+    def create_execution_context(self) -> FakeContext:
+        return FakeContext(*self.arguments)
+
+    def get_tensor_profile_shape(self, name: str, profile: int) -> Any:
+        return self.profiles[profile][name]
+
+
+def fake_modules(folder: Path, manifest: Manifest, capability: tuple[int, int]) -> Modules:
+    """Stand-ins for `tensorrt` and `pycuda.driver`; the graphs' bytes name the engine."""
+    memory = FakeMemory()
+    context = SimpleNamespace(push=lambda: None, pop=lambda: None)
+    device = SimpleNamespace(retain_primary_context=lambda: context, compute_capability=lambda: capability)
+    engines = {(folder / spec.file).read_bytes(): (folder / spec.file, spec) for spec in manifest.graphs.values()}
+
+    def deserialize(content: bytes) -> FakeEngine | None:
+        return FakeEngine(memory, *engines[content], manifest.config) if content in engines else None
+
+    def download(values: np.ndarray, address: int, stream: Any) -> None:
+        values[...] = memory.read(address, values.shape, values.dtype.name)
+
+    cuda = SimpleNamespace(
+        Device=lambda index: device,
+        Stream=lambda: SimpleNamespace(handle=1, synchronize=lambda: None),
+        mem_alloc=memory.alloc,
+        memcpy_htod_async=memory.write,
+        memcpy_dtoh_async=download,
+    )
+
+    class FakeLogger:
+        ERROR = 1
+
+        def __init__(self, severity: int) -> None:
+            self.severity = severity
+
+    runtime = SimpleNamespace(deserialize_cuda_engine=deserialize)
+    return Modules(SimpleNamespace(__version__=VERSION, Logger=FakeLogger, Runtime=lambda logger: runtime), cuda)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest]:
+    """A 16-bit policy, its graphs in TensorRT's dialect, and the manifest that an A100 engine of it would have."""
+    folder = tmp_path_factory.mktemp("tensorrt")
+    config = PolicyConfig.load(write_policy(folder / "policy"))
+    layers = layers_of(config)
+    with open_checkpoint(folder / "policy", config) as checkpoint:
+        policy = Policy(config, checkpoint, folder / "policy" / "tokenizer.json", "0")
+        graphs = export_graphs(folder, policy, layers, dict.fromkeys(layers, FULL_PRECISION), "tensorrt_rtx")
+    manifest = Manifest("a100", "tensorrt_rtx", VERSION, "0", graphs, (), {}, {"policy": "0"}, config.raw, 0)
+    return folder, manifest
+
+
+def test_decisions_equal_the_torch_policy_over_several_states(exported: tuple[Path, Manifest]) -> None:
+    folder, manifest = exported
+    backend = TensorRtBackend(folder, manifest, fake_modules(folder, manifest, (8, 0)))
+    config = manifest.config
+    engine = Engine(manifest, backend, PromptTokenizer(folder / "policy", config), ActionCodec.of(config))
+    actor = TorchActor.load(folder / "policy")
+    for seed in range(3):
+        expected, got = actor.act(observation(seed)), engine.act(observation(seed))
+        np.testing.assert_array_equal(got.tokens, expected.tokens)
+
+
+def test_another_gpu_or_version_is_refused(exported: tuple[Path, Manifest]) -> None:
+    folder, manifest = exported
+    with pytest.raises(
+        ArtefactError, match=r"target a100, compute capability \(8, 0\); this GPU has \(9, 0\)"
+    ):
+        TensorRtBackend(folder, manifest, fake_modules(folder, manifest, (9, 0)))
+    other = replace(manifest, backend_version="2.0")
+    with pytest.raises(ArtefactError, match=r"built with tensorrt_rtx 2.0, installed is 1.0"):
+        TensorRtBackend(folder, other, fake_modules(folder, manifest, (8, 0)))
+
+
+def test_a_sequence_longer_than_the_cache_is_refused(exported: tuple[Path, Manifest]) -> None:
+    folder, manifest = exported
+    backend = TensorRtBackend(folder, manifest, fake_modules(folder, manifest, (8, 0)))
+    with pytest.raises(ArtefactError, match=r"take 516 places, the engine's cache has \d+; shorten the instruction"):
+        backend.prefill(np.ones((1, 500), np.int64), 0)
+
+
+def test_missing_libraries_are_named() -> None:
+    with pytest.raises(ArtefactError, match="an engine for no_such_backend needs no_such_backend and pycuda"):
+        load_modules("no_such_backend")
