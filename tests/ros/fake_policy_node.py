@@ -53,7 +53,7 @@ def echo(observation: Observation) -> np.ndarray:
     return np.asarray([*observation.state.astype(np.float64), *features])
 
 
-def load_fake(folder: Path) -> FakeEngine:
+def load_fake(folder: Path, threads: int | None) -> FakeEngine:
     if not (folder / "manifest.json").is_file():
         raise ArtefactError(f"{folder}: no manifest.json; it is not an engine folder")
     return FakeEngine(folder)

@@ -72,8 +72,8 @@ class Step:
 class Status:
     """A snapshot for diagnostics. Ages in milliseconds since each topic's last stamp, None before its first message.
 
-    `overhead_ms`: from the image's callback to the published action, less the engine's own time. `holding`: what forbids
-    motion now. `starved`: motion is allowed, but the last control step found no usable chunk.
+    `overhead_ms`: from the image's callback to the published action, less the engine's own time. `holding`: what
+    forbids motion now. `starved`: motion is allowed, but the last control step found no usable chunk.
     """
 
     active: bool
@@ -179,6 +179,15 @@ class PolicyServer:
             self._note(event, now_ns)
             results = self._synchroniser.offer(event)
         self._handle(results)
+
+    def lost(self, topic: str, count: int) -> None:
+        """Counts images that the transport did not deliver."""
+        dropped = Dropped(
+            topic, self._clock(), DropReason.LOST_IN_TRANSPORT, f"{count} images never arrived on {topic}"
+        )
+        with self._lock:
+            self._drops[dropped.reason.value] += count - 1
+        self._drop(dropped)
 
     def instruct(self, text: str) -> str:
         """Sets the instruction as its topic would. Returns it as the policy uses it; raises DataError if refused."""

@@ -28,6 +28,7 @@ _MAX_PENDING = 64
 class DropReason(Enum):
     """Why a message or a frame was not served."""
 
+    LOST_IN_TRANSPORT = "lost_in_transport"
     INVALID_MESSAGE = "invalid_message"
     OUT_OF_ORDER = "out_of_order"
     CLOCK_JUMP = "clock_jump"

@@ -43,19 +43,65 @@ def qos_of(source: Source, lossless: bool, queue_size: int) -> QoSProfile:
 
 
 def subscribe(
-    node: Node, contract: Contract, lossless: bool, queue_size: int, receive: Callable[[str, Any], None]
+    node: Node,
+    contract: Contract,
+    lossless: bool,
+    queue_size: int,
+    receive: Callable[[str, Any], None],
+    lost: Callable[[str, int], None],
 ) -> list[Subscription]:
-    """One subscription per topic; `receive` gets the contract's topic and the message."""
-    return [
-        node.create_subscription(
+    """One subscription per topic; `receive` gets the contract's topic and the message, `lost` what never arrived."""
+    made: list[Subscription] = []
+    for source in contract.sources:
+        subscription = node.create_subscription(
             MESSAGES[source.type],
             source.topic,
-            partial(receive, source.topic),
+            _camera_callback(node, source, receive, lost)
+            if isinstance(source, CameraTopic)
+            else partial(receive, source.topic),
             qos_of(source, lossless, queue_size),
             qos_overriding_options=QoSOverridingOptions.with_default_policies(),
         )
-        for source in contract.sources
-    ]
+        if isinstance(source, StateTopic):
+            subscription.callback = partial(_receive_all, subscription, source.topic, receive)
+        made.append(subscription)
+    return made
+
+
+def _receive_all(subscription: Subscription, topic: str, receive: Callable[[str, Any], None], message: Any) -> None:
+    """Takes every state that waits: an executor gives one message per topic and round, and states outnumber images."""
+    receive(topic, message)
+    while (taken := subscription.handle.take_message(subscription.msg_type, False)) is not None:
+        receive(topic, taken[0])
+
+
+def _camera_callback(
+    node: Node, source: CameraTopic, receive: Callable[[str, Any], None], lost: Callable[[str, int], None]
+) -> Callable[..., None]:
+    # Older rclpy gives no message info; images that the transport loses cannot be counted there.
+    if not hasattr(Subscription, "CallbackType"):
+        return partial(receive, source.topic)
+    gaps = _GapCounter()
+
+    def callback(message: Any, info: dict[str, Any]) -> None:
+        missing = gaps.missing(info.get("publication_sequence_number"))
+        # Numbers count per publisher, so with several of them a gap says nothing.
+        if missing and node.count_publishers(source.topic) == 1:
+            lost(source.topic, missing)
+        receive(source.topic, message)
+
+    return callback
+
+
+class _GapCounter:
+    """How many numbers are missing between one message and the next; a restarted publisher begins anew."""
+
+    def __init__(self) -> None:
+        self._last: int | None = None
+
+    def missing(self, number: int | None) -> int:
+        last, self._last = self._last, number
+        return 0 if last is None or number is None else max(0, number - last - 1)
 
 
 def check_sources(node: Node, contract: Contract, check: str, wait_s: float, lossless: bool) -> None:

@@ -41,14 +41,14 @@ from vla_policy.nodes.watchdog import OutputWatchdog
 _WARM_UP_DECISIONS = 3
 _EXPIRE_PERIOD_S = 0.05
 _DROP_LOG_PERIOD_S = 2.0
-LoadEngine = Callable[[Path], Actor]
+LoadEngine = Callable[[Path, int | None], Actor]
 
 
-def _load_engine(folder: Path) -> Actor:
+def _load_engine(folder: Path, threads: int | None) -> Actor:
     # Imported at configure, not at start: the runtime takes seconds to load and a refused parameter should not wait.
     from vla_policy.core.runner import load_engine
 
-    return load_engine(folder)
+    return load_engine(folder, threads=threads)
 
 
 class PolicyNode(LifecycleNode):
@@ -93,7 +93,7 @@ class PolicyNode(LifecycleNode):
             return TransitionCallbackReturn.FAILURE
         try:
             contract = load_contract(settings.contract)
-            actor = self._load_engine(Path(settings.engine_path))
+            actor = self._load_engine(Path(settings.engine_path), settings.engine_threads or None)
             check_contract(contract, actor.config)
             warm_up_ms = self._warm_up(actor, contract, settings.server.inference_deadline_s)
             inputs.check_sources(
@@ -143,7 +143,7 @@ class PolicyNode(LifecycleNode):
             self.create_timer(settings.diagnostics_period_s, self._diagnose, clock=steady),
         ]
         self._inputs = inputs.subscribe(
-            self, contract, settings.server.lossless, settings.server.queue_size, server.receive
+            self, contract, settings.server.lossless, settings.server.queue_size, server.receive, server.lost
         )
         self.get_logger().info(f"active, {'enabled' if settings.enabled else 'disabled: dry run'}")
         return result
