@@ -1,4 +1,4 @@
-"""Typed readers of what other parts write: trade-off curve, bench, served and reference decisions, rollouts."""
+"""Typed readers of what other parts write: trade-off curve, bench, decisions served and in process, rollouts."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -142,6 +142,22 @@ class ReferenceDecisions:
             return ReferenceDecisions({decision.stamp_ns: decision for decision in _decisions(raw)})
 
         return _read(path, "decisions", parse, "decide the bag again with the 16-bit engine")
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Frames of the bag, those that were served, and those whose action equals the in-process one bit for bit."""
+
+    frames: int
+    served: int
+    equal: int
+
+    @staticmethod
+    def load(path: Path) -> "Parity":
+        def parse(raw: dict[str, Any]) -> Parity:
+            return Parity(raw["frames"], raw["served"], raw["equal"])
+
+        return _read(path, "parity", parse, "serve the bag again")
 
 
 def _decisions(raw: Mapping[str, Any]) -> tuple[ServedDecision, ...]:

@@ -75,8 +75,8 @@ def boundary_chart(units: Sequence[UnitScores], bits: int) -> Markup:
     stages = [stage for stage in STAGES if any(unit.stage == stage for unit in units)]
     members = {stage: [unit for unit in units if unit.stage == stage] for stage in stages}
     losses = {
-        stage: {name: float(np.mean([unit.boundary_loss[bits][name] for unit in members[stage]])) for name in BOUNDARIES}
-        for stage in stages
+        stage: {name: float(np.mean([unit.boundary_loss[bits][name] for unit in units])) for name in BOUNDARIES}
+        for stage, units in members.items()
     }
     errors = {stage: float(np.mean([unit.action_mse[bits] for unit in members[stage]])) for stage in stages}
     svg = Svg(530, 380, f"Loss at each boundary and action error by quantized stage, {bits} bits")

@@ -50,7 +50,7 @@ def stage_chart(stages: Sequence[StageShare]) -> Markup:
         svg.text(left - 10, y + 16, stage.stage, "label", "end")
         for bits, count in stage.weights_by_bits.items():
             width = (right - left) * count / stage.weights
-            tip = f"{stage.stage}\n{bits} bits  {significant(100 * count / stage.weights)} % of {stage.weights:,} weights"
+            tip = f"{stage.stage}\n{bits} bits  {significant(100 * count / stage.weights)} % of its weights"
             svg.rect(start, y, width - 1 if width > 2 else width, 24, f"b{bits}", tip)
             if width > 46:
                 svg.text(start + width / 2, y + 16, f"{100 * count / stage.weights:.0f} %", f"on-b{bits}", "middle")
@@ -74,11 +74,7 @@ def frontier_chart(frontier: Frontier, plan: Plan, alternatives: Sequence[Altern
     y = log_scale(values, bottom, top)
     svg.y_axis(y, left, right, "objective of Eq. (14), smaller is better (logarithmic)")
     svg.x_axis(x, bottom, f"size of the whole policy in {name}", 8)
-    greedy = [
-        (x(point.size_bits / 8 / scale), y(point.greedy_objective))
-        for point in points
-        if point.greedy_objective
-    ]
+    greedy = [(x(point.size_bits / 8 / scale), y(point.greedy_objective)) for point in points if point.greedy_objective]
     svg.polyline(greedy, "curve c-muted")
     svg.polyline([(x(p.size_bits / 8 / scale), y(p.objective)) for p in points], "curve c-accent")
     for point in points:
@@ -95,5 +91,5 @@ def frontier_chart(frontier: Frontier, plan: Plan, alternatives: Sequence[Altern
         svg.text(place[0] + 10, place[1] + 3, item.name, "tick")
     here = x(plan.size.total_bits / 8 / scale), y(plan.objective)
     svg.circle(*here, 7, "here", f"this plan\n{in_bytes(plan.size.total_bits / 8, 4)}\n{significant(plan.objective)}")
-    svg.text(here[0] + 11, here[1] - 9, "this plan", "axis strong")
+    svg.text(here[0] - 4, here[1] + 26, "this plan", "axis strong", "end")
     return svg.render()

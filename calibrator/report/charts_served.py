@@ -73,6 +73,23 @@ def error_strips(errors: ActionError) -> Markup:
     return svg.render()
 
 
+@dataclass(frozen=True)
+class Times:
+    """One kind of time over all messages."""
+
+    title: str
+    count: int
+    median_ms: float
+    p99_ms: float
+    chart: Markup
+
+
+def times(title: str, values_ms: Sequence[float]) -> Times:
+    """Median, 99th percentile and histogram of `values_ms`."""
+    median_ms, p99_ms = np.quantile(values_ms, [0.5, 0.99]).tolist()
+    return Times(title, len(values_ms), median_ms, p99_ms, latency_histogram(values_ms, title))
+
+
 def latency_histogram(values_ms: Sequence[float], title: str) -> Markup:
     """How often each time occurred; lines at the median and the 99th percentile."""
     left, right, top, bottom = 64, 518, 34, 180
@@ -84,7 +101,8 @@ def latency_histogram(values_ms: Sequence[float], title: str) -> Markup:
     for count, low, high in zip(counts, edges, edges[1:], strict=False):
         if count:
             tip = f"{significant(float(low))} to {significant(float(high))} ms\n{count} messages"
-            svg.rect(x(float(low)), y(float(count)), x(float(high)) - x(float(low)) - 1, bottom - y(float(count)), "s-accent", tip)
+            start, head = x(float(low)), y(float(count))
+            svg.rect(start, head, x(float(high)) - start - 1, bottom - head, "s-accent", tip)
     for share, label in ((0.5, "p50"), (0.99, "p99")):
         place = x(float(np.quantile(values_ms, share)))
         svg.line(place, top, place, bottom, "mean")

@@ -40,7 +40,8 @@ def band_chart(bands: Sequence[PhaseBand], counts: Sequence[int], bits: int) -> 
     left, right, top, bottom = 64, 518, 34, 340
     bins = len(counts)
     x = Scale(0.0, 1.0, left, right)
-    y = linear_scale((value for band in bands for value in band.mean + band.deviation if np.isfinite(value)), bottom, top)
+    tops = np.concatenate([band.mean + band.deviation for band in bands])
+    y = linear_scale(tops[np.isfinite(tops)].tolist(), bottom, top)
     svg.y_axis(y, left, right, f"evidence loss, mean over layers, {bits} bits")
     svg.x_axis(x, bottom, "progress through the task", 5)
     places = [(index + 0.5) / bins for index in range(bins)]
@@ -62,7 +63,7 @@ def band_chart(bands: Sequence[PhaseBand], counts: Sequence[int], bits: int) -> 
 def heat_chart(
     units: Sequence[UnitScores], losses: Mapping[str, np.ndarray], row: int, bins: int, bits: int, count: int = 20
 ) -> Markup:
-    """Omega_q of Eq. (12) for the `count` layers of largest Omega; a dot marks each row's maximum, which is Omega_tau."""
+    """Omega_q of Eq. (12) for the `count` layers of largest Omega; a dot marks a row's maximum, its Omega_tau."""
     order = sorted(range(len(units)), key=lambda index: -units[index].omega[bits])[:count]
     scores = phase_scores(losses["soft_bottleneck"][order, row].astype(np.float64), losses["phase"], bins)
     left, right, top, pitch = 236, 518, 34, 15.3
@@ -72,7 +73,7 @@ def heat_chart(
     svg.text(left, top - 12, f"Ω per phase, {bits} bits", "axis")
     for line, index in enumerate(order):
         y = top + line * pitch
-        svg.text(left - 8, y + 11, layer(units[index].name), "tick", "end", data_tip=units[index].name)
+        svg.text(left - 8, y + 11, layer(units[index].name), "tick", "end", units[index].name)
         worst = int(np.nanargmax(scores[line]))
         for phase in range(bins):
             value = scores[line, phase]

@@ -16,6 +16,7 @@ _OPTIONS = (
     ("bench", "bench.json: adds latency and memory of both engines"),
     ("served", "served.json: adds served actions, response times and drops"),
     ("decisions", "full-precision decisions on the same bag: adds the action error"),
+    ("parity", "parity.json: adds whether served actions equal in-process ones"),
     ("contract", "topic contract (YAML) of the served bag: adds names of action dimensions"),
 )
 

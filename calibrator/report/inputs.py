@@ -8,7 +8,7 @@ import numpy as np
 
 from calibrator.calibration import CalibrationSet, load_calibration
 from calibrator.plan import Plan
-from calibrator.report.artefacts import BenchResult, Frontier, ReferenceDecisions, Rollout, ServedRun
+from calibrator.report.artefacts import BenchResult, Frontier, Parity, ReferenceDecisions, Rollout, ServedRun
 from calibrator.sensitivity import Sensitivity, load_tensors
 from vla_policy.core.contract import Contract, load_contract
 from vla_policy.core.errors import ArtefactError
@@ -25,6 +25,7 @@ COMMANDS = {
     "bench": "python -m engine_build bench engine --against reference --out bench.json",
     "served": "python -m demo.serving --engine engine --bag BAG --contract CONTRACT.yaml --out served.json",
     "decisions": "python -m demo.pipeline --out OUT",
+    "parity": "python -m demo.pipeline --out OUT",
     "rollout": "python -m evaluation rollout --engine engine --benchmark NAME --out rollout.json",
 }
 """The command that makes each kind of artefact."""
@@ -43,6 +44,7 @@ class Paths:
     bench: Path | None = None
     served: Path | None = None
     decisions: Path | None = None
+    parity: Path | None = None
     contract: Path | None = None
     rollouts: tuple[Path, ...] = ()
 
@@ -97,6 +99,7 @@ class Inputs:
     bench: BenchResult | None = None
     served: ServedRun | None = None
     decisions: ReferenceDecisions | None = None
+    parity: Parity | None = None
     contract: Contract | None = None
     rollouts: tuple[Rollout, ...] = field(default=())
 
@@ -117,6 +120,7 @@ class Inputs:
             bench=BenchResult.load(paths.bench) if paths.bench else None,
             served=ServedRun.load(paths.served) if paths.served else None,
             decisions=ReferenceDecisions.load(paths.decisions) if paths.decisions else None,
+            parity=Parity.load(paths.parity) if paths.parity else None,
             contract=load_contract(paths.contract) if paths.contract else None,
             rollouts=tuple(Rollout.load(path) for path in paths.rollouts),
         )
@@ -150,6 +154,7 @@ def _sources(paths: Paths, sensitivity: Sensitivity) -> dict[str, Source]:
         "bench": paths.bench,
         "served": paths.served,
         "decisions": paths.decisions,
+        "parity": paths.parity,
     }
     files |= {f"rollout {number}": path for number, path in enumerate(paths.rollouts, 1)}
     found = {"sensitivity": Source(paths.sensitivity.name, sensitivity.sha256, COMMANDS["sensitivity"])}
@@ -178,7 +183,8 @@ def _check_parents(inputs: Inputs, paths: Paths) -> None:
     if inputs.engine:
         checks.append((paths.engine, "the policy", inputs.engine.parents["policy"], policy))
     if inputs.engine and inputs.plan:
-        checks.append((paths.engine, "the plan", inputs.engine.parents.get("plan", "none"), inputs.sources["plan"].sha256))
+        built_from = inputs.engine.parents.get("plan", "none")
+        checks.append((paths.engine, "the plan", built_from, inputs.sources["plan"].sha256))
     if inputs.reference_engine:
         checks.append((paths.reference_engine, "the policy", inputs.reference_engine.parents["policy"], policy))
     if inputs.served and inputs.engine:

@@ -2,7 +2,7 @@
 
 import math
 
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _BYTE_UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "B"))
@@ -34,7 +34,8 @@ def in_bytes(size_bytes: float, digits: int = 3) -> str:
 
 def data(value: float, text: str | None = None) -> Markup:
     """`text` on the page, `value` in its markup; without a text, three significant digits."""
-    return Markup('<data value="{}">{}</data>').format(repr(value), escape(significant(value) if text is None else text))
+    exact = value if isinstance(value, int) else float(value)
+    return Markup('<data value="{}">{}</data>').format(repr(exact), significant(value) if text is None else text)
 
 
 def size(size_bytes: float, digits: int = 3) -> Markup:

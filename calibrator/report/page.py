@@ -61,6 +61,7 @@ def render(inputs: Inputs) -> str:
         inputs=inputs,
         facts=plan_facts.plan_facts(inputs.plan, inputs.sensitivity) if inputs.plan else None,
         sections=sections,
+        headline_sources=["plan", "sensitivity", "bench", "served", *(k for k in inputs.sources if "rollout" in k)],
         missing=_missing(inputs),
         css=Markup((_FOLDER / "style.css").read_text(encoding="utf-8")),
         script=Markup((_FOLDER / "page.js").read_text(encoding="utf-8")),
@@ -76,9 +77,7 @@ def _widths(inputs: Inputs) -> list[int]:
 def _by_bits(inputs: Inputs, draw: Callable[[int, int], Markup]) -> ByBits:
     """`draw(row, bits)` for every width; 4 bits are shown first where measured."""
     widths = _widths(inputs)
-    return ByBits(
-        tuple((bits, draw(row, bits)) for row, bits in enumerate(widths)), 4 if 4 in widths else widths[0]
-    )
+    return ByBits(tuple((bits, draw(row, bits)) for row, bits in enumerate(widths)), 4 if 4 in widths else widths[0])
 
 
 def _evidence(inputs: Inputs) -> Section | None:
@@ -128,7 +127,8 @@ def _time(inputs: Inputs) -> Section:
             charts_time.band_chart(bands, counts, bits), charts_time.heat_chart(units, losses, row, bins, bits, _TOP)
         )
 
-    return Section("time", "When in the task", {"charts": _by_bits(inputs, draw), "bins": bins, "empty": counts.count(0)})
+    variables = {"charts": _by_bits(inputs, draw), "bins": bins, "empty": counts.count(0)}
+    return Section("time", "When in the task", variables)
 
 
 def _plan(inputs: Inputs) -> Section | None:
@@ -138,6 +138,7 @@ def _plan(inputs: Inputs) -> Section | None:
     facts = plan_facts.plan_facts(plan, sensitivity)
     unit_bytes, _ = numbers.byte_unit(facts.size_bytes)
     step = unit_bytes if facts.size_bytes >= 2 * unit_bytes else unit_bytes / 10
+    curve = inputs.frontier
     protected = [item for item in facts.protections if item.bits >= 8]
     return Section(
         "plan",
@@ -150,8 +151,8 @@ def _plan(inputs: Inputs) -> Section | None:
             "allocation": charts_plan.allocation_chart(sensitivity.units, plan),
             "stages": charts_plan.stage_chart(facts.stages),
             "bits": sorted(sensitivity.bits),
-            "frontier": charts_plan.frontier_chart(inputs.frontier, plan, facts.alternatives) if inputs.frontier else None,
-            "exchanges": plan_facts.exchanges(inputs.frontier, plan, step) if inputs.frontier else [],
+            "frontier": charts_plan.frontier_chart(curve, plan, facts.alternatives) if curve else None,
+            "exchanges": plan_facts.exchanges(curve, plan, step) if curve else [],
             "step": step,
         },
     )
@@ -191,10 +192,11 @@ def _served(inputs: Inputs) -> Section | None:
         "What the node served",
         {
             "served": served,
+            "parity": inputs.parity,
             "errors": errors,
             "strips": charts_served.error_strips(errors) if errors else None,
             "times": [
-                (title, values, *np.quantile(values, [0.5, 0.99]).tolist(), charts_served.latency_histogram(values, title))
+                charts_served.times(title, values)
                 for title, values in (("engine", engine_ms), ("camera image to action", response_ms))
                 if values
             ],
@@ -214,7 +216,10 @@ def _missing(inputs: Inputs) -> list[Missing]:
         ("reference_engine", "the 16-bit engine's bytes beside it", "--reference-engine"),
         ("bench", "latency and memory of both engines", "--bench"),
         ("served", "served actions, response times and drops", "--served"),
+        ("parity", "whether served actions equal those of the engine in process", "--parity"),
         ("decisions", "action error of the served actions against full precision", "--decisions"),
     )
     found = [Missing(what, option, COMMANDS[kind]) for kind, what, option in wanted if kind not in inputs.sources]
-    return found if inputs.rollouts else [*found, Missing("closed-loop success rates", "--rollout", COMMANDS["rollout"])]
+    if not inputs.rollouts:
+        found.append(Missing("closed-loop success rates", "--rollout", COMMANDS["rollout"]))
+    return found

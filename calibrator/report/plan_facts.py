@@ -112,9 +112,7 @@ def _stages(plan: Plan, sensitivity: Sensitivity) -> list[StageShare]:
     return shares
 
 
-def _protections(
-    plan: Plan, sensitivity: Sensitivity, groups: Sequence[Group], pinned: set[str]
-) -> list[Protection]:
+def _protections(plan: Plan, sensitivity: Sensitivity, groups: Sequence[Group], pinned: set[str]) -> list[Protection]:
     units = {unit.name: unit for unit in sensitivity.units}
     found = []
     for group in groups:
@@ -172,5 +170,3 @@ def _within(points: Sequence[FrontierPoint], size_bytes: float) -> FrontierPoint
     """The best point that fits into `size_bytes`; None where the curve ends before."""
     fitting = [point for point in points if point.size_bits / 8 <= size_bytes <= points[-1].size_bits / 8]
     return min(fitting, key=lambda point: point.objective) if fitting else None
-
-

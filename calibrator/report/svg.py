@@ -1,7 +1,7 @@
 """Small drawings: elements, scales and axes. Colours are classes of the page's style sheet, so both themes work."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup, escape
@@ -60,30 +60,31 @@ class Svg:
         self.width, self.height, self._label = width, height, label
         self._parts: list[str] = []
 
-    def add(self, tag: str, content: str = "", tip: str = "", **attributes: object) -> None:
+    def add(self, tag: str, attributes: Mapping[str, object], content: str = "", tip: str = "") -> None:
         """Appends an element. Underscores in attribute names become hyphens, `cls` is the class; floats are rounded."""
         if tip:
-            attributes["data_tip"] = tip
+            attributes = {**attributes, "data_tip": tip}
         shown = "".join(f' {_attribute(name)}="{escape(_short(value))}"' for name, value in attributes.items())
         self._parts.append(f"<{tag}{shown}>{escape(content)}</{tag}>" if content else f"<{tag}{shown}/>")
 
     def rect(self, x: float, y: float, width: float, height: float, cls: str, tip: str = "", **more: object) -> None:
-        self.add("rect", tip=tip, x=x, y=y, width=max(width, 0.0), height=max(height, 0.0), cls=cls, **more)
+        box = {"x": x, "y": y, "width": max(width, 0.0), "height": max(height, 0.0), "cls": cls}
+        self.add("rect", {**box, **more}, tip=tip)
 
-    def line(self, x1: float, y1: float, x2: float, y2: float, cls: str, **more: object) -> None:
-        self.add("line", x1=x1, y1=y1, x2=x2, y2=y2, cls=cls, **more)
+    def line(self, x1: float, y1: float, x2: float, y2: float, cls: str) -> None:
+        self.add("line", {"x1": x1, "y1": y1, "x2": x2, "y2": y2, "cls": cls})
 
-    def circle(self, x: float, y: float, radius: float, cls: str, tip: str = "", **more: object) -> None:
-        self.add("circle", tip=tip, cx=x, cy=y, r=radius, cls=cls, **more)
+    def circle(self, x: float, y: float, radius: float, cls: str, tip: str = "") -> None:
+        self.add("circle", {"cx": x, "cy": y, "r": radius, "cls": cls}, tip=tip)
 
-    def text(self, x: float, y: float, content: str, cls: str = "", anchor: str = "start", **more: object) -> None:
-        self.add("text", content, x=x, y=y, cls=cls, text_anchor=anchor, **more)
+    def text(self, x: float, y: float, content: str, cls: str, anchor: str = "start", tip: str = "") -> None:
+        self.add("text", {"x": x, "y": y, "cls": cls, "text_anchor": anchor}, content, tip)
 
-    def polyline(self, points: Sequence[tuple[float, float]], cls: str, **more: object) -> None:
-        self.add("polyline", points=_points(points), cls=cls, **more)
+    def polyline(self, points: Sequence[tuple[float, float]], cls: str) -> None:
+        self.add("polyline", {"points": _points(points), "cls": cls})
 
-    def polygon(self, points: Sequence[tuple[float, float]], cls: str, **more: object) -> None:
-        self.add("polygon", points=_points(points), cls=cls, **more)
+    def polygon(self, points: Sequence[tuple[float, float]], cls: str) -> None:
+        self.add("polygon", {"points": _points(points), "cls": cls})
 
     def y_axis(self, scale: Scale, left: float, right: float, title: str, count: int = 5) -> None:
         """Grid lines with their values at the left, the title above them."""

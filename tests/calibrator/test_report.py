@@ -1,0 +1,270 @@
+"""The page says what the artefacts say, names where it comes from, needs no network, and trusts no text."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_artefacts import BITS, FRAMES, INSTRUCTION, FakeArtefacts
+
+from calibrator.__main__ import main
+from calibrator.plan import Plan
+from calibrator.report.inputs import Inputs, Paths
+from calibrator.report.page import render
+from calibrator.sensitivity import Sensitivity
+from vla_policy.core.errors import ArtefactError
+from vla_policy.core.files import read_json, write_json
+
+_UNITS = {"GB": 1e9, "MB": 1e6, "kB": 1e3, "B": 1.0, "%": 0.01}
+_SUPERSCRIPT = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")
+_VOID = {"meta", "img", "input", "br", "link", "hr"}
+
+
+@dataclass
+class Element:
+    """A node of the parsed page."""
+
+    tag: str
+    attributes: dict[str, str]
+    children: list["Element | str"] = field(default_factory=list)
+
+    def walk(self) -> Iterator["Element"]:
+        yield self
+        for child in self.children:
+            if isinstance(child, Element):
+                yield from child.walk()
+
+    def find(self, tag: str, cls: str | None = None) -> list["Element"]:
+        return [
+            node
+            for node in self.walk()
+            if node.tag == tag and (cls is None or cls in node.attributes.get("class", "").split())
+        ]
+
+    @property
+    def text(self) -> str:
+        return "".join(child if isinstance(child, str) else child.text for child in self.children)
+
+
+class _Parser(HTMLParser):
+    """Builds the tree and refuses elements that are not closed in order."""
+
+    def __init__(self) -> None:
+        super().__init__(convert_charrefs=True)
+        self.root = Element("root", {})
+        self._open = [self.root]
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        node = Element(tag, {name: value or "" for name, value in attrs})
+        self._open[-1].children.append(node)
+        if tag not in _VOID:
+            self._open.append(node)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self._open[-1].children.append(Element(tag, {name: value or "" for name, value in attrs}))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open[-1].tag == tag, f"</{tag}> closes <{self._open[-1].tag}>"
+        self._open.pop()
+
+    def handle_data(self, text: str) -> None:
+        self._open[-1].children.append(text)
+
+
+def parse(page: str) -> Element:
+    parser = _Parser()
+    parser.feed(page)
+    parser.close()
+    assert parser._open == [parser.root], "unclosed elements"
+    return parser.root
+
+
+@pytest.fixture(scope="module")
+def artefacts(tmp_path_factory: pytest.TempPathFactory) -> FakeArtefacts:
+    return FakeArtefacts.write(tmp_path_factory.mktemp("report"))
+
+
+@pytest.fixture(scope="module")
+def page(artefacts: FakeArtefacts) -> str:
+    return render(Inputs.load(artefacts.paths))
+
+
+@pytest.fixture(scope="module")
+def tree(page: str) -> Element:
+    return parse(page)
+
+
+def alone(artefacts: FakeArtefacts, option: str, path: Path) -> Paths:
+    """The scores and one other artefact."""
+    given: dict[str, Any] = {option: path}
+    return Paths(artefacts.paths.sensitivity, **given)
+
+
+def shown_number(text: str) -> tuple[float, float]:
+    """The number that a text shows and half a unit of its last digit, read without the report's own code."""
+    match = re.fullmatch(r"([\d.,]+)(?:×10([⁻⁰¹²³⁴⁵⁶⁷⁸⁹]+))?(?: ?(GB|MB|kB|B|%))?", text.strip())
+    assert match, text
+    digits = match[1].replace(",", "")
+    scale = 10.0 ** int((match[2] or "⁰").translate(_SUPERSCRIPT)) * _UNITS.get(match[3], 1.0)
+    decimals = len(digits.partition(".")[2])
+    return float(digits) * scale, 0.5 * 10.0**-decimals * scale
+
+
+def test_every_number_shown_is_the_value_in_its_markup(tree: Element) -> None:
+    numbers = tree.find("data")
+    assert len(numbers) > 150
+    for node in numbers:
+        shown, half = shown_number(node.text.removeprefix("-"))
+        assert abs(shown - abs(float(node.attributes["value"]))) <= half * 1.0001, node.text
+
+
+def test_needs_no_network(page: str, tree: Element) -> None:
+    for node in tree.walk():
+        for name in ("src", "href", "xlink:href", "action", "data"):
+            link = node.attributes.get(name, "#")
+            assert link.startswith(("#", "data:image/png;base64,")), link
+        assert node.tag not in ("link", "iframe", "object", "embed")
+    assert "http:" not in page and "https:" not in page and "@import" not in page
+    assert not re.search(r"url\(|fetch\(|XMLHttpRequest|WebSocket", page)
+
+
+def test_foreign_text_is_escaped(page: str, tree: Element) -> None:
+    assert "alert('x')" not in page
+    assert "<b>cup</b>" not in page
+    assert any(INSTRUCTION in node.text for node in tree.find("p"))
+    assert any(node.text == "queue <full>" for node in tree.find("td"))
+    assert len(tree.find("script")) == 1
+
+
+def test_headline_equals_the_artefacts(artefacts: FakeArtefacts, tree: Element) -> None:
+    plan, sensitivity = Plan.load(artefacts.paths.plan or ""), Sensitivity.load(artefacts.paths.sensitivity)
+    tiles = {tile.find("p", "label")[0].text: tile for tile in tree.find("div", "tile")}
+
+    def values(label: str) -> list[float]:
+        return [float(node.attributes["value"]) for node in tiles[label].find("data")]
+
+    assert values("Average precision") == [plan.average_bits, 4.5]
+    params = sum(unit.inputs * unit.outputs for unit in sensitivity.units)
+    full_bytes, size_bytes = 2.0 * (params + 5000), plan.size.total_bits / 8
+    assert values("Size of the policy") == [size_bytes, full_bytes, pytest.approx(full_bytes / size_bytes)]
+    assert values("Objective, Eq. (14)") == [plan.objective]
+    assert values("One action") == [21.5, pytest.approx(21.5 * 1.7)]
+    assert f"{FRAMES - 2} of {FRAMES}" in tiles["Served over ROS 2"].text
+    assert "2 dropped" in tiles["Served over ROS 2"].text
+    success = tiles["Success, engine mixed"]
+    assert [float(node.attributes["value"]) for node in success.find("data")] == [0.75, 0.3006, 0.9544]
+
+
+def test_layer_figures_equal_the_artefact(artefacts: FakeArtefacts, tree: Element) -> None:
+    sensitivity, plan = Sensitivity.load(artefacts.paths.sensitivity), Plan.load(artefacts.paths.plan or "")
+    section = next(node for node in tree.find("section") if node.attributes.get("id") == "layers")
+    tips = [node.attributes["data-tip"] for node in section.find("rect", "hit")]
+    assert len(tips) == len(sensitivity.units)
+    for unit, tip in zip(sensitivity.units, tips, strict=True):
+        lines = tip.split("\n")
+        assert lines[0] == unit.name
+        assert lines[-1].split() == ["plan", str(plan.assignment[unit.name])]
+        for bits in BITS:
+            shown, half = shown_number(next(line for line in lines if f"at {bits} bits" in line).split("  ")[1])
+            assert abs(shown - unit.omega[bits]) <= half * 1.0001
+    ranked = sorted(sensitivity.units, key=lambda unit: -unit.omega[4])
+    rows = section.find("table")[0].find("tr")[1:]
+    assert len(rows) == min(20, len(ranked))
+    for row, unit in zip(rows, ranked, strict=False):
+        assert row.find("code")[0].attributes["title"] == unit.name
+        values = [float(node.attributes["value"]) for node in row.find("data")]
+        scores = [unit.omega[bits] for bits in BITS]
+        assert values == [unit.params, *scores, unit.omega_tau[4], unit.action_mse[4]]
+
+
+def test_served_figures_equal_the_artefacts(artefacts: FakeArtefacts, tree: Element) -> None:
+    section = next(node for node in tree.find("section") if node.attributes.get("id") == "served")
+    values = [float(node.attributes["value"]) for node in section.find("data")]
+    served = {d["stamp_ns"]: d["tokens"] for d in read_json(artefacts.folder / "served.json")["decisions"]}
+    exact = {d["stamp_ns"]: d["tokens"] for d in read_json(artefacts.folder / "decisions.json")["decisions"]}
+    equal = sum(tokens == exact[stamp] for stamp, tokens in served.items()) / len(served)
+    assert 0 < equal < 1
+    # 10 + i ms and 12 + 2 i ms for i in 0..37; numpy's linear quantiles.
+    expected = [10 + 18.5, 10 + 0.99 * 37, 12 + 37, 12 + 2 * 0.99 * 37]
+    assert values == pytest.approx([equal, *expected])
+    assert f"{FRAMES - 2} of {FRAMES - 2} served actions equal" in section.text
+
+
+def test_every_figure_names_its_sources(tree: Element, artefacts: FakeArtefacts) -> None:
+    figures = tree.find("figure")
+    assert len(figures) >= 9
+    for figure in figures:
+        sources = figure.find("p", "source")
+        assert len(sources) == 1
+        hashes = [n for n in sources[0].find("code") if re.fullmatch(r"sha256 [0-9a-f]{64}", n.attributes["title"])]
+        commands = [node for node in sources[0].find("code") if node.attributes["title"].startswith("python -m ")]
+        assert hashes and len(hashes) == len(commands)
+
+
+def test_only_the_scores_are_required(artefacts: FakeArtefacts) -> None:
+    tree = parse(render(Inputs.load(Paths(artefacts.paths.sensitivity))))
+    assert [node.attributes["id"] for node in tree.find("section")] == [
+        "headline",
+        "evidence",
+        "layers",
+        "time",
+        "sources",
+    ]
+    table = tree.find("table")[-1].text
+    options = (
+        "--plan --frontier --calibration --engine --reference-engine --bench --served --decisions --parity --rollout"
+    )
+    for option in options.split():
+        assert option in table
+    assert "python -m engine_build bench" in table
+
+
+def test_full_page_misses_nothing(tree: Element) -> None:
+    assert "Not on this page" not in tree.text
+    ids = [node.attributes["id"] for node in tree.find("section")]
+    assert ids == ["headline", "evidence", "layers", "time", "plan", "engine", "served", "sources"]
+    anchors = [node.attributes["href"] for node in tree.find("a")]
+    assert anchors == [f"#{name}" for name in ids[1:]]
+
+
+@pytest.mark.parametrize("option", ["plan", "frontier", "bench", "served", "decisions", "parity"])
+def test_a_truncated_artefact_is_named(artefacts: FakeArtefacts, tmp_path: Path, option: str) -> None:
+    broken = tmp_path / f"{option}.json"
+    broken.write_text((artefacts.folder / f"{option}.json").read_text()[:-40])
+    with pytest.raises(ArtefactError, match=f"{option}.json: not valid JSON"):
+        Inputs.load(alone(artefacts, option, broken))
+
+
+@pytest.mark.parametrize(
+    ("option", "entry"),
+    [("plan", "solver"), ("frontier", "points"), ("bench", "machine"), ("served", "drops"), ("decisions", "decisions")],
+)
+def test_a_missing_entry_is_named(artefacts: FakeArtefacts, tmp_path: Path, option: str, entry: str) -> None:
+    content = read_json(artefacts.folder / f"{option}.json")
+    del content[entry]
+    write_json(tmp_path / f"{option}.json", content)
+    with pytest.raises(ArtefactError, match=f"{option}.json: entry '{entry}' is missing"):
+        Inputs.load(alone(artefacts, option, tmp_path / f"{option}.json"))
+
+
+def test_artefacts_of_another_run_are_refused(artefacts: FakeArtefacts, tmp_path: Path) -> None:
+    other = FakeArtefacts.write(tmp_path, seed=1)
+    for option, what in (("plan", "sensitivity"), ("frontier", "sensitivity"), ("engine", "plan")):
+        given = replace(artefacts.paths, **{option: getattr(other.paths, option)})
+        with pytest.raises(ArtefactError, match=f"was made with the {what}"):
+            Inputs.load(given)
+
+
+def test_command_line(artefacts: FakeArtefacts, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "report.html"
+    assert main(["report", "--sensitivity", str(tmp_path / "none.json"), "--out", str(out)]) == 2
+    assert "none.json: cannot be read" in capsys.readouterr().err
+    assert not out.exists() and list(tmp_path.iterdir()) == []
+    paths = artefacts.paths
+    given = ["--sensitivity", str(paths.sensitivity), "--plan", str(paths.plan), "--rollout", str(paths.rollouts[0])]
+    assert main(["report", *given, "--out", str(out)]) == 0
+    assert "opens without a network" in capsys.readouterr().out
+    assert [node.attributes["id"] for node in parse(out.read_text()).find("section")][-2:] == ["plan", "sources"]

@@ -1,0 +1,270 @@
+"""One run's artefacts with made-up numbers, written by the real writers where these need no policy."""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tiny import tiny_config
+
+from calibrator.calibration import SourceIndex, Trajectory, collect, load_calibration
+from calibrator.plan import Plan
+from calibrator.planning import Limits, Planner, PlanRequest, write_frontier
+from calibrator.report.inputs import Paths
+from calibrator.scores import ScoreSettings, phase_of
+from calibrator.sensitivity import Sensitivity, UnitShape, score_unit, stack_losses, write_tensors
+from calibrator.sweep import UnitLosses
+from evaluation.results import Episode
+from vla_policy.core.files import sha256_file, write_json
+from vla_policy.core.manifest import FileRecord, Manifest, UnitRecord
+from vla_policy.core.observation import Observation
+
+POLICY_SHA256 = hashlib.sha256(b"policy").hexdigest()
+INSTRUCTION = "put the <b>cup</b> & <script>alert('x')</script> away"
+BITS = (2, 4, 8)
+FRAMES = 40
+BINS = 10
+
+
+def fake_shapes() -> list[UnitShape]:
+    """Two small towers, a projector, two decoder blocks with fused groups, a head."""
+    towers = [
+        (f"vision_backbone.{tower}.blocks.{block}.{layer}", "vision", None)
+        for tower in ("featurizer", "fused_featurizer")
+        for block in range(2)
+        for layer in ("attn.qkv", "mlp.fc1")
+    ]
+    projector = [(f"projector.fc{number}", "projector", None) for number in (1, 2)]
+    decoder = [
+        (f"language_model.model.layers.{block}.{layer}", "language", f"language_model.model.layers.{block}.{group}")
+        for block in range(2)
+        for layer, group in (
+            ("self_attn.q_proj", "qkv"),
+            ("self_attn.k_proj", "qkv"),
+            ("self_attn.o_proj", "o_proj"),
+            ("mlp.down_proj", "down_proj"),
+        )
+    ]
+    head = [("language_model.lm_head", "head", None)]
+    return [
+        UnitShape(name, stage, group or name, inputs=128, outputs=64 + 64 * (index % 3), macs=1000 * (index + 1))
+        for index, (name, stage, group) in enumerate([*towers, *projector, *decoder, *head])
+    ]
+
+
+class FakeSource:
+    """Three trajectories of random images under an instruction that is hostile to HTML."""
+
+    path = "fake"
+
+    def index(self) -> SourceIndex:
+        return SourceIndex(tuple(Trajectory(f"episode_{n}", 9, tuple(range(9))) for n in range(3)), {})
+
+    def read(self, wanted: Mapping[str, frozenset[int]]) -> Iterator[tuple[str, int, Observation]]:
+        for name, steps in wanted.items():
+            for step in sorted(steps):
+                image = np.random.default_rng(step).integers(0, 256, (24, 32, 3), dtype=np.uint8)
+                yield name, step, Observation(image, INSTRUCTION, None)
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "fake", "path": self.path}
+
+
+@dataclass(frozen=True)
+class FakeArtefacts:
+    """A folder with everything that a report can be made from."""
+
+    folder: Path
+
+    @property
+    def paths(self) -> Paths:
+        at = self.folder
+        return Paths(
+            sensitivity=at / "sensitivity.json",
+            plan=at / "plan.json",
+            frontier=at / "frontier.json",
+            calibration=at / "calibration",
+            engine=at / "mixed",
+            reference_engine=at / "reference",
+            bench=at / "bench.json",
+            served=at / "served.json",
+            decisions=at / "decisions.json",
+            parity=at / "parity.json",
+            rollouts=(at / "rollout.json",),
+        )
+
+    @staticmethod
+    def write(folder: Path, seed: int = 0) -> "FakeArtefacts":
+        generator = np.random.default_rng(seed)
+        collect([FakeSource()], folder / "calibration", count=12, seed=0)
+        sensitivity = _write_sensitivity(folder, generator)
+        _write_plan(folder, sensitivity)
+        for name, uniform in (("mixed", None), ("reference", "w16a16")):
+            _write_engine(folder, name, sensitivity, uniform)
+        write_json(folder / "bench.json", _bench())
+        _write_served(folder, generator)
+        write_json(folder / "rollout.json", _rollout())
+        return FakeArtefacts(folder)
+
+
+def _write_sensitivity(folder: Path, generator: np.random.Generator) -> Sensitivity:
+    calibration, shapes, scores = load_calibration(folder / "calibration"), fake_shapes(), ScoreSettings(bins=BINS)
+    samples = tuple(range(len(calibration)))
+    records, proxies = [], {}
+    for shape in shapes:
+        strength = np.asarray([1.0, 0.1, 0.01])[:, None, None] * generator.lognormal(-1, 1)
+        noise = generator.lognormal(0, 0.5, (len(BITS), len(samples), 4))
+        error = generator.lognormal(-6, 1, (len(BITS), len(samples))) * (generator.random() < 0.7)
+        drop = -generator.random((len(BITS), len(samples)))
+        attribution = 0.3 * strength * noise
+        records.append(UnitLosses(shape.name, BITS, samples, strength * noise, attribution, error, drop))
+        proxies[shape.name] = {bits: generator.random(len(samples)) for bits in BITS}
+    phases = phase_of(calibration.progress, scores.bins)
+    units = [
+        score_unit(shape, record, proxies[shape.name], phases, scores)
+        for shape, record in zip(shapes, records, strict=True)
+    ]
+    maps = {
+        "evidence": generator.random((2, 3, 4, 6)).astype(np.float32),
+        "loss": generator.random((2, 3, 4)).astype(np.float32),
+    }
+    maps["loss"][..., 0] = 0.0
+    files = {}
+    for key, arrays in (("losses", stack_losses(records, proxies, calibration.progress, scores)), ("maps", maps)):
+        path = folder / f"{key}.safetensors"
+        files[key] = {"name": path.name, "sha256": write_tensors(path, arrays)}
+    content = {
+        "schema_version": 1,
+        "kind": "sensitivity",
+        "mode": "exact",
+        "policy": {"id": "fake_policy", "sha256": POLICY_SHA256},
+        "calibration": {"sha256": calibration.sha256, "samples": len(samples), "trajectories": 3},
+        "scheme": "weight-only",
+        "bits": [*BITS, 16],
+        "group_size": 64,
+        "kappa": scores.kappa,
+        "lambda": scores.weight,
+        "bins": scores.bins,
+        "language_block": 1,
+        "dtype": "float32",
+        "unquantized_params": 5000,
+        "inversions": [],
+        "files": files,
+        "maps": {
+            "boundary": "vision",
+            "units": [units[0].name, units[-1].name],
+            "samples": [1, 5, 9],
+            "bits": [16, 8, 4, 2],
+            "grid": [2, 3],
+        },
+        "units": [unit.to_json() for unit in units],
+    }
+    write_json(folder / "sensitivity.json", content)
+    return Sensitivity.load(folder / "sensitivity.json")
+
+
+def _write_plan(folder: Path, sensitivity: Sensitivity) -> None:
+    planner = Planner.of(sensitivity, PlanRequest(Limits(average_bits=4.5), target="cpu"))
+    planner.plan().save(folder / "plan.json")
+    write_frontier(folder / "frontier.json", planner, 9)
+
+
+def _write_engine(folder: Path, name: str, sensitivity: Sensitivity, uniform: str | None) -> None:
+    assignment = Plan.load(folder / "plan.json").assignment
+    units = []
+    for unit in sensitivity.units:
+        fmt = uniform or str(assignment[unit.name])
+        bits = int(fmt[1:].split("a")[0])
+        scales = 0 if bits == 16 else unit.outputs * (unit.inputs // 64) * 2
+        codes = unit.params * bits // 8
+        units.append(
+            UnitRecord(unit.name, "linear", unit.outputs, unit.inputs, fmt, fmt, "float32 MatMul", codes, scales, None)
+        )
+    held = sum(unit.code_bytes + unit.scale_bytes for unit in units)
+    parents = {"policy": POLICY_SHA256} | ({} if uniform else {"plan": sha256_file(folder / "plan.json")})
+    manifest = Manifest(
+        target="cpu",
+        backend="onnxruntime",
+        backend_version="1.31.0",
+        builder_version="0.1.0",
+        graphs={},
+        units=tuple(units),
+        files={"decoder.data": FileRecord("0" * 64, held + 12345)},
+        parents=parents,
+        policy_config=tiny_config(448),
+        other_bytes=12345,
+        ran_on_target=True,
+        reference_check={"summary": "8 states; <i>equal</i>"},
+    )
+    manifest.write(folder / name)
+
+
+def _bench() -> dict[str, Any]:
+    def figures(name: str, factor: float) -> dict[str, Any]:
+        stages = {"vision": 10.0, "prefill": 8.0, "decode_step": 0.5, "action": 21.5}
+        return {
+            "engine": name,
+            "disk_bytes": round(1e6 * factor),
+            "average_bits": 16 * factor / 4,
+            "load_s": 0.25 * factor,
+            "idle_bytes": 43_000_000,
+            "peak_bytes": round(60e6 + 2e6 * factor),
+            "stages": {
+                stage: {"median_ms": ms * factor, "p90_ms": 1.2 * ms * factor, "p99_ms": 1.5 * ms * factor, "count": 30}
+                for stage, ms in stages.items()
+            },
+        }
+
+    sides = {"engine": figures("mixed", 1.0), "reference": figures("reference", 1.7)}
+    return {"schema_version": 1, "kind": "bench", "speedup": 1.7, "threads": 1, "machine": "x86_64, a CPU", **sides}
+
+
+def _write_served(folder: Path, generator: np.random.Generator) -> None:
+    exact = generator.normal(size=(FRAMES, 3))
+    moved = exact + 0.01 * generator.normal(size=exact.shape) * (generator.random((FRAMES, 1)) < 0.3)
+
+    def decision(index: int, action: np.ndarray) -> dict[str, Any]:
+        return {
+            "stamp_ns": 10**18 + index * 50_000_000,
+            "instruction": INSTRUCTION,
+            "tokens": [int(value * 1000) for value in action],
+            "actions_hex": [float(value).hex() for value in action],
+        }
+
+    served = [
+        decision(index, moved[index])
+        | {"sequence": index, "latency_ms": 10.0 + index, "response_ms": 12.0 + 2 * index, "engine_id": "e"}
+        for index in range(FRAMES - 2)
+    ]
+    mixed, reference = (sha256_file(folder / name / "manifest.json") for name in ("mixed", "reference"))
+    write_json(
+        folder / "served.json",
+        {
+            "schema_version": 1,
+            "kind": "served",
+            "parents": {"engine": mixed},
+            "decisions": served,
+            "expected": FRAMES,
+            "drops": {"queue <full>": 2},
+            "diagnostics": {},
+            "duration_s": 2.0,
+        },
+    )
+    decisions = [decision(index, exact[index]) for index in range(FRAMES)]
+    content = {"schema_version": 1, "kind": "decisions", "parents": {"engine": reference}, "decisions": decisions}
+    write_json(folder / "decisions.json", content)
+    parity = {"frames": FRAMES, "served": FRAMES - 2, "equal": FRAMES - 2}
+    write_json(folder / "parity.json", {"schema_version": 1, "kind": "parity", **parity})
+
+
+def _rollout() -> dict[str, Any]:
+    episodes = [asdict(Episode("lift", trial, trial != 1, 20, 12.0, "s")) for trial in range(4)]
+    return {
+        "schema_version": 1,
+        "kind": "rollout",
+        "settings": {"benchmark": "libero_object", "actor": {"kind": "engine", "name": "mixed", "weights": None}},
+        "total": {"successes": 3, "trials": 4, "rate": 0.75, "wilson95": [0.3006, 0.9544]},
+        "episodes": episodes,
+    }
