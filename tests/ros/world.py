@@ -107,7 +107,7 @@ class World:
         self.node = rclpy.create_node("world", context=self._context)
         self._publish_topics()
         self._subscribe_topics()
-        self._images = itertools.count()
+        self.published = 0
         self._period_s = 1 / rate_hz
         self._closing = threading.Event()
         self._executor = SingleThreadedExecutor(context=self._context)
@@ -175,7 +175,8 @@ class World:
             joints.header.stamp = Time(nanoseconds=now_ns).to_msg()
             self.joint_states.publish(joints)
         if sensors.camera:
-            number = 0 if sensors.frozen else next(self._images)
+            number = 0 if sensors.frozen else self.published
+            self.published += 1
             image = CompressedImage(format="png", data=sensors.image or png(picture(number, 16)))
             image.header.stamp = Time(nanoseconds=now_ns + sensors.camera_offset_ns).to_msg()
             self.camera.publish(image)

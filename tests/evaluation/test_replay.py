@@ -1,0 +1,137 @@
+"""Deterministic replay: every frame once, hand-made comparisons, thresholds, and the command line."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+from evaluation.__main__ import main
+from evaluation.replay.compare import compare
+from evaluation.replay.run import Answers, answer
+from evaluation.replay.thresholds import check, load_thresholds
+from tests.demo.materials import tiny_bag, tiny_contract
+from tests.tiny import tiny_policy_folder
+from vla_policy.core.contract import Contract, load_contract
+from vla_policy.core.errors import ContractError, DataError
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny policy twice (different weights), its contract and its bag."""
+    folder = tmp_path_factory.mktemp("replay")
+    tiny_policy_folder(folder / "policy", seed=0)
+    tiny_policy_folder(folder / "other", seed=1)
+    tiny_contract(folder / "contract.yaml")
+    tiny_bag(folder / "bag")
+    return folder
+
+
+@pytest.fixture
+def contract(material: Path) -> Contract:
+    return load_contract(material / "contract.yaml")
+
+
+def answers(actions: list[list[float]], name: str = "a", episodes: list[int] | None = None) -> Answers:
+    """One episode of len(actions) frames unless told otherwise; tokens are the rounded actions."""
+    count = len(actions)
+    episode = np.asarray(episodes or [0] * count)
+    step = np.asarray([int((episode[:row] == episode[row]).sum()) for row in range(count)])
+    values = np.asarray(actions)
+    return Answers(
+        name, np.arange(count) + 1, episode, step, ("go",) * count, np.rint(values), values, np.ones(count), {}
+    )
+
+
+def test_errors_flips_and_phases_by_hand(contract: Contract) -> None:
+    reference = answers([[0, 0, -1], [0, 0, -1], [0, 0, 1], [0, 0, 1]])
+    candidate = answers([[0, 0, -1], [1, 0, 1], [0, -3, -1], [0, 0, 1]], "b")
+    result = compare(reference, candidate, contract.action, bins=2, worst=2)
+    dx, dy, gripper = result.dimensions
+    assert (dx.mean, dx.maximum, dy.mean, dy.maximum) == (0.25, 1.0, 0.75, 3.0)
+    assert dx.over_progress == (0.5, 0.0) and dx.by_phase == (0.5, 0.0) and dy.by_phase == (0.0, 1.5)
+    assert gripper.mean == 1.0
+    assert (result.gripper_flips, result.gripper_disagreement) == ((1, 3), 0.5)
+    assert (result.phases, result.identical_frames, result.frames) == ((2, 2), 2, 4)
+    assert result.token_agreement == pytest.approx(8 / 12)
+    assert [(item.index, item.dimension, item.error) for item in result.worst] == [(2, "dy", 3.0), (1, "gripper", 2.0)]
+
+
+def test_phases_and_flips_begin_anew_with_an_episode(contract: Contract) -> None:
+    run = answers([[0, 0, -1], [0, 0, 1], [0, 0, -1], [0, 0, -1]], episodes=[0, 0, 1, 1])
+    result = compare(run, run, contract.action, bins=2, worst=0)
+    assert result.phases == (3, 1) and result.gripper_flips == (1, 1)
+
+
+def test_only_common_frames_are_compared(contract: Contract) -> None:
+    reference = answers([[0, 0, 0]] * 3)
+    late = replace(answers([[1, 0, 0]] * 3, "b"), stamp_ns=np.asarray([3, 4, 5]))
+    assert compare(reference, late, contract.action, 2, 1).frames == 1
+    with pytest.raises(DataError, match="answered no common frame"):
+        compare(reference, replace(late, stamp_ns=np.asarray([7, 8, 9])), contract.action, 2, 1)
+
+
+def test_two_runs_are_identical_and_every_frame_is_answered_once(material: Path, contract: Contract) -> None:
+    from evaluation.actors import ActorSpec
+
+    actor = ActorSpec("policy", material / "policy").load()
+    first, second = (answer(material / "bag", contract, actor, "policy") for _ in range(2))
+    assert first.sha256 == second.sha256 and len(first.stamp_ns) == 20 and first.drops == {}
+    assert len(set(first.stamp_ns.tolist())) == 20
+    assert first.progress.tolist()[:10] == pytest.approx((np.arange(10) / 9).tolist())
+
+
+def test_each_threshold_can_pass_and_fail(tmp_path: Path, contract: Contract) -> None:
+    reference, candidate = answers([[0, 0, -1], [0, 0, -1]]), answers([[0.5, 0, -1], [0, 0, 1]], "b")
+    candidate = replace(candidate, drops={"undecodable": 2}, latency_ms=np.asarray([10.0, 30.0]))
+    comparison = compare(reference, candidate, contract.action, 2, 1)
+    for name, passing, failing in [
+        ("max_mean_error", "{dx: 0.25}", "{dx: 0.2}"),
+        ("max_error", "{dx: 0.5}", "{dx: 0.4}"),
+        ("min_token_agreement", "0.6", "0.9"),
+        ("max_gripper_disagreement", "0.5", "0.4"),
+        ("max_added_gripper_flips", "1", "0"),
+        ("max_latency_p99_ms", "30", "29"),
+        ("max_drops", "2", "1"),
+        ("identical", "false", "true"),
+    ]:
+        for value, passed in ((passing, True), (failing, False)):
+            path = tmp_path / "thresholds.yaml"
+            path.write_text(f"kind: replay_thresholds\nschema_version: 1\n{name}: {value}\n")
+            checks = check(load_thresholds(path, ("dx", "dy", "gripper")), candidate, comparison)
+            assert [item.passed for item in checks] == ([] if value == "false" else [passed]), (name, value)
+
+
+def test_threshold_mistakes_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "thresholds.yaml"
+    path.write_text("kind: replay_thresholds\nschema_version: 1\nmax_mean_error: {dq: 1}\n")
+    with pytest.raises(ContractError, match=r"unknown key\(s\) dq"):
+        load_thresholds(path, ("dx",))
+    path.write_text("kind: replay_thresholds\nschema_version: 1\nidentical: true\n")
+    with pytest.raises(ContractError, match="need a reference: add --against or --served"):
+        check(load_thresholds(path, ("dx",)), answers([[0, 0, 0]]), None)
+
+
+def test_the_command_compares_tests_and_reports(material: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    thresholds = tmp_path / "thresholds.yaml"
+    thresholds.write_text("kind: replay_thresholds\nschema_version: 1\nmax_drops: 0\nidentical: true\n")
+    common = ["replay", "--bag", str(material / "bag"), "--contract", str(material / "contract.yaml")]
+    common += ["--engine", str(material / "policy"), "--thresholds", str(thresholds)]
+    assert main([*common, "--against", str(material / "policy"), "--out", str(tmp_path / "same")]) == 0
+    assert main([*common, "--against", str(material / "other"), "--out", str(tmp_path / "differs")]) == 1
+    assert "FAIL  identical" in capsys.readouterr().out
+    suite = ElementTree.parse(tmp_path / "differs/junit.xml").getroot()
+    assert (suite.get("tests"), suite.get("failures")) == ("2", "1")
+    content = json.loads((tmp_path / "differs/replay.json").read_text())
+    assert content["kind"] == "replay" and content["candidate"]["frames"] == 20
+    page = (tmp_path / "differs/replay.html").read_text()
+    assert page.count("data:image/jpeg;base64,") == 8 and "http://" not in page and 'src="/' not in page
+
+
+def test_bad_input_is_exit_code_two(material: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    arguments = ["replay", "--bag", str(tmp_path / "none"), "--contract", str(material / "contract.yaml")]
+    arguments += ["--engine", str(material / "policy"), "--out", str(tmp_path / "out")]
+    assert main(arguments) == 2
+    assert "no such bag" in capsys.readouterr().err and not (tmp_path / "out").exists()

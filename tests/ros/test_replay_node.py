@@ -1,0 +1,74 @@
+"""A bag over DDS through the node's process: every frame answered, as in process; recorders write whole bags."""
+
+import json
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rosbags.rosbag2 import StoragePlugin
+
+from tests.core.bags import write_bag
+from tests.core.test_bag import CONTRACT as LOADED
+from tests.core.test_bag import recording
+from tests.ros.fake_policy_node import echo
+from tests.ros.world import CONTRACT, World, fake_engine, fresh_domain, node_command, process
+from vla_policy.core.bag import read_frames
+from vla_policy.core.observe import observe
+from vla_policy.core.served import read_served
+from vla_policy.core.synchroniser import Frame
+
+
+def replay_command(bag: Path, **parameters: object) -> list[str]:
+    values = {"bag": bag, "contract": CONTRACT, **parameters}
+    arguments = [item for name, value in values.items() for item in ("-p", f"{name}:={value}")]
+    return [sys.executable, "-m", "vla_policy.nodes.replay_node", "--ros-args", *arguments]
+
+
+@pytest.mark.parametrize(("storage", "rate"), [(StoragePlugin.MCAP, 0.0), (StoragePlugin.SQLITE3, 2.0)])
+def test_served_actions_equal_the_in_process_ones(tmp_path: Path, storage: StoragePlugin, rate: float) -> None:
+    bag = write_bag(tmp_path / "bag", recording(frames=40), storage)
+    engine = fake_engine(tmp_path / "engine", action="echo")
+    domain, log = fresh_domain(), tmp_path / "log"
+    node = node_command(engine, lossless=True, check_sources="none", use_sim_time=True)
+    replay = replay_command(bag, rate=rate, served=tmp_path / "served", summary=tmp_path / "summary.json")
+    with process(node, domain, log), process(replay, domain, log) as replaying:
+        assert replaying.wait(60) == 0, log.read_text()
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["frames"], summary["answered"]) == (40, 40)
+    served = {action.stamp_ns: action for action in read_served(tmp_path / "served")}
+    frames = [frame for frame in read_frames(bag, LOADED) if isinstance(frame, Frame)]
+    assert len(served) == len(frames) == 40
+    for frame in frames:
+        np.testing.assert_array_equal(served[frame.stamp_ns].actions[0], echo(observe(frame, LOADED)))
+        assert served[frame.stamp_ns].instruction == frame.instruction
+
+
+def test_a_bag_that_does_not_fit_is_one_line_and_exit_code_two(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with process(replay_command(tmp_path / "none"), fresh_domain(), log) as replaying:
+        assert replaying.wait(30) == 2
+    assert "error: " in log.read_text() and "no such bag" in log.read_text() and "Traceback" not in log.read_text()
+
+
+def test_the_recorder_writes_what_was_published(tmp_path: Path) -> None:
+    world = World(fresh_domain())
+    output = tmp_path / "recorded"
+    command = [sys.executable, "-m", "vla_policy.nodes.record_node", "--ros-args"]
+    command += ["-p", f"output:={output}", "-p", f"contract:={CONTRACT}"]
+    try:
+        with process(command, world.domain, tmp_path / "log") as recorder:
+            world.wait(lambda: world.node.count_subscribers("joint_states") > 0, "the recorder")
+            world.wait(lambda: world.node.count_subscribers("camera/image_raw/compressed") > 0, "the recorder")
+            world.instruct()
+            count = world.published
+            world.wait(lambda: world.published > count + 30, "some images")
+            assert not output.exists(), "no half-written bag under its name"
+            recorder.send_signal(signal.SIGINT)
+            assert recorder.wait(30) == 0, (tmp_path / "log").read_text()
+    finally:
+        world.close()
+    frames = [frame for frame in read_frames(output, LOADED) if isinstance(frame, Frame)]
+    assert len(frames) > 5 and frames[0].instruction == "pick up the soup" and frames[0].skew_ns == 0
+    assert [path.name for path in tmp_path.glob(".recorded*")] == []
