@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,7 +37,7 @@ AVERAGE_BITS = 3.96
 PAPER_GB = "Mix-QVLA Table 1: 15.2 GB at 16 bits, 4.0 GB at 3.96 bits on average"
 _POOL = 1 << 24
 _ACTION = {"q01": [-1.0] * 7, "q99": [1.0] * 7, "mask": [True] * 6 + [False]}
-_CONFIG = {
+_CONFIG: dict[str, Any] = {
     "model_type": "openvla",
     "timm_model_ids": ["vit_large_patch14_reg4_dinov2.lvd142m", "vit_so400m_patch14_siglip_224"],
     "text_config": {"vocab_size": 32064},
@@ -60,8 +61,10 @@ class RandomTensors:
         shape = self._shapes[name]
         offset = int(self._offsets[self._order[name]])
         count = shape.numel()
-        repeated = self._pool.roll(-offset).repeat(-(-count // _POOL))[:count]
-        values = repeated.reshape(shape) / max(shape[-1], 1) ** 0.5
+        pieces = [self._pool[offset : offset + count]]
+        missing = count - len(pieces[0])
+        pieces += [self._pool] * (missing // _POOL) + [self._pool[: missing % _POOL]]
+        values = torch.cat(pieces).reshape(shape) / shape[-1] ** 0.5
         if name.endswith("scale_factor"):
             return 0.1 + values
         return 1 + values if "norm" in name and name.endswith("weight") else values
@@ -132,13 +135,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--target", choices=("cpu", "a100"), default="cpu")
     parser.add_argument("--out", type=Path, required=True, help="engine folder to write")
     parser.add_argument("--average-bits", type=float, default=AVERAGE_BITS, help="bits per weight (default: 3.96)")
+    parser.add_argument("--blocks", type=int, default=32, help="decoder blocks; fewer for a quick look (default: 32)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
     parser.add_argument("--run-only", action="store_true", help="only decide one action with the engine in --out")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     if not arguments.run_only:
         target = find_target(arguments.target)
-        config = PolicyConfig.from_dict(_CONFIG, "published shapes")
+        text = _CONFIG["text_config"] | {"num_hidden_layers": arguments.blocks}
+        config = PolicyConfig.from_dict(_CONFIG | {"text_config": text}, "published shapes")
         layers = layers_of(config)
         plan = plan_at(arguments.average_bits, layers)
         check_legal(plan, layers, target)

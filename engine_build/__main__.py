@@ -67,12 +67,16 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--samples", type=_positive, default=8, help="number of reference states (default: 8)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random images (default: 0)")
+    parser.add_argument("--formats-only", action="store_true", help="run nothing, record nothing: needs no GPU")
 
 
 def _verify(arguments: argparse.Namespace) -> int:
     from engine_build.inspect import summary
-    from engine_build.verify import verify
+    from engine_build.verify import verify, verify_formats
 
+    if arguments.formats_only:
+        print(summary(verify_formats(arguments.engine, arguments.policy)))
+        return 0
     manifest = verify(arguments.engine, arguments.policy, arguments.calibration, arguments.samples, arguments.seed)
     print(summary(manifest))
     return 0

@@ -110,7 +110,8 @@ def build_engine(policy: Policy, plan: Plan, target: Target, backend: Backend, o
             version, realised = onnxruntime.__version__, realised_formats(folder, graphs, layers)
         else:
             built = tensorrt.build_engines(backend, target, folder, graphs, policy.config)
-            version, realised = built.version, engine_formats(folder, graphs, built.files, layers, plan.assignment)
+            engines = {name: folder / file for name, file in built.files.items()}
+            version, realised = built.version, engine_formats(folder, graphs, engines, layers, plan.assignment)
             graphs = _keep_only_engines(folder, graphs, built.files)
         units = tuple(
             unit_record(layer, plan.assignment[name], realised[name], stored[name]) for name, layer in layers.items()
@@ -198,15 +199,15 @@ def realised_formats(folder: Path, graphs: Mapping[str, GraphSpec], layers: Mapp
 def engine_formats(
     folder: Path,
     graphs: Mapping[str, GraphSpec],
-    engines: Mapping[str, str],
+    engines: Mapping[str, Path],
     layers: Mapping[str, Layer],
     planned: Mapping[str, Format],
 ) -> dict[str, Realised]:
-    """What each layer became, from the engines that TensorRT wrote for the graphs."""
+    """What each layer became, from the engines that TensorRT wrote for the graphs in `folder`."""
     realised: dict[str, Realised] = {}
     for name, spec in graphs.items():
         mine = _by_graph(layers, name)
-        realised |= readback_tensorrt.read_back(folder / spec.file, folder / engines[name], mine, planned)
+        realised |= readback_tensorrt.read_back(folder / spec.file, engines[name], mine, planned)
     return realised
 
 

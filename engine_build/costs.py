@@ -22,6 +22,7 @@ from engine_build.graph.builder import GraphBuilder
 from engine_build.graph.linear_onnxruntime import linear
 from engine_build.weights import Layer, LayerWeights, layers_of
 from vla_policy.core.backend_onnxruntime import open_session, session_options
+from vla_policy.core.errors import ArtefactError
 from vla_policy.core.formats import FULL_PRECISION, Format
 from vla_policy.core.manifest import Manifest
 from vla_policy.core.policy_config import PolicyConfig
@@ -32,7 +33,14 @@ _HEAD = "head"
 
 
 def cost_table(manifest: Manifest, formats: Sequence[Format], threads: int, repeats: int = 7) -> dict[str, Any]:
-    """Median milliseconds per action, `{"units": {unit: {format: ms}}}`, measured on this machine's CPU."""
+    """Median milliseconds per action, `{"units": {unit: {format: ms}}}`, measured on this machine's CPU.
+
+    Raises ArtefactError for an engine that the CPU does not run.
+    """
+    if manifest.backend != "onnxruntime":
+        raise ArtefactError(
+            f"cost tables are measured on the CPU, this engine is for {manifest.backend}; name a CPU engine"
+        )
     config = manifest.config
     layers = layers_of(config)
     shapes = {(layer.outputs, layer.inputs, count) for layer in layers.values() for count in passes(layer, config)}

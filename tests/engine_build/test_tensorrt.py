@@ -1,5 +1,6 @@
 """TensorRT: its dialect's numbers on ONNX Runtime, codes found in engine bytes, a real sm_80 engine without a GPU."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +16,12 @@ from engine_build.build import Request, build
 from engine_build.graph.builder import GraphBuilder
 from engine_build.graph.linear_tensorrt import linear
 from engine_build.plan import Plan, check_legal, legalize, uniform_plan
+from engine_build.verify import verify_formats
 from engine_build.weights import Layer, LayerWeights, layers_of
 from vla_policy.core.backend_onnxruntime import open_session, session_options
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.formats import Format
-from vla_policy.core.manifest import Manifest
+from vla_policy.core.manifest import Manifest, file_records
 from vla_policy.core.targets import find_target
 
 A100 = find_target("a100")
@@ -83,6 +85,12 @@ def test_an_a100_engine_is_built_without_a_gpu(workshop: Path, tmp_path: Path) -
     assert any("w8a16_g32 -> w8a16 " in change for change in manifest.legalized)
     assert not manifest.ran_on_target
     assert "built but not run" in manifest.notes[0]
+    assert verify_formats(tmp_path / "engine", workshop / "policy") == manifest
+    engine = tmp_path / "engine" / "decoder.engine"
+    engine.write_bytes(bytes(engine.stat().st_size))
+    replace(manifest, files=file_records(tmp_path / "engine")).write(tmp_path / "engine")
+    with pytest.raises(ArtefactError, match="are not in the engine"):
+        verify_formats(tmp_path / "engine", workshop / "policy")
 
 
 def test_fused_layers_must_share_a_format(workshop: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.files import read_json, sha256_file, write_json
 from vla_policy.core.policy_config import PolicyConfig
+from vla_policy.core.targets import Backend
 
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
@@ -71,7 +72,7 @@ class Manifest:
     """See the module. `policy_config` is the policy's `config.json`: architecture, tokens, statistics."""
 
     target: str
-    backend: str
+    backend: Backend
     backend_version: str
     builder_version: str
     graphs: dict[str, GraphSpec]
@@ -118,8 +119,8 @@ class Manifest:
         }
 
     def with_reference_check(self, outcome: dict[str, Any]) -> "Manifest":
-        """This manifest with the outcome of `engine_build verify`."""
-        return replace(self, reference_check=outcome)
+        """This manifest with the outcome of `engine_build verify`: the engine has run where its target is."""
+        return replace(self, reference_check=outcome, ran_on_target=True, notes=())
 
     def write(self, folder: Path | str) -> None:
         write_json(Path(folder) / MANIFEST, self.to_json())
