@@ -12,6 +12,7 @@ from calibrator.sensitivity import FULL_BITS, Sensitivity, UnitScores
 from vla_policy.core.errors import ArtefactError, BudgetError
 from vla_policy.core.files import read_json
 from vla_policy.core.formats import FULL_PRECISION, Format
+from vla_policy.core.targets import Target
 
 SCALE_BITS = 16
 Signal = Literal["evidence", "action", "proxy"]
@@ -123,14 +124,28 @@ def format_of(sensitivity: Sensitivity, bits: int) -> Format:
     return Format(bits, activation_bits, sensitivity.group_size)
 
 
+def format_on(sensitivity: Sensitivity, bits: int, target: Target | None) -> Format | None:
+    """The format that a width gets on `target`: the measured one, or the nearest that the target runs.
+
+    None where no format of that width is legal there. Without a target nothing is excluded.
+    """
+    measured = format_of(sensitivity, bits)
+    if target is None:
+        return measured
+    nearest = target.nearest(measured)
+    return nearest if nearest.weight_bits == bits else None
+
+
 def build_groups(
     sensitivity: Sensitivity,
     objective: Objective,
     pins: Sequence[Pin] = (),
     float_bits: int = 16,
     latency: LatencyTable | None = None,
+    target: Target | None = None,
 ) -> list[Group]:
     """Every fused group with its allowed widths. Raises BudgetError for a pin that cannot hold."""
+    legal = {bits: fmt for bits in sensitivity.bits if (fmt := format_on(sensitivity, bits, target)) is not None}
     fixed = _pinned(sensitivity, pins)
     members: dict[str, list[UnitScores]] = {}
     for unit in sensitivity.units:
@@ -140,10 +155,11 @@ def build_groups(
         wanted = {fixed[unit.name] for unit in units if unit.name in fixed}
         if len(wanted) > 1:
             raise BudgetError(f"{name}: pinned to {sorted(wanted)} bits, but its layers are fused and share one width")
-        widths = tuple(wanted) or sensitivity.bits
-        options = tuple(
-            _option(sensitivity, units, bits, objective, float_bits, latency) for bits in sorted(widths)
-        )
+        illegal = sorted(wanted - legal.keys())
+        if illegal:
+            raise BudgetError(f"{name}: pinned to {illegal[0]} bits, which the target cannot run; pin another width")
+        widths = wanted or legal.keys()
+        options = tuple(_option(units, bits, legal[bits], objective, float_bits, latency) for bits in sorted(widths))
         groups.append(Group(name, tuple(unit.name for unit in units), options))
     return groups
 
@@ -166,14 +182,13 @@ def _pinned(sensitivity: Sensitivity, pins: Sequence[Pin]) -> dict[str, int]:
 
 
 def _option(
-    sensitivity: Sensitivity,
     units: Sequence[UnitScores],
     bits: int,
+    fmt: Format,
     objective: Objective,
     float_bits: int,
     latency: LatencyTable | None,
 ) -> Option:
-    fmt = format_of(sensitivity, bits)
     return Option(
         bits=bits,
         score=sum(objective.score(unit, bits) for unit in units),

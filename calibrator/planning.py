@@ -17,6 +17,7 @@ from calibrator.choices import (
     Pin,
     build_groups,
     format_of,
+    format_on,
     scale_bits,
     totals,
     weight_bits,
@@ -26,6 +27,7 @@ from calibrator.sensitivity import Sensitivity
 from vla_policy.core.errors import BudgetError
 from vla_policy.core.files import write_json
 from vla_policy.core.formats import Format
+from vla_policy.core.targets import Target, find_target
 
 _GB_BITS = 8e9
 
@@ -55,6 +57,11 @@ class PlanRequest:
     latency: LatencyTable | None = None
     target: str | None = None
 
+    @property
+    def machine(self) -> Target | None:
+        """The target's legal formats. Raises ArtefactError for a name that is no target."""
+        return find_target(self.target) if self.target else None
+
 
 @dataclass(frozen=True)
 class Planner:
@@ -67,7 +74,9 @@ class Planner:
     @staticmethod
     def of(sensitivity: Sensitivity, request: PlanRequest) -> "Planner":
         """Raises BudgetError for pins that cannot hold, ArtefactError for a latency table that lacks a layer."""
-        groups = build_groups(sensitivity, request.objective, request.pins, request.float_bits, request.latency)
+        groups = build_groups(
+            sensitivity, request.objective, request.pins, request.float_bits, request.latency, request.machine
+        )
         return Planner(sensitivity, request, tuple(groups))
 
     @property
@@ -146,6 +155,7 @@ class Planner:
             "scheme": self.sensitivity.scheme,
             "pins": [f"{pin.glob}={pin.bits}" for pin in request.pins],
             "float_bits": request.float_bits,
+            "formats_adapted_to_target": self._adapted(),
             "average_bits_budget": limits.average_bits,
             "size_budget_bits": None if limits.size_gb is None else round(limits.size_gb * _GB_BITS),
             "bitops_budget": None if limits.bitops_ratio is None else limits.bitops_ratio * self._full_bitops(),
@@ -177,7 +187,15 @@ class Planner:
             for group, option in zip(self.groups, solution.choice, strict=True)
             for unit in group.units
         }
-        return {unit.name: format_of(self.sensitivity, by_unit[unit.name]) for unit in self.sensitivity.units}
+        formats = {bits: format_on(self.sensitivity, bits, self.request.machine) for bits in set(by_unit.values())}
+        assignment = {unit.name: formats[by_unit[unit.name]] for unit in self.sensitivity.units}
+        return {name: fmt for name, fmt in assignment.items() if fmt is not None}
+
+    def _adapted(self) -> dict[str, str]:
+        """Measured formats that the target lacks, and what it runs in their place."""
+        pairs = ((bits, format_on(self.sensitivity, bits, self.request.machine)) for bits in self.sensitivity.bits)
+        measured = {str(format_of(self.sensitivity, bits)): str(fmt or "not offered") for bits, fmt in pairs}
+        return {name: fmt for name, fmt in measured.items() if fmt != name}
 
     def _size(self, solution: Solution) -> PlanSize:
         formats = self._assignment(solution)

@@ -114,7 +114,8 @@ def _bench(arguments: argparse.Namespace) -> int:
     if arguments.out is not None:
         write_json(arguments.out, result.to_json())
     if arguments.cost_table is not None:
-        table = cost_table(Manifest.load(arguments.engine), arguments.formats, arguments.threads)
+        action_ms = result.reference.stages["action"].median_ms
+        table = cost_table(Manifest.load(arguments.engine), arguments.formats, arguments.threads, action_ms)
         write_json(arguments.cost_table, table)
     return 0
 

@@ -32,8 +32,13 @@ PROMPT_TOKENS = 30
 _HEAD = "head"
 
 
-def cost_table(manifest: Manifest, formats: Sequence[Format], threads: int, repeats: int = 7) -> dict[str, Any]:
+def cost_table(
+    manifest: Manifest, formats: Sequence[Format], threads: int, action_16bit_ms: float, repeats: int = 7
+) -> dict[str, Any]:
     """Median milliseconds per action, `{"units": {unit: {format: ms}}}`, measured on this machine's CPU.
+
+    action_16bit_ms: a whole action of the 16-bit engine; what its layers do not account for is `fixed_ms`: attention,
+    norms, embedding, preprocessing.
 
     Raises ArtefactError for an engine that the CPU does not run.
     """
@@ -45,9 +50,12 @@ def cost_table(manifest: Manifest, formats: Sequence[Format], threads: int, repe
     layers = layers_of(config)
     shapes = {(layer.outputs, layer.inputs, count) for layer in layers.values() for count in passes(layer, config)}
     measured: dict[tuple[int, int, int, Format], float] = {}
+    formats = list(dict.fromkeys([FULL_PRECISION, *formats]))
     jobs = [(*shape, fmt) for shape in sorted(shapes) for fmt in formats]
     for outputs, inputs, tokens, fmt in tqdm(jobs, desc="timing layers", unit="shape", disable=None):
         measured[outputs, inputs, tokens, fmt] = _milliseconds(outputs, inputs, tokens, fmt, threads, repeats)
+    units = {name: _costs(layer, passes(layer, config), formats, measured) for name, layer in layers.items()}
+    layers_16bit_ms = sum(costs[str(FULL_PRECISION)] for costs in units.values())
     return {
         "schema_version": 1,
         "kind": KIND,
@@ -55,7 +63,8 @@ def cost_table(manifest: Manifest, formats: Sequence[Format], threads: int, repe
         "policy_sha256": manifest.parents["policy"],
         "threads": threads,
         "versions": {"onnxruntime": onnxruntime.__version__},
-        "units": {name: _costs(layer, passes(layer, config), formats, measured) for name, layer in layers.items()},
+        "fixed_ms": max(0.0, action_16bit_ms - layers_16bit_ms),
+        "units": units,
     }
 
 

@@ -14,6 +14,7 @@ from calibrator.plan import Plan
 from calibrator.planning import Limits, Planner, PlanRequest, write_frontier
 from vla_policy.core.errors import ArtefactError, BudgetError
 from vla_policy.core.formats import Format
+from vla_policy.core.targets import find_target
 
 
 def brute_force(groups: list[Group], budgets: list[Budget]) -> float | None:
@@ -174,6 +175,27 @@ def test_latency_budget_uses_the_measured_table(tmp_path: Path) -> None:
     partial = replace(costs, units={"layer_0": costs.units["layer_0"]})
     with pytest.raises(ArtefactError, match="no entry for layer_1 in w2a16_g32"):
         Planner.of(sensitivity, PlanRequest(limits, latency=partial))
+
+
+def test_only_formats_of_the_target_are_chosen() -> None:
+    sensitivity = random_table(6, 9)
+    anywhere = Planner.of(sensitivity, request(average_bits=6.0)).plan()
+    on_a100 = Planner.of(sensitivity, replace(request(average_bits=6.0), target="a100")).plan()
+    target = find_target("a100")
+    assert all(target.why_not(fmt) is None for fmt in on_a100.assignment.values())
+    assert on_a100.details["formats_adapted_to_target"] == {"w8a16_g32": "w8a16"}
+    assert anywhere.details["formats_adapted_to_target"] == {}
+    with pytest.raises(ArtefactError, match="target 'toaster' is unknown"):
+        Planner.of(sensitivity, replace(request(average_bits=6.0), target="toaster"))
+
+
+def test_a_width_that_the_target_lacks_is_not_offered() -> None:
+    sensitivity = random_table(6, 9)
+    only_wide = replace(find_target("cpu"), rules=find_target("cpu").rules[:2])
+    groups = build_groups(sensitivity, request(average_bits=6.0).objective, target=only_wide)
+    assert {option.bits for group in groups for option in group.options} == {8, 16}
+    with pytest.raises(BudgetError, match="pinned to 4 bits, which the target cannot run"):
+        build_groups(sensitivity, request(average_bits=6.0).objective, (Pin("layer_0", 4),), target=only_wide)
 
 
 def test_pins_hold_and_bad_ones_are_named() -> None:

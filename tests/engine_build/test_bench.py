@@ -57,7 +57,9 @@ def test_bench_writes_figures_and_costs(
 def test_a_layer_costs_its_prefill_and_every_decode_step(reference: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest = Manifest.load(reference)
     monkeypatch.setattr(costs, "_milliseconds", lambda outputs, inputs, tokens, *rest: float(tokens))
-    units = costs.cost_table(manifest, [Format(16, 16)], threads=1)["units"]
+    table = costs.cost_table(manifest, [Format(4, 16, 32)], threads=1, action_16bit_ms=1e6)
+    units = table["units"]
+    assert table["fixed_ms"] == 1e6 - sum(entry["w16a16"] for entry in units.values())
     patches, registers, steps = 16, 5, 2
     assert units["vision_backbone.featurizer.patch_embed.proj"]["w16a16"] == patches
     assert units["vision_backbone.featurizer.blocks.0.mlp.fc1"]["w16a16"] == patches + registers
