@@ -17,7 +17,7 @@ from calibrator.scores import ScoreSettings, phase_of
 from calibrator.sensitivity import Sensitivity, UnitShape, score_unit, stack_losses, write_tensors
 from calibrator.sweep import UnitLosses
 from evaluation.results import Episode
-from vla_policy.core.files import sha256_file, write_json
+from vla_policy.core.files import sha256_file, sha256_folder, write_json
 from vla_policy.core.manifest import FileRecord, Manifest, UnitRecord
 from vla_policy.core.observation import Observation
 
@@ -96,20 +96,20 @@ class FakeArtefacts:
         )
 
     @staticmethod
-    def write(folder: Path, seed: int = 0) -> "FakeArtefacts":
+    def write(folder: Path, seed: int = 0, screened: bool = False) -> "FakeArtefacts":
         generator = np.random.default_rng(seed)
         collect([FakeSource()], folder / "calibration", count=12, seed=0)
-        sensitivity = _write_sensitivity(folder, generator)
+        sensitivity = _write_sensitivity(folder, generator, screened)
         _write_plan(folder, sensitivity)
         for name, uniform in (("mixed", None), ("reference", "w16a16")):
             _write_engine(folder, name, sensitivity, uniform)
         write_json(folder / "bench.json", _bench())
         _write_served(folder, generator)
-        write_json(folder / "rollout.json", _rollout())
+        write_json(folder / "rollout.json", _rollout(sha256_folder(folder / "mixed")))
         return FakeArtefacts(folder)
 
 
-def _write_sensitivity(folder: Path, generator: np.random.Generator) -> Sensitivity:
+def _write_sensitivity(folder: Path, generator: np.random.Generator, screened: bool) -> Sensitivity:
     calibration, shapes, scores = load_calibration(folder / "calibration"), fake_shapes(), ScoreSettings(bins=BINS)
     samples = tuple(range(len(calibration)))
     records, proxies = [], {}
@@ -132,13 +132,17 @@ def _write_sensitivity(folder: Path, generator: np.random.Generator) -> Sensitiv
     }
     maps["loss"][..., 0] = 0.0
     files = {}
-    for key, arrays in (("losses", stack_losses(records, proxies, calibration.progress, scores)), ("maps", maps)):
+    losses = stack_losses(records, proxies, calibration.progress, scores)
+    if screened:
+        _forget(losses, generator)
+    for key, arrays in (("losses", losses), ("maps", maps)):
         path = folder / f"{key}.safetensors"
         files[key] = {"name": path.name, "sha256": write_tensors(path, arrays)}
     content = {
         "schema_version": 1,
         "kind": "sensitivity",
-        "mode": "exact",
+        "mode": "screened" if screened else "exact",
+        "exact_evaluations": 120,
         "policy": {"id": "fake_policy", "sha256": POLICY_SHA256},
         "calibration": {"sha256": calibration.sha256, "samples": len(samples), "trajectories": 3},
         "scheme": "weight-only",
@@ -163,6 +167,14 @@ def _write_sensitivity(folder: Path, generator: np.random.Generator) -> Sensitiv
     }
     write_json(folder / "sensitivity.json", content)
     return Sensitivity.load(folder / "sensitivity.json")
+
+
+def _forget(losses: dict[str, np.ndarray], generator: np.random.Generator) -> None:
+    """Leaves of most layers and widths only two states, as screening does."""
+    layers, _, states = losses["soft_bottleneck"].shape
+    unknown = np.broadcast_to(generator.random((layers, 1)) < 0.8, (layers, states)) & (np.arange(states) > 1)
+    for name in ("loss", "mass", "attribution", "soft_bottleneck", "action_error", "likelihood"):
+        losses[name][np.nonzero(unknown)[0], :, np.nonzero(unknown)[1]] = np.nan
 
 
 def _write_plan(folder: Path, sensitivity: Sensitivity) -> None:
@@ -259,12 +271,15 @@ def _write_served(folder: Path, generator: np.random.Generator) -> None:
     write_json(folder / "parity.json", {"schema_version": 1, "kind": "parity", **parity})
 
 
-def _rollout() -> dict[str, Any]:
+def _rollout(actor_sha256: str) -> dict[str, Any]:
     episodes = [asdict(Episode("lift", trial, trial != 1, 20, 12.0, "s")) for trial in range(4)]
     return {
         "schema_version": 1,
         "kind": "rollout",
-        "settings": {"benchmark": "libero_object", "actor": {"kind": "engine", "name": "mixed", "weights": None}},
+        "settings": {
+            "benchmark": "libero_object",
+            "actor": {"kind": "engine", "name": "mixed", "weights": None, "sha256": actor_sha256},
+        },
         "total": {"successes": 3, "trials": 4, "rate": 0.75, "wilson95": [0.3006, 0.9544]},
         "episodes": episodes,
     }

@@ -177,9 +177,14 @@ def _decisions(raw: Mapping[str, Any]) -> tuple[ServedDecision, ...]:
 
 @dataclass(frozen=True)
 class Rollout:
-    """Closed-loop successes of one policy or engine, with the 95 % interval that was written beside them."""
+    """Closed-loop successes of one policy or engine, with the 95 % interval that was written beside them.
 
+    kind: "policy" or "engine". actor_sha256: of the policy's files or of the engine's folder.
+    """
+
+    kind: str
     actor: str
+    actor_sha256: str
     benchmark: str
     successes: int
     trials: int
@@ -194,8 +199,7 @@ class Rollout:
             low, high = total["wilson95"]
             actor, weights = settings["actor"], settings["actor"].get("weights")
             name = f"{actor['kind']} {actor['name']}" + (f" in {weights}" if weights else "")
-            return Rollout(
-                name, str(settings["benchmark"]), total["successes"], total["trials"], total["rate"], low, high
-            )
+            figures = total["successes"], total["trials"], total["rate"], low, high
+            return Rollout(actor["kind"], name, actor["sha256"], str(settings["benchmark"]), *figures)
 
         return _read(path, "rollout", parse, "run `evaluation rollout` again")

@@ -60,12 +60,21 @@ def band_chart(bands: Sequence[PhaseBand], counts: Sequence[int], bits: int) -> 
     return svg.render()
 
 
+def known_phase_scores(losses: np.ndarray, phases: np.ndarray, bins: int) -> np.ndarray:
+    """Omega_q of Eq. (12) over the states that were evaluated (`losses` [layers, N] not NaN); NaN where none was."""
+    result = np.full((len(losses), bins), np.nan)
+    for line, values in enumerate(losses):
+        known = np.isfinite(values)
+        result[line] = phase_scores(values[known], phases[known], bins)
+    return result
+
+
 def heat_chart(
     units: Sequence[UnitScores], losses: Mapping[str, np.ndarray], row: int, bins: int, bits: int, count: int = 20
 ) -> Markup:
     """Omega_q of Eq. (12) for the `count` layers of largest Omega; a dot marks a row's maximum, its Omega_tau."""
     order = sorted(range(len(units)), key=lambda index: -units[index].omega[bits])[:count]
-    scores = phase_scores(losses["soft_bottleneck"][order, row].astype(np.float64), losses["phase"], bins)
+    scores = known_phase_scores(losses["soft_bottleneck"][order, row].astype(np.float64), losses["phase"], bins)
     left, right, top, pitch = 236, 518, 34, 15.3
     svg = Svg(530, 420, f"Sensitivity of the {len(order)} most fragile layers over the task, {bits} bits")
     cell = (right - left) / bins
@@ -74,11 +83,18 @@ def heat_chart(
     for line, index in enumerate(order):
         y = top + line * pitch
         svg.text(left - 8, y + 11, layer(units[index].name), "tick", "end", units[index].name)
-        worst = int(np.nanargmax(scores[line]))
+        worst = int(np.nanargmax(scores[line])) if np.isfinite(scores[line]).any() else None
         for phase in range(bins):
             value = scores[line, phase]
             if not np.isfinite(value):
-                svg.rect(left + phase * cell, y, cell - 1.5, pitch - 1.5, "empty", "no state in this phase")
+                svg.rect(
+                    left + phase * cell,
+                    y,
+                    cell - 1.5,
+                    pitch - 1.5,
+                    "empty",
+                    f"{units[index].name}\nno state of phase {phase + 1} was evaluated",
+                )
                 continue
             tip = f"{units[index].name}\nphase {phase + 1} of {bins}  Ω {significant(value)}"
             x, opacity = left + phase * cell, 0.04 + 0.96 * float(value / peak) ** 0.5

@@ -12,7 +12,7 @@ from calibrator.report.artefacts import BenchResult, Frontier, Parity, Reference
 from calibrator.sensitivity import Sensitivity, load_tensors
 from vla_policy.core.contract import Contract, load_contract
 from vla_policy.core.errors import ArtefactError
-from vla_policy.core.files import sha256_file
+from vla_policy.core.files import sha256_file, sha256_folder
 from vla_policy.core.manifest import MANIFEST, Manifest
 
 COMMANDS = {
@@ -189,9 +189,22 @@ def _check_parents(inputs: Inputs, paths: Paths) -> None:
         checks.append((paths.reference_engine, "the policy", inputs.reference_engine.parents["policy"], policy))
     if inputs.served and inputs.engine:
         checks.append((paths.served, "the engine", inputs.served.engine_sha256, inputs.sources["engine"].sha256))
+    checks += _rollout_checks(inputs, paths)
     for path, what, made_from, given in checks:
         if made_from != given:
             raise ArtefactError(
                 f"{path}: was made with {what} {made_from[:12]}, the report was given {given[:12]}; "
                 "give the files of one run, or make this one again"
             )
+
+
+def _rollout_checks(inputs: Inputs, paths: Paths) -> list[tuple[Path | None, str, str, str]]:
+    """A rollout must be of the policy, or of an engine that was given, if one was."""
+    engines = [sha256_folder(folder) for folder in (paths.engine, paths.reference_engine) if folder]
+    checks: list[tuple[Path | None, str, str, str]] = []
+    for path, rollout in zip(paths.rollouts, inputs.rollouts, strict=True):
+        if rollout.kind == "policy":
+            checks.append((path, "the policy", rollout.actor_sha256, inputs.sensitivity.policy_sha256))
+        elif engines and rollout.actor_sha256 not in engines:
+            checks.append((path, "the engine", rollout.actor_sha256, engines[0]))
+    return checks

@@ -14,6 +14,8 @@ def significant(value: float, digits: int = 3) -> str:
         return "not finite"
     if value == 0:
         return "0"
+    if value < 0:
+        return "−" + significant(-value, digits)
     if 1e-3 <= abs(float(f"{value:.{digits - 1}e}")) < 1e5:
         decimals = max(0, digits - 1 - math.floor(math.log10(abs(float(f"{value:.{digits - 1}e}")))))
         return f"{value:,.{decimals}f}"

@@ -113,21 +113,25 @@ def _layers(inputs: Inputs) -> Section:
             "correlation": correlation if np.isfinite(correlation) else None,
             "missed": charts_layers.disagreement(units, shown, _TOP),
             "widths": _widths(inputs),
+            "evaluations": inputs.losses["soft_bottleneck"].size,
         },
     )
 
 
 def _time(inputs: Inputs) -> Section:
     units, losses, bins = inputs.sensitivity.units, inputs.losses, int(inputs.sensitivity.meta["bins"])
+    # Screening leaves out most layers of most states: means over layers would compare different layers.
+    complete = bool(np.isfinite(losses["loss"]).all())
     counts = np.bincount(losses["phase"], minlength=bins).tolist()
 
     def draw(row: int, bits: int) -> Markup:
+        heat = charts_time.heat_chart(units, losses, row, bins, bits, _TOP)
+        if not complete:
+            return heat
         bands = charts_time.phase_bands(losses, row, bins)
-        return Markup('<div class="pair">{}{}</div>').format(
-            charts_time.band_chart(bands, counts, bits), charts_time.heat_chart(units, losses, row, bins, bits, _TOP)
-        )
+        return Markup('<div class="pair">{}{}</div>').format(charts_time.band_chart(bands, counts, bits), heat)
 
-    variables = {"charts": _by_bits(inputs, draw), "bins": bins, "empty": counts.count(0)}
+    variables = {"charts": _by_bits(inputs, draw), "bins": bins, "empty": counts.count(0), "complete": complete}
     return Section("time", "When in the task", variables)
 
 

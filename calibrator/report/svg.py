@@ -32,12 +32,18 @@ class Scale:
             exponents = range(math.ceil(math.log10(self.low) - 1e-9), math.floor(math.log10(self.high) + 1e-9) + 1)
             step = max(1, math.ceil(len(exponents) / (count + 1)))
             decades = [10.0**exponent for exponent in exponents][::step]
-            return decades if len(decades) > 1 else [self.low, self.high]
+            return decades if len(decades) > 1 else self._within_a_decade()
         rough = (self.high - self.low) / count or 1.0
         power = 10.0 ** math.floor(math.log10(rough))
         step_size = min((factor * power for factor in (1, 2, 5, 10)), key=lambda size: abs(size - rough))
         first = math.ceil(self.low / step_size - 1e-9)
         return [index * step_size for index in range(first, math.floor(self.high / step_size + 1e-9) + 1)]
+
+    def _within_a_decade(self) -> list[float]:
+        """Ticks at 1, 2 and 5 times powers of ten, for a logarithmic scale too short for powers alone."""
+        lowest = math.floor(math.log10(self.low))
+        steps = [factor * 10.0**exponent for exponent in (lowest, lowest + 1, lowest + 2) for factor in (1, 2, 5)]
+        return [step for step in steps if self.low <= step <= self.high]
 
 
 def log_scale(values: Iterable[float], start: float, end: float, decades: float = 6.0) -> Scale:

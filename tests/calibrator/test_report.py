@@ -117,7 +117,7 @@ def test_every_number_shown_is_the_value_in_its_markup(tree: Element) -> None:
     numbers = tree.find("data")
     assert len(numbers) > 150
     for node in numbers:
-        shown, half = shown_number(node.text.removeprefix("-"))
+        shown, half = shown_number(node.text.removeprefix("−"))
         assert abs(shown - abs(float(node.attributes["value"]))) <= half * 1.0001, node.text
 
 
@@ -256,6 +256,24 @@ def test_artefacts_of_another_run_are_refused(artefacts: FakeArtefacts, tmp_path
         given = replace(artefacts.paths, **{option: getattr(other.paths, option)})
         with pytest.raises(ArtefactError, match=f"was made with the {what}"):
             Inputs.load(given)
+
+
+def test_a_rollout_of_another_engine_is_refused(artefacts: FakeArtefacts, tmp_path: Path) -> None:
+    content = read_json(artefacts.paths.rollouts[0])
+    content["settings"]["actor"]["sha256"] = "f" * 64
+    write_json(tmp_path / "rollout.json", content)
+    with pytest.raises(ArtefactError, match=r"rollout\.json: was made with the engine ffffffffffff"):
+        Inputs.load(replace(artefacts.paths, rollouts=(tmp_path / "rollout.json",)))
+
+
+def test_screened_scores_are_said_to_be_estimates(tmp_path: Path) -> None:
+    screened = FakeArtefacts.write(tmp_path, screened=True)
+    assert screened.paths.plan is not None
+    tree = parse(render(Inputs.load(screened.paths)))
+    assert "120 of 684 evaluations" in " ".join(tree.text.split())
+    heat = [svg for svg in tree.find("svg") if "over the task" in svg.attributes["aria-label"]]
+    assert len(heat) == len(BITS)
+    assert any("was evaluated" in node.attributes.get("data-tip", "") for node in heat[0].walk())
 
 
 def test_command_line(artefacts: FakeArtefacts, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

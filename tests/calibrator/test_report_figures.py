@@ -35,7 +35,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
         (0.00123456, "0.00123"),
         (0.000123456, "1.23×10⁻⁴"),
         (1.5e7, "1.50×10⁷"),
-        (-0.5, "-0.500"),
+        (-0.5, "−0.500"),
         (float("nan"), "not finite"),
     ],
 )
@@ -58,6 +58,7 @@ def test_scales() -> None:
     log = Scale(1e-3, 1.0, 300.0, 0.0, log=True)
     assert log(1e-3) == pytest.approx(300) and log(1e-2) == pytest.approx(200) and log(0.0) == pytest.approx(300)
     assert log.ticks() == pytest.approx([1e-3, 1e-2, 1e-1, 1.0])
+    assert Scale(0.03, 0.4, 0.0, 1.0, log=True).ticks() == pytest.approx([0.05, 0.1, 0.2])
     wide = log_scale([0.0, 1e-12, 1.0], 0.0, 1.0)
     assert wide.low == pytest.approx(1.4e-6)
 
