@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -18,7 +19,7 @@ from tqdm import tqdm
 from demo.teachers import LiberoTeacher, MetaWorldTeacher, Teacher
 from vla_policy.core import cli
 from vla_policy.core.errors import DataError
-from vla_policy.core.files import atomic_path, write_json
+from vla_policy.core.files import atomic_path, read_json, sha256_policy, write_json
 from vla_policy.core.image import resize
 from vla_policy.core.observation import Actor, Observation
 
@@ -27,6 +28,8 @@ TEACHERS: dict[str, type[LiberoTeacher] | type[MetaWorldTeacher]] = {
     "metaworld": MetaWorldTeacher,
 }
 IMAGE_SIZE = 112
+_NOTE = "collection.json"
+_KIND = "demonstrations"
 
 # A task's simulator takes a second to load: each task keeps it for so many episodes.
 _BLOCK = 4
@@ -68,6 +71,37 @@ def task_of(index: int, tasks: tuple[str, ...]) -> str:
     return tasks[index // _BLOCK % len(tasks)]
 
 
+def make_teacher(benchmark: str) -> Teacher:
+    """The benchmark's source of episodes. Raises DataError where its simulator is not installed."""
+    try:
+        return TEACHERS[benchmark]()
+    except ModuleNotFoundError as error:
+        extra = benchmark.partition("_")[0]
+        message = f"benchmark {benchmark}: Python module {error.name!r} is missing; pip install 'vla-deploy[{extra}]'"
+        raise DataError(message) from error
+
+
+def claim_folder(job: Job) -> None:
+    """Notes in the folder what its episodes are, or checks it: two collections in one folder would mix silently.
+
+    Raises DataError naming the first setting that differs.
+    """
+    settings: dict[str, Any] = {
+        "benchmark": job.benchmark,
+        "driver": job.driver if job.driver == "expert" else sha256_policy(Path(job.driver)),
+        "seed": job.seed,
+        "tasks": list(job.tasks),
+    }
+    note = job.out / _NOTE
+    if not note.exists():
+        write_json(note, {"schema_version": 1, "kind": _KIND, **settings})
+        return
+    stored = read_json(note, kind=_KIND)
+    for name, value in settings.items():
+        if stored.get(name) != value:
+            raise DataError(f"{note}: {name} is {stored.get(name)!r}, asked for {value!r}; use another --out folder")
+
+
 def collect_block(job: Job, indices: list[int]) -> list[Outcome]:
     """Runs the episodes `indices` that are not there yet, one after another, in one simulator."""
     missing = [i for i in indices if not (episode_path(job.out, i).exists() or failure_path(job.out, i).exists())]
@@ -92,7 +126,7 @@ def _tools(job: Job) -> tuple[Teacher, Actor | None]:
 
             torch.set_num_threads(1)
             actor = TorchActor.load(Path(job.driver))
-        _loaded[key] = (TEACHERS[job.benchmark](), actor)
+        _loaded[key] = (make_teacher(job.benchmark), actor)
     return _loaded[key]
 
 
@@ -182,12 +216,13 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.episodes < 1 or arguments.workers < 1 or arguments.seed < 0:
         raise DataError("--episodes and --workers must be at least 1 and --seed at least 0")
-    teacher = TEACHERS[arguments.benchmark]()
-    tasks = tuple(arguments.tasks or teacher.tasks)
-    unknown = sorted(set(tasks) - set(teacher.tasks))
+    known = make_teacher(arguments.benchmark).tasks
+    tasks = tuple(arguments.tasks or known)
+    unknown = sorted(set(tasks) - set(known))
     if unknown:
-        raise DataError(f"--tasks: unknown {', '.join(unknown)}; choose from: {', '.join(teacher.tasks)}")
+        raise DataError(f"--tasks: unknown {', '.join(unknown)}; choose from: {', '.join(known)}")
     job = Job(arguments.benchmark, arguments.out, arguments.driver, arguments.seed, tasks)
+    claim_folder(job)
     outcomes = collect(job, arguments.episodes, arguments.workers)
     tried, succeeded = Counter(o.task for o in outcomes), Counter(o.task for o in outcomes if o.success)
     for task in tasks:

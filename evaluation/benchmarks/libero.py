@@ -88,10 +88,10 @@ class LiberoEnv:
 
     def reset(self, task: str, trial: int, seed: int) -> Observation:
         """Starts from official initial state `trial`; `seed` is unused, as nothing else in LIBERO is random."""
-        scene = self.scene(task)
         states = self.initial_states(task)
         if not 0 <= trial < len(states):
             raise DataError(f"{self.name}, {task}: trial {trial} does not exist; there are {len(states)}")
+        scene = self.scene(task)
         scene.restore(states[trial])
         scene.hold(_WAIT_ACTION, self.protocol.wait_steps)
         return self.start()
@@ -201,10 +201,7 @@ class _Scene:
 
     def hold(self, command: np.ndarray, steps: int) -> bool:
         """`steps` control steps of `command`, fewer once the task is done; True if it is."""
-        for _ in range(steps):
-            if self._control.step(command)[2]:
-                return True
-        return False
+        return any(self._control.step(command)[2] for _ in range(steps))
 
     def render(self) -> np.ndarray:
         """uint8 [S, S, 3], upright and mirrored."""
