@@ -7,6 +7,7 @@ Every stage is the real one and resumes: a second run repeats only what its inpu
 """
 
 import argparse
+import importlib.util
 import subprocess
 import sys
 import time
@@ -51,7 +52,12 @@ class Job:
 
 
 def check_inputs(job: Job) -> None:
-    """Raises before any work when policy, bag and contract are missing or do not fit each other."""
+    """Raises before any work when the workspace is not there, or policy, bag and contract do not fit each other."""
+    if importlib.util.find_spec("vla_policy_interfaces") is None:
+        raise ArtefactError(
+            "ROS package vla_policy_interfaces: not found; run `make demo`, or `make build` and then "
+            "`tools/with_ros python -m demo.pipeline`"
+        )
     contract = load_contract(job.contract)
     check_contract(contract, PolicyConfig.load(job.policy))
     summary = summarise(job.bag, contract)

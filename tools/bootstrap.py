@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-EXTRAS = "dev,ros"
+EXTRAS = "dev,ray,ros,tensorrt"
 _DISK_BYTES = 4 * 2**30
 _LOCKS = ("pyproject.toml", "constraints.txt", "tools/bootstrap.py")
 
