@@ -31,6 +31,9 @@ IMAGE_SIZE = 112
 _NOTE = "collection.json"
 _KIND = "demonstrations"
 
+# DAgger's beta: the expert takes this share of a driving policy's decisions, so that a stuck policy moves on.
+_EXPERT_SHARE = 0.25
+
 # A task's simulator takes a second to load: each task keeps it for so many episodes.
 _BLOCK = 4
 
@@ -139,7 +142,10 @@ def _collect_episode(job: Job, index: int, teacher: Teacher, actor: Actor | None
     while not done and teacher.teachable():
         label = teacher.label()
         _record(columns, observation, label, teacher.aux())
-        executed = teacher.disturbed(label, rng) if actor is None else actor.act(observation).action
+        if actor is None or rng.random() < _EXPERT_SHARE:
+            executed = teacher.disturbed(label, rng)
+        else:
+            executed = actor.act(observation).action
         result = teacher.step(executed)
         observation, success, done = result.observation, result.success, result.done
     kept = success if actor is None else bool(columns["image"])
