@@ -143,6 +143,7 @@ def _write_sensitivity(folder: Path, generator: np.random.Generator, screened: b
         "kind": "sensitivity",
         "mode": "screened" if screened else "exact",
         "exact_evaluations": 120,
+        "screening": {"stop": {"reason": "cap on <evaluations> reached"}},
         "policy": {"id": "fake_policy", "sha256": POLICY_SHA256},
         "calibration": {"sha256": calibration.sha256, "samples": len(samples), "trajectories": 3},
         "scheme": "weight-only",

@@ -32,7 +32,7 @@ def allocation_chart(units: Sequence[UnitScores], plan: Plan) -> Markup:
         fmt = plan.assignment[unit.name]
         head = y(fmt.weight_bits)
         tip = f"{unit.name}\n{fmt}, {in_bytes(unit.params * fmt.weight_bits / 8)} of {in_bytes(unit.params * 2)}"
-        gap = min(1.0, 0.2 * (right - left))
+        gap = 1.0 if right - left > 4 else 0.0
         svg.rect(left, head, right - left - gap, bottom - head, f"b{fmt.weight_bits}", tip)
     mean = y(plan.average_bits)
     svg.line(_LEFT, mean, _RIGHT, mean, "mean")

@@ -270,7 +270,8 @@ def test_screened_scores_are_said_to_be_estimates(tmp_path: Path) -> None:
     screened = FakeArtefacts.write(tmp_path, screened=True)
     assert screened.paths.plan is not None
     tree = parse(render(Inputs.load(screened.paths)))
-    assert "120 of 684 evaluations" in " ".join(tree.text.split())
+    words = " ".join(tree.text.split())
+    assert "120 of 684 evaluations" in words and "(cap on <evaluations> reached)" in words
     heat = [svg for svg in tree.find("svg") if "over the task" in svg.attributes["aria-label"]]
     assert len(heat) == len(BITS)
     assert any("was evaluated" in node.attributes.get("data-tip", "") for node in heat[0].walk())

@@ -1,5 +1,7 @@
 """What the figures compute, against independent computations."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from fake_artefacts import BINS, BITS, FakeArtefacts
@@ -17,6 +19,7 @@ from calibrator.report.inputs import Inputs
 from calibrator.report.numbers import byte_unit, in_bytes, significant
 from calibrator.report.plan_facts import exchanges, plan_facts
 from calibrator.report.svg import Scale, Svg, log_scale
+from vla_policy.core.contract import load_contract
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +177,15 @@ def test_exchange_takes_the_best_plan_that_fits(inputs: Inputs) -> None:
     ]
     found = exchanges(Frontier(tuple(points), "", "evidence"), inputs.plan, 1000.0)
     assert [(item.extra_bytes, item.size_bytes - size_bits / 8) for item in found] == [(1000, 900), (2000, 1900)]
+
+
+def test_action_dimensions_are_named_by_the_contract() -> None:
+    contract = load_contract(Path(__file__).parents[2] / "ros2_ws/src/vla_policy/config/libero.yaml")
+    names = ("dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper")
+    for steps, expected in ((1, names), (2, (*(f"{n} [0]" for n in names), *(f"{n} [1]" for n in names)))):
+        one = ServedDecision(1, "", (1,), (0.5,) * 7 * steps, 1.0, None)
+        errors = action_error(ServedRun((one,), 1, {}, 1.0, ""), ReferenceDecisions({1: one}), contract)
+        assert errors is not None and errors.names == expected
 
 
 def test_action_error_pairs_by_stamp() -> None:
