@@ -38,6 +38,7 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", choices=TARGETS, default="cpu", help="machine that runs the engine (default: cpu)")
     parser.add_argument("--backend", choices=BACKENDS, help="what runs the engine (default: the target's first)")
     parser.add_argument("--out", type=Path, required=True, help="engine folder to write; replaced when complete")
+    parser.add_argument("--calibration", type=Path, help="calibration set: fixes the scales of TensorRT's w8a8 layers")
     parser.add_argument("--legalize", action="store_true", help="raise formats that the target lacks, and record it")
 
 
@@ -53,6 +54,7 @@ def _build(arguments: argparse.Namespace) -> int:
         uniform=arguments.uniform,
         legalize=arguments.legalize,
         backend=arguments.backend,
+        calibration=arguments.calibration,
     )
     print(summary(build(request)))
     return 0

@@ -3,7 +3,7 @@
 import platform
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from engine_build.export import export
 from engine_build.graph import builder, linear_onnxruntime, linear_tensorrt
 from engine_build.graph.context import LinearWriter
 from engine_build.plan import Plan, check_legal, legalize, load_plan, uniform_plan
+from engine_build.ranges import input_peaks
 from engine_build.readback import Realised, canonical
 from engine_build.weights import Layer, Tensors, layers_of, open_checkpoint
 from vla_policy.core.errors import ArtefactError
@@ -52,6 +53,7 @@ class Request:
     """What to build. At most one of `plan` (a file) and `uniform` (a format for every layer); 16 bits without either.
 
     backend: one of the target's; None for its first.
+    calibration: states that fix the activation scales of TensorRT's INT8 layers; not read otherwise.
     """
 
     policy: Path
@@ -61,6 +63,7 @@ class Request:
     uniform: Format | None = None
     legalize: bool = False
     backend: Backend | None = None
+    calibration: Path | None = None
 
     @property
     def chosen_backend(self) -> Backend:
@@ -80,6 +83,7 @@ class Policy:
     tensors: Tensors
     tokenizer: Path
     sha256: str
+    input_peaks: Mapping[str, float] = field(default_factory=dict)
 
 
 def build(request: Request) -> Manifest:
@@ -92,8 +96,9 @@ def build(request: Request) -> Manifest:
     layers = layers_of(config)
     policy_sha256 = sha256_policy(request.policy)
     plan = _plan(request, policy_sha256, layers)
+    peaks = _input_peaks(request, plan)
     with open_checkpoint(request.policy, config) as checkpoint:
-        policy = Policy(config, checkpoint, request.policy / TOKENIZER, policy_sha256)
+        policy = Policy(config, checkpoint, request.policy / TOKENIZER, policy_sha256, peaks)
         return build_engine(policy, plan, request.target, request.chosen_backend, request.out)
 
 
@@ -131,6 +136,7 @@ def build_engine(policy: Policy, plan: Plan, target: Target, backend: Backend, o
             policy_config=policy.config.raw,
             other_bytes=sum(record.bytes for record in files.values()) - counted,
             legalized=plan.legalized,
+            input_peaks=dict(policy.input_peaks),
             ran_on_target=backend == "onnxruntime",
             notes=() if backend == "onnxruntime" else (_UNRUN,),
             versions={"onnx": onnx.__version__, "python": platform.python_version()},
@@ -153,6 +159,19 @@ def _plan(request: Request, policy_sha256: str, layers: Mapping[str, Layer]) -> 
     return plan
 
 
+def _input_peaks(request: Request, plan: Plan) -> dict[str, float]:
+    """Largest inputs of the layers whose activations TensorRT rounds with a fixed scale."""
+    names = [name for name, fmt in plan.assignment.items() if fmt.activation_bits < 16]
+    if request.chosen_backend == "onnxruntime" or not names:
+        return {}
+    if request.calibration is None:
+        raise ArtefactError(
+            f"plan: {len(names)} layers have 8-bit activations, e.g. {names[0]}, for which "
+            f"{request.chosen_backend} needs fixed scales; name states to take them from with --calibration"
+        )
+    return input_peaks(request.policy, request.calibration, names)
+
+
 def export_graphs(
     folder: Path, policy: Policy, layers: Mapping[str, Layer], assignment: Mapping[str, Format], backend: Backend
 ) -> dict[str, GraphSpec]:
@@ -167,7 +186,7 @@ def export_graphs(
     with bar:
         return export(
             folder, policy.config, policy.tensors, layers, assignment, dialect.linear, advance,
-            dialect.float_type, dialect.opset,
+            dialect.float_type, dialect.opset, policy.input_peaks,
         )  # fmt: skip
 
 

@@ -27,12 +27,13 @@ def export(
     on_layer: Callable[[Layer], None],
     float_type: int = TensorProto.FLOAT,
     opset: int = OPSET,
+    input_peaks: Mapping[str, float] | None = None,
 ) -> dict[str, GraphSpec]:
     """Writes `vision.onnx` and `decoder.onnx`, each with its `.data`, into `folder`; same input, same bytes."""
     graphs = {}
     for name, build in _ARCHITECTURES.items():
         with GraphBuilder(folder / f"{name}.onnx", float_type, opset) as builder:
-            context = GraphContext(builder, tensors, layers, assignment, write_linear, on_layer)
+            context = GraphContext(builder, tensors, layers, assignment, write_linear, on_layer, input_peaks or {})
             inputs, outputs = build(context, config)
             builder.save([_info(spec) for spec in inputs], [_info(spec) for spec in outputs])
         graphs[name] = GraphSpec(f"{name}.onnx", tuple(inputs), tuple(outputs))

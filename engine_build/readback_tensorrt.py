@@ -58,8 +58,9 @@ def _realised(layer: Layer, planned: Format, found: bool) -> Realised:
     if not found:
         return Realised(FULL_PRECISION, "float16 MatMul, as built", layer.weights * 2)
     codes = {8: "INT8 codes", 4: "INT4 codes", 2: "2-bit codes, two to an INT4, split at run time"}[planned.weight_bits]
-    bits = layer.weights * planned.weight_bits // 8
-    return Realised(canonical(planned, layer.inputs), f"{codes} found in the engine; float16 MatMul", bits)
+    activations = "float16 activations" if planned.activation_bits == 16 else "INT8 activations of fixed scale, by Q/DQ"
+    arithmetic = f"{codes} found in the engine; {activations}"
+    return Realised(canonical(planned, layer.inputs), arithmetic, layer.weights * planned.weight_bits // 8)
 
 
 def _search(content: mmap.mmap, graph: Path, tensors: Mapping[str, onnx.TensorProto], names: list[str]) -> set[str]:

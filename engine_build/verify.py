@@ -112,7 +112,8 @@ def _read_back(
             tempfile.TemporaryDirectory(prefix=".verify.", dir=engine_folder.parent) as folder,
             open_checkpoint(policy_folder, manifest.config) as checkpoint,
         ):
-            policy = Policy(manifest.config, checkpoint, policy_folder / TOKENIZER, manifest.parents["policy"])
+            parent, peaks = manifest.parents["policy"], manifest.input_peaks
+            policy = Policy(manifest.config, checkpoint, policy_folder / TOKENIZER, parent, peaks)
             graphs = export_graphs(Path(folder), policy, layers, planned, manifest.backend)
             realised = engine_formats(Path(folder), graphs, engines, layers, planned)
             stored = stored_bytes(Path(folder), graphs, layers)

@@ -99,13 +99,17 @@ def open_checkpoint(folder: Path, config: PolicyConfig) -> Iterator[Checkpoint]:
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """One layer ready to be written: quantized, or as float32 rows [out, in]; bias float32 [out] or None."""
+    """One layer ready to be written: quantized, or as float32 rows [out, in]; bias float32 [out] or None.
+
+    input_peak: largest |input|, where a backend rounds activations with a fixed scale.
+    """
 
     layer: Layer
     format: Format
     quantized: QuantizedWeight | None
     rows: torch.Tensor | None
     bias: np.ndarray | None
+    input_peak: float | None = None
 
     @property
     def codes(self) -> np.ndarray:
@@ -120,13 +124,13 @@ class LayerWeights:
         return self.quantized.scales.numpy().astype(np.float16)
 
 
-def layer_weights(tensors: Tensors, layer: Layer, fmt: Format) -> LayerWeights:
+def layer_weights(tensors: Tensors, layer: Layer, fmt: Format, input_peak: float | None = None) -> LayerWeights:
     """Reads one layer and quantizes it as the calibrator does."""
     weight = tensors.tensor(f"{layer.name}.weight")
     bias = as_float32(tensors.tensor(f"{layer.name}.bias")) if layer.bias else None
     if fmt.weight_bits == FULL_PRECISION.weight_bits:
         return LayerWeights(layer, fmt, None, weight.flatten(1), bias)
-    return LayerWeights(layer, fmt, quantize_weight(weight, fmt), None, bias)
+    return LayerWeights(layer, fmt, quantize_weight(weight, fmt), None, bias, input_peak)
 
 
 def as_float32(tensor: torch.Tensor) -> np.ndarray:

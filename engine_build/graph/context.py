@@ -18,6 +18,7 @@ class GraphContext:
     """Everything that writing a graph needs.
 
     on_layer: called with each layer once it is written (progress).
+    input_peaks: largest |input| of layers whose activations get a fixed scale.
     """
 
     builder: GraphBuilder
@@ -26,13 +27,15 @@ class GraphContext:
     assignment: Mapping[str, Format]
     write_linear: LinearWriter
     on_layer: Callable[[Layer], None]
+    input_peaks: Mapping[str, float]
 
     io_dtype = np.dtype(np.float32)
 
     def linear(self, x: str, name: str) -> str:
         """The layer called `name`, in its planned format, applied to `x` [1, tokens, in]."""
         layer = self.layers[name]
-        result = self.write_linear(self.builder, x, layer_weights(self.tensors, layer, self.assignment[name]))
+        weights = layer_weights(self.tensors, layer, self.assignment[name], self.input_peaks.get(name))
+        result = self.write_linear(self.builder, x, weights)
         self.on_layer(layer)
         return result
 

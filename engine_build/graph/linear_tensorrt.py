@@ -2,6 +2,8 @@
 
 - 16 bits: float16 weights.
 - w8a16: INT8 codes, one scale per output channel.
+- w8a8: the same weights; activations as INT8 with one fixed scale per tensor, largest input / 127. (The calibrator and
+  the CPU use one scale per token at run time, which TensorRT has no integer kernel for.)
 - w4a16: INT4 codes in blocks along the inputs, or one scale per channel as a single block.
 - w2a16: TensorRT has no 2-bit type. Two codes share one INT4, v = 4 high + (low + 2), and are split in the network:
   high = floor(v / 4), low = v - 4 high - 2. The engine holds 2 bits per weight; the split costs time at every run.
@@ -26,12 +28,22 @@ def linear(builder: GraphBuilder, x: str, weights: LayerWeights) -> str:
         kernel = builder.tensor(f"{name}.weight", rows)
     else:
         group = weights.format.group_size or weights.layer.inputs
+        if weights.format.activation_bits == 8:
+            x = _rounded(builder, x, weights)
         x = _padded(builder, x, -weights.layer.inputs % group)
         kernel = {8: _eight_bit, 4: _four_bit, 2: _two_bit}[bits](builder, weights, group)
     result = builder.node("MatMul", [x, kernel], name)
     if weights.bias is not None:
         result = builder.add(result, builder.tensor(f"{name}.bias", weights.bias.astype(np.float16)))
     return result
+
+
+def _rounded(builder: GraphBuilder, x: str, weights: LayerWeights) -> str:
+    """Q/DQ of the input, which TensorRT joins with the weight's DQ into an INT8 product."""
+    assert weights.input_peak is not None
+    scale, name = builder.scalar(weights.input_peak / 127), weights.layer.name
+    codes = builder.node("QuantizeLinear", [x, scale, builder.constant(0, np.int8)], f"{name}.input_codes")
+    return builder.node("DequantizeLinear", [codes, scale, builder.constant(0, np.int8)], f"{name}.input_rounded")
 
 
 def _padded(builder: GraphBuilder, x: str, missing: int) -> str:

@@ -151,9 +151,7 @@ def test_decisions_equal_the_torch_policy_over_several_states(exported: tuple[Pa
 
 def test_another_gpu_or_version_is_refused(exported: tuple[Path, Manifest]) -> None:
     folder, manifest = exported
-    with pytest.raises(
-        ArtefactError, match=r"target a100, compute capability \(8, 0\); this GPU has \(9, 0\)"
-    ):
+    with pytest.raises(ArtefactError, match=r"target a100, compute capability \(8, 0\); this GPU has \(9, 0\)"):
         TensorRtBackend(folder, manifest, fake_modules(folder, manifest, (9, 0)))
     other = replace(manifest, backend_version="2.0")
     with pytest.raises(ArtefactError, match=r"built with tensorrt_rtx 2.0, installed is 1.0"):

@@ -1,14 +1,18 @@
 """TensorRT: its dialect's numbers on ONNX Runtime, codes found in engine bytes, a real sm_80 engine without a GPU."""
 
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper
+from ragged import observation
 
+from calibrator.calibration import SourceIndex, Trajectory, collect, load_calibration
 from calibrator.quantization import quantize_weight
 from engine_build import readback_tensorrt
 from engine_build.backends.tensorrt import decoder_profiles, load_module
@@ -16,17 +20,37 @@ from engine_build.build import Request, build
 from engine_build.graph.builder import GraphBuilder
 from engine_build.graph.linear_tensorrt import linear
 from engine_build.plan import Plan, check_legal, legalize, uniform_plan
+from engine_build.ranges import input_peaks
 from engine_build.verify import verify_formats
 from engine_build.weights import Layer, LayerWeights, layers_of
 from vla_policy.core.backend_onnxruntime import open_session, session_options
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.formats import Format
+from vla_policy.core.image import preprocess
 from vla_policy.core.manifest import Manifest, file_records
+from vla_policy.core.observation import Observation
 from vla_policy.core.targets import find_target
 
 A100 = find_target("a100")
 INPUTS, OUTPUTS = 150, 40
+INPUT_PEAK = 3.0
 LAYER = Layer("stack.layer", "linear", "stack.layer", OUTPUTS, INPUTS, bias=True)
+
+
+class FakeStates:
+    """One trajectory of random states."""
+
+    path = "fake"
+
+    def index(self) -> SourceIndex:
+        return SourceIndex((Trajectory("episode", 8, tuple(range(8))),), {})
+
+    def read(self, wanted: Mapping[str, frozenset[int]]) -> Iterator[tuple[str, int, Observation]]:
+        for step in sorted(wanted["episode"]):
+            yield "episode", step, observation(step)
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "fake", "path": self.path}
 
 
 def write_graph(path: Path, fmt: Format) -> tuple[torch.Tensor, np.ndarray]:
@@ -35,7 +59,7 @@ def write_graph(path: Path, fmt: Format) -> tuple[torch.Tensor, np.ndarray]:
     weight = torch.randn(OUTPUTS, INPUTS, generator=generator) / INPUTS**0.5
     bias = torch.randn(OUTPUTS, generator=generator).half().float().numpy()
     quantized = quantize_weight(weight, fmt) if fmt.weight_bits < 16 else None
-    weights = LayerWeights(LAYER, fmt, quantized, None if quantized else weight, bias)
+    weights = LayerWeights(LAYER, fmt, quantized, None if quantized else weight, bias, INPUT_PEAK)
     with GraphBuilder(path, TensorProto.FLOAT16, 21) as builder:
         builder.rename(linear(builder, "x", weights), "y")
         x, y = (
@@ -51,7 +75,11 @@ def test_the_dialect_computes_the_planned_numbers(fmt: Format, tmp_path: Path) -
     weight, bias = write_graph(tmp_path / "layer.onnx", fmt)
     x = torch.randn(1, 7, INPUTS, generator=torch.Generator().manual_seed(6)).half()
     (y,) = open_session(tmp_path / "layer.onnx", session_options(1)).run(None, {"x": x.numpy()})
-    expected = (x.double() @ weight.double().T).numpy() + bias
+    seen = x.double()
+    if fmt.activation_bits == 8:
+        step = float(np.float16(INPUT_PEAK / 127))
+        seen = (seen / step).round().clamp(-128, 127) * step
+    expected = (seen @ weight.double().T).numpy() + bias
     np.testing.assert_allclose(y, expected, atol=6e-3)
 
 
@@ -91,6 +119,28 @@ def test_an_a100_engine_is_built_without_a_gpu(workshop: Path, tmp_path: Path) -
     replace(manifest, files=file_records(tmp_path / "engine")).write(tmp_path / "engine")
     with pytest.raises(ArtefactError, match="are not in the engine"):
         verify_formats(tmp_path / "engine", workshop / "policy")
+
+
+def test_activation_scales_come_from_the_calibration_set(workshop: Path, tmp_path: Path) -> None:
+    collect([FakeStates()], tmp_path / "calibration", count=4, seed=0)
+    names = ["projector.fc2", "vision_backbone.featurizer.patch_embed.proj"]
+    peaks = input_peaks(workshop / "policy", tmp_path / "calibration", names)
+    config = Manifest.load(workshop / "engine").config
+    states = load_calibration(tmp_path / "calibration")
+    pixels = max(np.abs(preprocess(states.images[index], config)[:3]).max() for index in range(4))
+    assert peaks["vision_backbone.featurizer.patch_embed.proj"] == pytest.approx(pixels)
+    assert peaks["projector.fc2"] > 0
+
+
+def test_eight_bit_activations_need_a_calibration_set(workshop: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX builds sm_80 engines anywhere once it is installed")
+    request = Request(workshop / "policy", A100, tmp_path / "engine", uniform=Format(8, 8))
+    with pytest.raises(ArtefactError, match=r"36 layers have 8-bit activations, .* name states .* --calibration"):
+        build(request)
+    collect([FakeStates()], tmp_path / "calibration", count=4, seed=0)
+    manifest = build(replace(request, calibration=tmp_path / "calibration"))
+    assert {unit.realised for unit in manifest.units} == {"w8a8"}
+    assert len(manifest.input_peaks) == 36
 
 
 def test_fused_layers_must_share_a_format(workshop: Path, tmp_path: Path) -> None:

@@ -69,7 +69,12 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """See the module. `policy_config` is the policy's `config.json`: architecture, tokens, statistics."""
+    """See the module.
+
+    policy_config: the policy's `config.json`: architecture, tokens, statistics. other_bytes: all that is no unit's.
+    legalized: formats that were raised for the target, in words. input_peaks: largest |input| of the layers whose
+    activations have a fixed scale. ran_on_target: False for an engine built for a machine that is not here.
+    """
 
     target: str
     backend: Backend
@@ -82,6 +87,7 @@ class Manifest:
     policy_config: dict[str, Any]
     other_bytes: int
     legalized: tuple[str, ...] = ()
+    input_peaks: dict[str, float] = field(default_factory=dict)
     ran_on_target: bool = False
     notes: tuple[str, ...] = ()
     reference_check: dict[str, Any] | None = None
@@ -169,6 +175,7 @@ def _parse(content: Mapping[str, Any]) -> Manifest:
         policy_config=dict(content["policy_config"]),
         other_bytes=int(content["other_bytes"]),
         legalized=tuple(content["legalized"]),
+        input_peaks=dict(content["input_peaks"]),
         ran_on_target=bool(content["ran_on_target"]),
         notes=tuple(content["notes"]),
         reference_check=content["reference_check"],

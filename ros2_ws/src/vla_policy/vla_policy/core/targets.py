@@ -123,12 +123,12 @@ _CPU = Target(
 _TENSORRT_RULES = (
     Rule(16, 16, (ROW,), "float16"),
     Rule(8, 16, (ROW,), "INT8 weights, one scale per row, float16 MatMul"),
+    Rule(8, 8, (ROW,), "INT8 both; activations with one fixed scale per tensor, from the calibration set"),
     Rule(4, 16, (ROW, 32, 64, 128), "INT4 weights in blocks, float16 MatMul"),
     Rule(2, 16, (ROW, 32, 64, 128), "two 2-bit codes to an INT4, split at run time, float16 MatMul"),
 )
 _TENSORRT_REFUSED = (
     ("w4a4", "TensorRT multiplies no 4-bit integers"),
-    ("w8a8", "TensorRT rounds activations with one fixed scale per tensor, plans assume one per token at run time"),
     ("w4a8", "TensorRT has no such kernel"),
     ("w2a8", "TensorRT has no such kernel"),
     ("w3a16", "TensorRT has no 3-bit type"),

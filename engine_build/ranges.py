@@ -1,0 +1,48 @@
+"""Largest inputs of layers over a calibration set: the fixed activation scales that TensorRT's INT8 layers need."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from calibrator.calibration import load_calibration
+from calibrator.policy import TorchActor
+from calibrator.quantization import find_layer
+from vla_policy.core.errors import ArtefactError
+
+
+def input_peaks(policy_folder: Path, calibration: Path, names: Sequence[str]) -> dict[str, float]:
+    """max |x| of every named layer's input while the full-precision policy decides each calibration state.
+
+    Raises ArtefactError for a layer whose input is zero or not finite throughout.
+    """
+    states = load_calibration(calibration)
+    actor = TorchActor.load(policy_folder, None)
+    peaks = dict.fromkeys(names, 0.0)
+    with _watched(actor.policy, peaks):
+        for index in tqdm(range(len(states)), desc="activation ranges", unit="state", disable=None):
+            actor.act(states.observation(index))
+    useless = [name for name, peak in peaks.items() if not 0 < peak < float("inf")]
+    if useless:
+        raise ArtefactError(f"{calibration}: inputs of {useless[0]} are zero or not finite; collect other states")
+    return peaks
+
+
+@contextmanager
+def _watched(policy: torch.nn.Module, peaks: dict[str, float]) -> Iterator[None]:
+    """Updates `peaks` whenever one of its layers runs."""
+
+    def watch(name: str) -> torch.utils.hooks.RemovableHandle:
+        def see(module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+            peaks[name] = max(peaks[name], float(arguments[0].abs().max()))
+
+        return find_layer(policy, name).register_forward_pre_hook(see)
+
+    handles = [watch(name) for name in peaks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
