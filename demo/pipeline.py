@@ -71,7 +71,7 @@ def stages(job: Job) -> list[Stage]:
     calibration, sensitivity, plan = job.out / "calibration", job.out / "sensitivity.json", job.out / "plan.json"
     mixed, reference = job.engines["mixed"], job.engines["reference"]
     frontier, bench, served = job.out / "frontier.json", job.out / "bench.json", job.out / "served.json"
-    decisions, report = job.out / "decisions.json", job.out / "report.html"
+    decisions, parity, report = job.out / "decisions.json", job.out / "parity.json", job.out / "report.html"
     serving = (ROOT / "demo" / "serving.py", ROOT / "demo" / "decisions.py")
     return [
         Stage(
@@ -133,7 +133,7 @@ def stages(job: Job) -> list[Stage]:
             parents=(mixed, job.bag, job.contract, *serving),
             settings={"rate": job.rate},
             sources=(_CORE, _REPLAY),
-            outputs=(served, job.out / "parity.json"),
+            outputs=(served, parity),
             run=lambda: _serve(job, served),
         ),
         Stage(
@@ -148,14 +148,18 @@ def stages(job: Job) -> list[Stage]:
         Stage(
             name="report",
             title="report",
-            parents=(sensitivity, plan, frontier, calibration, mixed, reference, bench, served, decisions),
+            parents=(
+                sensitivity, plan, frontier, calibration, mixed, reference, bench, served, decisions, parity,
+                _CALIBRATOR / "report" / "templates",
+            ),
             settings={},
             sources=(_CORE / "core", _CALIBRATOR),
             outputs=(report,),
             run=lambda: _calibrator(
                 "report", "--sensitivity", sensitivity, "--plan", plan, "--frontier", frontier,
                 "--calibration", calibration, "--engine", mixed, "--reference-engine", reference, "--bench", bench,
-                "--served", served, "--decisions", decisions, "--contract", job.contract, "--out", report,
+                "--served", served, "--decisions", decisions, "--parity", parity,
+                "--contract", job.contract, "--out", report,
             ),
         ),
     ]
