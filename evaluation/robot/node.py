@@ -4,7 +4,8 @@
 
 Publishes `/clock`, the contract's camera, joint states at every control step and the instruction at each episode's
 start; obeys the contract's twist and gripper commands. Time is the simulation's and continues over episodes. A command
-older than `incoming_command_timeout` (simulated seconds) stops the arm.
+older than `incoming_command_timeout` (simulated seconds) stops the arm. An episode ends with success or after
+`max_steps` control steps, by default the suite's.
 
 `driver` "commands" obeys whoever commands. With `lockstep` (the default) simulated time waits after each image for the
 decision on that image, so a slow policy or a busy machine changes nothing; without it the simulation runs at
@@ -21,7 +22,7 @@ from geometry_msgs.msg import TwistStamped
 from PIL import Image as PilImage
 from rclpy.node import Node
 from rclpy.parameter import Parameter
-from rclpy.qos import DurabilityPolicy, QoSProfile, qos_profile_sensor_data
+from rclpy.qos import DurabilityPolicy, QoSProfile
 from rosgraph_msgs.msg import Clock as ClockMessage
 from sensor_msgs.msg import CompressedImage, Image, JointState
 from std_msgs.msg import Float64MultiArray, Header, String
@@ -55,6 +56,7 @@ class SimulatedRobotNode(Node):
         self._lockstep = self.declare_parameter("lockstep", True).value
         self._real_time_factor = self.declare_parameter("real_time_factor", 1.0).value
         self._steps_per_image = self.declare_parameter("steps_per_image", 4).value
+        self._max_steps = self.declare_parameter("max_steps", 0).value
         self._command_timeout_ns = round(self.declare_parameter("incoming_command_timeout", 0.5).value * 1e9)
         self._min_subscribers = self.declare_parameter("min_subscribers", 1).value
         self._summary = self.declare_parameter("summary", "").value
@@ -68,7 +70,8 @@ class SimulatedRobotNode(Node):
         self._changed = threading.Condition()
         self._twist: tuple[int, dict[str, float]] | None = None
         self._opening_m: float | None = None
-        self._commands = 0
+        self._received = {"twist": 0, "gripper": 0}
+        self._received_before_answer = dict(self._received)
         self._answered_ns = 0
         self._create_topics()
         self._done, self._closing = done, threading.Event()
@@ -89,8 +92,9 @@ class SimulatedRobotNode(Node):
         self._instruction = self.create_publisher(String, contract.instruction.topic, kept)
         self._clock_publisher = self.create_publisher(ClockMessage, "/clock", QoSProfile(depth=10))
         if self._driver == "commands":
+            # Decisions first: where both have come, the executor takes the topics in this order.
+            self.create_subscription(ActionChunk, CHUNK_TOPIC, self._on_chunk, QoSProfile(depth=10))
             self.create_subscription(TwistStamped, action.topic, self._on_twist, QoSProfile(depth=10))
-            self.create_subscription(ActionChunk, CHUNK_TOPIC, self._on_chunk, qos_profile_sensor_data)
             if action.gripper is not None:
                 self.create_subscription(
                     Float64MultiArray, action.gripper.topic, self._on_gripper, QoSProfile(depth=10)
@@ -107,17 +111,20 @@ class SimulatedRobotNode(Node):
         values = {f"{part}.{axis}": getattr(vector, axis) for part, vector in parts for axis in "xyz"}
         with self._changed:
             self._twist = (self._now_ns, values)
-            self._commands += 1
+            self._received["twist"] += 1
             self._changed.notify_all()
 
     def _on_gripper(self, message: Float64MultiArray) -> None:
         with self._changed:
             self._opening_m = message.data[0] if message.data else None
+            self._received["gripper"] += 1
+            self._changed.notify_all()
 
     def _on_chunk(self, message: ActionChunk) -> None:
         with self._changed:
             stamp = message.observation_stamp
             self._answered_ns = stamp.sec * 10**9 + stamp.nanosec
+            self._received_before_answer = dict(self._received)
             self._changed.notify_all()
 
     # --- simulation ---------------------------------------------------------------------------------------------
@@ -153,8 +160,8 @@ class SimulatedRobotNode(Node):
         self._settle()
         self._instruction.publish(String(data=instruction))
         self._settle()
-        success, step = False, 0
-        while not success and step < robot.max_steps and not self._closing.is_set():
+        success, step, max_steps = False, 0, self._max_steps or robot.max_steps
+        while not success and step < max_steps and not self._closing.is_set():
             begun_s = time.monotonic()
             self._publish_joints(robot.state())
             if step % self._steps_per_image == 0:
@@ -174,7 +181,6 @@ class SimulatedRobotNode(Node):
         elif self._lockstep:
             stamp_ns = self._now_ns
             with self._changed:
-                seen = self._commands
                 if not self._changed.wait_for(
                     lambda: self._answered_ns >= stamp_ns or self._closing.is_set(), _DECISION_TIMEOUT_S
                 ):
@@ -182,10 +188,15 @@ class SimulatedRobotNode(Node):
                         f"simulated robot: no decision on the image of {stamp_ns} ns within {_DECISION_TIMEOUT_S:g} s; "
                         "is the policy node active, and does it use_sim_time?"
                     )
-                self._changed.wait_for(lambda: self._commands > seen, _COMMAND_AFTER_CHUNK_S)
+                self._changed.wait_for(self._commanded, _COMMAND_AFTER_CHUNK_S)
+
+    def _commanded(self) -> bool:
+        """Whether every command that the newest decision brings has come; a policy that holds sends no gripper."""
+        wanted = ["twist"] if self._contract.action.gripper is None else ["twist", "gripper"]
+        return all(self._received[name] > self._received_before_answer[name] for name in wanted)
 
     def _drive(self, action: np.ndarray) -> None:
-        command = Limiter(self._contract.action).command(action, float("inf"))
+        command = Limiter(self._contract.action).command(action, self._now_ns)
         if command is None:
             raise ContractError(f"simulated robot: the expert's action is not finite: {action.tolist()}")
         with self._changed:

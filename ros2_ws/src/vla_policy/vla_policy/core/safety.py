@@ -44,20 +44,28 @@ class Command:
 
 
 class Limiter:
-    """Policy actions to commands within the contract's limits. Keeps the last command for the slew limits."""
+    """Policy actions to commands within the contract's limits.
+
+    Slew is bounded per control period, from the command with which the period began: a decision that arrives right
+    after a control step replaces that step's command and is not held back by it.
+    """
 
     def __init__(self, contract: ActionContract) -> None:
         self._contract = contract
+        self._period_ns = contract.control_period_ns
         self._moving = [index for index, item in enumerate(contract.dimensions) if item.target != GRIPPER]
         self._gripper = next((index for index, item in enumerate(contract.dimensions) if item.target == GRIPPER), None)
         dimensions = [contract.dimensions[index] for index in self._moving]
         self.targets = tuple(item.target for item in dimensions)
         self._limit = np.asarray([item.limit for item in dimensions])
-        self._slew = np.asarray([np.inf if item.slew is None else item.slew for item in dimensions])
+        slew = np.asarray([np.inf if item.slew is None else item.slew for item in dimensions])
+        self._change = slew * self._period_ns / 1e9
         # Translation, rotation and joints each keep their own direction.
         parts = [target.split(".")[0] if contract.command == "twist" else "joints" for target in self.targets]
         self._groups = [np.flatnonzero([part == name for part in parts]) for name in dict.fromkeys(parts)]
         self._last: np.ndarray | None = None
+        self._base: np.ndarray | None = None
+        self._period_began_ns: int | None = None
         self.rest()
 
     @property
@@ -68,14 +76,19 @@ class Limiter:
     def rest(self, positions: np.ndarray | None = None) -> None:
         """After a hold, slew limits start from standstill, or from the measured `positions` under position control."""
         self._last = np.zeros(len(self._moving)) if self._contract.command == "twist" else positions
+        self._period_began_ns = None
 
-    def command(self, action: np.ndarray, elapsed_s: float) -> Command | None:
-        """The command for `action` [K], `elapsed_s` after the last one.
+    def command(self, action: np.ndarray, now_ns: int) -> Command | None:
+        """The command for `action` [K] at `now_ns`.
 
         None when a value is not finite, or when the joints' positions are not known to start from.
         """
         if self._last is None or not np.isfinite(action).all():
             return None
+        # Half a period of tolerance, for a timer that fires a little early.
+        if self._period_began_ns is None or not 0 <= now_ns - self._period_began_ns < self._period_ns // 2:
+            self._base, self._period_began_ns = self._last, now_ns
+        base = self._last if self._base is None else self._base
         dimensions = self._contract.dimensions
         values = np.asarray([value * item.scale + item.offset for value, item in zip(action, dimensions, strict=True)])
         wanted = values[self._moving]
@@ -85,8 +98,8 @@ class Limiter:
                 motion[group] *= _fraction(np.abs(motion[group]), self._limit[group])
             else:
                 motion[group] = np.clip(motion[group], -self._limit[group], self._limit[group])
-            change = motion[group] - self._last[group]
-            motion[group] = self._last[group] + change * _fraction(np.abs(change), self._slew[group] * elapsed_s)
+            change = motion[group] - base[group]
+            motion[group] = base[group] + change * _fraction(np.abs(change), self._change[group])
         self._last = motion
         return Command(self.targets, motion, self._opening(values), not np.allclose(motion, wanted, atol=1e-12))
 

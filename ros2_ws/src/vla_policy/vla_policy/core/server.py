@@ -136,7 +136,6 @@ class PolicyServer:
         self._last_stamp_ns: dict[str, int] = {}
         self._joint_positions: dict[str, float] = {}
         self._last_tick_ns: int | None = None
-        self._last_command_ns: int | None = None
         self._sequence = self._commands = self._limited = self._late = 0
         self._drops: Counter[str] = Counter()
         self._last_drop = ""
@@ -274,21 +273,14 @@ class PolicyServer:
             self._starved = not reasons and action is None
             if self._starved:
                 reasons.append(HoldReason.DEADLINE_MISSED if self._late_since_chunk else HoldReason.NO_CHUNK)
-            command = None if action is None else self._limiter.command(action, self._elapsed_s(now_ns))
+            command = None if action is None else self._limiter.command(action, now_ns)
             if command is None:
                 self._limiter.rest(self._positions())
-                self._last_command_ns = None
                 return Step(None, tuple(reasons) or (HoldReason.STALE_STATE,))
-            self._last_command_ns = now_ns
             self._commands += 1
             self._limited += command.limited
             self._rates["commands"].add(now_ns)
             return Step(command, ())
-
-    def _elapsed_s(self, now_ns: int) -> float:
-        period_ns = self._contract.action.control_period_ns
-        elapsed_ns = period_ns if self._last_command_ns is None else now_ns - self._last_command_ns
-        return min(elapsed_ns, period_ns) / 1e9
 
     def _positions(self) -> np.ndarray | None:
         known = [self._joint_positions.get(target) for target in self._limiter.targets]

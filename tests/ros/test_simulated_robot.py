@@ -1,0 +1,60 @@
+"""The simulated robot in the loop: over DDS, step for step what the simulator does without ROS."""
+
+import json
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("libero", reason="needs the libero extra: pip install 'vla-deploy[libero]'")
+
+from evaluation.benchmarks.libero import DEMO_PROTOCOL, LiberoEnv
+from tests.ros.fake_policy_node import echo
+from tests.ros.world import CONTRACT, fake_engine, fresh_domain, node_command, process
+from vla_policy.core.bag import read_frames
+from vla_policy.core.contract import load_contract
+from vla_policy.core.observe import observe
+from vla_policy.core.synchroniser import Frame
+
+TASK = "pick_up_the_butter_and_place_it_in_the_basket"
+DECISIONS = 8
+
+
+def test_the_loop_over_dds_equals_the_loop_without(tmp_path: Path) -> None:
+    domain, log = fresh_domain(), tmp_path / "log"
+    engine = fake_engine(tmp_path / "engine", action="echo")
+    settings = {"use_sim_time": True, "enabled": True, "check_sources": "graph", "source_wait": 120.0}
+    settings |= {"freeze_timeout": 0.0, "output_watchdog_timeout": 30.0, "inference_deadline": 5.0}
+    recorder = [sys.executable, "-m", "vla_policy.nodes.record_node", "--ros-args", "-p", "use_sim_time:=true"]
+    recorder += ["-p", f"output:={tmp_path / 'bag'}", "-p", f"contract:={CONTRACT}"]
+    robot = [sys.executable, "-m", "evaluation.robot", "--ros-args", "-p", f"contract:={CONTRACT}"]
+    robot += ["-p", f"tasks:=[{TASK}]", "-p", "trials:=[3]", "-p", f"max_steps:={4 * DECISIONS}"]
+    robot += ["-p", "min_subscribers:=2", "-p", f"summary:={tmp_path / 'summary.json'}"]
+    with (
+        process(node_command(engine, **settings), domain, log),
+        process(recorder, domain, log) as recording,
+        process(robot, domain, log) as simulation,
+    ):
+        assert simulation.wait(240) == 1, f"echoed states solve nothing; {log.read_text()}"
+        recording.send_signal(signal.SIGINT)
+        assert recording.wait(30) == 0, log.read_text()
+    (episode,) = json.loads((tmp_path / "summary.json").read_text())["episodes"]
+    assert episode == {"task": TASK, "trial": 3, "success": False, "steps": 4 * DECISIONS}
+
+    contract = load_contract(CONTRACT)
+    frames = [frame for frame in read_frames(tmp_path / "bag", contract) if isinstance(frame, Frame)]
+    assert len(frames) == DECISIONS
+    env = LiberoEnv("libero_object", DEMO_PROTOCOL)
+    try:
+        observation = env.reset(TASK, 3, seed=0)
+        for frame in frames:
+            seen = observe(frame, contract)
+            assert seen.instruction == observation.instruction
+            assert seen.state is not None and observation.state is not None
+            np.testing.assert_allclose(seen.state, observation.state, atol=1e-6)
+            np.testing.assert_allclose(seen.image.astype(int), observation.image, atol=2)
+            observation = env.step(echo(observation)).observation
+    finally:
+        env.close()
