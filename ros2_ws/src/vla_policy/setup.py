@@ -17,7 +17,7 @@ setup(
         (f"share/{PACKAGE}/launch", glob("launch/*.launch.py")),
         (f"share/{PACKAGE}/config", glob("config/*")),
     ],
-    install_requires=["numpy", "onnxruntime", "pillow", "pyyaml", "setuptools", "tokenizers"],
+    install_requires=["numpy", "onnxruntime", "pillow", "pyyaml", "rosbags", "setuptools", "tokenizers"],
     zip_safe=True,
     maintainer="vla-deploy maintainers",
     maintainer_email="maintainers@vla-deploy.invalid",

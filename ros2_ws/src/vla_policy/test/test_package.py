@@ -1,4 +1,4 @@
-"""What `colcon test` checks on the robot: the core imports without ROS and workstation packages, the files are there."""
+"""What `colcon test` checks on the robot: the core imports without ROS and workstation packages; contracts load."""
 
 import subprocess
 import sys
