@@ -6,6 +6,7 @@ degrees, which is upright and mirrored.
 """
 
 import contextlib
+import gc
 import hashlib
 import io
 import os
@@ -145,6 +146,7 @@ class LiberoEnv:
         if self._scene is not None:
             self._scene.close()
             self._scene = None
+            gc.collect()  # robosuite's cycles hold 800 MB, and the next task's simulator comes on top
 
     def _official(self, task: str) -> Any:
         if task not in self._tasks:
