@@ -55,6 +55,16 @@ def _add_sensitivity(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=16, help="states per pass")
     parser.add_argument("--cache-gb", type=float, default=2.0, help="memory for full-precision passes, 1e9 bytes")
     parser.add_argument("--units", nargs="+", default=["*"], help="only layers whose names match these globs")
+    parser.add_argument(
+        "--mode",
+        choices=("exact", "screened"),
+        default="exact",
+        help="screened: exact only where the allocation is undecided, first-order scores elsewhere",
+    )
+    parser.add_argument("--targets", type=float, nargs="+", default=[3.0, 4.0, 6.0], help="screened: average bits")
+    parser.add_argument("--tolerance", type=float, default=0.005, help="screened: expected regret, part of the score")
+    parser.add_argument("--pilot", type=int, default=2, help="screened: states on which everything is evaluated")
+    parser.add_argument("--cap", type=float, default=0.1, help="screened: largest part of all exact evaluations")
     parser.add_argument("--executor", choices=("local", "ray"), default="local")
     parser.add_argument("--ray-address", help="address of a running Ray cluster; default: one on this machine")
     parser.add_argument("--cpus-per-task", type=int, default=1, help="CPU cores of a Ray task")
@@ -109,6 +119,7 @@ def _collect(args: argparse.Namespace) -> int:
 def _sensitivity(args: argparse.Namespace) -> int:
     from calibrator.measure import RunOptions, measure
     from calibrator.scores import ScoreSettings
+    from calibrator.screening import ScreenSettings
     from calibrator.sweep import SweepSettings, SweepSpec
 
     settings = SweepSettings(
@@ -122,12 +133,25 @@ def _sensitivity(args: argparse.Namespace) -> int:
     spec = SweepSpec(
         str(args.policy), str(args.calibration), settings, args.batch_size, int(args.cache_gb * 1e9), args.device
     )
-    options = RunOptions(args.executor, args.ray_address, args.cpus_per_task, args.resume, tuple(args.units))
+    screen = ScreenSettings(tuple(args.targets), args.tolerance, args.pilot, args.cap)
+    options = RunOptions(
+        executor=args.executor,
+        ray_address=args.ray_address,
+        cpus_per_task=args.cpus_per_task,
+        resume=args.resume,
+        unit_globs=tuple(args.units),
+        screen=screen if args.mode == "screened" else None,
+    )
     result = measure(spec, args.out, ScoreSettings(args.kappa, args.weight, args.bins), options)
     low = min(result.bits)
     worst = sorted(result.units, key=lambda unit: -unit.omega[low])[:3]
     print(f"{args.out}: {len(result.units)} layers at {', '.join(map(str, settings.bits))} bits")
     print(f"most fragile at {low} bits: " + ", ".join(f"{unit.name} {unit.omega[low]:.3f}" for unit in worst))
+    if args.mode == "screened":
+        facts = result.meta["screening"]
+        regret = ", ".join(f"{100 * value:.2g} % at {key}" for key, value in facts["stop"]["expected_regret"].items())
+        print(f"{facts['evaluations']} of {facts['exhaustive_evaluations']} evaluations; {facts['stop']['reason']}")
+        print(f"expected regret of the plan by average bits: {regret}")
     if result.meta["inversions"]:
         count = len(result.meta["inversions"])
         print(f"note: {count} times more bits scored worse than fewer; use more states if it matters")

@@ -29,6 +29,10 @@ class Objective:
 
     def score(self, unit: UnitScores, bits: int) -> float:
         if self.signal == "action":
+            if bits not in unit.action_mse:
+                raise ArtefactError(
+                    f"{unit.name}: the screened run did not evaluate {bits} bits; measure it with --mode exact"
+                )
             return unit.action_mse[bits]
         if self.signal == "proxy":
             return unit.action_proxy[bits]

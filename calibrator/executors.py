@@ -1,5 +1,6 @@
 """Where layers are evaluated: in this process, or by the workers of a Ray cluster."""
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -16,6 +17,12 @@ class Task:
     unit: str
     bits: tuple[int, ...]
     samples: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """A file name for its record: layer, widths, and a digest of the states."""
+        digest = hashlib.sha256(repr(self.samples).encode()).hexdigest()[:16]
+        return f"{self.unit}@{'-'.join(map(str, self.bits))}@{digest}"
 
 
 class Executor(Protocol):

@@ -56,18 +56,19 @@ class Journal:
 
     @property
     def finished(self) -> set[str]:
-        """Names of the layers whose records are on disk."""
+        """Names of the records on disk."""
         return {path.stem for path in (self.folder / _UNITS).glob("*.safetensors")}
 
-    def write(self, losses: UnitLosses) -> None:
+    def write(self, losses: UnitLosses, name: str | None = None) -> None:
+        """Keeps a record under `name`, the layer's by default."""
         tensors = {name: getattr(losses, name) for name in _ARRAYS}
         tensors |= {"bits": np.asarray(losses.bits), "samples": np.asarray(losses.samples)}
-        with atomic_path(self._path(losses.unit)) as temporary:
+        with atomic_path(self._path(name or losses.unit)) as temporary:
             save_tensors(temporary, tensors)
 
-    def read(self, unit: str) -> UnitLosses:
-        """Raises ArtefactError when the record is damaged."""
-        tensors = _load(self._path(unit))
+    def read(self, unit: str, name: str | None = None) -> UnitLosses:
+        """The record of layer `unit` under `name`. Raises ArtefactError when it is damaged."""
+        tensors = _load(self._path(name or unit))
         bits, samples = (tuple(tensors[name].tolist()) for name in ("bits", "samples"))
         return UnitLosses(unit, bits, samples, **{name: tensors[name] for name in _ARRAYS})
 

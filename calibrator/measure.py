@@ -3,8 +3,8 @@
 import platform
 import resource
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from importlib.metadata import version
@@ -15,16 +15,19 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from calibrator.choices import Objective
 from calibrator.evidence import BOUNDARIES
 from calibrator.executors import Executor, LocalExecutor, RayExecutor, Task
 from calibrator.journal import Journal, difference
 from calibrator.maps import evidence_maps, pick_samples, pick_units
 from calibrator.policy import OpenVLA, live_units
 from calibrator.proxy import action_proxy
-from calibrator.scores import ScoreSettings, phase_of
+from calibrator.scores import ScoreSettings, evidence_loss, phase_of, soft_bottleneck
+from calibrator.screening import Request, Screen, ScreenProblem, ScreenSettings
 from calibrator.sensitivity import (
     FULL_BITS,
     KIND,
+    Estimate,
     Sensitivity,
     UnitShape,
     inversions,
@@ -42,13 +45,16 @@ _MAP_SAMPLES = 3
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How a run is carried out; none of it changes the numbers (batch and worker count beyond rounding)."""
+    """How a run is carried out. Only `screen` changes the numbers (the others within rounding): with it, most scores
+    are estimates.
+    """
 
     executor: str = "local"
     ray_address: str | None = None
     cpus_per_task: int = 1
     resume: bool = True
     unit_globs: tuple[str, ...] = ("*",)
+    screen: ScreenSettings | None = None
     progress: Callable[..., Any] = tqdm
 
 
@@ -76,12 +82,15 @@ def choose_units(shapes: Sequence[UnitShape], globs: Sequence[str]) -> list[Unit
     return [shape for shape in shapes if any(fnmatchcase(shape.name, glob) for glob in globs)]
 
 
-def signature_of(spec: SweepSpec, policy_sha256: str, calibration_sha256: str) -> dict[str, Any]:
-    """Everything that the losses per state depend on, apart from rounding."""
+def signature_of(
+    spec: SweepSpec, policy_sha256: str, calibration_sha256: str, screen: ScreenSettings | None
+) -> dict[str, Any]:
+    """Everything that the losses per state depend on, apart from rounding, and how they are chosen."""
     return {
         "policy_sha256": policy_sha256,
         "calibration_sha256": calibration_sha256,
         "settings": spec.settings.to_json(),
+        "screen": None if screen is None else asdict(screen) | {"targets": list(screen.targets)},
     }
 
 
@@ -94,6 +103,7 @@ class _Run:
     identity: dict[str, Any]
     sweep: Sweep
     shapes: Sequence[UnitShape]
+    chosen: Sequence[UnitShape]
     started_s: float
 
     @property
@@ -101,8 +111,18 @@ class _Run:
         return self.sweep.states
 
 
+@dataclass(frozen=True)
+class _Measured:
+    """Records in the order of the chosen layers; with estimates, states that were not evaluated are NaN."""
+
+    records: Sequence[UnitLosses]
+    proxies: dict[str, dict[int, np.ndarray]]
+    estimates: Sequence[Estimate] | None
+    facts: dict[str, Any]
+
+
 def measure(spec: SweepSpec, out: Path, scores: ScoreSettings, options: RunOptions) -> Sensitivity:
-    """Measures every chosen layer exactly and writes `out` with its losses and maps.
+    """Measures the chosen layers, exactly or screened, and writes `out` with its losses and maps.
 
     Finished layers are kept in a journal beside `out` until the artefact is written, so a killed run continues.
     Raises ArtefactError when `out` or the journal belongs to other inputs (naming the difference).
@@ -110,7 +130,7 @@ def measure(spec: SweepSpec, out: Path, scores: ScoreSettings, options: RunOptio
     started_s = time.monotonic()
     policy = spec.load_policy()
     states = spec.load_states(policy)
-    signature = signature_of(spec, sha256_policy(spec.policy), states.calibration.sha256)
+    signature = signature_of(spec, sha256_policy(spec.policy), states.calibration.sha256, options.screen)
     shapes = unit_shapes(policy, states)
     chosen = choose_units(shapes, options.unit_globs)
     identity = signature | {"scores": asdict(scores), "units": [shape.name for shape in chosen]}
@@ -119,15 +139,17 @@ def measure(spec: SweepSpec, out: Path, scores: ScoreSettings, options: RunOptio
     folder = journal_folder(out)
     if not options.resume:
         Journal.discard(folder)
-    journal = Journal(folder, signature)
+    journal = Journal(folder, identity if options.screen else signature)
     ref = journal.read_reference()
     if ref is None:
         ref = reference(policy, states, language_block(policy, spec.settings))
         journal.write_reference(ref)
     sweep = Sweep(policy, states, ref, spec.settings, spec.cache_bytes)
-    _evaluate(sweep, spec, [shape.name for shape in chosen], journal, options)
-    run = _Run(spec, scores, identity, sweep, shapes, started_s)
-    result = _write(run, out, chosen, [journal.read(shape.name) for shape in chosen])
+    run = _Run(spec, scores, identity, sweep, shapes, chosen, started_s)
+    with _executor(run, options) as executor:
+        take = _screened if options.screen else _exact
+        measured = take(run, executor, journal, options)
+    result = _write(run, out, measured)
     Journal.discard(folder)
     return result
 
@@ -149,23 +171,91 @@ def _finished(out: Path, identity: dict[str, Any]) -> Sensitivity | None:
     return Sensitivity.load(out)
 
 
-def _evaluate(sweep: Sweep, spec: SweepSpec, units: Sequence[str], journal: Journal, options: RunOptions) -> None:
-    samples = tuple(range(len(sweep.states)))
+@contextmanager
+def _executor(run: _Run, options: RunOptions) -> Iterator[Executor]:
+    if options.executor == "local":
+        yield LocalExecutor(run.sweep)
+        return
+    cluster = RayExecutor(run.spec, run.sweep.reference, repr(run.identity), options.ray_address, options.cpus_per_task)
+    try:
+        yield cluster
+    finally:
+        cluster.close()
+
+
+def _exact(run: _Run, executor: Executor, journal: Journal, options: RunOptions) -> _Measured:
+    """Every chosen layer at every width on every state."""
+    names = [shape.name for shape in run.chosen]
+    states, bits = tuple(range(len(run.states))), run.spec.settings.bits
     finished = journal.finished
-    tasks = [Task(unit, spec.settings.bits, samples) for unit in units if unit not in finished]
-    with ExitStack() as stack:
-        executor: Executor = LocalExecutor(sweep)
-        if options.executor == "ray" and tasks:
-            key = f"{journal.signature}"
-            cluster = RayExecutor(spec, sweep.reference, key, options.ray_address, options.cpus_per_task)
-            stack.callback(cluster.close)
-            executor = cluster
-        bar = stack.enter_context(
-            options.progress(total=len(units), initial=len(units) - len(tasks), desc="layers", unit="layer")
-        )
+    tasks = [Task(name, bits, states) for name in names if name not in finished]
+    with options.progress(total=len(names), initial=len(names) - len(tasks), desc="layers", unit="layer") as bar:
         for losses in executor.run(tasks):
             journal.write(losses)
             bar.update()
+    facts = {"mode": "exact", "exact_evaluations": len(names) * len(bits) * len(states)}
+    return _Measured([journal.read(name) for name in names], _proxies(run.sweep, names), None, facts)
+
+
+def _screened(run: _Run, executor: Executor, journal: Journal, options: RunOptions) -> _Measured:
+    """Layers, widths and states that `calibrator.screening` asks for; the rest is estimated."""
+    assert options.screen is not None
+    names, bits, count = [shape.name for shape in run.chosen], run.spec.settings.bits, len(run.states)
+    proxies = _proxies(run.sweep, names)
+    records = [_blank(name, bits, count) for name in names]
+    limit = int(options.screen.cap * len(names) * len(bits) * count)
+
+    with options.progress(total=limit, initial=0, desc="evaluations, at most", unit="state") as bar:
+
+        def evaluate(requests: Sequence[Request]) -> list[np.ndarray]:
+            tasks = [
+                Task(names[item.unit], tuple(bits[column] for column in item.columns), item.states) for item in requests
+            ]
+            finished = journal.finished
+            for losses in executor.run([task for task in tasks if task.name not in finished]):
+                journal.write(losses, Task(losses.unit, losses.bits, losses.samples).name)
+            results = []
+            for item, task in zip(requests, tasks, strict=True):
+                losses = journal.read(task.unit, task.name)
+                _merge(records[item.unit], item, losses)
+                per_boundary = evidence_loss(losses.mass, losses.attribution, run.scores.weight)
+                results.append(soft_bottleneck(per_boundary, run.scores.kappa))
+                bar.update(len(item.columns) * len(item.states))
+            return results
+
+        result = Screen(_screen_problem(run, proxies), options.screen, evaluate).run()
+    estimates = [Estimate(*rows) for rows in zip(result.omega, result.omega_tau, strict=True)]
+    facts = {"mode": "screened", "exact_evaluations": result.record["evaluations"], "screening": result.record}
+    return _Measured(records, proxies, estimates, facts)
+
+
+def _screen_problem(run: _Run, proxies: dict[str, dict[int, np.ndarray]]) -> ScreenProblem:
+    groups: dict[str, list[int]] = {}
+    for index, shape in enumerate(run.chosen):
+        groups.setdefault(shape.group, []).append(index)
+    objective, bits = Objective(), run.spec.settings.bits
+    return ScreenProblem(
+        params=np.asarray([shape.inputs * shape.outputs for shape in run.chosen], float),
+        groups=tuple(tuple(members) for members in groups.values()),
+        bits=bits,
+        proxy=np.asarray([[proxies[shape.name][width].mean() for width in bits] for shape in run.chosen]),
+        phases=phase_of(run.states.calibration.progress, run.scores.bins),
+        alpha=objective.alpha,
+        beta=objective.beta,
+    )
+
+
+def _blank(unit: str, bits: tuple[int, ...], states: int) -> UnitLosses:
+    """A record of which nothing is known yet."""
+    flat = np.full((len(bits), states), np.nan)
+    deep = np.full((*flat.shape, len(BOUNDARIES)), np.nan)
+    return UnitLosses(unit, bits, tuple(range(states)), deep, deep.copy(), flat, flat.copy())
+
+
+def _merge(record: UnitLosses, request: Request, losses: UnitLosses) -> None:
+    where = np.ix_(request.columns, request.states)
+    for name in ("mass", "attribution", "action_error", "likelihood"):
+        getattr(record, name)[where] = getattr(losses, name)
 
 
 def _proxies(sweep: Sweep, units: Sequence[str]) -> dict[str, dict[int, np.ndarray]]:
@@ -188,26 +278,24 @@ def _maps(sweep: Sweep, units: Sequence[Any], scores: ScoreSettings) -> tuple[di
     return evidence_maps(sweep, pick_units(units, bits), samples, scores)
 
 
-def _write(run: _Run, out: Path, chosen: Sequence[UnitShape], records: Sequence[UnitLosses]) -> Sensitivity:
+def _write(run: _Run, out: Path, measured: _Measured) -> Sensitivity:
     """Scores the records and writes the tensors, then the JSON that names their hashes."""
-    names = [shape.name for shape in chosen]
     progress = run.states.calibration.progress
-    proxies = _proxies(run.sweep, names)
     phases = phase_of(progress, run.scores.bins)
+    estimates: Sequence[Estimate | None] = measured.estimates or [None] * len(run.chosen)
     units = [
-        score_unit(shape, record, proxies[shape.name], phases, run.scores)
-        for shape, record in zip(chosen, records, strict=True)
+        score_unit(shape, record, measured.proxies[shape.name], phases, run.scores, estimate)
+        for shape, record, estimate in zip(run.chosen, measured.records, estimates, strict=True)
     ]
     maps, map_axes = _maps(run.sweep, units, run.scores)
-    tensors = {"losses": stack_losses(records, proxies, progress, run.scores), "maps": maps}
+    tensors = {"losses": stack_losses(measured.records, measured.proxies, progress, run.scores), "maps": maps}
     prefix = "" if out.stem == "sensitivity" else f"{out.stem}."
     files = {}
     for key, arrays in tensors.items():
         path = out.with_name(f"{prefix}{key}.safetensors")
         files[key] = {"name": path.name, "sha256": write_tensors(path, arrays)}
-    content = _header(run, phases) | {
-        "mode": "exact",
-        "exact_evaluations": len(chosen) * len(run.spec.settings.bits) * len(run.states),
+    names = {unit.name for unit in units}
+    content = _header(run, phases) | measured.facts | {
         "units": [unit.to_json() for unit in units],
         "unmeasured": [shape.name for shape in run.shapes if shape.name not in names],
         "unquantized_params": _all_params(run) - sum(unit.params for unit in units),

@@ -93,17 +93,40 @@ class UnitShape:
     macs: int
 
 
+@dataclass(frozen=True)
+class Estimate:
+    """Omega and Omega_tau of one layer by width, where screening estimated them from part of the states."""
+
+    omega: np.ndarray
+    omega_tau: np.ndarray
+
+
 def score_unit(
-    shape: UnitShape, losses: UnitLosses, proxy: Mapping[int, np.ndarray], phases: np.ndarray, settings: ScoreSettings
+    shape: UnitShape,
+    losses: UnitLosses,
+    proxy: Mapping[int, np.ndarray],
+    phases: np.ndarray,
+    settings: ScoreSettings,
+    estimate: Estimate | None = None,
 ) -> UnitScores:
-    """Eqs. (8) to (13) for one layer. phases: int64 [N], the bin of each state of `losses`."""
+    """Eqs. (8) to (13) for one layer. phases: int64 [N], the bin of each state of `losses`.
+
+    With an estimate, `losses` are NaN for states that were not evaluated, and the other scores average the rest.
+    """
     per_boundary = evidence_loss(losses.mass, losses.attribution, settings.weight)
-    bottleneck = soft_bottleneck(per_boundary, settings.kappa)
-    temporal = temporal_score(bottleneck, phases)
+    if estimate is None:
+        bottleneck = soft_bottleneck(per_boundary, settings.kappa)
+        estimate = Estimate(bottleneck.mean(-1), temporal_score(bottleneck, phases))
 
     def by_bits(values: Sequence[float] | np.ndarray) -> dict[int, float]:
         return {bits: float(value) for bits, value in zip(losses.bits, values, strict=True)} | {FULL_BITS: 0.0}
 
+    def evaluated(values: np.ndarray) -> dict[int, float]:
+        """Means over the evaluated states; a width without any has no entry."""
+        known = {bits: row[np.isfinite(row)] for bits, row in zip(losses.bits, values, strict=True)}
+        return {bits: float(row.mean()) for bits, row in known.items() if len(row)} | {FULL_BITS: 0.0}
+
+    by_boundary = [evaluated(per_boundary[..., column]) for column in range(len(BOUNDARIES))]
     return UnitScores(
         name=shape.name,
         stage=shape.stage,
@@ -111,14 +134,15 @@ def score_unit(
         inputs=shape.inputs,
         outputs=shape.outputs,
         macs=shape.macs,
-        omega=by_bits(bottleneck.mean(-1)),
-        omega_tau=by_bits(temporal),
-        action_mse=by_bits(losses.action_error.mean(-1)),
+        omega=by_bits(estimate.omega),
+        omega_tau=by_bits(estimate.omega_tau),
+        action_mse=evaluated(losses.action_error),
         action_proxy=by_bits([float(proxy[bits].mean()) for bits in losses.bits]),
-        likelihood_drop=by_bits(-losses.likelihood.mean(-1)),
+        likelihood_drop=evaluated(-losses.likelihood),
         boundary_loss={
-            bits: dict(zip(BOUNDARIES, per_boundary[row].mean(0).tolist(), strict=True))
-            for row, bits in enumerate(losses.bits)
+            bits: {name: values[bits] for name, values in zip(BOUNDARIES, by_boundary, strict=True)}
+            for bits in losses.bits
+            if bits in by_boundary[0]
         },
     )
 

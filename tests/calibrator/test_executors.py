@@ -34,7 +34,7 @@ def _busy_workers() -> list[int]:
         except OSError:
             continue  # ended between the listing and the reading
         parents[int(folder.name)] = int(status.rpartition(")")[2].split()[1])
-        if title.startswith(b"ray::_evaluate_on_worker"):
+        if b"_evaluate_on_worker" in title:
             busy.append(int(folder.name))
     return [pid for pid in busy if _descends(pid, os.getpid(), parents)]
 

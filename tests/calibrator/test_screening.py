@@ -1,0 +1,142 @@
+"""The screening against tables whose truth is known, and a screened run from command to plan."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from calibrator.__main__ import main
+from calibrator.allocation import solve
+from calibrator.choices import Budget, Group, Option
+from calibrator.screening import Request, Screen, ScreenProblem, ScreenSettings, state_order
+from calibrator.sensitivity import Sensitivity, load_tensors
+from vla_policy.core.errors import BudgetError
+
+BITS = (2, 4, 8)
+
+
+def made_up(units: int, states: int, seed: int, spread: float = 0.4) -> tuple[ScreenProblem, np.ndarray]:
+    """Losses as the model of the screening describes them, and a proxy that predicts them up to `spread`."""
+    generator = np.random.default_rng(seed)
+    fragility = generator.normal(0, 2, (units, 1))
+    proxy = np.exp(2.5 * (fragility + np.asarray([0.0, -2.0, -5.0])))
+    level = fragility + np.asarray([0.0, -2.0, -5.0]) + generator.normal(0, spread, (units, 1))
+    shared, own = generator.normal(0, 0.4, (units, 1, states)), generator.normal(0, 0.4, (units, 3, states))
+    losses = np.exp(level[..., None] + shared + own)
+    groups = tuple((index,) for index in range(units))
+    params = generator.integers(10, 100, units).astype(float)
+    return ScreenProblem(params, groups, BITS, proxy, np.arange(states) % 10, 0.75, 0.25), losses
+
+
+class FakeEvaluator:
+    """Answers from a finished table and counts what was asked."""
+
+    def __init__(self, losses: np.ndarray) -> None:
+        self.losses = losses
+        self.asked: set[tuple[int, int, int]] = set()
+
+    def __call__(self, requests: list[Request]) -> list[np.ndarray]:
+        for item in requests:
+            for column in item.columns:
+                for state in item.states:
+                    assert (item.unit, column, state) not in self.asked, "nothing is evaluated twice"
+                    self.asked.add((item.unit, column, state))
+        return [self.losses[item.unit][np.ix_(item.columns, item.states)] for item in requests]
+
+
+def score_of(problem: ScreenProblem, scores: np.ndarray, truth: np.ndarray, target: float) -> float:
+    """What the certified plan of one table costs by another."""
+    widths = (*BITS, 16)
+    groups = [
+        Group("", ("",), tuple(Option(bits, line[k], bits * weights, 0, 0, 0.0) for k, bits in enumerate(widths)))
+        for line, weights in zip(scores.tolist(), problem.params.tolist(), strict=True)
+    ]
+    choice = solve(groups, [Budget("code_bits", target * float(problem.params.sum()), "average bits")]).choice
+    return float(sum(truth[row, widths.index(option.bits)] for row, option in enumerate(choice)))
+
+
+def with_full(scores: np.ndarray) -> np.ndarray:
+    return np.concatenate([scores, np.zeros((len(scores), 1))], axis=1)
+
+
+def exhaustive(problem: ScreenProblem, losses: np.ndarray) -> np.ndarray:
+    phases = np.stack([losses[..., problem.phases == phase].mean(-1) for phase in range(10)])
+    return with_full(0.75 * losses.mean(-1) + 0.25 * phases.max(0))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_ten_times_fewer_evaluations_give_nearly_the_exhaustive_plan(seed: int) -> None:
+    problem, losses = made_up(units=30, states=200, seed=seed)
+    evaluator = FakeEvaluator(losses)
+    result = Screen(problem, ScreenSettings(), evaluator).run()
+    assert len(evaluator.asked) == result.record["evaluations"] <= losses.size / 10
+    truth = exhaustive(problem, losses)
+    got = with_full(0.75 * result.omega + 0.25 * result.omega_tau)
+    for target in (3.0, 4.0, 6.0):
+        best = score_of(problem, truth, truth, target)
+        assert score_of(problem, got, truth, target) <= best * 1.03
+
+
+def test_screening_beats_the_proxy_alone() -> None:
+    problem, losses = made_up(units=30, states=200, seed=7, spread=1.0)
+    result = Screen(problem, ScreenSettings(), FakeEvaluator(losses)).run()
+    truth = exhaustive(problem, losses)
+    got = with_full(0.75 * result.omega + 0.25 * result.omega_tau)
+    best = score_of(problem, truth, truth, 4.0)
+    alone = score_of(problem, with_full(problem.proxy**0.4), truth, 4.0)
+    assert score_of(problem, got, truth, 4.0) - best < (alone - best) / 3
+
+
+def test_everything_evaluated_is_exact_and_certain() -> None:
+    problem, losses = made_up(units=6, states=12, seed=1)
+    settings = ScreenSettings(cap=1.0, tolerance=-1.0)
+    result = Screen(problem, settings, FakeEvaluator(losses)).run()
+    known = np.isfinite(result.losses).all(-1)
+    np.testing.assert_allclose(result.omega[known], losses.mean(-1)[known])
+    assert result.omega_deviation[known].max() < 1e-12
+    assert result.record["stop"]["reason"] == "cap on evaluations reached"
+
+
+def test_the_reason_to_stop_and_the_way_there_are_recorded() -> None:
+    problem, losses = made_up(units=20, states=100, seed=2)
+    record = Screen(problem, ScreenSettings(tolerance=0.5), FakeEvaluator(losses)).run().record
+    assert record["stop"]["reason"] == "expected regret within tolerance at every target"
+    assert max(record["stop"]["expected_regret"].values()) <= 0.5
+    counts = [entry["evaluations"] for entry in record["rounds"]]
+    assert counts == sorted(counts) and counts[-1] == record["evaluations"]
+
+
+def test_the_same_seed_gives_the_same_table() -> None:
+    problem, losses = made_up(units=10, states=50, seed=3)
+    one, other = (Screen(problem, ScreenSettings(), FakeEvaluator(losses)).run() for _ in range(2))
+    np.testing.assert_array_equal(one.omega, other.omega)
+
+
+def test_beginnings_of_the_order_cover_all_phases() -> None:
+    phases = np.asarray([0] * 30 + [4] * 3 + [9] * 10)
+    order = state_order(phases, seed=0)
+    assert sorted(order) == list(range(43))
+    assert {int(phases[state]) for state in order[:3]} == {0, 4, 9}
+
+
+def test_one_pilot_state_is_refused() -> None:
+    problem, losses = made_up(units=4, states=10, seed=0)
+    with pytest.raises(BudgetError, match="at least 2 states"):
+        Screen(problem, ScreenSettings(pilot=1), FakeEvaluator(losses))
+
+
+def test_a_screened_run_gives_a_table_that_allocates(
+    policy_folder: Path, calibration_folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "sensitivity.json"
+    arguments = ["--policy", str(policy_folder), "--calibration", str(calibration_folder), "--out", str(out)]
+    screened = ["--mode", "screened", "--cap", "0.4", "--group-size", "32"]
+    assert main(["sensitivity", *arguments, *screened]) == 0
+    raw = json.loads(out.read_text())
+    units = len(raw["units"])
+    assert raw["mode"] == "screened" and raw["exact_evaluations"] <= 0.4 * units * 3 * 8
+    losses = load_tensors(Sensitivity.load(out), "losses")["loss"]
+    assert np.isfinite(losses).all(-1).sum() == raw["exact_evaluations"]
+    plan = tmp_path / "plan.json"
+    assert main(["allocate", "--sensitivity", str(out), "--out", str(plan), "--average-bits", "4"]) == 0
