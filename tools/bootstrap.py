@@ -20,6 +20,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 EXTRAS = "dev,ray,ros,tensorrt"
+# Type stubs whose metadata asks for the library itself, which its vendor alone distributes.
+ALONE = ("tensorrt-stubs",)
 _DISK_BYTES = 4 * 2**30
 _LOCKS = ("pyproject.toml", "constraints.txt", "tools/bootstrap.py")
 
@@ -60,7 +62,8 @@ def install(venv: Path) -> None:
     if not sys.stdout.isatty():
         pip.append("--quiet")
     print("installing the locked versions (minutes the first time)", flush=True)
-    for packages in (["pip", "setuptools", "wheel"], ["--editable", f".[{EXTRAS}]"]):
+    steps = (["pip", "setuptools", "wheel"], ["--editable", f".[{EXTRAS}]"], ["--no-deps", *ALONE])
+    for packages in steps:
         if _child([*pip, *packages]) != 0:
             raise BootstrapError(
                 f"pip could not install {packages[-1]} into {venv}; its reason stands above; "
