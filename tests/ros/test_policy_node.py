@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.ros.world import CONTRACT, World, end, fake_engine, fresh_domain, node_command, process
 
@@ -12,6 +13,7 @@ from builtin_interfaces.msg import Duration  # isort: skip  # after the importor
 from lifecycle_msgs.msg import Transition  # isort: skip
 from rclpy.action import ActionClient  # isort: skip
 from std_srvs.srv import SetBool  # isort: skip
+from trajectory_msgs.msg import JointTrajectory  # isort: skip
 from vla_policy_interfaces.action import RunPolicy  # isort: skip
 from vla_policy_interfaces.srv import SetInstruction  # isort: skip
 
@@ -176,3 +178,35 @@ def test_the_instruction_service(world: World, tmp_path: Path) -> None:
         assert world.chunks[-1].instruction == "open the drawer"
         refused = world.call(SetInstruction, "/policy/set_instruction", SetInstruction.Request(instruction="x" * 501))
         assert not refused.success and "at most 500" in refused.message
+
+
+def test_position_control_starts_from_the_measured_joints(world: World, tmp_path: Path) -> None:
+    """A JointTrajectory contract: slewed from where the joints are, and held where they were sent."""
+    joints = tuple(f"joint{index}" for index in range(7))
+    content = yaml.safe_load(CONTRACT.read_text())
+    content["action"] = {
+        "command": "joint_trajectory",
+        "topic": "joint_trajectory",
+        "control_rate_hz": 20,
+        "dimensions": [{"name": name, "target": name, "unit": "rad", "limit": 2.0, "slew": 1.0} for name in joints],
+    }
+    path = tmp_path / "contract.yaml"
+    path.write_text(yaml.safe_dump(content))
+    world.sensors.joints = (*world.sensors.joints, *joints)
+    world.sensors.position = [*world.sensors.position, *([0.5] * 7)]
+    sent: list[list[float]] = []
+    world.node.create_subscription(
+        JointTrajectory, "joint_trajectory", lambda message: sent.append(list(message.points[0].positions)), 100
+    )
+    engine = fake_engine(tmp_path / "engine", action=[1.0] * 7)
+    with process(node_command(engine, path), world.domain, tmp_path / "log"):
+        world.wait(lambda: world.node.count_subscribers("instruction") > 0, "the active policy node")
+        world.instruct()
+        world.wait_chunks()
+        world.enable()
+        world.wait(lambda: bool(sent) and sent[-1][0] == pytest.approx(1.0), "the goal")
+        assert 0.5 < sent[0][0] <= 0.75, "not a jump: the slew limit starts from the measured position"
+        assert world.trigger("stop").success
+        count = len(sent)
+        world.wait(lambda: len(sent) > count + 3, "holds")
+        assert sent[-1] == pytest.approx([1.0] * 7), "position control holds where it was sent, never at zero"

@@ -3,6 +3,7 @@
 Works on rclpy's messages and on those that the bag library deserialises alike, because both have the same attributes.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +19,15 @@ class Event:
     """One message. `stamp_ns`: the header's time (the instruction, which has none, carries its arrival).
 
     `received_ns`: when it arrived, or was recorded. `payload`: an image, float64 state values, or the instruction.
+    `positions`: every joint's position in a joint state that carries them, the policy's or not; only under position
+    control, which starts from them.
     """
 
     topic: str
     stamp_ns: int
     received_ns: int
     payload: EncodedImage | np.ndarray | str
+    positions: Mapping[str, float] | None = None
 
 
 def to_event(contract: Contract, topic: str, message: Any, received_ns: int) -> Event:
@@ -38,8 +42,12 @@ def to_event(contract: Contract, topic: str, message: Any, received_ns: int) -> 
     stamp_ns = message.header.stamp.sec * 10**9 + message.header.stamp.nanosec
     if stamp_ns <= 0:
         raise DataError(f"{topic}: header.stamp is {stamp_ns} ns; the publisher must stamp its messages")
-    payload = _image(source, message) if isinstance(source, CameraTopic) else _state(source, message)
-    return Event(topic, stamp_ns, received_ns, payload)
+    if isinstance(source, CameraTopic):
+        return Event(topic, stamp_ns, received_ns, _image(source, message))
+    positions = None
+    if contract.action.command == "joint_trajectory" and source.type == JOINT_STATE:
+        positions = dict(zip(message.name, (float(value) for value in message.position), strict=False))
+    return Event(topic, stamp_ns, received_ns, _state(source, message), positions)
 
 
 def _instruction(source: InstructionTopic, text: str) -> str:

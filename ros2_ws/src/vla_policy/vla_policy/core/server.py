@@ -201,14 +201,11 @@ class PolicyServer:
         if isinstance(event, Dropped):
             return
         self._last_stamp_ns[event.topic] = event.stamp_ns
-        if isinstance(event.payload, RawImage | CompressedImage):
-            if event.topic == self._contract.primary.topic:
-                self._freeze.see(event.payload.checksum(), event.stamp_ns)
-        elif isinstance(event.payload, np.ndarray):
-            source = next(state for state in self._contract.states if state.topic == event.topic)
-            for value, number in zip(source.values, event.payload, strict=True):
-                if value.joint is not None and value.field == "position":
-                    self._joint_positions[value.joint] = float(number)
+        primary = event.topic == self._contract.primary.topic
+        if primary and isinstance(event.payload, RawImage | CompressedImage):
+            self._freeze.see(event.payload.checksum(), event.stamp_ns)
+        if event.positions is not None:
+            self._joint_positions.update(event.positions)
 
     def _handle(self, results: list[Frame | Dropped]) -> None:
         for result in results:
@@ -283,8 +280,8 @@ class PolicyServer:
             return Step(command, ())
 
     def _positions(self) -> np.ndarray | None:
-        known = [self._joint_positions.get(target) for target in self._limiter.targets]
-        return None if None in known else np.asarray(known, np.float64)
+        known = [self._joint_positions.get(target, np.nan) for target in self._limiter.targets]
+        return np.asarray(known) if np.isfinite(known).all() else None
 
     def _reasons(self, now_ns: int) -> list[HoldReason]:
         timeout_ns = self._settings.source_timeout_s * 1e9
