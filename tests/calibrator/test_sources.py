@@ -1,0 +1,194 @@
+"""Calibration states from bags, LIBERO's HDF5 and episode files; what cannot be used is counted."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+from rosbags.rosbag2 import StoragePlugin
+from safetensors.numpy import save_file
+
+from calibrator.__main__ import main
+from calibrator.calibration import collect, load_calibration
+from calibrator.sources import BagSource, EpisodeSource, Hdf5Layout, Hdf5Source, open_sources
+from tests.core import ros_messages as msgs
+from tests.core.bags import Message, write_bag
+from vla_policy.core.contract import COMPRESSED_IMAGE, IMAGE, JOINT_STATE, STRING, load_contract
+from vla_policy.core.errors import ContractError, DataError
+
+CONTRACT_PATH = Path(__file__).parents[2] / "ros2_ws/src/vla_policy/config/libero.yaml"
+CONTRACT = load_contract(CONTRACT_PATH)
+CAMERA = "/camera/image_raw/compressed"
+START_NS = 1_700_000_000 * 10**9
+
+
+def episode(task: str, start_ns: int, frames: int, first_picture: int) -> list[Message]:
+    messages: list[Message] = [("/instruction", STRING, start_ns, msgs.text(task))]
+    for index in range(frames):
+        stamp = start_ns + (index + 1) * 50_000_000
+        messages.append(("/joint_states", JOINT_STATE, stamp, msgs.joints(stamp, [index, 0, 0, 0.04])))
+        image = msgs.compressed(stamp, msgs.picture(first_picture + index))
+        messages.append((CAMERA, COMPRESSED_IMAGE, stamp + 1_000_000, image))
+    return messages
+
+
+def two_episodes() -> list[Message]:
+    later = START_NS + 60 * 10**9
+    return [*episode("open the drawer", START_NS, 6, 0), *episode("push the button", later, 4, 100)]
+
+
+@pytest.mark.parametrize("storage", [StoragePlugin.MCAP, StoragePlugin.SQLITE3])
+def test_a_bag_gives_its_episodes(tmp_path: Path, storage: StoragePlugin) -> None:
+    bag = write_bag(tmp_path / "bag", two_episodes(), storage)
+    source = BagSource(bag, CONTRACT)
+    found = source.index()
+    assert [(item.length, item.steps) for item in found.trajectories] == [(6, tuple(range(6))), (4, tuple(range(4)))]
+    assert not found.left_out
+    second = found.trajectories[1].name
+    ((name, step, observation),) = source.read({second: frozenset({2})})
+    assert (name, step, observation.instruction) == (second, 2, "push the button")
+    np.testing.assert_array_equal(observation.image, msgs.picture(102))
+    assert observation.state is not None and observation.state[0] == 2
+
+
+def test_raw_images_are_read_where_the_contract_says_so(tmp_path: Path) -> None:
+    messages = [
+        (topic, IMAGE, time_ns, msgs.raw(time_ns - 1_000_000, msgs.picture(index)))
+        if topic == CAMERA
+        else (topic, kind, time_ns, message)
+        for index, (topic, kind, time_ns, message) in enumerate(two_episodes())
+    ]
+    camera = replace(CONTRACT.primary, type=IMAGE)
+    contract = replace(CONTRACT, cameras=(camera, *CONTRACT.cameras[1:]))
+    source = BagSource(write_bag(tmp_path / "bag", messages), contract)
+    first = source.index().trajectories[0].name
+    ((_, _, observation),) = source.read({first: frozenset({0})})
+    np.testing.assert_array_equal(observation.image, msgs.picture(2))
+
+
+def test_bad_frames_of_a_bag_are_counted_and_not_chosen(tmp_path: Path) -> None:
+    messages = two_episodes()
+    broken = next(index for index, item in enumerate(messages) if item[0] == CAMERA and index > 4)
+    topic, kind, time_ns, _ = messages[broken]
+    stamp = time_ns - 1_000_000
+    noise = msgs.make("sensor_msgs/msg/CompressedImage", msgs.header(stamp), "png", np.arange(99, dtype=np.uint8))
+    messages[broken] = (topic, kind, time_ns, noise)
+    bad_state = next(index for index, item in enumerate(messages) if item[0] == "/joint_states" and index > broken)
+    topic, kind, time_ns, _ = messages[bad_state]
+    messages[bad_state] = (topic, kind, time_ns, msgs.joints(time_ns, [float("nan"), 0, 0, 0.04]))
+    found = BagSource(write_bag(tmp_path / "bag", messages), CONTRACT).index()
+    assert found.left_out["undecodable image"] == 1
+    assert any("joint_states" in reason and "invalid_message" in reason for reason in found.left_out)
+    assert found.trajectories[0].length == 6 and len(found.trajectories[0].steps) == 5
+
+
+def test_a_bag_without_the_topics_is_refused(tmp_path: Path) -> None:
+    silent = [item for item in two_episodes() if item[0] != CAMERA]
+    with pytest.raises(ContractError, match="no topic /camera"):
+        BagSource(write_bag(tmp_path / "bag", silent), CONTRACT).index()
+
+
+def libero_file(path: Path, lengths: tuple[int, ...] = (5, 12), **changes: Any) -> Path:
+    """A file of LIBERO's layout; images are upside down there."""
+    with h5py.File(path, "w") as file:
+        data = file.create_group("data")
+        data.attrs["problem_info"] = json.dumps({"language_instruction": "pick up the cup"})
+        for number, length in enumerate(lengths):
+            images = np.stack([msgs.picture(10 * number + step)[::-1, ::-1] for step in range(length)])
+            demo = data.create_group(f"demo_{number}")
+            demo["obs/agentview_rgb"] = changes.get("images", images)
+            demo["obs/ee_pos"] = changes.get("positions", np.arange(3 * length, dtype=float).reshape(length, 3))
+            demo["obs/gripper_states"] = np.full((length, 2), 0.04)
+    return path
+
+
+LAYOUT = Hdf5Layout(state=("obs/ee_pos", "obs/gripper_states"))
+
+
+def test_libero_demonstrations_are_turned_upright(tmp_path: Path) -> None:
+    source = Hdf5Source(libero_file(tmp_path / "task.hdf5"), LAYOUT)
+    assert [(item.name, item.length) for item in source.index().trajectories] == [("demo_0", 5), ("demo_1", 12)]
+    ((_, step, observation),) = source.read({"demo_1": frozenset({7})})
+    np.testing.assert_array_equal(observation.image, msgs.picture(17))
+    assert step == 7 and observation.instruction == "pick up the cup"
+    np.testing.assert_allclose(observation.state, [21, 22, 23, 0.04, 0.04], rtol=1e-6)
+
+
+def test_bad_demonstrations_are_counted(tmp_path: Path) -> None:
+    positions = np.zeros((5, 3))
+    positions[2, 1] = np.inf
+    found = Hdf5Source(libero_file(tmp_path / "a.hdf5", (5,), positions=positions), LAYOUT).index()
+    assert found.trajectories[0].steps == (0, 1, 3, 4) and found.left_out == {"state not finite": 1}
+    mixed = Hdf5Source(libero_file(tmp_path / "b.hdf5", (5,), positions=np.zeros((4, 3))), LAYOUT).index()
+    assert not mixed.trajectories and mixed.left_out == {"trajectory with datasets of different lengths": 1}
+
+
+def test_files_that_are_not_what_they_should_be_are_named(tmp_path: Path) -> None:
+    text = tmp_path / "text.hdf5"
+    text.write_text("no")
+    with pytest.raises(DataError, match="not a readable HDF5 file"):
+        Hdf5Source(text, LAYOUT).index()
+    floats = libero_file(tmp_path / "floats.hdf5", (2,), images=np.zeros((2, 8, 8, 3)))
+    with pytest.raises(DataError, match="float64"):
+        Hdf5Source(floats, LAYOUT).index()
+    with pytest.raises(DataError, match="has no 'obs/joints'"):
+        Hdf5Source(libero_file(tmp_path / "c.hdf5"), replace(LAYOUT, state=("obs/joints",))).index()
+    with h5py.File(tmp_path / "d.hdf5", "w") as file:
+        file.create_group("data")
+    with pytest.raises(DataError, match="language_instruction"):
+        Hdf5Source(tmp_path / "d.hdf5", LAYOUT).index()
+
+
+def episode_folder(folder: Path, lengths: tuple[int, ...] = (4, 6)) -> Path:
+    folder.mkdir()
+    for number, length in enumerate(lengths):
+        images = np.stack([msgs.picture(10 * number + step) for step in range(length)])
+        tensors = {"image": images, "state": np.ones((length, 5), np.float32) * number}
+        save_file(tensors, folder / f"{number:03d}.safetensors", metadata={"instruction": "lift the lid"})
+    return folder
+
+
+def test_episode_files_are_read(tmp_path: Path) -> None:
+    source = EpisodeSource(episode_folder(tmp_path / "episodes"))
+    assert [item.length for item in source.index().trajectories] == [4, 6]
+    ((_, _, observation),) = source.read({"001": frozenset({3})})
+    np.testing.assert_array_equal(observation.image, msgs.picture(13))
+    assert observation.instruction == "lift the lid" and observation.state is not None
+    bad = tmp_path / "episodes" / "002.safetensors"
+    bad.write_bytes(b"short")
+    with pytest.raises(DataError, match="not a readable episode"):
+        source.index()
+
+
+def test_sources_are_told_apart_and_others_refused(tmp_path: Path) -> None:
+    bag = write_bag(tmp_path / "bag", two_episodes())
+    file = libero_file(tmp_path / "task.hdf5")
+    episodes = episode_folder(tmp_path / "episodes")
+    kinds = [type(item) for item in open_sources([bag, file, episodes], CONTRACT, "", LAYOUT)]
+    assert kinds == [BagSource, Hdf5Source, EpisodeSource]
+    with pytest.raises(DataError, match="needs --contract"):
+        open_sources([bag], None, "", LAYOUT)
+    with pytest.raises(DataError, match="no such file or folder"):
+        open_sources([tmp_path / "nowhere"], CONTRACT, "", LAYOUT)
+    with pytest.raises(DataError, match="neither a rosbag2 folder"):
+        open_sources([CONTRACT_PATH], CONTRACT, "", LAYOUT)
+
+
+def test_collect_command_reports_what_was_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bag = write_bag(tmp_path / "bag", two_episodes())
+    out = tmp_path / "set"
+    arguments = ["collect", str(bag), "--contract", str(CONTRACT_PATH), "--out", str(out), "--samples", "5"]
+    assert main(arguments) == 0
+    assert "2 trajectories; left out: nothing" in capsys.readouterr().out
+    loaded = load_calibration(out)
+    assert len(loaded) == 5 and loaded.trajectories == 2
+    content = json.loads((out / "calibration.json").read_text())
+    assert content["sources"][0]["contract_sha256"] == CONTRACT.sha256
+    assert main([*arguments[:-1], "99"]) == 2
+    assert "the sources hold 10 usable ones" in capsys.readouterr().err
+    again = tmp_path / "again"
+    collect([BagSource(bag, CONTRACT)], again, 5, seed=0)
+    assert load_calibration(again).sha256 == loaded.sha256
