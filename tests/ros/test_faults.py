@@ -95,9 +95,9 @@ def test_instruction_empty_or_endless(running: World, text: str) -> None:
 
 def test_inference_slower_than_its_deadline(running: World, tmp_path: Path) -> None:
     fake_engine(tmp_path / "engine", latency_s=0.7)
-    running.wait_holding("late")
-    assert int(running.diagnostics["decisions late"]) > 0
-    assert int(running.diagnostics["drops superseded"]) > 0
+    running.wait(lambda: int(running.diagnostics.get("decisions late", 0)) > 1, "counted late decisions")
+    running.wait(lambda: int(running.diagnostics.get("drops superseded", 0)) > 0, "counted superseded frames")
+    running.wait(lambda: not running.moving, "a hold")
     fake_engine(tmp_path / "engine")
     running.wait_moving()
 
