@@ -1,14 +1,15 @@
 """Bytes and latency of the mixed engine beside the 16-bit one."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from markupsafe import Markup
 
 from calibrator.report.artefacts import BenchResult
 from calibrator.report.numbers import byte_unit, in_bytes, significant
 from calibrator.report.svg import Scale, Svg
-from vla_policy.core.manifest import Manifest
+from vla_policy.core.formats import Format
+from vla_policy.core.manifest import Manifest, UnitRecord
 
 _STAGES = {"vision": "vision", "prefill": "prefill", "decode_step": "one decode step", "action": "whole action"}
 
@@ -26,6 +27,14 @@ class FormatCount:
     arithmetic: str
 
 
+def as_planned(unit: UnitRecord) -> bool:
+    """Whether a layer has its planned format; a group as long as the layer's inputs is one scale per output channel."""
+    planned = Format.parse(unit.planned)
+    if planned.group_size is not None and planned.group_size >= unit.inputs:
+        planned = replace(planned, group_size=None)
+    return unit.realised in (unit.planned, str(planned))
+
+
 def format_counts(engine: Manifest) -> list[FormatCount]:
     """Planned against realised formats, most weights first."""
     rows = []
@@ -35,7 +44,7 @@ def format_counts(engine: Manifest) -> list[FormatCount]:
             FormatCount(
                 planned=planned,
                 layers=len(units),
-                realised=sum(unit.realised == planned for unit in units),
+                realised=sum(as_planned(unit) for unit in units),
                 weights=sum(unit.weights for unit in units),
                 code_bytes=sum(unit.code_bytes for unit in units),
                 scale_bytes=sum(unit.scale_bytes for unit in units),
@@ -71,9 +80,11 @@ def latency_chart(bench: BenchResult) -> Markup:
     """Median of every stage for both engines; the thin line reaches the 99th percentile."""
     stages = [stage for stage in _STAGES if stage in bench.engine.stages]
     sides = (("mixed", bench.engine, "s-accent"), ("16-bit", bench.reference, "s-muted"))
-    left, right, pitch = 120, 940, 58
+    left, right, pitch = 120, 900, 58
     svg = Svg(1080, 46 + pitch * len(stages), "Latency of both engines by stage")
-    longest = max(figures.stages[stage].p99_ms for _, figures, _ in sides for stage in stages)
+    laps_of = [figures.stages[stage] for _, figures, _ in sides for stage in stages]
+    # One stalled measurement must not flatten every bar; a tail beyond the axis is given as a number.
+    longest = min(max(laps.p99_ms for laps in laps_of), 2 * max(laps.median_ms for laps in laps_of))
     x = Scale(0.0, longest * 1.02, left, right)
     for index, stage in enumerate(stages):
         y = 10 + index * pitch
@@ -85,8 +96,11 @@ def latency_chart(bench: BenchResult) -> Markup:
                 f"p90 {significant(laps.p90_ms)} ms\np99 {significant(laps.p99_ms)} ms\n{laps.count} measurements"
             )
             svg.rect(left, line, x(laps.median_ms) - left, 18, colour, tip)
-            svg.line(x(laps.median_ms), line + 9, x(laps.p99_ms), line + 9, "whisker")
-            svg.line(x(laps.p99_ms), line + 4, x(laps.p99_ms), line + 14, "whisker")
-            svg.text(x(laps.p99_ms) + 8, line + 13, f"{significant(laps.median_ms)} ms", "tick")
+            end = x(min(laps.p99_ms, x.high))
+            svg.line(x(laps.median_ms), line + 9, end, line + 9, "whisker")
+            if laps.p99_ms <= x.high:
+                svg.line(end, line + 4, end, line + 14, "whisker")
+            label = f"{significant(laps.median_ms)} ms, p99 {significant(laps.p99_ms)}"
+            svg.text(end + 8, line + 13, label, "tick")
     svg.x_axis(x, 10 + pitch * len(stages), "milliseconds", 6)
     return svg.render()

@@ -1,5 +1,6 @@
 """The page: every section whose artefacts were given, and how to add the others."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -140,8 +141,7 @@ def _plan(inputs: Inputs) -> Section | None:
     if plan is None:
         return None
     facts = plan_facts.plan_facts(plan, sensitivity)
-    unit_bytes, _ = numbers.byte_unit(facts.size_bytes)
-    step = unit_bytes if facts.size_bytes >= 2 * unit_bytes else unit_bytes / 10
+    step = 10.0 ** math.floor(math.log10(facts.size_bytes / 2))
     curve = inputs.frontier
     protected = [item for item in facts.protections if item.bits >= 8]
     return Section(
@@ -177,6 +177,7 @@ def _engine(inputs: Inputs) -> Section | None:
             "plan": inputs.plan,
             "counts": counts,
             "realised": sum(row.realised for row in counts),
+            "others": [u for u in inputs.engine.units if not charts_engine.as_planned(u)] if inputs.engine else [],
             "bytes": charts_engine.bytes_chart(given) if given else None,
             "bench": inputs.bench,
             "latency": charts_engine.latency_chart(inputs.bench) if inputs.bench else None,

@@ -156,12 +156,15 @@ def _option(group: Group, bits: int) -> Option:
 
 
 def exchanges(frontier: Frontier, plan: Plan, unit_bytes: float) -> list[Exchange]:
-    """Budgets up to two `unit_bytes` below and four above the plan's size, where the curve reaches that far."""
+    """Budgets up to two `unit_bytes` below and four above the plan's size, where the curve reaches that far.
+
+    The curve has few points: a larger budget whose best point is no better than the plan is left out.
+    """
     size_bytes = plan.size.total_bits / 8
     found = []
     for factor in (-2, -1, 1, 2, 4):
         point = _within(frontier.points, size_bytes + factor * unit_bytes)
-        if point is not None:
+        if point is not None and (factor < 0 or point.objective < plan.objective):
             found.append(Exchange(factor * unit_bytes, point.size_bits / 8, point.average_bits, point.objective))
     return found
 

@@ -11,6 +11,7 @@ from calibrator.choices import Objective, build_groups
 from calibrator.evidence import BOUNDARIES
 from calibrator.plan import Plan
 from calibrator.report.artefacts import Frontier, FrontierPoint, ReferenceDecisions, ServedDecision, ServedRun
+from calibrator.report.charts_engine import as_planned
 from calibrator.report.charts_layers import layer_chart, rank_correlation
 from calibrator.report.charts_served import action_error
 from calibrator.report.charts_time import heat_chart, phase_bands
@@ -20,6 +21,7 @@ from calibrator.report.numbers import byte_unit, in_bytes, significant
 from calibrator.report.plan_facts import exchanges, plan_facts
 from calibrator.report.svg import Scale, Svg, log_scale
 from vla_policy.core.contract import load_contract
+from vla_policy.core.manifest import UnitRecord
 
 
 @pytest.fixture(scope="module")
@@ -173,10 +175,24 @@ def test_exchange_takes_the_best_plan_that_fits(inputs: Inputs) -> None:
     assert inputs.plan is not None
     size_bits = inputs.plan.size.total_bits
     points = [
-        FrontierPoint(size_bits + 8 * extra, 4.0, 1.0 / (2000 + extra), None) for extra in (-900, 0, 900, 1900, 2500)
+        FrontierPoint(size_bits + 8 * extra, 4.0, inputs.plan.objective * 1000 / (1000 + extra), None)
+        for extra in (-900, 0, 900, 1900, 2500)
     ]
     found = exchanges(Frontier(tuple(points), "", "evidence"), inputs.plan, 1000.0)
     assert [(item.extra_bytes, item.size_bytes - size_bits / 8) for item in found] == [(1000, 900), (2000, 1900)]
+
+
+@pytest.mark.parametrize(
+    ("planned", "realised", "inputs", "same"),
+    [
+        ("w4a16_g64", "w4a16_g64", 128, True),
+        ("w4a16_g64", "w4a16", 64, True),
+        ("w4a16_g64", "w4a16", 128, False),
+        ("w4a16_g64", "w8a16", 64, False),
+    ],
+)
+def test_as_planned(planned: str, realised: str, inputs: int, same: bool) -> None:
+    assert as_planned(UnitRecord("layer", "linear", 8, inputs, planned, realised, "", 1, 1, None)) == same
 
 
 def test_action_dimensions_are_named_by_the_contract() -> None:
