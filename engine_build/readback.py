@@ -103,9 +103,8 @@ def _dequantized(built: _Optimised, layer: Layer) -> Realised | None:
     if node is None or node.op_type != "DequantizeLinear" or node.input[0] not in built.tensors:
         return None
     fmt = Format(_BITS[built.tensors[node.input[0]].data_type], 16, _attributes(node)["block_size"])
-    return Realised(
-        canonical(fmt, layer.inputs), "DequantizeLinear at run time, float32 MatMul", built.bytes_of(*node.input[:2])
-    )
+    resident = built.bytes_of(node.input[0], f"{layer.name}.scales_float")
+    return Realised(canonical(fmt, layer.inputs), "DequantizeLinear at run time, float32 MatMul", resident)
 
 
 def _integer(built: _Optimised, layer: Layer) -> Realised | None:

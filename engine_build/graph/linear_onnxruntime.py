@@ -34,7 +34,7 @@ def linear(builder: GraphBuilder, x: str, weights: LayerWeights) -> str:
     elif fmt.activation_bits == 16 and fmt.weight_bits == 4 and fmt.group_size:
         result = builder.node("MatMul", [x, _blocked(builder, weights)], name)
     elif fmt.activation_bits == 16:
-        result = builder.node("MatMul", [x, _unfused(builder, weights)], name)
+        result = builder.node("MatMul", [x, _unfused(builder, x, weights)], name)
     elif fmt.group_size:
         result = _nbits(builder, x, weights)
     else:
@@ -74,15 +74,25 @@ def _blocked(builder: GraphBuilder, weights: LayerWeights) -> str:
     )
 
 
-def _unfused(builder: GraphBuilder, weights: LayerWeights) -> str:
+def _unfused(builder: GraphBuilder, x: str, weights: LayerWeights) -> str:
     layer, name = weights.layer, weights.layer.name
     group = weights.format.group_size or layer.inputs
     blocks = pad_groups(weights.codes, group).transpose(1, 2, 0)
     codes = _codes(builder, weights, blocks)
-    scales = _scales(builder, weights, weights.scales.T[:, None, :])
+    scales = builder.mul(_scales(builder, weights, weights.scales.T[:, None, :]), _one(builder, x))
     values = builder.node("DequantizeLinear", [codes, scales], f"{name}.dequantized", axis=1, block_size=group)
     rows = builder.reshape(values, -1, layer.outputs)
     return rows if layer.inputs % group == 0 else builder.slice(rows, 0, layer.inputs, 0)
+
+
+def _one(builder: GraphBuilder, x: str) -> str:
+    """The number 1, known only once `x` is.
+
+    Nodes that depend on constants alone may run at any time, and ONNX Runtime runs them first: every layer's weights
+    would lie dequantized in memory at once. Any number to the power of 0 is 1, NaN included.
+    """
+    first = builder.node("Slice", [x, builder.ints(0, 0, 0), builder.ints(1, 1, 1)])
+    return builder.node("Pow", [first, builder.scalar(0.0)])
 
 
 def _nbits(builder: GraphBuilder, x: str, weights: LayerWeights) -> str:
