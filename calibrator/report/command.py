@@ -4,7 +4,6 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from calibrator.report.inputs import Inputs, Paths
 from vla_policy.core.files import atomic_path
 
 _OPTIONS = (
@@ -40,10 +39,11 @@ def run_report(argv: Sequence[str]) -> int:
     """Reads, checks, renders and writes. Raises ArtefactError for an artefact that cannot be used."""
     options = vars(_parser().parse_args(argv))
     out: Path = options.pop("out")
-    inputs = Inputs.load(Paths(**options | {"rollouts": tuple(options["rollouts"])}))
+    # The calibrator's readers import torch, which --help need not wait for.
+    from calibrator.report.inputs import Inputs, Paths
     from calibrator.report.page import render
 
-    page = render(inputs)
+    page = render(Inputs.load(Paths(**options | {"rollouts": tuple(options["rollouts"])})))
     with atomic_path(out) as temporary:
         temporary.write_text(page, encoding="utf-8")
     print(f"{out}: {len(page.encode()) / 1e6:.2f} MB, opens without a network")

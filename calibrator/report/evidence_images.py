@@ -43,9 +43,9 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """One state: its picture (None without a calibration set), where it is in its task, and a cell per width."""
+    """One state: the number of its photo (None without a calibration set), where it is in its task, its cells."""
 
-    picture: str | None
+    photo: int | None
     instruction: str | None
     progress: float
     cells: tuple[Cell, ...]
@@ -70,7 +70,7 @@ def evidence_blocks(maps: Maps, progress: np.ndarray, calibration: CalibrationSe
             name,
             tuple(
                 Row(
-                    picture=_picture(calibration.images[sample]) if calibration else None,
+                    photo=state if calibration else None,
                     instruction=calibration.samples[sample].instruction if calibration else None,
                     progress=float(progress[sample]),
                     cells=_cells(maps, unit, state),
@@ -126,8 +126,9 @@ def _change(values: np.ndarray) -> str:
     return _data_uri(Image.fromarray(np.concatenate([colours, alpha], -1).round().astype(np.uint8)), "PNG")
 
 
-def _picture(image: np.ndarray) -> str:
-    return _data_uri(Image.fromarray(image), "PNG")
+def photos(maps: Maps, calibration: CalibrationSet) -> tuple[str, ...]:
+    """The camera images of the maps as data URIs; a row's `photo` counts them, so that each is embedded once."""
+    return tuple(_data_uri(Image.fromarray(calibration.images[sample]), "PNG") for sample in maps.samples)
 
 
 def _data_uri(picture: Image.Image, kind: str, **options: object) -> str:

@@ -12,7 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from calibrator.report import charts_engine, charts_layers, charts_plan, charts_served, charts_time, numbers, plan_facts
-from calibrator.report.evidence_images import evidence_blocks
+from calibrator.report.evidence_images import evidence_blocks, photos
 from calibrator.report.inputs import COMMANDS, Inputs
 from calibrator.sensitivity import FULL_BITS
 
@@ -86,7 +86,9 @@ def _evidence(inputs: Inputs) -> Section | None:
         return None
     blocks = evidence_blocks(inputs.maps, inputs.losses["progress"], inputs.calibration)
     boundary = inputs.sensitivity.meta["maps"]["boundary"]
-    return Section("evidence", "Where evidence moves on the image", {"blocks": blocks, "boundary": boundary})
+    pictures = photos(inputs.maps, inputs.calibration) if inputs.calibration else ()
+    variables = {"blocks": blocks, "boundary": boundary, "photos": pictures}
+    return Section("evidence", "Where evidence moves on the image", variables)
 
 
 def _layers(inputs: Inputs) -> Section:

@@ -128,7 +128,8 @@ def test_needs_no_network(page: str, tree: Element) -> None:
             assert link.startswith(("#", "data:image/png;base64,")), link
         assert node.tag not in ("link", "iframe", "object", "embed")
     assert "http:" not in page and "https:" not in page and "@import" not in page
-    assert not re.search(r"url\(|fetch\(|XMLHttpRequest|WebSocket", page)
+    assert not re.search(r"url\((?!data:image/png;base64,)|fetch\(|XMLHttpRequest|WebSocket", page)
+    assert page.count("url(data:image/png") == 3, "each camera image is embedded once"
 
 
 def test_foreign_text_is_escaped(page: str, tree: Element) -> None:

@@ -132,7 +132,7 @@ def test_evidence_maps_show_shares(inputs: Inputs) -> None:
                 assert cell.loss == inputs.maps.loss[unit, state, width]
                 assert cell.mass_ratio == pytest.approx(totals[width] / totals[0])
     without = evidence_blocks(inputs.maps, inputs.losses["progress"], None)
-    assert without[0].rows[0].picture is None
+    assert without[0].rows[0].photo is None
 
 
 def test_plan_facts_by_loops(inputs: Inputs) -> None:
