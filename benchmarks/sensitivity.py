@@ -1,0 +1,219 @@
+"""What the sensitivity sweep costs: naive, exact and screened on one policy in one run.
+
+    python benchmarks/sensitivity.py --policy demo/policies/metaworld --calibration calibration/ --out result.json
+
+Naive is one full forward and one full backward pass per layer, width and state, states one by one. Naive and exact are
+timed on the same layers and states (wall and CPU time, in turns) and their losses compared. Screened is replayed on the
+table of a finished exact run (`--table sensitivity.json`): its evaluations are looked up there, so many seeds can be
+tried, and its plans are priced by that table beside the exhaustive plans.
+"""
+
+import argparse
+import json
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from calibrator.choices import Objective
+from calibrator.evidence import BOUNDARIES, evidence_map, jensen_shannon, mass_distortion, profile
+from calibrator.passes import Signals, mean_log_likelihood
+from calibrator.planning import Limits, Planner, PlanRequest
+from calibrator.policy import live_units
+from calibrator.quantization import quantized
+from calibrator.scores import phase_of
+from calibrator.screening import Screen, ScreenProblem, ScreenSettings
+from calibrator.sensitivity import Sensitivity, UnitScores, load_tensors
+from calibrator.sweep import Sweep, SweepSettings, SweepSpec
+from vla_policy.core.cli import run
+from vla_policy.core.files import write_json
+
+TARGETS = (3.0, 4.0, 6.0)
+
+
+def naive_signals(sweep: Sweep, state: int) -> Signals:
+    """One state's boundaries by one full forward pass and one full backward pass of the policy as it is."""
+    policy = sweep.policy
+    batch = sweep.states.batch(policy, (state,), sweep.reference.tokens)
+    points: dict[str, torch.Tensor] = {}
+    model = policy.language_model.model
+    handles = [
+        policy.vision_backbone.register_forward_hook(lambda _m, _a, out: points.__setitem__("vision", out)),
+        policy.projector.register_forward_hook(lambda _m, _a, out: points.__setitem__("projector", out)),
+        model.layers[-1].register_forward_pre_hook(lambda _m, args: points.__setitem__("language", args[0])),
+        model.norm.register_forward_hook(lambda _m, _a, out: points.__setitem__("head", out)),
+    ]
+    try:
+        pixels = batch.pixel_values.detach().requires_grad_()
+        with torch.enable_grad():
+            logits = policy.action_logits(pixels, batch.input_ids, batch.tokens)
+            objective = mean_log_likelihood(logits, batch.tokens)
+            wanted = [pixels, *(points[name] for name in BOUNDARIES)]
+            _, *gradients = torch.autograd.grad(objective.sum(), wanted)
+    finally:
+        for handle in handles:
+            handle.remove()
+    tail = slice(-batch.tokens.shape[1], None)
+    found = dict(zip(BOUNDARIES, gradients, strict=True))
+    points["head"], found["head"] = points["head"][:, tail], found["head"][:, tail]
+    return Signals({k: v.detach() for k, v in points.items()}, found, objective.detach(), logits.detach())
+
+
+def naive_unit(sweep: Sweep, unit: str, bits: Sequence[int], states: int) -> np.ndarray:
+    """Evidence losses [bits, states, boundaries] of one layer without anything shared or batched."""
+    means = {name: torch.from_numpy(mean) for name, mean in sweep.reference.means.items()}
+    losses = np.zeros((len(bits), states, len(BOUNDARIES)))
+
+    def profiles(state: int) -> dict[str, Any]:
+        found = naive_signals(sweep, state)
+        return {k: profile(evidence_map(found.hidden[k], means[k], found.gradients[k])) for k in BOUNDARIES}
+
+    for state in range(states):
+        before = profiles(state)
+        for row, width in enumerate(bits):
+            with quantized(sweep.policy, unit, sweep.settings.format_of(width)):
+                now = profiles(state)
+            for column, name in enumerate(BOUNDARIES):
+                attribution = jensen_shannon(before[name].attribution, now[name].attribution)
+                losses[row, state, column] = float(mass_distortion(before[name], now[name]) + attribution)
+    return losses
+
+
+@dataclass
+class Clock:
+    """Wall and CPU seconds, added up."""
+
+    wall_s: float = 0.0
+    cpu_s: float = 0.0
+
+    def __enter__(self) -> "Clock":
+        self._started = time.perf_counter(), time.process_time()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.wall_s += time.perf_counter() - self._started[0]
+        self.cpu_s += time.process_time() - self._started[1]
+
+
+def compare_exact(spec: SweepSpec, stride: int, states: int) -> dict[str, Any]:
+    """Times naive and exact, layer by layer in turns, and the largest difference of their losses."""
+    sweep = spec.open()
+    names = [unit.name for unit in live_units(sweep.policy)][::stride]
+    states = min(states, len(sweep.states))
+    naive, exact = Clock(), Clock()
+    worst = 0.0
+    sweep.evaluate(names[0], spec.settings.bits[:1], (0,))  # loads kernels before the clocks start
+    before_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    for name in tqdm(names, desc="naive against exact", unit="layer"):
+        with exact:
+            found = sweep.evaluate(name, spec.settings.bits, tuple(range(states)))
+        with naive:
+            expected = naive_unit(sweep, name, spec.settings.bits, states)
+        difference = np.abs(found.mass + found.attribution - expected)
+        worst = max(worst, float((difference / (np.abs(expected) + 1e-4)).max()))
+    # The naive loop computes the full-precision evidence once per layer and state; a sweep would keep it.
+    passes = len(spec.settings.bits) + 1
+    naive_cpu_s = naive.cpu_s * len(spec.settings.bits) / passes
+    return {
+        "layers": len(names),
+        "states": states,
+        "naive_cpu_s": naive_cpu_s,
+        "naive_wall_s": naive.wall_s * len(spec.settings.bits) / passes,
+        "exact_cpu_s": exact.cpu_s,
+        "exact_wall_s": exact.wall_s,
+        "cpu_ratio": exact.cpu_s / naive_cpu_s,
+        "largest_relative_difference": worst,
+        "peak_rss_growth_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before_bytes,
+        "policy_bytes": sum(parameter.nbytes for parameter in sweep.policy.parameters()),
+    }
+
+
+def replay_screened(table: Sensitivity, seeds: int, cap: float) -> dict[str, Any]:
+    """Screens the table with several seeds; the plans' exact objective above the exhaustive plan's, per target."""
+    tensors = load_tensors(table, "losses")
+    losses = tensors["soft_bottleneck"].astype(np.float64)
+    groups: dict[str, list[int]] = {}
+    for index, unit in enumerate(table.units):
+        groups.setdefault(unit.group, []).append(index)
+    bits = tuple(width for width in table.bits if width < 16)
+    problem = ScreenProblem(
+        params=np.asarray([unit.params for unit in table.units], float),
+        groups=tuple(map(tuple, groups.values())),
+        bits=bits,
+        proxy=np.asarray([[unit.action_proxy[width] for width in bits] for unit in table.units]),
+        phases=phase_of(tensors["progress"], int(table.meta["bins"])),
+        alpha=Objective().alpha,
+        beta=Objective().beta,
+    )
+    exact = {target: plan_score(table, table, target) for target in TARGETS}
+    rows = []
+    for seed in tqdm(range(seeds), desc="screened", unit="seed"):
+        screen = Screen(
+            problem,
+            ScreenSettings(targets=TARGETS, cap=cap, seed=seed),
+            lambda requests: [losses[r.unit][np.ix_(r.columns, r.states)] for r in requests],
+        )
+        result = screen.run()
+        estimated = replace(table, units=tuple(_with(table.units, bits, result.omega, result.omega_tau)))
+        above = {f"{t:g}": plan_score(estimated, table, t) / exact[t] - 1 for t in TARGETS}
+        rows.append({"seed": seed, "evaluations": screen.evaluations, "above": above, "stop": result.record["stop"]})
+    within = {f"{t:g}": float(np.mean([row["above"][f"{t:g}"] <= 0.01 for row in rows])) for t in TARGETS}
+    most = max(row["evaluations"] for row in rows)
+    return {"seeds": rows, "within_1_percent": within, "fewer_evaluations": losses.size / most}
+
+
+def _with(
+    units: Sequence[UnitScores], bits: Sequence[int], omega: np.ndarray, omega_tau: np.ndarray
+) -> list[UnitScores]:
+    return [
+        replace(
+            unit,
+            omega=dict(zip(bits, omega[row].tolist(), strict=True)) | {16: 0.0},
+            omega_tau=dict(zip(bits, omega_tau[row].tolist(), strict=True)) | {16: 0.0},
+        )
+        for row, unit in enumerate(units)
+    ]
+
+
+def plan_score(by: Sensitivity, priced: Sensitivity, target: float) -> float:
+    """The certified plan of one table, priced by another."""
+    plan = Planner.of(by, PlanRequest(Limits(average_bits=target))).plan()
+    objective = Objective()
+    return sum(objective.score(unit, plan.assignment[unit.name].weight_bits) for unit in priced.units)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--policy", type=Path, required=True)
+    parser.add_argument("--calibration", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True, help="JSON with all figures")
+    parser.add_argument("--stride", type=int, default=6, help="every n-th layer is timed")
+    parser.add_argument("--states", type=int, default=8, help="states that are timed")
+    parser.add_argument("--table", type=Path, help="finished exact sensitivity.json, for the screened mode")
+    parser.add_argument("--seeds", type=int, default=8, help="screened runs")
+    parser.add_argument("--cap", type=float, default=0.1, help="screened: largest part of all evaluations")
+    args = parser.parse_args(argv)
+
+    def command() -> int:
+        spec = SweepSpec(str(args.policy), str(args.calibration), SweepSettings(), batch_size=16)
+        content: dict[str, Any] = {"schema_version": 1, "kind": "sensitivity-benchmark"}
+        content["exact"] = compare_exact(spec, args.stride, args.states)
+        if args.table:
+            content["screened"] = replay_screened(Sensitivity.load(args.table), args.seeds, args.cap)
+        write_json(args.out, content)
+        shown = {key: value for key, value in content.get("screened", {}).items() if key != "seeds"}
+        print(json.dumps({"exact": content["exact"], "screened": shown}, indent=1))
+        return 0
+
+    return run(command)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
