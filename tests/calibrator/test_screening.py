@@ -1,6 +1,7 @@
 """The screening against tables whose truth is known, and a screened run from command to plan."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,7 @@ class FakeEvaluator:
         self.losses = losses
         self.asked: set[tuple[int, int, int]] = set()
 
-    def __call__(self, requests: list[Request]) -> list[np.ndarray]:
+    def __call__(self, requests: Sequence[Request]) -> Sequence[np.ndarray]:
         for item in requests:
             for column in item.columns:
                 for state in item.states:

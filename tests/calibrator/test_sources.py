@@ -113,7 +113,7 @@ def test_libero_demonstrations_are_turned_upright(tmp_path: Path) -> None:
     assert [(item.name, item.length) for item in source.index().trajectories] == [("demo_0", 5), ("demo_1", 12)]
     ((_, step, observation),) = source.read({"demo_1": frozenset({7})})
     np.testing.assert_array_equal(observation.image, msgs.picture(17))
-    assert step == 7 and observation.instruction == "pick up the cup"
+    assert step == 7 and observation.instruction == "pick up the cup" and observation.state is not None
     np.testing.assert_allclose(observation.state, [21, 22, 23, 0.04, 0.04], rtol=1e-6)
 
 
