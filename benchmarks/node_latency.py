@@ -3,8 +3,9 @@
     tools/with_ros python benchmarks/node_latency.py --engine ENGINE [--seconds 20] [--only-profile]
 
 Starts the node as launch does, publishes raw images and states from this process, and reads the node's diagnostics:
-overhead is the time from the image's callback to the published action less the engine's. Exit code 1 when the median
-exceeds --limit-ms or an observation is unaccounted for.
+overhead is the time from the image's callback to the published action less the engine's (for this image, and for the
+one before while it was still busy). Exit code 1 when the median exceeds --limit-ms or an observation is unaccounted
+for.
 """
 
 import argparse

@@ -72,8 +72,9 @@ class Step:
 class Status:
     """A snapshot for diagnostics. Ages in milliseconds since each topic's last stamp, None before its first message.
 
-    `overhead_ms`: from the image's callback to the published action, less the engine's own time. `holding`: what
-    forbids motion now. `starved`: motion is allowed, but the last control step found no usable chunk.
+    `overhead_ms`: from the image's callback to the published action, less the engine's time for this frame and, while
+    it was still busy, for the one before. `holding`: what forbids motion now. `starved`: motion is allowed, but the
+    last control step found no usable chunk.
     """
 
     active: bool
@@ -257,8 +258,9 @@ class PolicyServer:
             self._latency.add(answer.latency_ms)
             self._age.add(age_ms)
         self._on_chunk(chunk)
+        total_ms = (self._clock() - answer.frame.received_ns) / 1e6
         with self._lock:
-            self._overhead.add((self._clock() - answer.frame.received_ns) / 1e6 - answer.latency_ms)
+            self._overhead.add(total_ms - answer.latency_ms - answer.queued_ms)
 
     def tick(self) -> Step:
         """What the robot should do now: called once per control step, and when a chunk has just arrived."""

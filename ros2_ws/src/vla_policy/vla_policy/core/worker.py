@@ -15,11 +15,16 @@ from vla_policy.core.synchroniser import Dropped, DropReason, Frame
 
 @dataclass(frozen=True)
 class Answer:
-    """A frame and the decision for it. `latency_ms`: the engine's own time, by the steady clock."""
+    """A frame and the decision for it.
+
+    `latency_ms`: the engine's own time, by the steady clock. `queued_ms`: how long the frame waited because the engine
+    was busy with an earlier one.
+    """
 
     frame: Frame
     decision: Decision
     latency_ms: float
+    queued_ms: float
 
 
 class InferenceWorker:
@@ -45,7 +50,8 @@ class InferenceWorker:
         self._capacity = capacity if lossless else 1
         self._lossless = lossless
         self._on_answer, self._on_drop, self._on_failure = on_answer, on_drop, on_failure
-        self._waiting: deque[Frame] = deque()
+        self._waiting: deque[tuple[Frame, float]] = deque()
+        self._free_since_s = 0.0
         self._changed = threading.Condition()
         self._stopping = False
         self._busy = False
@@ -58,19 +64,19 @@ class InferenceWorker:
         """Queues a frame; returns those that this displaced."""
         with self._changed:
             if len(self._waiting) < self._capacity:
-                self._waiting.append(frame)
+                self._waiting.append((frame, time.perf_counter()))
                 self._changed.notify_all()
                 return []
             if self._lossless:
                 return [self._dropped(frame, DropReason.QUEUE_FULL, f"{self._capacity} frames wait already")]
-            displaced = self._waiting.popleft()
-            self._waiting.append(frame)
+            displaced, _ = self._waiting.popleft()
+            self._waiting.append((frame, time.perf_counter()))
             return [self._dropped(displaced, DropReason.SUPERSEDED, "a newer frame came before the engine was free")]
 
     def discard(self) -> list[Dropped]:
         """Empties the queue: a stop, or another task."""
         with self._changed:
-            frames, self._waiting = list(self._waiting), deque()
+            frames, self._waiting = [frame for frame, _ in self._waiting], deque()
             return [self._dropped(frame, DropReason.STOPPED, "the policy was stopped") for frame in frames]
 
     def drain(self, timeout_s: float) -> bool:
@@ -89,16 +95,17 @@ class InferenceWorker:
 
     def _run(self) -> None:
         try:
-            while (frame := self._next()) is not None:
-                self._answer(frame)
+            while (waiting := self._next()) is not None:
+                self._answer(*waiting)
         finally:
             # Reached without a stop only when the engine raised: the traceback goes to stderr, the robot is held.
             if not self._stopping:
                 self._on_failure()
 
-    def _next(self) -> Frame | None:
+    def _next(self) -> tuple[Frame, float] | None:
         with self._changed:
             self._busy = False
+            self._free_since_s = time.perf_counter()
             self._changed.notify_all()
             self._changed.wait_for(lambda: self._stopping or self._waiting)
             if self._stopping:
@@ -106,7 +113,8 @@ class InferenceWorker:
             self._busy = True
             return self._waiting.popleft()
 
-    def _answer(self, frame: Frame) -> None:
+    def _answer(self, frame: Frame, submitted_s: float) -> None:
+        queued_ms = max(0.0, self._free_since_s - submitted_s) * 1e3
         try:
             observation = observe(frame, self._contract)
         except DataError as error:
@@ -119,7 +127,7 @@ class InferenceWorker:
             self._on_drop(self._dropped(frame, DropReason.ENGINE_ERROR, str(error)))
             return
         latency_ms = (time.perf_counter() - started) * 1e3
-        self._on_answer(Answer(frame, decision, latency_ms))
+        self._on_answer(Answer(frame, decision, latency_ms, queued_ms))
 
     def _dropped(self, frame: Frame, reason: DropReason, detail: str) -> Dropped:
         return Dropped(self._contract.primary.topic, frame.stamp_ns, reason, detail)
