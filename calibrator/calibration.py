@@ -108,6 +108,8 @@ def choose_states(trajectories: list[Trajectory], count: int, seed: int) -> list
     length with an offset that differs by trajectory, so that a few states per trajectory still cover all phases.
     Raises DataError when the sources hold fewer usable states.
     """
+    if count < 1:
+        raise DataError(f"{count} states were asked for; --samples must be at least 1")
     usable = sum(len(trajectory.steps) for trajectory in trajectories)
     if usable < count:
         raise DataError(f"{count} states were asked for, the sources hold {usable} usable ones; lower --samples")

@@ -4,6 +4,7 @@ The folder holds `signature.json`, `reference.safetensors` and one `<layer>.safe
 written whole under a temporary name and renamed; a file that exists is complete.
 """
 
+import hashlib
 import shutil
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,17 @@ def difference(before: dict[str, Any], now: dict[str, Any], path: str = "") -> s
             if found := difference(old, new, f"{path}{key}."):
                 return found
         elif old != new:
-            return f"{path}{key} was {old}, is now {new}"
+            return f"{path}{key} was {_shown(old)}, is now {_shown(new)}"
     return None
+
+
+def _shown(value: Any) -> str:
+    """A value for a message of one line: long lists by their number of entries and a digest."""
+    text = str(value)
+    if len(text) <= 80:
+        return text
+    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+    return f"{len(value)} entries ({digest})" if isinstance(value, list) else f"{text[:60]}..."
 
 
 class Journal:

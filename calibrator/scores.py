@@ -15,6 +15,12 @@ class ScoreSettings:
     weight: float = 1.0
     bins: int = 10
 
+    def __post_init__(self) -> None:
+        if not self.kappa > 0 or not self.weight >= 0 or self.bins < 1:
+            raise DataError(
+                f"kappa {self.kappa}, lambda {self.weight}, bins {self.bins}: expected kappa > 0, lambda >= 0 and a bin"
+            )
+
 
 def evidence_loss(mass: np.ndarray, attribution: np.ndarray, weight: float) -> np.ndarray:
     """l^ev of Eq. (8): Delta^mass + lambda Delta^attr, any shape."""

@@ -20,7 +20,7 @@ from calibrator.evidence import (
 )
 from calibrator.passes import Place, Signals, Trunk, last_block, place_of, signals, tower_of
 from calibrator.policy import OpenVLA, live_units, load_policy
-from calibrator.quantization import quantized
+from calibrator.quantization import levels, quantized
 from calibrator.scores import check_finite
 from calibrator.states import Reference, States, reference
 from vla_policy.core.errors import PolicyError
@@ -45,6 +45,14 @@ class SweepSettings:
     epsilon: float = EPSILON
     dtype: str = "float32"
     unnorm_key: str | None = None
+
+    def __post_init__(self) -> None:
+        for bits in self.bits:
+            levels(bits)
+        if not self.bits or len(set(self.bits)) != len(self.bits):
+            raise PolicyError(f"bits {list(self.bits)}: expected at least one width, each once")
+        if self.group_size is not None and self.group_size < 2:
+            raise PolicyError(f"group size {self.group_size}: expected at least 2 inputs, or 0 for output channels")
 
     def format_of(self, bits: int) -> Format:
         """The number format that `bits` means in this scheme; 16 is full precision."""

@@ -45,6 +45,8 @@ def test_unusable_steps_are_not_chosen() -> None:
 def test_asking_for_more_than_there_is_names_both_numbers(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="9 states were asked for, the sources hold 7"):
         collect([FakeSource((3, 4))], tmp_path / "set", count=9, seed=0)
+    with pytest.raises(DataError, match="at least 1"):
+        collect([FakeSource((3, 4))], tmp_path / "set", count=0, seed=0)
     assert not list(tmp_path.iterdir())
 
 

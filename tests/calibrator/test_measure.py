@@ -19,7 +19,7 @@ from calibrator.plan import Plan
 from calibrator.scores import ScoreSettings, phase_of, soft_bottleneck
 from calibrator.sensitivity import Sensitivity, inversions, load_tensors
 from calibrator.sweep import Sweep, SweepSettings, SweepSpec, UnitLosses
-from vla_policy.core.errors import ArtefactError, PolicyError
+from vla_policy.core.errors import ArtefactError, DataError, PolicyError
 
 
 class SilentBar:
@@ -176,6 +176,23 @@ def test_difference_names_the_entry() -> None:
     assert difference({"a": {"b": 1}}, {"a": {"b": 1}}) is None
     assert difference({"a": {"b": 1}}, {"a": {"b": 2}}) == "a.b was 1, is now 2"
     assert difference({"a": 1}, {}) == "a was 1, is now None"
+
+
+def test_long_differences_stay_on_one_short_line() -> None:
+    names = [f"layer_{index}" for index in range(100)]
+    found = difference({"units": names}, {"units": names[:-1]})
+    assert found is not None and found.startswith("units was 100 entries (") and len(found) < 80
+
+
+def test_settings_that_make_no_sense_are_refused() -> None:
+    with pytest.raises(PolicyError, match="5-bit codes"):
+        SweepSettings(bits=(2, 5))
+    with pytest.raises(PolicyError, match="each once"):
+        SweepSettings(bits=(2, 2))
+    with pytest.raises(PolicyError, match="group size 1"):
+        SweepSettings(group_size=1)
+    with pytest.raises(DataError, match="kappa > 0"):
+        ScoreSettings(kappa=0.0)
 
 
 def test_inversions_are_reported() -> None:
