@@ -99,6 +99,7 @@ def account(manifest: Manifest) -> str:
     """Bytes on disk by kind, and the plain arithmetic beside them."""
     totals = manifest.totals()
     weights = totals["weights"]
+    language = sum(unit.weights for unit in manifest.units if unit.name.startswith("language_model."))
     embedding = 2 * manifest.config.text.vocab_size * manifest.config.text.hidden_size
     lines = [
         f"weights of live layers       {weights:>16,}",
@@ -109,6 +110,7 @@ def account(manifest: Manifest) -> str:
         f"engine on disk               {totals['engine_bytes']:>16,} B = {totals['engine_bytes'] / 1e9:.3f} GB",
         f"16-bit arithmetic            {2 * weights + embedding:>16,} B",
         f"8-bit arithmetic             {weights + embedding:>16,} B, embedding at 16 bits",
+        f"8 bits, decoder and head     {language:>16,} B, nothing else counted: the paper's W8 figure of 6.6 GB",
         PAPER_GB,
     ]
     return "\n".join(lines)
