@@ -35,7 +35,10 @@ class TorchActor:
 
     def act(self, observation: Observation) -> Decision:
         weight = self.policy.projector.fc1.weight
-        pixels = torch.from_numpy(preprocess(observation.image, self.config))[None].to(weight.device, weight.dtype)
-        ids = torch.from_numpy(self.tokenizer.encode(observation.instruction, observation.state))[None].to(weight.device)
-        tokens = self.policy.generate(pixels, ids, self.codec.dim)[0].cpu().numpy()
-        return Decision(tokens, self.codec.tokens_to_action(tokens))
+        pixels = torch.from_numpy(preprocess(observation.image, self.config))
+        ids = torch.from_numpy(self.tokenizer.encode(observation.instruction, observation.state))
+        tokens = self.policy.generate(
+            pixels[None].to(weight.device, weight.dtype), ids[None].to(weight.device), self.codec.dim
+        )
+        chosen = tokens[0].cpu().numpy()
+        return Decision(chosen, self.codec.tokens_to_action(chosen))
