@@ -114,6 +114,8 @@ def build_engine(policy: Policy, plan: Plan, target: Target, backend: Backend, o
         if backend == "onnxruntime":
             version, realised = onnxruntime.__version__, realised_formats(folder, graphs, layers)
         else:
+            if (out / tensorrt.TIMING_CACHE).is_file():
+                shutil.copyfile(out / tensorrt.TIMING_CACHE, folder / tensorrt.TIMING_CACHE)
             built = tensorrt.build_engines(backend, target, folder, graphs, policy.config)
             engines = {name: folder / file for name, file in built.files.items()}
             version, realised = built.version, engine_formats(folder, graphs, engines, layers, plan.assignment)

@@ -61,7 +61,7 @@ def build_engines(
 ) -> BuiltEngines:
     """Builds `<graph>.engine` in `folder` for every graph. Raises ArtefactError with TensorRT's own words on failure.
 
-    A timing cache found as `folder/timing.cache` is used; with TensorRT the updated one is written there.
+    With TensorRT a timing cache found as `folder/timing.cache` is used and the updated one written there.
     """
     module = load_module(backend)
     files = {}

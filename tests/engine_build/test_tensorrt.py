@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from ragged import observation
 from calibrator.calibration import SourceIndex, Trajectory, collect, load_calibration
 from calibrator.quantization import quantize_weight
 from engine_build import readback_tensorrt
+from engine_build.backends import tensorrt
 from engine_build.backends.tensorrt import decoder_profiles, load_module
 from engine_build.build import Request, build
 from engine_build.graph.builder import GraphBuilder
@@ -178,6 +180,74 @@ def test_a_backend_that_is_not_installed_is_named(workshop: Path, tmp_path: Path
     with pytest.raises(ArtefactError, match="backend tensorrt is not installed"):
         build(request)
     assert list(tmp_path.iterdir()) == []
+
+
+class FakeTensorRt:
+    """The builder's interface of TensorRT 10: records what it is asked for, "builds" the parsed file's data."""
+
+    __version__ = "10.3.0"
+    NetworkDefinitionCreationFlag = SimpleNamespace(STRONGLY_TYPED=1)
+    ProfilingVerbosity = SimpleNamespace(DETAILED=2)
+
+    class ILogger:
+        ERROR = 1
+
+    def __init__(self) -> None:
+        self.flags: list[int] = []
+        self.caches: list[bytes] = []
+        self.profiles: list[int] = []
+        self.parsed = Path()
+
+    def Builder(self, logger: Any) -> Any:
+        def network(flags: int) -> None:
+            self.flags.append(flags)
+
+        def config() -> Any:
+            profiles: list[Any] = []
+            self.profiles.append(0)
+
+            def add(profile: Any) -> None:
+                profiles.append(profile)
+                self.profiles[-1] = len(profiles)
+
+            def create_cache(content: bytes) -> Any:
+                self.caches.append(content)
+                return SimpleNamespace(serialize=lambda: content + b"+")
+
+            return SimpleNamespace(
+                add_optimization_profile=add, create_timing_cache=create_cache, set_timing_cache=lambda *_: True
+            )
+
+        return SimpleNamespace(
+            create_network=network,
+            create_builder_config=config,
+            create_optimization_profile=lambda: SimpleNamespace(set_shape=lambda *_: None),
+            build_serialized_network=lambda *_: self.parsed.with_suffix(".data").read_bytes(),
+        )
+
+    def OnnxParser(self, network: Any, logger: Any) -> Any:
+        def parse(path: str) -> bool:
+            self.parsed = Path(path)
+            return True
+
+        return SimpleNamespace(parse_from_file=parse)
+
+
+def test_on_the_device_the_timing_cache_is_kept_and_hashed(
+    workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = FakeTensorRt()
+    monkeypatch.setattr(tensorrt, "load_module", lambda backend: fake)
+    request = Request(workshop / "policy", find_target("orin"), tmp_path / "engine", uniform=Format(8, 16))
+    first = build(request)
+    assert (first.target, first.backend, first.backend_version) == ("orin", "tensorrt", "10.3.0")
+    assert fake.flags == [2, 2]
+    assert fake.profiles == [0, 2]
+    assert fake.caches == [b"", b"+"]
+    assert (tmp_path / "engine" / "timing.cache").read_bytes() == b"++"
+    assert "timing.cache" in first.files
+    build(request)
+    assert fake.caches[2:] == [b"++", b"+++"]
 
 
 def test_a_backend_of_another_target_is_refused(workshop: Path, tmp_path: Path) -> None:
