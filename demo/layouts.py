@@ -4,7 +4,7 @@ from typing import Literal
 
 import numpy as np
 
-from demo.experts.libero import GRASPS, PALM_ABOVE_HAND_M, Grasp
+from evaluation.experts.libero import GRASPS, PALM_ABOVE_HAND_M, Grasp
 from vla_policy.core.errors import DataError
 
 Layout = Literal["near", "wide"]

@@ -4,12 +4,12 @@ from typing import Protocol
 
 import numpy as np
 
-from demo.experts.libero import LiberoObjectExpert
-from demo.experts.metaworld import MetaWorldExpert
 from demo.layouts import BASKET, Layout, category, draw_layout, draw_yaw_rad
 from evaluation.benchmarks.base import StepResult
 from evaluation.benchmarks.libero import DEMO_PROTOCOL, LiberoEnv
 from evaluation.benchmarks.metaworld import FIRST_TRAINING_SEED, MetaWorldEnv
+from evaluation.experts.libero import LiberoObjectExpert
+from evaluation.experts.metaworld import MetaWorldExpert
 from vla_policy.core.observation import Observation
 
 

@@ -17,7 +17,8 @@ ALLOWED = {
     "vla_policy.nodes": {"vla_policy.core", "vla_policy.nodes"},
     "calibrator": {"calibrator", "vla_policy.core"},
     "engine_build": {"engine_build", "calibrator", "vla_policy.core"},
-    "evaluation": {"evaluation", "engine_build", "calibrator", "vla_policy.core"},
+    # The simulated robot is a node too, and says its commands and stops as the policy's node does.
+    "evaluation": {"evaluation", "engine_build", "calibrator", "vla_policy.core", "vla_policy.nodes"},
     "demo": set(OWN) - {"vla_policy.nodes"},
 }
 # Whatever a robot has to install for the core; the GPU runtimes are imported where such an engine is loaded.

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from demo.experts.libero import LiberoObjectExpert
 from evaluation.benchmarks.libero import CONTROL_HZ, DEMO_PROTOCOL, LiberoEnv
+from evaluation.experts.libero import LiberoObjectExpert
 from vla_policy.core.contract import ActionContract
 from vla_policy.core.errors import DataError
 from vla_policy.core.observation import Observation

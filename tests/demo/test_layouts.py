@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from demo.experts.libero import LiberoObjectExpert
 from demo.layouts import BASKET, draw_layout
+from evaluation.experts.libero import LiberoObjectExpert
 from vla_policy.core.errors import DataError
 
 OFFICIAL = {

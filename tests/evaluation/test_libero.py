@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from demo.experts.libero import LiberoObjectExpert
 from evaluation.benchmarks.libero import (
     DEMO_PROTOCOL,
     MAX_STEPS,
@@ -16,6 +15,7 @@ from evaluation.benchmarks.libero import (
     LiberoEnv,
     environment_action,
 )
+from evaluation.experts.libero import LiberoObjectExpert
 from vla_policy.core.errors import DataError
 
 MILK = "pick_up_the_milk_and_place_it_in_the_basket"

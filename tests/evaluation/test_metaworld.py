@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from demo.experts.metaworld import MetaWorldExpert
 from evaluation.benchmarks.metaworld import FIRST_TRAINING_SEED, INSTRUCTIONS, MetaWorldEnv, placement_seed
+from evaluation.experts.metaworld import MetaWorldExpert
 from vla_policy.core.errors import DataError
 
 pytest.importorskip("metaworld")

@@ -1,1 +1,0 @@
-"""Scripted experts that teach the demo policies; the clones have no memory, so the experts have none."""

@@ -1,0 +1,1 @@
+"""Scripted experts of the simulators: memoryless, so that a policy without memory can imitate them."""
