@@ -54,6 +54,7 @@ def _add_sensitivity(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="torch device")
     parser.add_argument("--batch-size", type=int, default=16, help="states per pass")
     parser.add_argument("--cache-gb", type=float, default=2.0, help="memory for full-precision passes, 1e9 bytes")
+    parser.add_argument("--threads", type=int, help="torch threads; default 1 below 0.1 B parameters, all cores above")
     parser.add_argument("--units", nargs="+", default=["*"], help="only layers whose names match these globs")
     parser.add_argument(
         "--mode",
@@ -141,6 +142,7 @@ def _sensitivity(args: argparse.Namespace) -> int:
         resume=args.resume,
         unit_globs=tuple(args.units),
         screen=screen if args.mode == "screened" else None,
+        threads=args.threads,
     )
     result = measure(spec, args.out, ScoreSettings(args.kappa, args.weight, args.bins), options)
     low = min(result.bits)

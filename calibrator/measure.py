@@ -41,12 +41,14 @@ from vla_policy.core.errors import ArtefactError, PolicyError
 from vla_policy.core.files import read_json, sha256_policy, write_json
 
 _MAP_SAMPLES = 3
+_SMALL_PARAMS = 100_000_000
 
 
 @dataclass(frozen=True)
 class RunOptions:
     """How a run is carried out. Only `screen` changes the numbers (the others within rounding): with it, most scores
-    are estimates.
+    are estimates. threads: of torch in this process; None takes 1 for a small policy, whose layers are over before
+    a second thread has woken up, and torch's own choice otherwise.
     """
 
     executor: str = "local"
@@ -55,6 +57,7 @@ class RunOptions:
     resume: bool = True
     unit_globs: tuple[str, ...] = ("*",)
     screen: ScreenSettings | None = None
+    threads: int | None = None
     progress: Callable[..., Any] = tqdm
 
 
@@ -129,6 +132,28 @@ def measure(spec: SweepSpec, out: Path, scores: ScoreSettings, options: RunOptio
     """
     started_s = time.monotonic()
     policy = spec.load_policy()
+    with _threads(options.threads or _usual_threads(policy)):
+        return _measure(spec, policy, out, scores, options, started_s)
+
+
+def _usual_threads(policy: OpenVLA) -> int:
+    small = sum(parameter.numel() for parameter in policy.parameters()) < _SMALL_PARAMS
+    return 1 if small else torch.get_num_threads()
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _measure(
+    spec: SweepSpec, policy: OpenVLA, out: Path, scores: ScoreSettings, options: RunOptions, started_s: float
+) -> Sensitivity:
     states = spec.load_states(policy)
     signature = signature_of(spec, sha256_policy(spec.policy), states.calibration.sha256, options.screen)
     shapes = unit_shapes(policy, states)
