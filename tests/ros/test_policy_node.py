@@ -37,7 +37,9 @@ def test_dry_run_enable_stop_reset_start(world: World, tmp_path: Path) -> None:
         world.enable()
         world.wait_moving()
         assert world.twists[-1][1].twist.linear.x == pytest.approx(0.5)
-        assert world.twists[-1][1].header.frame_id == "world" and world.gripper[-1] == pytest.approx(0.08)
+        assert world.twists[-1][1].header.frame_id == "world"
+        world.wait(lambda: world.gripper, "the gripper's command, on a topic of its own")
+        assert world.gripper[-1] == pytest.approx(0.08)
         assert world.trigger("stop").success
         world.wait_holding("stop_latched")
         assert not world.trigger("start").success
