@@ -71,7 +71,8 @@ def test_image_that_cannot_be_decoded(running: World) -> None:
 
 def test_state_that_is_not_finite(running: World) -> None:
     running.sensors.position = [0.1, float("nan"), 0.3, 0.04]
-    running.wait_holding("state y is not finite")
+    running.wait_holding("stale_state")
+    running.wait(lambda: int(running.diagnostics.get("drops invalid_message", "0")) > 0, "the drop to be counted")
     running.sensors.position = [0.1, 0.2, 0.3, 0.04]
     running.wait_moving()
 
