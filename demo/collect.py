@@ -5,6 +5,7 @@ number of workers give the same files. Tasks take turns, so that any prefix of t
 """
 
 import argparse
+import json
 import multiprocessing
 import sys
 from collections import Counter
@@ -16,7 +17,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from demo.teachers import LiberoTeacher, MetaWorldTeacher, Teacher
+from demo.dataset import COLUMNS
+from demo.teachers import Lesson, LiberoTeacher, MetaWorldTeacher, Teacher
 from vla_policy.core import cli
 from vla_policy.core.errors import DataError
 from vla_policy.core.files import atomic_path, read_json, sha256_policy, write_json
@@ -137,13 +139,13 @@ def _collect_episode(job: Job, index: int, teacher: Teacher, actor: Actor | None
     task = task_of(index, job.tasks)
     rng = np.random.default_rng([job.seed, index])
     observation = teacher.start(task, rng)
-    columns: dict[str, list[np.ndarray]] = {"image": [], "state": [], "action": [], "aux": []}
+    columns: dict[str, list[np.ndarray]] = {name: [] for name in COLUMNS}
     success = done = False
     while not done and teacher.teachable():
-        label = teacher.label()
-        _record(columns, observation, label, teacher.aux())
+        lesson = teacher.lesson()
+        _record(columns, observation, lesson)
         if actor is None or rng.random() < _EXPERT_SHARE:
-            executed = teacher.disturbed(label, rng)
+            executed = teacher.disturbed(lesson.actions[0], rng)
         else:
             executed = actor.act(observation).action
         result = teacher.step(executed)
@@ -153,7 +155,7 @@ def _collect_episode(job: Job, index: int, teacher: Teacher, actor: Actor | None
         metadata = {
             "benchmark": teacher.name,
             "driver": "expert" if actor is None else "policy",
-            "instruction": observation.instruction,
+            "instructions": json.dumps(teacher.instructions),
             "layout": teacher.layout,
             "seed": str(job.seed),
             "success": str(success).lower(),
@@ -166,13 +168,14 @@ def _collect_episode(job: Job, index: int, teacher: Teacher, actor: Actor | None
     return Outcome(index, task, success, kept)
 
 
-def _record(columns: dict[str, list[np.ndarray]], observation: Observation, label: np.ndarray, aux: np.ndarray) -> None:
+def _record(columns: dict[str, list[np.ndarray]], observation: Observation, lesson: Lesson) -> None:
     if observation.state is None:
         raise DataError("a demonstration needs the robot's state in every observation")
     columns["image"].append(resize(observation.image, IMAGE_SIZE))
     columns["state"].append(observation.state)
-    columns["action"].append(label.astype(np.float32))
-    columns["aux"].append(aux)
+    columns["action"].append(lesson.actions.astype(np.float32))
+    columns["aux"].append(lesson.aux)
+    columns["valid"].append(lesson.valid)
 
 
 def _write_episode(path: Path, columns: dict[str, list[np.ndarray]], metadata: dict[str, str]) -> None:

@@ -11,21 +11,26 @@ from torch import Tensor
 
 from vla_policy.core.errors import ArtefactError, DataError
 
+COLUMNS = ("image", "state", "action", "aux", "valid")
+
 
 @dataclass(frozen=True)
 class Demonstrations:
-    """Decisions of all episodes, concatenated.
+    """Decisions of all episodes, concatenated. Each of the N images has the answers to several instructions.
 
-    images: uint8 [N, S, S, 3]; states: float32 [N, 5]; actions: float32 [N, K], the expert's clean labels;
-    aux: float32 [N, 6], positions of target and goal in metres (training only); task: int64 [N] into `instructions`;
-    weight: float32 [N], relative sampling frequency.
+    images: uint8 [N, S, S, 3]; states: float32 [N, 5]. The M answers: actions float32 [M, K], the expert's clean
+    labels; aux float32 [M, 6], positions of target and goal in metres (training only); instruction int64 [M] into
+    `instructions`; image int64 [M] into `images`. own: int64 [N], the answer to the instruction that the episode was
+    about; other answers exist where the expert's meant something.
     """
 
     images: Tensor
     states: Tensor
     actions: Tensor
     aux: Tensor
-    task: Tensor
+    instruction: Tensor
+    image: Tensor
+    own: Tensor
     instructions: tuple[str, ...]
     episodes: int
 
@@ -38,38 +43,45 @@ def load_demonstrations(folders: list[Path]) -> Demonstrations:
     paths = sorted(path for folder in folders for path in folder.glob("*.safetensors"))
     if not paths:
         raise ArtefactError(f"{', '.join(map(str, folders))}: no episode files; run `python -m demo.collect` first")
-    columns: dict[str, list[Tensor]] = {name: [] for name in ("image", "state", "action", "aux")}
-    tasks: list[Tensor] = []
+    parts: dict[str, list[Tensor]] = {}
     instructions: dict[str, int] = {}
+    images = answers = 0
     for path in paths:
-        try:
-            with safe_open(path, framework="pt") as stream:
-                metadata = stream.metadata() or {}
-                episode = {name: stream.get_tensor(name) for name in columns}
-        except SafetensorError as error:
-            raise ArtefactError(f"{path}: damaged or truncated ({error}); delete it and collect again") from error
-        if not all(torch.isfinite(episode[name]).all() for name in ("state", "action")):
-            raise DataError(f"{path}: state or action is not finite; delete it and collect again")
-        for name, tensor in episode.items():
-            columns[name].append(tensor)
-        instruction = instructions.setdefault(_instruction(metadata, path), len(instructions))
-        tasks.append(torch.full((len(episode["image"]),), instruction))
-    return Demonstrations(
-        images=torch.cat(columns["image"]),
-        states=torch.cat(columns["state"]).float(),
-        actions=torch.cat(columns["action"]).float(),
-        aux=torch.cat(columns["aux"]).float(),
-        task=torch.cat(tasks),
-        instructions=tuple(instructions),
-        episodes=len(paths),
-    )
+        episode, asked = _read(path)
+        frames, positions = episode["valid"].nonzero(as_tuple=True)
+        numbers = torch.tensor([instructions.setdefault(text, len(instructions)) for text in asked])
+        # Row-major order puts every frame's own answer, which is always valid, first among that frame's answers.
+        own = answers + (positions == 0).nonzero().squeeze(1)
+        for name, tensor in {
+            "images": episode["image"],
+            "states": episode["state"].float(),
+            "actions": episode["action"][frames, positions].float(),
+            "aux": episode["aux"][frames, positions].float(),
+            "instruction": numbers[positions],
+            "image": images + frames,
+            "own": own,
+        }.items():
+            parts.setdefault(name, []).append(tensor)
+        images, answers = images + len(episode["image"]), answers + len(frames)
+    columns = {name: torch.cat(tensors) for name, tensors in parts.items()}
+    return Demonstrations(**columns, instructions=tuple(instructions), episodes=len(paths))
 
 
-def _instruction(metadata: dict[str, str], path: Path) -> str:
-    if "instruction" not in metadata:
-        raise ArtefactError(f"{path}: its metadata has no instruction; it is no demonstration episode")
-    text = metadata["instruction"]
-    return json.loads(text) if text.startswith('"') else text
+def _read(path: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """One episode's columns and its instructions."""
+    try:
+        with safe_open(path, framework="pt") as stream:
+            metadata = stream.metadata() or {}
+            if "instructions" not in metadata:
+                raise ArtefactError(f"{path}: its metadata has no instructions; it is no demonstration episode")
+            episode = {name: stream.get_tensor(name) for name in COLUMNS}
+    except SafetensorError as error:
+        raise ArtefactError(f"{path}: damaged or truncated ({error}); delete it and collect again") from error
+    if not all(torch.isfinite(episode[name]).all() for name in ("state", "action", "aux")):
+        raise DataError(f"{path}: a state, an action or a position is not finite; delete it and collect again")
+    if not episode["valid"][:, 0].all():
+        raise DataError(f"{path}: a frame lacks the answer to its own instruction; delete it and collect again")
+    return episode, json.loads(metadata["instructions"])
 
 
 def percentiles(values: Tensor) -> tuple[list[float], list[float]]:

@@ -50,9 +50,19 @@ def draw_yaw_rad(rng: np.random.Generator) -> float:
     return float(rng.uniform(-_YAW_JITTER_RAD, _YAW_JITTER_RAD))
 
 
+def within_reach(place: np.ndarray) -> bool:
+    """False where the arm would have to stretch so far that it gets stuck."""
+    return bool(np.hypot(*(place[:2] - _ROBOT_BASE_XY_M)) <= _REACH_M)
+
+
 def category(name: str) -> str:
     """`alphabet_soup` for the instance `alphabet_soup_1`."""
     return name.rsplit("_", 1)[0]
+
+
+def task_for(kind: str) -> str:
+    """The LIBERO-Object task that asks for an object of this category."""
+    return f"pick_up_the_{kind}_and_place_it_in_the_basket"
 
 
 def grasp_of(name: str) -> Grasp:
@@ -61,7 +71,7 @@ def grasp_of(name: str) -> Grasp:
 
 
 def _fits(places: Positions, target: str) -> bool:
-    if np.hypot(*(places[target][:2] - _ROBOT_BASE_XY_M)) > _REACH_M:  # a stretched arm gets stuck
+    if not within_reach(places[target]):
         return False
     names = list(places)
     for index, first in enumerate(names):

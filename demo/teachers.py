@@ -1,16 +1,30 @@
 """Training situations of a benchmark, with the scripted expert's answer to each."""
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
-from demo.layouts import BASKET, Layout, category, draw_layout, draw_yaw_rad
+from demo.layouts import BASKET, Layout, category, draw_layout, draw_yaw_rad, task_for, within_reach
 from evaluation.benchmarks.base import StepResult
 from evaluation.benchmarks.libero import DEMO_PROTOCOL, LiberoEnv
 from evaluation.benchmarks.metaworld import FIRST_TRAINING_SEED, MetaWorldEnv
-from evaluation.experts.libero import LiberoObjectExpert
+from evaluation.experts.libero import LiberoObjectExpert, hand_is_open
 from evaluation.experts.metaworld import MetaWorldExpert
 from vla_policy.core.observation import Observation
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What the expert would do in one situation, for each of I instructions; the first is the episode's own.
+
+    actions: float64 [I, K]. aux: float32 [I, 6], positions of target and goal, metres. valid: bool [I]; False where the
+    expert's answer to that instruction means nothing in this situation, never for the first.
+    """
+
+    actions: np.ndarray
+    aux: np.ndarray
+    valid: np.ndarray
 
 
 class Teacher(Protocol):
@@ -35,8 +49,13 @@ class Teacher(Protocol):
         """Begins an episode in a new training situation."""
         ...
 
-    def label(self) -> np.ndarray:
-        """float64 [K]: the expert's action for the present situation."""
+    @property
+    def instructions(self) -> tuple[str, ...]:
+        """Everything that could be asked in the present episode's scene; the first is what its task asks."""
+        ...
+
+    def lesson(self) -> Lesson:
+        """The expert's answer to the present situation, for each of `instructions`."""
         ...
 
     def disturbed(self, action: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -51,17 +70,17 @@ class Teacher(Protocol):
         """Executes one held action."""
         ...
 
-    def aux(self) -> np.ndarray:
-        """float32 [6]: positions of target and goal, metres."""
-        ...
-
     def close(self) -> None:
         """Frees the simulator."""
         ...
 
 
 class LiberoTeacher:
-    """LIBERO-Object with objects moved away from their official places."""
+    """LIBERO-Object with objects moved away from their official places.
+
+    The same image with another object asked for has another answer. While the hand is empty the expert gives that one
+    too: it is what makes a policy read the instruction and look.
+    """
 
     name = "libero_object"
 
@@ -76,6 +95,7 @@ class LiberoTeacher:
         self.tasks = self._env.tasks
         self.task = ""
         self.layout: Layout = "near"
+        self.instructions: tuple[str, ...] = ()
         self._noise = 0.0
 
     def start(self, task: str, rng: np.random.Generator) -> Observation:
@@ -84,22 +104,30 @@ class LiberoTeacher:
         states = self._env.initial_states(task)
         scene.restore(states[rng.integers(len(states))])
         scene.hold(self._REST, DEMO_PROTOCOL.wait_steps)
-        self._target = scene.of_interest()[0]
+        target = scene.of_interest()[0]
         self.task, self.layout = task, "near" if rng.random() < self._NEAR_SHARE else "wide"
         official = {name: scene.position(name) for name in scene.objects()}
-        for name, place in draw_layout(official, self._target, self.layout, rng).items():
+        for name, place in draw_layout(official, target, self.layout, rng).items():
             scene.place(name, place, 0.0 if name == BASKET else draw_yaw_rad(rng))
         scene.hold(self._start_command(rng), self._START_STEPS)
         scene.hold(self._REST, self._START_STEPS)
-        self._upright = scene.vertical_axis(self._target)
-        self._expert = LiberoObjectExpert(category(self._target))
+        self._targets = [target] + [name for name in official if name not in (target, BASKET)]
+        self._upright = [scene.vertical_axis(name) for name in self._targets]
+        self._experts = [LiberoObjectExpert(category(name)) for name in self._targets]
+        self.instructions = tuple(self._env.instruction(task_for(category(name))) for name in self._targets)
         self._noise = 0.0 if rng.random() < 0.15 else rng.uniform(0.05, 0.25)
         return self._env.start()
 
-    def label(self) -> np.ndarray:
-        """The expert's answer from the true positions and the robot's state."""
+    def lesson(self) -> Lesson:
+        """The expert's answers from the true positions and the robot's state."""
         scene = self._env.scene(self.task)
-        return self._expert.act(scene.robot_state(), scene.position(self._target), scene.position(BASKET))
+        state, basket = scene.robot_state(), scene.position(BASKET)
+        places = [scene.position(name) for name in self._targets]
+        actions = np.stack([e.act(state, place, basket) for e, place in zip(self._experts, places, strict=True)])
+        aux = np.array([[*place, *basket] for place in places], np.float32)
+        empty = hand_is_open(state) and actions[0, 6] < 0
+        valid = [empty and self._upright_still(index) and within_reach(place) for index, place in enumerate(places)]
+        return Lesson(actions, aux, np.array([True, *valid[1:]]))
 
     def disturbed(self, action: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Gaussian noise on the motion of half the actions; now and then an open gripper begins to close."""
@@ -112,17 +140,17 @@ class LiberoTeacher:
 
     def teachable(self) -> bool:
         """False once the object has fallen over."""
-        axis = self._env.scene(self.task).vertical_axis(self._target)
-        return float(axis @ self._upright) > np.cos(self._FALLEN_RAD)
+        return self._upright_still(0)
 
     def step(self, action: np.ndarray) -> StepResult:
         return self._env.step(action)
 
-    def aux(self) -> np.ndarray:
-        return self._env.aux()
-
     def close(self) -> None:
         self._env.close()
+
+    def _upright_still(self, index: int) -> bool:
+        axis = self._env.scene(self.task).vertical_axis(self._targets[index])
+        return float(axis @ self._upright[index]) > np.cos(self._FALLEN_RAD)
 
     def _start_command(self, rng: np.random.Generator) -> np.ndarray:
         command = self._REST.copy()
@@ -147,11 +175,12 @@ class MetaWorldTeacher:
     def __init__(self) -> None:
         self._env = MetaWorldEnv()
         self.task = ""
+        self.instructions: tuple[str, ...] = ()
         self._noise = 0.0
 
     def start(self, task: str, rng: np.random.Generator) -> Observation:
         """A placement that no evaluation uses, and a hand on its way to somewhere."""
-        self.task = task
+        self.task, self.instructions = task, (self._env.instruction(task),)
         self._env.place(task, FIRST_TRAINING_SEED + int(rng.integers(FIRST_TRAINING_SEED)))
         offset_m = rng.uniform(self._START_LOW_M, self._START_HIGH_M)
         command = np.array([*offset_m / (self._START_STEPS * self._METRES_PER_STEP), -1.0])
@@ -160,9 +189,10 @@ class MetaWorldTeacher:
         self._noise = 0.0 if rng.random() < 0.15 else rng.uniform(0.2, 0.5)
         return self._env.start()
 
-    def label(self) -> np.ndarray:
+    def lesson(self) -> Lesson:
         """The scripted policy's answer from the true positions."""
-        return self._expert.act(self._env.scene.vector)
+        action = self._expert.act(self._env.scene.vector)
+        return Lesson(action[None], self._env.aux()[None], np.array([True]))
 
     def disturbed(self, action: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Gaussian noise on half the actions; less on the gripper."""
@@ -175,9 +205,6 @@ class MetaWorldTeacher:
 
     def step(self, action: np.ndarray) -> StepResult:
         return self._env.step(action)
-
-    def aux(self) -> np.ndarray:
-        return self._env.aux()
 
     def close(self) -> None:
         self._env.close()

@@ -1,7 +1,8 @@
 """Trains a demo policy by imitation: `python -m demo.train --data episodes/ --out demo/policies/NAME`.
 
-Targets are the expert's actions as bins, smoothed over neighbouring bins. An auxiliary readout of the object's and the
-goal's position, used in training only, teaches the policy where to look. The exponential average of the weights is
+Targets are the expert's actions as bins, smoothed over neighbouring bins. Beside the answer to its own instruction an
+image may have answers to others; they share the vision towers' pass over it. An auxiliary readout of the object's and
+the goal's position, used in training only, teaches the policy where to look. The exponential average of the weights is
 what is saved, in the published OpenVLA layout.
 """
 
@@ -11,7 +12,7 @@ import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from calibrator.policy.loading import save_policy
@@ -42,6 +44,7 @@ class Recipe:
     seed: int = 0
     samples: int = 160_000
     batch: int = 64
+    alternatives: int = 64
     learning_rate: float = 8e-4
     weight_decay: float = 0.05
     warmup_steps: int = 150
@@ -134,6 +137,21 @@ def initialise(policy: OpenVLA) -> None:
         embedding[first : first + ACTION_BINS] = 0.05 * torch.cos(positions * frequencies + torch.rand(width) * 6.28)
 
 
+class Batch(NamedTuple):
+    """B images with R answers.
+
+    pixels: [B, 6, S, S]. image: [R] into them. ids: [R, L], prompts padded at the right. lengths: [R], the prompts'.
+    tokens: [R, K], the action. aux: [R, 6], standardised.
+    """
+
+    pixels: Tensor
+    image: Tensor
+    ids: Tensor
+    lengths: Tensor
+    tokens: Tensor
+    aux: Tensor
+
+
 class Batches:
     """Random augmented batches, a function of seed and step alone so that a resumed run sees the same ones."""
 
@@ -143,32 +161,47 @@ class Batches:
         self.codec = ActionCodec.of(config, key)
         self.tokens = torch.from_numpy(self.codec.action_to_tokens(data.actions.numpy()))
         self.aux_mean, self.aux_std = data.aux.mean(0), data.aux.std(0) + 1e-3
+        self.alternatives = recipe.alternatives if len(data.actions) > len(data) else 0
+        self.after = torch.cat([data.own[1:], torch.tensor([len(data.actions)])])
         proprio = config.stats(key).proprio
         assert proprio is not None, "demo policies take the state"
         self.state_span = torch.tensor(proprio.q99) - torch.tensor(proprio.q01)
         self.statistics = [torch.tensor([v for t in config.towers for v in getattr(t, n)]) for n in ("mean", "std")]
-        counts = torch.bincount(data.task).float()
-        self.weights = (1.0 / counts)[data.task].double()
+        asked = data.instruction[data.own]
+        self.weights = (1.0 / torch.bincount(asked, minlength=len(data.instructions)).double())[asked]
         # One sequence length for all batches: compiled code is specialised for it.
         self.length = max(len(self.tokenizer.encode(text, data.states[0].numpy())) for text in data.instructions)
 
-    def __call__(self, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Pixels [B, 6, S, S], prompt ids [B, L] padded at the right, lengths [B], action tokens [B, K], aux [B, 6]."""
+    def __call__(self, step: int) -> Batch:
+        """The batch of step `step`."""
         random = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + step)
-        chosen = torch.multinomial(self.weights, self.recipe.batch, replacement=True, generator=random)
-        images = self._augment(self.data.images[chosen], random)
-        noise = torch.randn(len(chosen), len(_STATE_NAMES), generator=random) * self.recipe.state_noise
-        states = (self.data.states[chosen] + noise * self.state_span).numpy()
+        frames = torch.multinomial(self.weights, self.recipe.batch, replacement=True, generator=random)
+        pixels = self._augment(self.data.images[frames], random)
+        answers, places = self._answers(frames, random)
+        noise = torch.randn(len(answers), len(_STATE_NAMES), generator=random) * self.recipe.state_noise
+        states = (self.data.states[frames[places]] + noise * self.state_span).numpy()
         prompts = [
-            self.tokenizer.encode(self.data.instructions[task], state)
-            for task, state in zip(self.data.task[chosen].tolist(), states, strict=True)
+            self.tokenizer.encode(self.data.instructions[instruction], state)
+            for instruction, state in zip(self.data.instruction[answers].tolist(), states, strict=True)
         ]
         lengths = torch.tensor([len(prompt) for prompt in prompts])
         ids = torch.zeros(len(prompts), self.length, dtype=torch.long)
         for row, prompt in zip(ids, prompts, strict=True):
             row[: len(prompt)] = torch.from_numpy(prompt)
-        aux = (self.data.aux[chosen] - self.aux_mean) / self.aux_std
-        return images, ids, lengths, self.tokens[chosen], aux
+        aux = (self.data.aux[answers] - self.aux_mean) / self.aux_std
+        return Batch(pixels, places, ids, lengths, self.tokens[answers], aux)
+
+    def _answers(self, frames: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
+        """The frames' own answers, then others drawn from theirs; with each its place in `frames`."""
+        own, places = self.data.own[frames], torch.arange(len(frames))
+        counts = self.after[frames] - own - 1
+        if not self.alternatives or not counts.any():
+            return own, places
+        of_others = places.repeat_interleave(counts)
+        nth = torch.arange(len(of_others)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+        drawn = torch.randint(len(of_others), (self.alternatives,), generator=random)
+        others = of_others[drawn]
+        return torch.cat([own, own[others] + 1 + nth[drawn]]), torch.cat([places, others])
 
     def _augment(self, images: Tensor, random: torch.Generator) -> Tensor:
         """Shifts by a few pixels (edges repeated), brightness, contrast and colour, then both normalisations."""
@@ -194,17 +227,17 @@ def soft_targets(tokens: Tensor, first: int, sigma: float) -> Tensor:
 
 
 def loss(
-    policy: OpenVLA, readout: nn.Module, batch: tuple[Tensor, ...], recipe: Recipe
+    policy: OpenVLA, readout: nn.Module, batch: Batch, recipe: Recipe
 ) -> tuple[Tensor, dict[str, float]]:
     """Cross-entropy over the whole vocabulary at the K predicting positions, plus the auxiliary error."""
-    pixels, ids, lengths, tokens, aux = batch
+    pixels, image, ids, lengths, tokens, aux = batch
     count = tokens.shape[1]
     # The action tokens go right after each prompt; whatever padding follows is never attended to.
     rows = torch.arange(len(ids))[:, None]
     sequence = functional.pad(ids, (0, count - 1))
     columns = lengths[:, None] + torch.arange(count - 1)
     sequence[rows, columns] = tokens[:, :-1]
-    hidden = policy.hidden(policy.embed(sequence, policy.patches(pixels)))
+    hidden = policy.hidden(policy.embed(sequence, policy.patches(pixels)[image]))
     predicting = policy.config.num_patches + lengths[:, None] - 1 + torch.arange(count)
     states = hidden[rows, predicting]
     log_probabilities = policy.language_model.lm_head(states).float().log_softmax(-1)
@@ -246,11 +279,12 @@ class Run:
         fall = (recipe.steps - self.step) / (recipe.fall_fraction * recipe.steps)
         return recipe.learning_rate * max(0.02, min(1.0, warm, fall))
 
-    def advance(self, batch: tuple[Tensor, ...]) -> dict[str, float]:
+    def advance(self, batch: Batch) -> dict[str, float]:
         """One optimiser step; returns the losses."""
         for group in self.optimiser.param_groups:
             group["lr"] = self.learning_rate()
-        with torch.autocast("cpu", torch.bfloat16):
+        # On CPUs the fused attention's backward pass takes half of all time; at these lengths plain products do not.
+        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
             total, figures = loss(self.policy, self.readout, batch, self.recipe)
         total.backward()
         nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)

@@ -54,6 +54,11 @@ GRASPS = {
 }
 
 
+def hand_is_open(state: np.ndarray) -> bool:
+    """True while the gripper of `state` [x, y, z, gripper width, gripper velocity] is open."""
+    return float(state[3]) >= _OPEN_WIDTH_M
+
+
 class LiberoObjectExpert:
     """The expert for one object, by its LIBERO category (`GRASPS`)."""
 
@@ -70,7 +75,7 @@ class LiberoObjectExpert:
         hand, width, velocity = np.asarray(state[:3], float), float(state[3]), float(state[4])
         error = np.asarray(target, float) + [self._grasp.aside_x_m, 0, self._grasp.height_m] - hand
         aside = float(np.hypot(*error[:2]))
-        closing = width < _OPEN_WIDTH_M
+        closing = not hand_is_open(state)
         radius = _HELD_RADIUS_M if closing else _GRASP_RADIUS_M
         if width > _MISSED_WIDTH_M and aside < radius and abs(error[2]) < radius:
             to_basket = np.asarray(basket, float) - hand

@@ -1,5 +1,6 @@
-"""Collection: schema, resuming, dropped failures, and folders that refuse to be mixed."""
+"""Collection: schema, resuming, dropped failures, folders that refuse to be mixed, answers to other instructions."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from safetensors.numpy import load_file
 
 from demo import collect as collecting
 from demo.collect import Job, claim_folder, collect, episode_path, failure_path, main, task_of
+from demo.teachers import Lesson, LiberoTeacher
 from evaluation.benchmarks.base import StepResult
 from vla_policy.core.errors import DataError
 from vla_policy.core.observation import Decision, Observation
@@ -20,6 +22,7 @@ class FakeTeacher:
     name = "fake"
     tasks = ("easy", "hard")
     layout = "line"
+    instructions = ("count", "count backwards")
 
     def __init__(self) -> None:
         self.task = ""
@@ -30,8 +33,9 @@ class FakeTeacher:
         self.started += 1
         return self._observation()
 
-    def label(self) -> np.ndarray:
-        return np.full(7, self.count, np.float64)
+    def lesson(self) -> Lesson:
+        up, down = np.full(7, self.count, np.float64), np.full(7, -self.count, np.float64)
+        return Lesson(np.stack([up, down]), np.zeros((2, 6), np.float32), np.array([True, self.count < 3]))
 
     def disturbed(self, action: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         return action + rng.normal(0, 10, 7)
@@ -43,9 +47,6 @@ class FakeTeacher:
         self.count += 1
         done = self.count == 5
         return StepResult(self._observation(), done and self.task == "easy", done)
-
-    def aux(self) -> np.ndarray:
-        return np.zeros(6, np.float32)
 
     def close(self) -> None:
         pass
@@ -85,9 +86,11 @@ def test_episodes_hold_clean_labels_and_failures_are_dropped(tmp_path: Path, tea
         columns = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118 (not a dict)
         metadata = stream.metadata()
     assert columns["image"].shape == (5, 112, 112, 3) and columns["image"].dtype == np.uint8
-    assert columns["state"].shape == (5, 5) and columns["aux"].shape == (5, 6)
-    np.testing.assert_array_equal(columns["action"][:, 0], range(5))
-    assert metadata["task"] == "easy" and metadata["instruction"] == "do easy" and metadata["success"] == "true"
+    assert columns["state"].shape == (5, 5) and columns["aux"].shape == (5, 2, 6)
+    np.testing.assert_array_equal(columns["action"][:, 0, 0], range(5))
+    np.testing.assert_array_equal(columns["valid"][:, 1], [True, True, True, False, False])
+    assert metadata["task"] == "easy" and metadata["success"] == "true"
+    assert json.loads(metadata["instructions"]) == ["count", "count backwards"]
 
 
 def test_collecting_again_only_adds_what_is_missing(tmp_path: Path, teacher: FakeTeacher) -> None:
@@ -104,7 +107,7 @@ def test_a_policy_s_failures_are_kept_with_the_expert_s_labels(tmp_path: Path, t
     assert [o.success for o in outcomes] == [True] * 4 + [False] and all(o.kept for o in outcomes)
     with safe_open(episode_path(tmp_path, 4), "np") as stream:
         assert stream.metadata()["success"] == "false" and stream.metadata()["driver"] == "policy"
-        np.testing.assert_array_equal(stream.get_tensor("action")[:, 0], range(5))
+        np.testing.assert_array_equal(stream.get_tensor("action")[:, 0, 0], range(5))
 
 
 def test_a_folder_belongs_to_one_collection(tmp_path: Path) -> None:
@@ -127,7 +130,27 @@ def test_one_real_libero_episode(tmp_path: Path) -> None:
     assert main([*command, "--out", str(tmp_path)]) == 0
     with safe_open(episode_path(tmp_path, 0), "np") as stream:
         image, action = stream.get_tensor("image"), stream.get_tensor("action")
-        assert stream.metadata()["instruction"] == "pick up the butter and place it in the basket"
+        instructions = json.loads(stream.metadata()["instructions"])
+        valid = stream.get_tensor("valid")
+    assert instructions[0] == "pick up the butter and place it in the basket" and len(set(instructions)) == 6
     assert len(image) == len(action) > 10
     assert all(frame.std() > 20 for frame in image)
-    assert set(action[:, 6]) == {-1.0, 1.0} and np.abs(action[:, :6]).max() <= 1
+    assert set(action[:, 0, 6]) == {-1.0, 1.0} and np.abs(action[..., :6]).max() <= 1
+    assert valid[:, 0].all() and valid[0].sum() >= 4 and not valid[-1, 1:].any()
+
+
+def test_the_answer_to_another_instruction_leads_to_the_other_object() -> None:
+    pytest.importorskip("libero", reason="LIBERO is an optional extra")
+    teacher = LiberoTeacher()
+    try:
+        teacher.start("pick_up_the_butter_and_place_it_in_the_basket", np.random.default_rng(3))
+        for _ in range(40):
+            lesson = teacher.lesson()
+            if not lesson.valid[2]:
+                break
+            observation = teacher.step(lesson.actions[2]).observation
+        assert observation.state is not None
+        distances = np.hypot(*(lesson.aux[:, :2] - observation.state[:2]).T)
+    finally:
+        teacher.close()
+    assert distances.argmin() == 2 and distances[2] < 0.03 < np.delete(distances, 2).min()

@@ -1,0 +1,143 @@
+"""Training data and training: answers keep their image and instruction, runs continue exactly, instructions matter."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import save_file
+
+from calibrator.policy.model import OpenVLA
+from demo.dataset import load_demonstrations
+from demo.tokenizer import save_tokenizer
+from demo.train import Batches, Recipe, Run, initialise, policy_config
+from vla_policy.core.errors import ArtefactError, DataError
+
+RECIPE = Recipe(
+    samples=960, batch=8, alternatives=8, warmup_steps=5, learning_rate=3e-3, ema_decay=0.9, shift_pixels=0,
+    width=32, layers=1, image_size=32, patch_size=16,
+)  # fmt: skip
+ASKED = ("push it to the left", "push it to the right")
+
+
+def write_episode(path: Path, seed: int, asked: tuple[str, ...] = ASKED, frames: int = 6) -> dict[str, np.ndarray]:
+    """Random images; the first instruction's action is all -0.8, the second's all 0.8, valid in the first half."""
+    rng = np.random.default_rng(seed)
+    action = np.stack([np.full((frames, 4), -0.8), np.full((frames, 4), 0.8)], axis=1).astype(np.float32)
+    columns = {
+        "image": rng.integers(0, 256, (frames, 32, 32, 3), np.uint8),
+        "state": rng.normal(size=(frames, 5)).astype(np.float32),
+        "action": action if asked == ASKED else action[:, ::-1].copy(),
+        "aux": rng.normal(size=(frames, 2, 6)).astype(np.float32),
+        "valid": np.stack([np.ones(frames, bool), np.arange(frames) < frames // 2], axis=1),
+    }
+    save_file(columns, path, metadata={"instructions": json.dumps(asked)})
+    return columns
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_episode(tmp_path / "000000.safetensors", 0)
+    write_episode(tmp_path / "000001.safetensors", 1, ASKED[::-1])
+    return tmp_path
+
+
+def make(folder: Path) -> tuple[Run, Batches]:
+    data = load_demonstrations([folder])
+    vocab = save_tokenizer(data.instructions, folder / "tokenizer.json")
+    config = policy_config(data, RECIPE, "toy", 1, vocab)
+    torch.manual_seed(0)
+    policy = OpenVLA(config)
+    initialise(policy)
+    return Run(policy, RECIPE, folder / "checkpoint.bin"), Batches(data, config, folder, RECIPE, "toy")
+
+
+def test_answers_keep_their_image_and_instruction(folder: Path) -> None:
+    data = load_demonstrations([folder])
+    assert (len(data), len(data.actions), data.episodes) == (12, 18, 2) and data.instructions == ASKED
+    by_instruction = torch.where(data.instruction == 0, -0.8, 0.8)[:, None].expand(-1, 4)
+    torch.testing.assert_close(data.actions, by_instruction)
+    assert data.image.tolist() == [0, 0, 1, 1, 2, 2, 3, 4, 5, 6, 6, 7, 7, 8, 8, 9, 10, 11]
+    assert data.image[data.own].tolist() == list(range(12))
+    assert data.instruction[data.own].tolist() == [0] * 6 + [1] * 6
+
+
+def test_a_batch_s_rows_say_what_the_files_say(folder: Path) -> None:
+    _, batches = make(folder)
+    batch = batches(3)
+    assert batch.image[: RECIPE.batch].tolist() == list(range(RECIPE.batch)) and len(batch.ids) == 16
+    words = [batches.tokenizer.encode(text, np.zeros(5, np.float32)) for text in ASKED]
+    differs = int(np.flatnonzero(words[0] != words[1])[0])
+    left = batch.ids[:, differs] == int(words[0][differs])
+    codes = batches.codec.action_to_tokens(np.array([[-0.8] * 4, [0.8] * 4], np.float32))
+    expected = torch.from_numpy(codes)[torch.where(left, 0, 1)]
+    assert left.any() and not left.all()
+    assert torch.equal(batch.tokens, expected)
+    # An alternative is never the own answer of its image.
+    assert (left[RECIPE.batch :] != left[batch.image[RECIPE.batch :]]).all()
+
+
+def test_a_batch_is_a_function_of_the_step(folder: Path) -> None:
+    _, batches = make(folder)
+    assert all(torch.equal(a, b) for a, b in zip(batches(5), batches(5), strict=True))
+    assert not torch.equal(batches(5).pixels, batches(6).pixels)
+
+
+def test_an_interrupted_training_continues_exactly(folder: Path) -> None:
+    whole, batches = make(folder)
+    for step in range(6):
+        whole.advance(batches(step))
+    first, _ = make(folder)
+    for step in range(3):
+        first.advance(batches(step))
+    first.save()
+    second, _ = make(folder)
+    second.restore()
+    assert second.step == 3
+    for step in range(3, 6):
+        second.advance(batches(step))
+    for name, average in whole.average.items():
+        assert torch.equal(average, second.average[name]), name
+
+
+def test_another_recipe_s_checkpoint_is_refused(folder: Path) -> None:
+    run, batches = make(folder)
+    run.advance(batches(0))
+    run.save()
+    other = Run(run.policy, Recipe(**{**vars(RECIPE), "batch": 4}), run.checkpoint)
+    with pytest.raises(ArtefactError, match="batch 8 -> 4"):
+        other.restore()
+
+
+def test_the_trained_policy_obeys_the_instruction(folder: Path) -> None:
+    """The same images ask for opposite actions: only a policy that reads the instruction gets both right."""
+    run, batches = make(folder)
+    for step in range(RECIPE.steps):
+        run.advance(batches(step))
+    policy, data = run.averaged_policy(), batches.data
+    pixels = batches(0).pixels[:1]
+    for instruction, value in zip(data.instructions, (-0.8, 0.8), strict=True):
+        ids = torch.from_numpy(batches.tokenizer.encode(instruction, data.states[0].numpy()))[None]
+        action = batches.codec.tokens_to_action(policy.generate(pixels, ids, 4)[0].numpy())
+        np.testing.assert_allclose(action, value, atol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("column", "place", "value", "message"),
+    [("action", (2, 0, 1), np.nan, "not finite"), ("valid", (1, 0), False, "lacks the answer")],
+)
+def test_bad_episodes_are_named(folder: Path, column: str, place: tuple[int, ...], value: float, message: str) -> None:
+    path = folder / "000002.safetensors"
+    columns = write_episode(path, 2)
+    columns[column][place] = value
+    save_file(columns, path, metadata={"instructions": json.dumps(ASKED)})
+    with pytest.raises(DataError, match=f"000002.*{message}"):
+        load_demonstrations([folder])
+
+
+def test_a_truncated_episode_is_named(folder: Path) -> None:
+    path = folder / "000001.safetensors"
+    path.write_bytes(path.read_bytes()[:-50])
+    with pytest.raises(ArtefactError, match=r"000001.*truncated"):
+        load_demonstrations([folder])
