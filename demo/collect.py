@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from demo.dataset import COLUMNS
+from demo.dataset import encode_png
 from demo.teachers import Lesson, LiberoTeacher, MetaWorldTeacher, Teacher
 from vla_policy.core import cli
 from vla_policy.core.errors import DataError
@@ -139,7 +139,7 @@ def _collect_episode(job: Job, index: int, teacher: Teacher, actor: Actor | None
     task = task_of(index, job.tasks)
     rng = np.random.default_rng([job.seed, index])
     observation = teacher.start(task, rng)
-    columns: dict[str, list[np.ndarray]] = {name: [] for name in COLUMNS}
+    columns: dict[str, list[np.ndarray]] = {name: [] for name in ("png", "state", "action", "aux", "valid")}
     success = done = False
     while not done and teacher.teachable():
         lesson = teacher.lesson()
@@ -150,7 +150,7 @@ def _collect_episode(job: Job, index: int, teacher: Teacher, actor: Actor | None
             executed = actor.act(observation).action
         result = teacher.step(executed)
         observation, success, done = result.observation, result.success, result.done
-    kept = success if actor is None else bool(columns["image"])
+    kept = success if actor is None else bool(columns["png"])
     if kept:
         metadata = {
             "benchmark": teacher.name,
@@ -171,7 +171,7 @@ def _collect_episode(job: Job, index: int, teacher: Teacher, actor: Actor | None
 def _record(columns: dict[str, list[np.ndarray]], observation: Observation, lesson: Lesson) -> None:
     if observation.state is None:
         raise DataError("a demonstration needs the robot's state in every observation")
-    columns["image"].append(resize(observation.image, IMAGE_SIZE))
+    columns["png"].append(encode_png(resize(observation.image, IMAGE_SIZE)))
     columns["state"].append(observation.state)
     columns["action"].append(lesson.actions.astype(np.float32))
     columns["aux"].append(lesson.aux)
@@ -181,8 +181,12 @@ def _record(columns: dict[str, list[np.ndarray]], observation: Observation, less
 def _write_episode(path: Path, columns: dict[str, list[np.ndarray]], metadata: dict[str, str]) -> None:
     from safetensors.numpy import save_file
 
+    pictures = columns.pop("png")
+    tensors = {name: np.stack(rows) for name, rows in columns.items()}
+    tensors["png"] = np.concatenate(pictures)
+    tensors["png_end"] = np.cumsum([len(picture) for picture in pictures])
     with atomic_path(path) as temporary:
-        save_file({name: np.stack(rows) for name, rows in columns.items()}, temporary, metadata=metadata)
+        save_file(tensors, temporary, metadata=metadata)
 
 
 def collect(job: Job, episodes: int, workers: int) -> list[Outcome]:

@@ -1,17 +1,24 @@
-"""Demonstration episodes: one safetensors file each, read whole into memory for training."""
+"""Demonstration episodes: one safetensors file each, read whole into memory for training.
 
+With T frames, I instructions and K action dimensions a file has: `png` uint8 [bytes], the T images one after another,
+and `png_end` int64 [T], where each ends; `state` float32 [T, 5]; the expert's answers `action` float32 [T, I, K] with
+`aux` float32 [T, I, 6] and `valid` bool [T, I]. Its metadata name the I instructions, the episode's own first.
+"""
+
+import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vla_policy.core.errors import ArtefactError, DataError
 
-COLUMNS = ("image", "state", "action", "aux", "valid")
+_COLUMNS = ("png", "png_end", "state", "action", "aux", "valid")
 
 
 @dataclass(frozen=True)
@@ -74,14 +81,30 @@ def _read(path: Path) -> tuple[dict[str, Tensor], list[str]]:
             metadata = stream.metadata() or {}
             if "instructions" not in metadata:
                 raise ArtefactError(f"{path}: its metadata has no instructions; it is no demonstration episode")
-            episode = {name: stream.get_tensor(name) for name in COLUMNS}
+            episode = {name: stream.get_tensor(name) for name in _COLUMNS}
     except SafetensorError as error:
         raise ArtefactError(f"{path}: damaged or truncated ({error}); delete it and collect again") from error
     if not all(torch.isfinite(episode[name]).all() for name in ("state", "action", "aux")):
         raise DataError(f"{path}: a state, an action or a position is not finite; delete it and collect again")
+    episode["image"] = _decode(episode["png"].numpy(), episode["png_end"].tolist(), path)
     if not episode["valid"][:, 0].all():
         raise DataError(f"{path}: a frame lacks the answer to its own instruction; delete it and collect again")
     return episode, json.loads(metadata["instructions"])
+
+
+def encode_png(image: np.ndarray) -> np.ndarray:
+    """uint8 [bytes]: the picture uint8 [S, S, 3] without loss."""
+    stream = io.BytesIO()
+    Image.fromarray(image).save(stream, "PNG")
+    return np.frombuffer(stream.getvalue(), np.uint8)
+
+
+def _decode(png: np.ndarray, ends: list[int], path: Path) -> Tensor:
+    try:
+        pictures = [Image.open(io.BytesIO(png[a:b].tobytes())) for a, b in zip([0, *ends], ends, strict=False)]
+        return torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures]))
+    except (OSError, ValueError) as error:
+        raise ArtefactError(f"{path}: an image is damaged ({error}); delete it and collect again") from error
 
 
 def percentiles(values: Tensor) -> tuple[list[float], list[float]]:

@@ -1,15 +1,18 @@
 """Collection: schema, resuming, dropped failures, folders that refuse to be mixed, answers to other instructions."""
 
+import io
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from demo import collect as collecting
 from demo.collect import Job, claim_folder, collect, episode_path, failure_path, main, task_of
+from demo.dataset import load_demonstrations
 from demo.teachers import Lesson, LiberoTeacher
 from evaluation.benchmarks.base import StepResult
 from vla_policy.core.errors import DataError
@@ -85,7 +88,9 @@ def test_episodes_hold_clean_labels_and_failures_are_dropped(tmp_path: Path, tea
     with safe_open(episode_path(tmp_path, 0), "np") as stream:
         columns = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118 (not a dict)
         metadata = stream.metadata()
-    assert columns["image"].shape == (5, 112, 112, 3) and columns["image"].dtype == np.uint8
+    with Image.open(io.BytesIO(columns["png"][: columns["png_end"][0]].tobytes())) as first:
+        assert first.size == (112, 112) and first.getpixel((5, 7)) == (0, 0, 0)
+    assert len(columns["png_end"]) == 5 and columns["png_end"][-1] == len(columns["png"])
     assert columns["state"].shape == (5, 5) and columns["aux"].shape == (5, 2, 6)
     np.testing.assert_array_equal(columns["action"][:, 0, 0], range(5))
     np.testing.assert_array_equal(columns["valid"][:, 1], [True, True, True, False, False])
@@ -129,12 +134,13 @@ def test_one_real_libero_episode(tmp_path: Path) -> None:
     command = ["--benchmark", "libero_object", "--episodes", "1", "--seed", "5", "--tasks", task]
     assert main([*command, "--out", str(tmp_path)]) == 0
     with safe_open(episode_path(tmp_path, 0), "np") as stream:
-        image, action = stream.get_tensor("image"), stream.get_tensor("action")
+        action = stream.get_tensor("action")
         instructions = json.loads(stream.metadata()["instructions"])
         valid = stream.get_tensor("valid")
     assert instructions[0] == "pick up the butter and place it in the basket" and len(set(instructions)) == 6
-    assert len(image) == len(action) > 10
-    assert all(frame.std() > 20 for frame in image)
+    images = load_demonstrations([tmp_path]).images.float()
+    assert len(images) == len(action) > 10
+    assert (images.std((1, 2, 3)) > 20).all()
     assert set(action[:, 0, 6]) == {-1.0, 1.0} and np.abs(action[..., :6]).max() <= 1
     assert valid[:, 0].all() and valid[0].sum() >= 4 and not valid[-1, 1:].any()
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.numpy import save_file
 
 from calibrator.policy.model import OpenVLA
-from demo.dataset import load_demonstrations
+from demo.dataset import encode_png, load_demonstrations
 from demo.tokenizer import save_tokenizer
 from demo.train import Batches, Recipe, Run, initialise, policy_config
 from vla_policy.core.errors import ArtefactError, DataError
@@ -25,8 +25,10 @@ def write_episode(path: Path, seed: int, asked: tuple[str, ...] = ASKED, frames:
     """Random images; the first instruction's action is all -0.8, the second's all 0.8, valid in the first half."""
     rng = np.random.default_rng(seed)
     action = np.stack([np.full((frames, 4), -0.8), np.full((frames, 4), 0.8)], axis=1).astype(np.float32)
+    pictures = [encode_png(image) for image in rng.integers(0, 256, (frames, 32, 32, 3), np.uint8)]
     columns = {
-        "image": rng.integers(0, 256, (frames, 32, 32, 3), np.uint8),
+        "png": np.concatenate(pictures),
+        "png_end": np.cumsum([len(picture) for picture in pictures]),
         "state": rng.normal(size=(frames, 5)).astype(np.float32),
         "action": action if asked == ASKED else action[:, ::-1].copy(),
         "aux": rng.normal(size=(frames, 2, 6)).astype(np.float32),
@@ -56,6 +58,8 @@ def make(folder: Path) -> tuple[Run, Batches]:
 def test_answers_keep_their_image_and_instruction(folder: Path) -> None:
     data = load_demonstrations([folder])
     assert (len(data), len(data.actions), data.episodes) == (12, 18, 2) and data.instructions == ASKED
+    random = np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3), np.uint8)
+    assert torch.equal(data.images[:6], torch.from_numpy(random))
     by_instruction = torch.where(data.instruction == 0, -0.8, 0.8)[:, None].expand(-1, 4)
     torch.testing.assert_close(data.actions, by_instruction)
     assert data.image.tolist() == [0, 0, 1, 1, 2, 2, 3, 4, 5, 6, 6, 7, 7, 8, 8, 9, 10, 11]
