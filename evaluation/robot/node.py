@@ -30,7 +30,7 @@ from vla_policy_interfaces.msg import ActionChunk
 
 from evaluation.robot.robot import CONTROL_PERIOD_NS, SETTLE_STEPS, Episode, LiberoRobot
 from vla_policy.core.contract import IMAGE, JOINT_STATE, load_contract
-from vla_policy.core.errors import ContractError, VlaError
+from vla_policy.core.errors import ContractError
 from vla_policy.core.files import write_json
 from vla_policy.core.safety import Command, Limiter
 from vla_policy.nodes.outputs import CHUNK_TOPIC, to_time
@@ -64,7 +64,7 @@ class SimulatedRobotNode(Node):
             raise ContractError(f"simulated robot: driver must be commands or expert, got {self._driver!r}")
         if self._contract.action.command != "twist" or [item.type for item in self._contract.states] != [JOINT_STATE]:
             raise ContractError(f"{self._contract.path}: the simulated robot takes twists and gives one joint state")
-        self.error: VlaError | None = None
+        self._error: Exception | None = None
         self.results: list[dict[str, object]] = []
         self._now_ns = _START_NS
         self._changed = threading.Condition()
@@ -79,8 +79,11 @@ class SimulatedRobotNode(Node):
         self._thread.start()
 
     def close(self) -> None:
+        """Ends the simulation. Raises what ended it early."""
         self._closing.set()
         self._thread.join()
+        if self._error is not None:
+            raise self._error
 
     def _create_topics(self) -> None:
         contract, action = self._contract, self._contract.action
@@ -142,8 +145,8 @@ class SimulatedRobotNode(Node):
                 robot.close()
             if self._summary:
                 write_json(self._summary, {"schema_version": 1, "kind": "simulated_episodes", "episodes": self.results})
-        except VlaError as error:
-            self.error = error
+        except Exception as error:
+            self._error = error
         finally:
             self._done.set()
 
@@ -272,20 +275,12 @@ class SimulatedRobotNode(Node):
 
 def main(args: Sequence[str] | None = None) -> int:
     """Runs the episodes. Returns 2 on a mistake, 1 when an episode failed, 0 otherwise."""
-    done = threading.Event()
-    nodes: list[SimulatedRobotNode] = []
+    results: list[dict[str, object]] = []
 
-    def make() -> Node:
-        nodes.append(SimulatedRobotNode(done))
-        return nodes[0]
+    def close(node: Node, error: BaseException | None) -> None:
+        assert isinstance(node, SimulatedRobotNode)
+        node.close()
+        results.extend(node.results)
 
-    def close(node: Node) -> None:
-        nodes[0].close()
-
-    code = run_node(make, close, args, done)
-    if code or not nodes:
-        return code
-    if nodes[0].error is not None:
-        print(f"error: {nodes[0].error}")
-        return 2
-    return 0 if all(result["success"] for result in nodes[0].results) else 1
+    code = run_node(SimulatedRobotNode, close, args)
+    return code or int(not results or not all(result["success"] for result in results))

@@ -58,9 +58,9 @@ def test_temporal_ensembling_weighs_the_oldest_most() -> None:
     assert at(runner, 2) == pytest.approx([(2.0 + 20.0 * weight) / (1 + weight), 1.0])
 
 
-def test_real_time_chunking_keeps_what_was_due_and_blends_the_rest() -> None:
+def test_the_soft_mask_keeps_what_was_due_and_blends_the_rest() -> None:
     """Eq. 5 of arXiv:2506.07339 by hand: H = 6 rows, s = 2 executed, d = 1 frozen."""
-    runner = executor("rtc", discrete=(1,))
+    runner = executor("soft_mask", discrete=(1,))
     runner.submit(chunk(0, 0, [[0.0, 0.0]] * 6))
     runner.submit(chunk(2, 3, [[1.0, 1.0]] * 6))
 
@@ -79,7 +79,7 @@ def test_clear_and_mistakes() -> None:
     runner.submit(chunk(0, 0, [[1.0]]))
     runner.clear()
     assert at(runner, 0) is None
-    with pytest.raises(DataError, match="expected one of latest, ensemble, rtc"):
+    with pytest.raises(DataError, match="expected one of latest, ensemble, soft_mask"):
         executor("average")
     with pytest.raises(DataError, match="expected actions of shape"):
         Chunk.of(0, 0, np.zeros((0, 3)), 1)

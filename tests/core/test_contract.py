@@ -47,6 +47,12 @@ def test_defaults_are_sensor_qos(tmp_path: Path) -> None:
         (lambda c: c["states"][0]["values"][1].update(name="x"), "state name 'x' is used twice"),
         (lambda c: c["instruction"].update(topic="joint_states"), "topic 'joint_states' is used twice"),
         (lambda c: c["instruction"].update(topic="two words"), "expected a ROS topic name"),
+        (lambda c: c["cameras"][0].update(topic="wrist-camera/image"), "expected a ROS topic name"),
+        (lambda c: c["action"].update(topic="0_cmd"), "expected a ROS topic name"),
+        (
+            lambda c: c["action"].update(command="joint_trajectory") or c.pop("states"),
+            "add a sensor_msgs/msg/JointState",
+        ),
         (lambda c: c["action"].pop("gripper"), "missing key 'gripper'"),
         (lambda c: c["action"]["dimensions"][0].update(target="linear.w"), "expected one of linear.x"),
         (lambda c: c["action"]["dimensions"][0].update(limit=0), "limit: expected a number above 0"),

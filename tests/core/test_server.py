@@ -14,7 +14,7 @@ from vla_policy.core.errors import DataError
 from vla_policy.core.observation import Decision, Observation
 from vla_policy.core.policy_config import ActionStats, NormStats, PolicyConfig, TextSpec, TowerSpec
 from vla_policy.core.safety import HoldReason
-from vla_policy.core.server import PolicyServer, ServedChunk, ServerSettings
+from vla_policy.core.server import Latch, PolicyServer, ServedChunk, ServerSettings
 from vla_policy.core.synchroniser import Dropped, DropReason
 
 CONTRACT = load_contract(Path(__file__).parents[2] / "ros2_ws/src/vla_policy/config/libero.yaml")
@@ -117,7 +117,7 @@ def test_a_chunk_runs_out(bench: Bench) -> None:
     bench.moving()
     bench.now_ns += 301 * 10**6  # four control steps and the grace
     assert bench.reasons() == {HoldReason.NO_CHUNK}
-    assert bench.server.status().starved
+    assert bench.server.status().holding == (HoldReason.NO_CHUNK,)
 
 
 def test_a_new_task_forgets_the_old_one_s_plan(bench: Bench) -> None:
@@ -150,7 +150,7 @@ def test_a_late_decision_does_not_move(bench: Bench) -> None:
 
 def test_stop_latches_until_reset_and_start(bench: Bench) -> None:
     bench.moving()
-    bench.server.stop("operator")
+    bench.server.stop(Latch("operator"))
     assert bench.reasons() == {HoldReason.STOP_LATCHED}
     assert bench.server.start() == "a stop is latched (operator); reset it first"
     bench.server.reset()
@@ -163,7 +163,7 @@ def test_stop_latches_until_reset_and_start(bench: Bench) -> None:
 
 def test_enable_does_not_lift_a_latched_stop(bench: Bench) -> None:
     bench.moving()
-    bench.server.stop("operator")
+    bench.server.stop(Latch("operator"))
     bench.server.enable(False)
     bench.server.enable(True)
     assert HoldReason.STOP_LATCHED in bench.reasons()
@@ -176,7 +176,7 @@ def test_an_action_that_is_not_finite_latches(bench: Bench) -> None:
     bench.actor.value = float("nan")
     bench.see()
     bench.answered()
-    assert bench.server.status().latch == "the engine gave an action that is not finite"
+    assert bench.server.status().latch == Latch("the engine gave an action that is not finite", engine_failed=True)
 
 
 def test_a_refused_observation_is_counted_and_the_next_served(bench: Bench) -> None:
@@ -188,6 +188,53 @@ def test_a_refused_observation_is_counted_and_the_next_served(bench: Bench) -> N
     bench.see()
     bench.answered()
     assert [dropped.reason for dropped in bench.drops] == [DropReason.ENGINE_ERROR]
+    assert bench.server.tick().command is not None
+
+
+def test_a_drop_s_particulars_survive_more_frequent_drops(bench: Bench) -> None:
+    bench.moving()
+    bench.now_ns += 50 * 10**6
+    bench.server.receive(STATE, msgs.joints(bench.now_ns, [0, 0, 0], names=msgs.JOINTS[:3]))
+    bench.server.receive(STATE, msgs.joints(bench.now_ns, [0, float("nan"), 0, 0.04]))
+    for _ in range(4):
+        bench.now_ns += 50 * 10**6
+        bench.server.receive(CAMERA, msgs.compressed(bench.now_ns, msgs.picture(bench.now_ns // 10**6, 4)))
+        bench.now_ns += 200 * 10**6
+        bench.server.expire()
+    bench.server.lost(CAMERA, 3)
+    drops = bench.server.status().drops
+    assert (
+        drops[DropReason.INVALID_MESSAGE].count == 2
+        and "state y is not finite" in drops[DropReason.INVALID_MESSAGE].last
+    )
+    assert drops[DropReason.UNSYNCHRONISED].count >= 3 and "nearest message on" in drops[DropReason.UNSYNCHRONISED].last
+    assert drops[DropReason.LOST_IN_TRANSPORT].count == 3
+
+
+def test_the_same_instruction_again_does_not_interrupt(bench: Bench) -> None:
+    bench.moving()
+    bench.instruct()
+    assert bench.server.tick().command is not None
+
+
+def test_a_step_in_another_thread_does_not_look_like_a_clock_set_back() -> None:
+    """`status` reads the clock; a control step that came in between, with a later time, must not end the plan."""
+    bench = Bench()
+    bench.moving()
+    interrupting: list[threading.Thread] = []
+
+    def clock() -> int:
+        now_ns = bench.now_ns
+        if interrupting == []:
+            bench.now_ns += 10**6
+            interrupting.append(threading.Thread(target=bench.server.tick))
+            interrupting[0].start()
+            interrupting[0].join(0.3)  # the step waits for the snapshot, or has overtaken it by now
+        return now_ns
+
+    bench.server._clock = clock
+    assert bench.server.status().holding == ()
+    interrupting[0].join()
     assert bench.server.tick().command is not None
 
 
@@ -209,7 +256,7 @@ def test_a_clock_set_back_holds_once_and_recovers(bench: Bench) -> None:
         bench.see()
         bench.answered()
     assert bench.server.tick().command is not None
-    assert bench.server.status().drops == {"clock_jump": 1}
+    assert {reason: drops.count for reason, drops in bench.server.status().drops.items()} == {DropReason.CLOCK_JUMP: 1}
 
 
 def test_the_newest_frame_replaces_the_waiting_one_and_is_counted(bench: Bench) -> None:

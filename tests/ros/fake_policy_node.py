@@ -1,7 +1,7 @@
 """The policy node's process with a FakeEngine in place of a built one; everything else is the product.
 
-The folder `engine_path` holds `fake.json` (latency_s, action: "echo" or a list, fail_after) beside a manifest.json. The
-latency is read again before every decision, so that a test can change it while the node runs.
+The folder `engine_path` holds `fake.json` (latency_s, action: "echo" or a list, fail_after, fail_load) beside a
+manifest.json. It is read again before every decision, so that a test can change it while the node runs.
 """
 
 import json
@@ -56,6 +56,8 @@ def echo(observation: Observation) -> np.ndarray:
 def load_fake(folder: Path, threads: int | None) -> FakeEngine:
     if not (folder / "manifest.json").is_file():
         raise ArtefactError(f"{folder}: no manifest.json; it is not an engine folder")
+    if json.loads((folder / "fake.json").read_text()).get("fail_load"):
+        raise RuntimeError("the fake engine's runtime raises as told")
     return FakeEngine(folder)
 
 

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.core.ros_messages import picture, png
-from tests.ros.world import ROOT, World, end, fake_engine, fresh_domain, node_command, process
+from tests.ros.world import CONTRACT, ROOT, World, end, fake_engine, fresh_domain, node_command, process
 
 
 @pytest.fixture
@@ -23,7 +24,7 @@ def running(world: World, tmp_path: Path) -> Iterator[World]:
     """A policy node that moves the robot. Waits are generous and timeouts short: the machine may be busy."""
     engine = fake_engine(tmp_path / "engine")
     command = node_command(engine, source_timeout=0.5, freeze_timeout=0.6)
-    log = tmp_path / "log"
+    log = world.log = tmp_path / "log"
     with process(command, world.domain, log) as node:
         world.start_policy()
         yield world
@@ -41,7 +42,7 @@ def test_camera_stops_and_returns(running: World) -> None:
 def test_state_stops_and_returns(running: World) -> None:
     running.sensors.state = False
     running.wait_holding("stale_state")
-    assert int(running.diagnostics["drops unsynchronised"]) > 0
+    running.wait_dropped("unsynchronised", "nearest message on joint_states is")
     running.sensors.state = True
     running.wait_moving()
 
@@ -64,15 +65,39 @@ def test_camera_jumps_in_time(running: World, offset_s: int) -> None:
 
 def test_image_that_cannot_be_decoded(running: World) -> None:
     running.sensors.image = png(picture(1, 64))[:100]
-    running.wait_holding("undecodable")
+    running.wait_holding("frozen_camera")  # the same broken bytes again and again
+    running.wait_dropped("undecodable", "compressed image ('png', 100 bytes): not a whole JPEG or PNG")
     running.sensors.image = None
     running.wait_moving()
+
+
+def test_image_of_another_size_or_encoding(world: World, tmp_path: Path) -> None:
+    """A raw camera whose contract declares 16x16: what does not fit is refused by name and moves nothing."""
+    content = yaml.safe_load(CONTRACT.read_text())
+    content["cameras"] = [
+        {"name": "front", "topic": "camera/image_raw", "type": "sensor_msgs/msg/Image", "width": 16, "height": 16}
+    ]
+    contract = tmp_path / "contract.yaml"
+    contract.write_text(yaml.safe_dump(content))
+    with process(node_command(fake_engine(tmp_path / "engine"), contract), world.domain, tmp_path / "log") as node:
+        world.start_policy()
+        world.sensors.side = 32
+        world.wait_holding("stale_camera")
+        world.wait_dropped("invalid_message", "camera/image_raw: expected 16x16, got 32x32")
+        world.sensors.side = 16
+        world.wait_moving()
+        world.sensors.encoding = "16UC3"
+        world.wait_holding("no_chunk")
+        world.wait_dropped("undecodable", "image encoding '16UC3' is not supported; publish rgb8")
+        world.sensors.encoding = "rgb8"
+        world.wait_moving()
+        assert end(node) == 0
 
 
 def test_state_that_is_not_finite(running: World) -> None:
     running.sensors.position = [0.1, float("nan"), 0.3, 0.04]
     running.wait_holding("stale_state")
-    running.wait(lambda: int(running.diagnostics.get("drops invalid_message", "0")) > 0, "the drop to be counted")
+    running.wait_dropped("invalid_message", "joint_states: state y is not finite")
     running.sensors.position = [0.1, 0.2, 0.3, 0.04]
     running.wait_moving()
 
@@ -81,8 +106,8 @@ def test_joint_missing(running: World) -> None:
     joints = running.sensors.joints
     running.sensors.joints = joints[:3]
     running.wait_holding("stale_state")
-    # The last drop's words alternate with the frames' own, which find no state; the count by reason only grows.
-    running.wait(lambda: int(running.diagnostics.get("drops invalid_message", "0")) > 0, "the drop to be counted")
+    running.wait_dropped("invalid_message", "joint_states: joint 'gripper' is missing; the message names")
+    assert "joint 'gripper' is missing" in running.log.read_text(), "the log names it beside the more frequent drops"
     running.sensors.joints = joints
     running.wait_moving()
 
@@ -91,6 +116,8 @@ def test_joint_missing(running: World) -> None:
 def test_instruction_empty_or_endless(running: World, text: str) -> None:
     running.instruct(text)
     running.wait_holding("no_instruction")
+    if text:
+        running.wait_dropped("invalid_message", "instruction of 10000 characters; at most 500 are allowed")
     running.instruct("pick up the butter")
     running.wait_moving()
     assert running.chunks[-1].instruction == "pick up the butter"
@@ -99,6 +126,7 @@ def test_instruction_empty_or_endless(running: World, text: str) -> None:
 def test_inference_slower_than_its_deadline(running: World, tmp_path: Path) -> None:
     fake_engine(tmp_path / "engine", latency_s=0.7)
     running.wait(lambda: int(running.diagnostics.get("decisions late", 0)) > 1, "counted late decisions")
+    running.wait(lambda: "deadline_missed" in running.diagnostics["holding"], "the reason")
     running.wait(lambda: int(running.diagnostics.get("drops superseded", 0)) > 0, "counted superseded frames")
     running.wait(lambda: not running.moving, "a hold")
     fake_engine(tmp_path / "engine")
@@ -142,7 +170,7 @@ def test_clock_jumps_back(tmp_path: Path) -> None:
             world.start_policy()
             assert world.sim_time_ns is not None
             world.sim_time_ns -= 500 * 10**9
-            world.wait(lambda: "drops clock_jump" in world.diagnostics, "the counted jump")
+            world.wait_dropped("clock_jump", "stamp went back by")
             world.wait_moving()
             assert world.chunks[-1].observation_stamp.sec < 900
             assert end(node) == 0

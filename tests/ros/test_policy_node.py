@@ -7,11 +7,17 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.core.ros_messages import picture, png
 from tests.ros.world import CONTRACT, World, end, fake_engine, fresh_domain, node_command, process
 
 from builtin_interfaces.msg import Duration  # isort: skip  # after the importorskip in tests.ros.world
 from lifecycle_msgs.msg import Transition  # isort: skip
+from rcl_interfaces.msg import SetParametersResult  # isort: skip
+from rcl_interfaces.srv import SetParameters  # isort: skip
 from rclpy.action import ActionClient  # isort: skip
+from rclpy.parameter import Parameter  # isort: skip
+from rclpy.qos import qos_profile_sensor_data  # isort: skip
+from sensor_msgs.msg import CompressedImage  # isort: skip
 from std_srvs.srv import SetBool  # isort: skip
 from trajectory_msgs.msg import JointTrajectory  # isort: skip
 from vla_policy_interfaces.action import RunPolicy  # isort: skip
@@ -27,7 +33,7 @@ def world() -> Iterator[World]:
 
 def test_dry_run_enable_stop_reset_start(world: World, tmp_path: Path) -> None:
     with process(node_command(fake_engine(tmp_path / "engine")), world.domain, tmp_path / "log"):
-        world.wait(lambda: world.node.count_subscribers("instruction") > 0, "the active policy node")
+        world.wait_active()
         world.instruct()
         world.wait_chunks(5)
         assert not world.twists and not world.gripper, "the dry run must not command"
@@ -66,6 +72,15 @@ def test_a_signal_ends_with_the_hold_and_exit_code_zero(world: World, tmp_path: 
     assert "Traceback" not in log.read_text()
 
 
+def test_a_signal_ends_a_configure_that_waits(world: World, tmp_path: Path) -> None:
+    world.sensors.camera = False
+    log = tmp_path / "log"
+    with process(node_command(fake_engine(tmp_path / "engine"), source_wait=600.0), world.domain, log) as node:
+        world.wait(lambda: world.node.count_subscribers("camera/image_raw/compressed") > 0, "the waiting configure")
+        assert end(node) == 0
+    assert "configure refused: the process was told to end" in log.read_text() and "Traceback" not in log.read_text()
+
+
 def test_lifecycle_by_a_manager(world: World, tmp_path: Path) -> None:
     command = node_command(fake_engine(tmp_path / "engine"), autostart=False)
     with process(command, world.domain, tmp_path / "log"):
@@ -81,10 +96,86 @@ def test_lifecycle_by_a_manager(world: World, tmp_path: Path) -> None:
         assert world.state_label() == "unconfigured" and len(world.chunks) - count <= 1
         assert world.change_state(Transition.TRANSITION_CONFIGURE)
         assert world.change_state(Transition.TRANSITION_ACTIVATE)
-        world.wait(lambda: world.node.count_subscribers("instruction") > 0, "the active policy node")
+        world.wait_active()
         world.instruct()
         world.wait_chunks()
         assert not world.moving, "a new activation begins disabled"
+
+
+def test_a_latched_stop_outlives_a_new_activation(world: World, tmp_path: Path) -> None:
+    with process(node_command(fake_engine(tmp_path / "engine"), enabled=True), world.domain, tmp_path / "log"):
+        world.start_policy()
+        assert world.trigger("stop").success
+        for transition in (Transition.TRANSITION_DEACTIVATE, Transition.TRANSITION_ACTIVATE):
+            assert world.change_state(transition)
+        world.wait_active()
+        world.instruct()
+        world.wait_holding("stop_latched")
+        assert not world.trigger("start").success
+        assert world.trigger("reset").success and world.trigger("start").success
+        world.wait_moving()
+
+
+def test_a_transition_that_the_state_does_not_allow_is_refused(world: World, tmp_path: Path) -> None:
+    command = node_command(fake_engine(tmp_path / "engine"), autostart=False)
+    with process(command, world.domain, tmp_path / "log") as node:
+        assert not world.change_state(Transition.TRANSITION_ACTIVATE)
+        assert world.state_label() == "unconfigured"
+        assert world.change_state(Transition.TRANSITION_UNCONFIGURED_SHUTDOWN)
+        assert world.state_label() == "finalized"
+        assert not world.change_state(Transition.TRANSITION_CONFIGURE)
+        assert end(node) == 0
+    assert "Traceback" not in (tmp_path / "log").read_text()
+
+
+def test_an_engine_whose_runtime_raises_leaves_nothing_behind(world: World, tmp_path: Path) -> None:
+    engine = fake_engine(tmp_path / "engine", fail_load=True)
+    with process(node_command(engine, autostart=False), world.domain, tmp_path / "log"):
+        assert not world.change_state(Transition.TRANSITION_CONFIGURE)
+        assert "the fake engine's runtime raises as told" in (tmp_path / "log").read_text()
+        assert world.state_label() == "unconfigured"
+        fake_engine(engine)
+        assert world.change_state(Transition.TRANSITION_CONFIGURE)
+
+
+def test_parameters_are_fixed_while_configured(world: World, tmp_path: Path) -> None:
+    """A value that would be accepted without any effect is refused."""
+    command = node_command(fake_engine(tmp_path / "engine"), autostart=False)
+
+    def set_timeout(seconds: float) -> SetParametersResult:
+        value = Parameter("source_timeout", value=seconds).to_parameter_msg()
+        return world.call(SetParameters, "/policy/set_parameters", SetParameters.Request(parameters=[value])).results[0]
+
+    with process(command, world.domain, tmp_path / "log"):
+        assert set_timeout(0.4).successful
+        assert world.change_state(Transition.TRANSITION_CONFIGURE)
+        refused = set_timeout(0.3)
+        assert not refused.successful and "read at configure" in refused.reason
+        assert world.change_state(Transition.TRANSITION_CLEANUP)
+        assert set_timeout(0.3).successful
+
+
+def test_quality_of_service_given_by_parameters_counts_at_configure(world: World, tmp_path: Path) -> None:
+    """A best-effort camera under a contract that asks for reliable delivery: refused, unless overridden."""
+    content = yaml.safe_load(CONTRACT.read_text())
+    content["cameras"][0] |= {"topic": "radio/compressed", "qos": {"reliability": "reliable"}}
+    contract = tmp_path / "contract.yaml"
+    contract.write_text(yaml.safe_dump(content))
+    camera = world.node.create_publisher(CompressedImage, "radio/compressed", qos_profile_sensor_data)
+
+    def publish() -> None:
+        image = CompressedImage(format="png", data=png(picture(world.published, 16)))
+        image.header.stamp = world.node.get_clock().now().to_msg()
+        camera.publish(image)
+
+    world.node.create_timer(0.05, publish)
+    engine, log = fake_engine(tmp_path / "engine"), tmp_path / "log"
+    with process(node_command(engine, contract), world.domain, log):
+        world.wait(lambda: "configure refused" in log.read_text(), "the refusal")
+        assert "world publishes best effort, reliable is asked for" in log.read_text()
+    override = {"qos_overrides./radio/compressed.subscription.reliability": "best_effort"}
+    with process(node_command(engine, contract, **override), world.domain, log):
+        world.start_policy()
 
 
 @pytest.mark.parametrize(
@@ -92,7 +183,7 @@ def test_lifecycle_by_a_manager(world: World, tmp_path: Path) -> None:
     [
         ({"engine_path": "/nowhere"}, None, "no manifest.json"),
         ({"contract": "/nowhere.yaml"}, None, "cannot be read"),
-        ({"blending": "average"}, None, "expected one of latest, ensemble, rtc"),
+        ({"blending": "average"}, None, "expected one of latest, ensemble, soft_mask"),
         ({"inference_deadline": 0.05}, {"latency_s": 0.2}, "above inference_deadline 50.0 ms"),
         ({"source_wait": 5.0}, "camera", "no message within 5 s, though it has a publisher"),
         ({"source_wait": 10.0}, "joint", "joint 'gripper' is missing"),
@@ -115,19 +206,38 @@ def test_configure_refuses_with_the_reason(
         assert world.state_label() == "unconfigured"
 
 
-def test_a_parameter_outside_its_range_is_refused(tmp_path: Path) -> None:
+def test_a_contract_that_the_policy_cannot_serve_is_refused(world: World, tmp_path: Path) -> None:
+    """A camera that the policy would not see, and a joint whose position nobody measures."""
+    content = yaml.safe_load(CONTRACT.read_text())
+    wrist = {"name": "wrist", "topic": "wrist/compressed", "type": "sensor_msgs/msg/CompressedImage"}
+    dimensions = [{"name": f"d{i}", "target": f"joint{i}", "unit": "rad"} for i in range(7)]
+    arm = {"command": "joint_trajectory", "topic": "arm", "dimensions": dimensions}
+    engine, log = fake_engine(tmp_path / "engine"), tmp_path / "log"
+    for name, change, reason in (
+        ("two", {"cameras": [*content["cameras"], wrist]}, "the policy sees one image; the contract names 2 cameras"),
+        ("arm", {"action": arm}, "no joint state names joint0, joint1"),
+    ):
+        contract = tmp_path / f"{name}.yaml"
+        contract.write_text(yaml.safe_dump(content | change))
+        with process(node_command(engine, contract), world.domain, log):
+            world.wait(lambda reason=reason: reason in log.read_text(), "the refusal")
+            assert world.state_label() == "unconfigured"
+
+
+@pytest.mark.parametrize("value", [-1.0, 1, "soon"])
+def test_a_parameter_outside_its_range_or_type_is_refused(tmp_path: Path, value: object) -> None:
     log = tmp_path / "log"
-    command = node_command(fake_engine(tmp_path / "engine"), source_timeout=-1.0)
+    command = node_command(fake_engine(tmp_path / "engine"), source_timeout=value)
     with process(command, fresh_domain(), log) as node:
-        assert node.wait(30) != 0
-    assert "source_timeout" in log.read_text()
+        assert node.wait(30) == 2
+    assert "source_timeout" in log.read_text() and "Traceback" not in log.read_text()
 
 
 def test_run_policy(world: World, tmp_path: Path) -> None:
     with process(node_command(fake_engine(tmp_path / "engine")), world.domain, tmp_path / "log"):
         client = ActionClient(world.node, RunPolicy, "/policy/run_policy")
         world.wait(client.server_is_ready, "the action server")
-        world.wait(lambda: world.node.count_subscribers("instruction") > 0, "the active policy node")
+        world.wait_active()
         feedback: list[RunPolicy.Feedback] = []
 
         def begin(prompt: str, seconds: int):
@@ -172,7 +282,7 @@ def test_run_policy(world: World, tmp_path: Path) -> None:
 
 def test_the_instruction_service(world: World, tmp_path: Path) -> None:
     with process(node_command(fake_engine(tmp_path / "engine")), world.domain, tmp_path / "log"):
-        world.wait(lambda: world.node.count_subscribers("instruction") > 0, "the active policy node")
+        world.wait_active()
         request = SetInstruction.Request(instruction="  open the drawer ")
         response = world.call(SetInstruction, "/policy/set_instruction", request)
         assert response.success and response.message == "open the drawer"
@@ -202,7 +312,7 @@ def test_position_control_starts_from_the_measured_joints(world: World, tmp_path
     )
     engine = fake_engine(tmp_path / "engine", action=[1.0] * 7)
     with process(node_command(engine, path), world.domain, tmp_path / "log"):
-        world.wait(lambda: world.node.count_subscribers("instruction") > 0, "the active policy node")
+        world.wait_active()
         world.instruct()
         world.wait_chunks()
         world.enable()

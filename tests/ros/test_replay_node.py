@@ -52,6 +52,25 @@ def test_a_bag_that_does_not_fit_is_one_line_and_exit_code_two(tmp_path: Path) -
     assert "error: " in log.read_text() and "no such bag" in log.read_text() and "Traceback" not in log.read_text()
 
 
+def test_a_recorder_whose_disk_is_full_says_so_and_leaves_no_bag(tmp_path: Path) -> None:
+    world, output, log = World(fresh_domain()), tmp_path / "recorded", tmp_path / "log"
+    recorder = (
+        f"{sys.executable} -m vla_policy.nodes.record_node --ros-args -p output:={output} -p contract:={CONTRACT}"
+    )
+    try:
+        with process(["bash", "-c", f"ulimit -f 16; exec {recorder}"], world.domain, log) as recording:
+            world.wait(lambda: world.node.count_subscribers("camera/image_raw/compressed") > 0, "the recorder")
+            count = world.published
+            world.wait(lambda: world.published > count + 30, "more images than fit")
+            if recording.poll() is None:
+                recording.send_signal(signal.SIGINT)
+            assert recording.wait(30) == 2, log.read_text()
+    finally:
+        world.close()
+    assert "error: " in log.read_text() and "check free space" in log.read_text()
+    assert not output.exists() and [path.name for path in tmp_path.glob(".recorded*")] == []
+
+
 def test_the_recorder_writes_what_was_published(tmp_path: Path) -> None:
     world = World(fresh_domain())
     output = tmp_path / "recorded"

@@ -26,7 +26,7 @@ from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
 from rclpy.qos import DurabilityPolicy, QoSProfile
 from rclpy.time import Time
 from rosgraph_msgs.msg import Clock
-from sensor_msgs.msg import CompressedImage, JointState
+from sensor_msgs.msg import CompressedImage, Image, JointState
 from std_msgs.msg import Float64MultiArray, String
 from std_srvs.srv import SetBool, Trigger
 from vla_policy_interfaces.msg import ActionChunk
@@ -87,6 +87,8 @@ class Sensors:
     position: list[float] = field(default_factory=lambda: [0.1, 0.2, 0.3, 0.04])
     joints: tuple[str, ...] = JOINTS
     image: bytes | None = None
+    side: int = 16
+    encoding: str = "rgb8"
 
 
 class World:
@@ -95,6 +97,7 @@ class World:
     def __init__(self, domain: int, rate_hz: float = 20.0, use_sim_time: bool = False) -> None:
         self.domain = domain
         self.sensors = Sensors()
+        self.log = Path(os.devnull)
         self.chunks: list[ActionChunk] = []
         self.twists: list[tuple[float, TwistStamped]] = []
         self.gripper: list[float] = []
@@ -119,6 +122,7 @@ class World:
     def _publish_topics(self) -> None:
         node = self.node
         self.camera = node.create_publisher(CompressedImage, "camera/image_raw/compressed", QoSProfile(depth=10))
+        self.raw_camera = node.create_publisher(Image, "camera/image_raw", QoSProfile(depth=10))
         self.joint_states = node.create_publisher(JointState, "joint_states", QoSProfile(depth=50))
         kept = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
         self.instruction = node.create_publisher(String, "instruction", kept)
@@ -180,6 +184,10 @@ class World:
             image = CompressedImage(format="png", data=sensors.image or png(picture(number, 16)))
             image.header.stamp = Time(nanoseconds=now_ns + sensors.camera_offset_ns).to_msg()
             self.camera.publish(image)
+            side = sensors.side
+            raw = Image(header=image.header, height=side, width=side, encoding=sensors.encoding, step=3 * side)
+            raw.data = picture(number, side).tobytes()
+            self.raw_camera.publish(raw)
 
     def instruct(self, text: str = "pick up the soup") -> None:
         self.instruction.publish(String(data=text))
@@ -218,6 +226,11 @@ class World:
         self.wait(lambda: reason in " ".join(self.diagnostics.values()), f"diagnostics that name {reason}")
         assert not self.moving
 
+    def wait_dropped(self, reason: str, words: str) -> None:
+        """Until the diagnostics count drops for the reason and give these particulars."""
+        self.wait(lambda: words in self.diagnostics.get(f"last {reason}", ""), f"{words!r} under last {reason}")
+        assert int(self.diagnostics[f"drops {reason}"]) > 0
+
     def call(self, kind: type, name: str, request: Any) -> Any:
         """A service call's response; asked again when the server had not yet discovered where to answer."""
         if name not in self._clients:
@@ -249,9 +262,12 @@ class World:
         request.transition.id = transition
         return self.call(ChangeState, "/policy/change_state", request).success
 
+    def wait_active(self) -> None:
+        self.wait(lambda: self.node.count_subscribers("instruction") > 0, "the active policy node")
+
     def start_policy(self) -> None:
         """Instructs, enables, and waits until the robot moves."""
-        self.wait(lambda: self.node.count_subscribers("instruction") > 0, "the active policy node")
+        self.wait_active()
         self.instruct()
         self.wait_chunks()
         self.enable()

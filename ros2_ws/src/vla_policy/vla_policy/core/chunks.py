@@ -5,8 +5,10 @@ A chunk is a plan of `horizon` rows from one observation. Three ways to pass fro
 - `latest`: the newest chunk replaces the older one;
 - `ensemble`: temporal ensembling (ACT, arXiv:2304.13705): the rows that all chunks hold for this instant are averaged
   with weights exp(-m i), i = 0 for the oldest chunk;
-- `rtc`: real-time chunking's soft mask (arXiv:2506.07339, Eq. 5) applied at execution time: the rows that were due
-  while the policy was thinking stay as planned, later rows pass smoothly from the old chunk to the new one.
+- `soft_mask`: the rows that were due while the policy was thinking stay as planned, later rows pass smoothly from the
+  old chunk to the new one, with the weights of real-time chunking (arXiv:2506.07339, Eq. 5). Real-time chunking itself
+  also guides the generation of the new chunk towards the old one, which needs a flow or diffusion policy; a policy of
+  action tokens offers no such guidance, so here the two are mixed after the decision.
 
 A chunk of several rows is aligned to its observation's stamp: rows whose time went by during inference are skipped. A
 single held action has no time of its own and starts when it was decided.
@@ -20,7 +22,7 @@ import numpy as np
 
 from vla_policy.core.errors import DataError
 
-BLENDING = ("latest", "ensemble", "rtc")
+BLENDING = ("latest", "ensemble", "soft_mask")
 _MAX_CHUNKS = 32
 
 
@@ -69,7 +71,7 @@ class ChunkExecutor:
         """Takes a new chunk; one that is older than the newest held is ignored."""
         if self._chunks and chunk.observed_ns < self._chunks[-1].observed_ns:
             return
-        if self._blending == "rtc" and self._chunks:
+        if self._blending == "soft_mask" and self._chunks:
             chunk = self._joined(self._chunks[-1], chunk)
         self._chunks.append(chunk)
 

@@ -4,6 +4,7 @@ One YAML file is shared by the node, the replay and the calibrator's bag reader,
 same observations everywhere. Names, units and order live here and nowhere else; `config/libero.yaml` is an example.
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,7 @@ POSE_FIELDS = (*(f"position.{axis}" for axis in "xyz"), *(f"orientation.{axis}" 
 TWIST_FIELDS = tuple(f"{part}.{axis}" for part in ("linear", "angular") for axis in "xyz")
 COMMANDS = ("twist", "joint_trajectory")
 GRIPPER = "gripper"
+_TOPIC_NAME = re.compile(r"(~/|/)?[A-Za-z_]\w*(/[A-Za-z_]\w*)*", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -174,6 +176,8 @@ def load_contract(path: Path | str) -> Contract:
     fields.end()
     if not contract.cameras:
         raise ContractError(f"{path}: cameras: expected at least one")
+    if contract.action.command == "joint_trajectory" and JOINT_STATE not in (item.type for item in contract.states):
+        raise ContractError(f"{path}: joint_trajectory starts from the measured joints; add a {JOINT_STATE} to states")
     for what, names in (
         ("topic", [source.topic for source in contract.sources]),
         ("camera name", [camera.name for camera in contract.cameras]),
@@ -201,7 +205,7 @@ def _qos(fields: Fields, reliability: str, depth: int) -> TopicQos:
 
 def _topic(fields: Fields) -> str:
     topic = fields.take("topic", str)
-    if not topic or any(character.isspace() for character in topic) or topic.endswith("/"):
+    if not _TOPIC_NAME.fullmatch(topic):
         raise ContractError(f"{fields.where}: topic: expected a ROS topic name, got {topic!r}")
     return topic
 

@@ -9,10 +9,11 @@ from vla_policy.core.synchroniser import Frame
 
 
 def observe(frame: Frame, contract: Contract) -> Observation:
-    """The policy's view of a frame: the primary camera decoded, turned and cropped as the contract says.
+    """The policy's view of a frame: the camera's image decoded, turned and cropped as the contract says.
 
-    Raises DataError when the image cannot be decoded.
+    Raises DataError when the image cannot be decoded, ContractError for a contract with several cameras.
     """
+    _check_cameras(contract)
     image = frame.images[0].decode()
     if contract.primary.rotate_180:
         image = rotate_180(image)
@@ -22,7 +23,8 @@ def observe(frame: Frame, contract: Contract) -> Observation:
 
 
 def check_contract(contract: Contract, config: PolicyConfig, unnorm_key: str | None = None) -> None:
-    """Raises ContractError unless states and action dimensions are those of the policy, in its order."""
+    """Raises ContractError unless cameras, states and action dimensions are those of the policy, in its order."""
+    _check_cameras(contract)
     stats = config.stats(unnorm_key)
     wanted = stats.proprio.names if config.state_in_prompt and stats.proprio else ()
     if wanted and contract.state_names != wanted:
@@ -35,4 +37,14 @@ def check_contract(contract: Contract, config: PolicyConfig, unnorm_key: str | N
         raise ContractError(
             f"{contract.path}: the policy's actions have {dimensions} values; "
             f"the contract names {len(contract.action.dimensions)}"
+        )
+
+
+def _check_cameras(contract: Contract) -> None:
+    """A camera that no policy sees must not look as if it were used: OpenVLA's input is one image."""
+    if len(contract.cameras) > 1:
+        named = ", ".join(camera.name for camera in contract.cameras)
+        raise ContractError(
+            f"{contract.path}: the policy sees one image; the contract names {len(contract.cameras)} cameras "
+            f"({named}); keep the one that it was trained on"
         )

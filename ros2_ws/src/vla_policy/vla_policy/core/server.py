@@ -6,7 +6,6 @@ called from different threads.
 """
 
 import threading
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -69,27 +68,41 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Latch:
+    """A stop that only `reset` takes back."""
+
+    reason: str
+    engine_failed: bool = False
+
+
+@dataclass(frozen=True)
+class Drops:
+    """How often something was dropped for one reason, and the last time's particulars."""
+
+    count: int
+    last: str
+
+
+@dataclass(frozen=True)
 class Status:
     """A snapshot for diagnostics. Ages in milliseconds since each topic's last stamp, None before its first message.
 
     `overhead_ms`: from the image's callback to the published action, less the engine's time for this frame and, while
-    it was still busy, for the one before. `holding`: what forbids motion now. `starved`: motion is allowed, but the
-    last control step found no usable chunk.
+    it was still busy, for the one before. `holding`: what forbids motion now, or left the last control step without a
+    command. `drops`: by reason; one reason's particulars are not lost to another that is more frequent.
     """
 
     active: bool
     enabled: bool
     started: bool
-    latch: str | None
+    latch: Latch | None
     instruction: str
     holding: tuple[HoldReason, ...]
-    starved: bool
     chunks: int
     commands: int
     limited: int
     late: int
-    drops: dict[str, int]
-    last_drop: str
+    drops: dict[DropReason, Drops]
     ages_ms: dict[str, float | None]
     rates_hz: dict[str, float]
     latency_ms: Percentiles
@@ -129,17 +142,17 @@ class PolicyServer:
             settings.queue_size,
             self._answered,
             self._drop,
-            lambda: self.stop("the engine failed; see the log, then clean up and configure again"),
+            lambda: self.stop(Latch("the engine failed; see the log, then clean up and configure again", True)),
         )
         self._enabled = self._started = self._active = False
-        self._latch: str | None = None
-        self._late_since_chunk = self._starved = False
+        self._latch: Latch | None = None
+        self._late_since_chunk = False
+        self._wanting: HoldReason | None = None
         self._last_stamp_ns: dict[str, int] = {}
         self._joint_positions: dict[str, float] = {}
         self._last_tick_ns: int | None = None
         self._sequence = self._commands = self._limited = self._late = 0
-        self._drops: Counter[str] = Counter()
-        self._last_drop = ""
+        self._drops: dict[DropReason, Drops] = {}
         self._rates = {topic: RateCounter() for topic in (*contract.input_types, "chunks", "commands")}
         self._latency, self._age, self._overhead = RollingWindow(), RollingWindow(), RollingWindow()
 
@@ -185,9 +198,7 @@ class PolicyServer:
         dropped = Dropped(
             topic, self._clock(), DropReason.LOST_IN_TRANSPORT, f"{count} images never arrived on {topic}"
         )
-        with self._lock:
-            self._drops[dropped.reason.value] += count - 1
-        self._drop(dropped)
+        self._drop(dropped, count)
 
     def instruct(self, text: str) -> str:
         """Sets the instruction as its topic would. Returns it as the policy uses it; raises DataError if refused."""
@@ -197,7 +208,9 @@ class PolicyServer:
 
     def _note(self, event: Event | Dropped, now_ns: int) -> None:
         self._rates[event.topic].add(now_ns)
-        if event.topic == self._contract.instruction.topic:
+        if event.topic == self._contract.instruction.topic and (
+            isinstance(event, Dropped) or event.payload != self._synchroniser.instruction
+        ):
             self._chunks.clear()
         if isinstance(event, Dropped):
             return
@@ -216,10 +229,10 @@ class PolicyServer:
                 for dropped in self._worker.submit(result):
                     self._drop(dropped)
 
-    def _drop(self, dropped: Dropped) -> None:
+    def _drop(self, dropped: Dropped, count: int = 1) -> None:
         with self._lock:
-            self._drops[dropped.reason.value] += 1
-            self._last_drop = f"{dropped.reason.value}: {dropped.detail}"
+            former = self._drops.get(dropped.reason, Drops(0, ""))
+            self._drops[dropped.reason] = Drops(former.count + count, dropped.detail)
             if dropped.reason is DropReason.CLOCK_JUMP:
                 self._chunks.clear()
         self._on_drop(dropped)
@@ -233,7 +246,7 @@ class PolicyServer:
         deadline_ms = self._settings.inference_deadline_s * 1e3
         finite = bool(np.isfinite(actions).all())
         if not finite:
-            self.stop("the engine gave an action that is not finite")
+            self.stop(Latch("the engine gave an action that is not finite", True))
         with self._lock:
             late = max(answer.latency_ms, age_ms) > deadline_ms
             current = self._active and answer.frame.instruction == self._synchroniser.instruction
@@ -264,22 +277,29 @@ class PolicyServer:
 
     def tick(self) -> Step:
         """What the robot should do now: called once per control step, and when a chunk has just arrived."""
-        now_ns = self._clock()
         with self._lock:
+            now_ns = self._clock()  # under the lock: read before, another thread's later step would look like a jump
             reasons = self._reasons(now_ns)
             self._last_tick_ns = now_ns
-            action = self._chunks.action(now_ns) if not reasons else None
-            self._starved = not reasons and action is None
-            if self._starved:
-                reasons.append(HoldReason.DEADLINE_MISSED if self._late_since_chunk else HoldReason.NO_CHUNK)
-            command = None if action is None else self._limiter.command(action, now_ns)
-            if command is None:
+            if HoldReason.CLOCK_JUMP in reasons:
+                self._chunks.clear()
+            outcome = None if reasons else self._command(now_ns)
+            self._wanting = outcome if isinstance(outcome, HoldReason) else None
+            if not isinstance(outcome, Command):
                 self._limiter.rest(self._positions())
-                return Step(None, tuple(reasons) or (HoldReason.STALE_STATE,))
+                return Step(None, tuple(reasons) if outcome is None else (outcome,))
             self._commands += 1
-            self._limited += command.limited
+            self._limited += outcome.limited
             self._rates["commands"].add(now_ns)
-            return Step(command, ())
+            return Step(outcome, ())
+
+    def _command(self, now_ns: int) -> Command | HoldReason:
+        """What is due now, or why nothing is although motion is allowed."""
+        action = self._chunks.action(now_ns)
+        if action is None:
+            return HoldReason.DEADLINE_MISSED if self._late_since_chunk else HoldReason.NO_CHUNK
+        command = self._limiter.command(action, now_ns)
+        return HoldReason.STALE_STATE if command is None else command
 
     def _positions(self) -> np.ndarray | None:
         known = [self._joint_positions.get(target, np.nan) for target in self._limiter.targets]
@@ -299,7 +319,6 @@ class PolicyServer:
         if not self._synchroniser.instruction:
             reasons.append(HoldReason.NO_INSTRUCTION)
         if self._last_tick_ns is not None and now_ns < self._last_tick_ns:
-            self._chunks.clear()
             reasons.append(HoldReason.CLOCK_JUMP)
         cameras = {camera.topic for camera in self._contract.cameras}
         for topic in (*cameras, *(state.topic for state in self._contract.states)):
@@ -330,7 +349,7 @@ class PolicyServer:
         """Resumes after a stop was reset. Returns why not, or None."""
         with self._lock:
             if self._latch is not None:
-                return f"a stop is latched ({self._latch}); reset it first"
+                return f"a stop is latched ({self._latch.reason}); reset it first"
             if not self._enabled:
                 return "output is disabled (dry run); enable it first"
             self._started = True
@@ -342,10 +361,10 @@ class PolicyServer:
             self._started = False
             self._chunks.clear()
 
-    def stop(self, reason: str) -> None:
-        """Latches a stop: the robot is held until `reset` and then `start`."""
+    def stop(self, latch: Latch) -> None:
+        """Latches a stop, unless one is: the robot is held until `reset` and then `start`."""
         with self._lock:
-            self._latch = self._latch or reason
+            self._latch = self._latch or latch
             self._started = False
             self._chunks.clear()
 
@@ -363,8 +382,10 @@ class PolicyServer:
 
     def status(self) -> Status:
         """A consistent snapshot."""
-        now_ns = self._clock()
         with self._lock:
+            now_ns = self._clock()
+            reasons = self._reasons(now_ns)
+            wanting = [] if self._wanting is None else [self._wanting]
             ages = {
                 topic: None if topic not in self._last_stamp_ns else (now_ns - self._last_stamp_ns[topic]) / 1e6
                 for topic in self._contract.input_types
@@ -375,14 +396,12 @@ class PolicyServer:
                 started=self._started,
                 latch=self._latch,
                 instruction=self._synchroniser.instruction,
-                holding=tuple(self._reasons(now_ns)),
-                starved=self._starved,
+                holding=tuple(reasons or wanting),
                 chunks=self._sequence,
                 commands=self._commands,
                 limited=self._limited,
                 late=self._late,
                 drops=dict(self._drops),
-                last_drop=self._last_drop,
                 ages_ms=ages,
                 rates_hz={name: counter.rate_hz(now_ns) for name, counter in self._rates.items()},
                 latency_ms=self._latency.percentiles(),

@@ -24,16 +24,16 @@ def to_diagnostics(
         "instruction": status.instruction,
         "enabled": str(status.enabled),
         "started": str(status.started),
-        "latch": status.latch or "",
+        "latch": status.latch.reason if status.latch else "",
         "holding": ", ".join(reason.value for reason in status.holding),
         "chunks": str(status.chunks),
         "commands": str(status.commands),
         "commands limited": str(status.limited),
         "decisions late": str(status.late),
         "watchdog holds": str(watchdog_holds),
-        "last drop": status.last_drop,
     }
-    values |= {f"drops {reason}": str(count) for reason, count in sorted(status.drops.items())}
+    for reason, drops in sorted(status.drops.items(), key=lambda item: item[0].value):
+        values |= {f"drops {reason.value}": str(drops.count), f"last {reason.value}": drops.last}
     values |= {f"rate {topic} (Hz)": f"{rate:.2f}" for topic, rate in status.rates_hz.items()}
     values |= {f"age {topic} (ms)": "never" if age is None else f"{age:.1f}" for topic, age in status.ages_ms.items()}
     for label, window in (("latency", status.latency_ms), ("age", status.age_ms), ("overhead", status.overhead_ms)):
@@ -50,14 +50,15 @@ def to_diagnostics(
 
 def _summary(status: Status) -> tuple[bytes, str]:
     if status.latch is not None:
-        return DiagnosticStatus.ERROR, f"stopped until reset: {status.latch}"
+        return DiagnosticStatus.ERROR, f"stopped until reset: {status.latch.reason}"
     wrong = [reason.value for reason in status.holding if reason not in _MEANT]
     if wrong:
-        return DiagnosticStatus.ERROR, f"input cannot be trusted: {', '.join(wrong)}"
+        return DiagnosticStatus.ERROR, f"held by a fault: {', '.join(wrong)}"
     if status.holding:
         return DiagnosticStatus.OK, f"holding: {', '.join(reason.value for reason in status.holding)}"
-    if any(status.drops.values()) or status.late:
-        return DiagnosticStatus.WARN, f"serving; {sum(status.drops.values())} drops, {status.late} late"
+    if status.drops or status.late:
+        drops = sum(item.count for item in status.drops.values())
+        return DiagnosticStatus.WARN, f"serving; {drops} drops, {status.late} late"
     return DiagnosticStatus.OK, "serving"
 
 

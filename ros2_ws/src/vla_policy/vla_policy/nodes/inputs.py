@@ -1,5 +1,6 @@
 """The contract's input topics: message classes, quality of service, and the checks at configure."""
 
+import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -10,16 +11,14 @@ from rclpy.node import Node
 from rclpy.qos import DurabilityPolicy, HistoryPolicy, QoSProfile, ReliabilityPolicy
 from rclpy.qos_overriding_options import QoSOverridingOptions
 from rclpy.subscription import Subscription
-from rclpy.wait_for_message import wait_for_message
 from sensor_msgs.msg import CompressedImage, Image, JointState
 from std_msgs.msg import String
 
 from vla_policy.core import contract as names
 from vla_policy.core.contract import CameraTopic, Contract, InstructionTopic, StateTopic
 from vla_policy.core.errors import ContractError, DataError
-from vla_policy.core.events import to_event
-from vla_policy.core.ros_image import CompressedImage as CompressedBytes
-from vla_policy.core.ros_image import RawImage
+from vla_policy.core.events import Event, to_event
+from vla_policy.core.ros_image import EncodedImage
 
 MESSAGES: dict[str, type] = {
     names.IMAGE: Image,
@@ -29,6 +28,7 @@ MESSAGES: dict[str, type] = {
     names.STRING: String,
 }
 Source = CameraTopic | StateTopic | InstructionTopic
+_POLL_S = 0.02
 
 
 def qos_of(source: Source, lossless: bool, queue_size: int) -> QoSProfile:
@@ -53,25 +53,36 @@ def subscribe(
     """One subscription per topic; `receive` gets the contract's topic and the message, `lost` what never arrived."""
     made: list[Subscription] = []
     for source in contract.sources:
-        subscription = node.create_subscription(
-            MESSAGES[source.type],
-            source.topic,
-            _camera_callback(node, source, receive, lost)
-            if isinstance(source, CameraTopic)
-            else partial(receive, source.topic),
-            qos_of(source, lossless, queue_size),
-            qos_overriding_options=QoSOverridingOptions.with_default_policies(),
-        )
+        callback: Callable[..., None] = partial(receive, source.topic)
+        if isinstance(source, CameraTopic):
+            callback = _camera_callback(node, source, receive, lost)
+        subscription = _subscription(node, source, callback, qos_of(source, lossless, queue_size))
         if isinstance(source, StateTopic):
             subscription.callback = partial(_receive_all, subscription, source.topic, receive)
         made.append(subscription)
     return made
 
 
+def _subscription(node: Node, source: Source, callback: Callable[..., None], profile: QoSProfile) -> Subscription:
+    return node.create_subscription(
+        MESSAGES[source.type],
+        source.topic,
+        callback,
+        profile,
+        qos_overriding_options=QoSOverridingOptions.with_default_policies(),
+    )
+
+
 def _receive_all(subscription: Subscription, topic: str, receive: Callable[[str, Any], None], message: Any) -> None:
-    """Takes every state that waits: an executor gives one message per topic and round, and states outnumber images."""
+    """Takes every state that waits: an executor gives one message per topic and round, and states outnumber images.
+
+    At most a queue's length, so that a flood of states cannot keep the images out.
+    """
     receive(topic, message)
-    while (taken := subscription.handle.take_message(subscription.msg_type, False)) is not None:
+    for _ in range(subscription.qos_profile.depth):
+        taken = subscription.handle.take_message(subscription.msg_type, False)
+        if taken is None:
+            return
         receive(topic, taken[0])
 
 
@@ -104,32 +115,61 @@ class _GapCounter:
         return 0 if last is None or number is None else max(0, number - last - 1)
 
 
-def check_sources(node: Node, contract: Contract, check: str, wait_s: float, lossless: bool) -> None:
+def check_sources(
+    node: Node, contract: Contract, check: str, wait_s: float, lossless: bool, ending: threading.Event
+) -> None:
     """Raises ContractError unless every camera and state topic is there, of its type, and (`message`) usable.
 
-    The instruction may come later: without it the policy holds.
+    The instruction may come later: without it the policy holds. Gives up as soon as `ending` is set.
     """
-    deadline = time.monotonic() + wait_s
+    if check == "none":
+        return
+    patience = _Patience(wait_s, ending)
     required: tuple[Source, ...] = (*contract.states, *contract.cameras)
+    positions: set[str] = set()
     for source in required:
-        if check != "none":
-            _check_graph(node, source, deadline, wait_s, lossless)
-        if check == "message":
-            _check_message(node, contract, source, deadline, wait_s, lossless)
+        # Subscribed as it will be, so that quality of service given by parameters counts here too.
+        subscription = _subscription(node, source, lambda message: None, qos_of(source, lossless, 1))
+        try:
+            _check_graph(node, source, subscription, patience)
+            if check == "message":
+                event = _check_message(node, contract, source, subscription, patience)
+                positions |= set(event.positions or ())
+        finally:
+            node.destroy_subscription(subscription)
+    missing = [item.target for item in contract.action.dimensions if item.target not in {*positions, names.GRIPPER}]
+    if check == "message" and contract.action.command == "joint_trajectory" and missing:
+        raise ContractError(
+            f"{contract.path}: position control starts from the measured joints; no joint state names "
+            f"{', '.join(missing)}"
+        )
 
 
-def _check_graph(node: Node, source: Source, deadline: float, wait_s: float, lossless: bool) -> None:
+class _Patience:
+    """Waits in small steps: inside a transition neither the graph nor a message can be waited on."""
+
+    def __init__(self, wait_s: float, ending: threading.Event) -> None:
+        self.wait_s, self._ending = wait_s, ending
+        self._deadline_s = time.monotonic() + wait_s
+
+    def wait(self, refusal: str) -> None:
+        """A moment's rest. Raises ContractError with `refusal` when the time is up."""
+        if time.monotonic() >= self._deadline_s:
+            raise ContractError(refusal)
+        if self._ending.wait(_POLL_S):
+            raise ContractError("the process was told to end")
+
+
+def _check_graph(node: Node, source: Source, subscription: Subscription, patience: _Patience) -> None:
     name = node.resolve_topic_name(source.topic)
     while not (publishers := node.get_publishers_info_by_topic(name)):
-        if time.monotonic() >= deadline:
-            raise ContractError(
-                f"{name}: no publisher within {wait_s:g} s; start the driver, or check namespace and remaps"
-            )
-        time.sleep(0.02)  # the graph cannot be waited on from inside a transition
+        patience.wait(
+            f"{name}: no publisher within {patience.wait_s:g} s; start the driver, or check namespace and remaps"
+        )
     for publisher in publishers:
         if publisher.topic_type != source.type:
             raise ContractError(f"{name}: published as {publisher.topic_type}, the contract expects {source.type}")
-        wants_reliable = qos_of(source, lossless, 1).reliability == ReliabilityPolicy.RELIABLE
+        wants_reliable = subscription.qos_profile.reliability == ReliabilityPolicy.RELIABLE
         if wants_reliable and publisher.qos_profile.reliability == ReliabilityPolicy.BEST_EFFORT:
             raise ContractError(
                 f"{name}: {publisher.node_name} publishes best effort, reliable is asked for; no message would arrive: "
@@ -138,24 +178,15 @@ def _check_graph(node: Node, source: Source, deadline: float, wait_s: float, los
 
 
 def _check_message(
-    node: Node, contract: Contract, source: Source, deadline: float, wait_s: float, lossless: bool
-) -> None:
+    node: Node, contract: Contract, source: Source, subscription: Subscription, patience: _Patience
+) -> Event:
     name = node.resolve_topic_name(source.topic)
-    received, message = False, None
-    while not received:
-        left_s = deadline - time.monotonic()
-        if left_s <= 0:
-            raise ContractError(f"{name}: no message within {wait_s:g} s, though it has a publisher; check the driver")
-        received, message = wait_for_message(
-            MESSAGES[source.type],
-            node,
-            source.topic,
-            qos_profile=qos_of(source, lossless, 1),
-            time_to_wait=left_s,
-        )
+    while (taken := subscription.handle.take_message(subscription.msg_type, False)) is None:
+        patience.wait(f"{name}: no message within {patience.wait_s:g} s, though it has a publisher; check the driver")
     try:
-        payload = to_event(contract, source.topic, message, node.get_clock().now().nanoseconds).payload
-        if isinstance(payload, RawImage | CompressedBytes):
-            payload.decode()
+        event = to_event(contract, source.topic, taken[0], node.get_clock().now().nanoseconds)
+        if isinstance(event.payload, EncodedImage):
+            event.payload.decode()
+        return event
     except DataError as error:
         raise ContractError(f"{name}: {error}") from error

@@ -9,15 +9,19 @@ the decisions, the contract's command topics the motion. Nothing moves unless th
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from diagnostic_msgs.msg import DiagnosticArray
+from rcl_interfaces.msg import SetParametersResult
 from rclpy.clock import Clock, ClockType
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
 from rclpy.node import Node
+from rclpy.parameter import Parameter
 from rclpy.qos import QoSProfile
 from rclpy.subscription import Subscription
 from rclpy.timer import Timer
@@ -29,8 +33,8 @@ from vla_policy.core.errors import ArtefactError, DataError, VlaError
 from vla_policy.core.files import sha256_file
 from vla_policy.core.observation import Actor, Observation
 from vla_policy.core.observe import check_contract
-from vla_policy.core.server import PolicyServer, ServedChunk
-from vla_policy.core.synchroniser import Dropped
+from vla_policy.core.server import Latch, PolicyServer, ServedChunk
+from vla_policy.core.synchroniser import Dropped, DropReason
 from vla_policy.nodes import diagnostics, inputs, parameters
 from vla_policy.nodes.exclusive import NameLock
 from vla_policy.nodes.outputs import Outputs
@@ -52,12 +56,17 @@ def _load_engine(folder: Path, threads: int | None) -> Actor:
 
 
 class PolicyNode(LifecycleNode):
-    """See the module's text. `load_engine` makes the actor of the folder `engine_path`."""
+    """See the module's text.
 
-    def __init__(self, load_engine: LoadEngine = _load_engine) -> None:
+    ending: set when the process is to end; a configure that waits for its inputs gives up.
+    load_engine: makes the actor of the folder `engine_path`.
+    """
+
+    def __init__(self, ending: threading.Event, load_engine: LoadEngine = _load_engine) -> None:
         super().__init__("policy_node")
-        self._load_engine = load_engine
+        self._ending, self._load_engine = ending, load_engine
         parameters.declare(self)
+        self.add_on_set_parameters_callback(self._on_set_parameters)
         self._settings: parameters.NodeParameters | None = None
         self._contract: Contract | None = None
         self._actor: Actor | None = None
@@ -69,6 +78,8 @@ class PolicyNode(LifecycleNode):
         self._output_lock = threading.Lock()
         self._inputs: list[Subscription] = []
         self._periodic: list[Timer] = []
+        self._latch: Latch | None = None
+        self._drops_logged_s: dict[DropReason, float] = {}
         self._runs = RunPolicyServer(self, lambda: self._server)
         self._diagnostics = self.create_publisher(DiagnosticArray, "/diagnostics", QoSProfile(depth=10))
         self.create_service(SetBool, "~/enable", self._on_enable)
@@ -76,6 +87,7 @@ class PolicyNode(LifecycleNode):
         self.create_service(Trigger, "~/stop", self._on_stop)
         self.create_service(Trigger, "~/reset", self._on_reset)
         self.create_service(SetInstruction, "~/set_instruction", self._on_set_instruction)
+        self._survive_impossible_transitions()
         if self.get_parameter("autostart").value:
             self._autostart_timer = self.create_timer(
                 0.0, self._autostart, clock=Clock(clock_type=ClockType.STEADY_TIME)
@@ -85,27 +97,34 @@ class PolicyNode(LifecycleNode):
 
     def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Loads and checks everything; on a mistake stays unconfigured and logs the reason."""
-        try:
-            settings = parameters.read(self)
-            lock = NameLock(self.get_fully_qualified_name(), self.context.get_domain_id())
-        except VlaError as error:
-            self.get_logger().error(f"configure refused: {error}")
-            return TransitionCallbackReturn.FAILURE
-        try:
-            contract = load_contract(settings.contract)
-            actor = self._load_engine(Path(settings.engine_path), settings.engine_threads or None)
-            check_contract(contract, actor.config)
-            warm_up_ms = self._warm_up(actor, contract, settings.server.inference_deadline_s)
-            inputs.check_sources(
-                self, contract, settings.check_sources, settings.source_wait_s, settings.server.lossless
-            )
-            engine_id = sha256_file(Path(settings.engine_path) / "manifest.json")
-        except VlaError as error:
-            lock.release()
-            self.get_logger().error(f"configure refused: {error}")
-            return TransitionCallbackReturn.FAILURE
-        self._lock = lock
-        self._settings, self._contract, self._actor = settings, contract, actor
+        with ExitStack() as undo:
+            try:
+                self._configure(undo)
+            except VlaError as error:
+                self.get_logger().error(f"configure refused: {error}")
+                return TransitionCallbackReturn.FAILURE
+            except Exception:
+                # rclpy turns it into the state machine's error without a word.
+                self.get_logger().error(f"configure failed: {traceback.format_exc()}")
+                return TransitionCallbackReturn.ERROR
+            undo.pop_all()
+        return super().on_configure(state)
+
+    def _configure(self, undo: ExitStack) -> None:
+        settings = parameters.read(self)
+        lock = NameLock(self.get_fully_qualified_name(), self.context.get_domain_id())
+        undo.callback(lock.release)
+        contract = load_contract(settings.contract)
+        actor = self._load_engine(Path(settings.engine_path), settings.engine_threads or None)
+        check_contract(contract, actor.config)
+        warm_up_ms = self._warm_up(actor, contract, settings.server.inference_deadline_s)
+        inputs.check_sources(
+            self, contract, settings.check_sources, settings.source_wait_s, settings.server.lossless, self._ending
+        )
+        engine_id = sha256_file(Path(settings.engine_path) / "manifest.json")
+        depth = settings.server.queue_size if settings.server.lossless else 10
+        self._outputs = Outputs(self, contract, engine_id, depth)
+        self._lock, self._settings, self._contract, self._actor = lock, settings, contract, actor
         self._identity = {
             "engine": engine_id,
             "engine path": settings.engine_path,
@@ -113,10 +132,7 @@ class PolicyNode(LifecycleNode):
             "mode": "lossless" if settings.server.lossless else "newest frame",
             "warm-up (ms)": f"{warm_up_ms:.2f}",
         }
-        depth = settings.server.queue_size if settings.server.lossless else 10
-        self._outputs = Outputs(self, contract, engine_id, depth)
         self.get_logger().info(f"configured: engine {engine_id[:12]}, warm-up decision {warm_up_ms:.1f} ms")
-        return super().on_configure(state)
 
     def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Subscribes and begins to answer; motion waits for enable (or the parameter `enabled`)."""
@@ -128,6 +144,8 @@ class PolicyNode(LifecycleNode):
             contract, actor, settings.server, lambda: clock.now().nanoseconds, self._on_chunk, self._on_drop
         )
         self._server = server
+        if self._latch is not None:
+            server.stop(self._latch)
         if settings.instruction:
             try:
                 server.instruct(settings.instruction)
@@ -155,23 +173,28 @@ class PolicyNode(LifecycleNode):
 
     def on_cleanup(self, state: LifecycleState) -> TransitionCallbackReturn:
         result = super().on_cleanup(state)
-        if self._outputs is not None:
-            self._outputs.destroy()
-        if self._lock is not None:
-            self._lock.release()
-        self._outputs = self._actor = self._contract = self._settings = self._lock = None
+        self._release()
         return result
 
     def on_shutdown(self, state: LifecycleState) -> TransitionCallbackReturn:
         self._end_serving()
-        return super().on_shutdown(state)
+        result = super().on_shutdown(state)
+        self._release()
+        return result
+
+    def on_error(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Back to unconfigured with nothing left over, whichever transition failed."""
+        self._end_serving()
+        self._release()
+        return TransitionCallbackReturn.SUCCESS
 
     def close(self) -> None:
         """Orderly end from any state, called when no executor spins any more."""
-        if self._server is not None:
-            self.trigger_deactivate()
+        with suppress(RuntimeError):  # finalized already, or stuck in a transition whose callback raised
+            self.trigger_shutdown()
+        self._end_serving()
         self._runs.close()
-        self.trigger_shutdown()
+        self._release()
 
     def _autostart(self) -> None:
         self.destroy_timer(self._autostart_timer)
@@ -187,14 +210,44 @@ class PolicyNode(LifecycleNode):
         for timer in self._periodic:
             self.destroy_timer(timer)
         self._inputs, self._periodic = [], []
-        enabled = server.status().enabled
+        self._latch = server.status().latch
         with self._output_lock:
-            if enabled and self._outputs is not None:
+            # Disabled first: a decision that arrives now must not command after the hold.
+            if server.enabled and self._outputs is not None:
+                server.enable(False)
                 self._outputs.hold()
         if self._watchdog is not None:
             self._watchdog.close()
         if not server.deactivate():
             self.get_logger().error("the engine did not return from its decision; its thread is abandoned")
+
+    def _release(self) -> None:
+        if self._outputs is not None:
+            self._outputs.destroy()
+        if self._lock is not None:
+            self._lock.release()
+        self._outputs = self._actor = self._contract = self._settings = self._lock = None
+
+    def _survive_impossible_transitions(self) -> None:
+        """rclpy lets the error of a transition that the state does not allow end the whole process."""
+        change_state = self._service_change_state.callback
+
+        def answered(request: Any, response: Any) -> Any:
+            try:
+                return change_state(request, response)
+            except RuntimeError as error:
+                self.get_logger().warning(f"transition {request.transition.id} refused: {error}")
+                response.success = False
+                return response
+
+        self._service_change_state.callback = answered
+
+    def _on_set_parameters(self, values: list[Parameter]) -> SetParametersResult:
+        fixed = [value.name for value in values if value.name in parameters.DECLARED]
+        if fixed and self._settings is not None:
+            reason = f"{', '.join(fixed)}: read at configure; deactivate, clean up, set, and configure again"
+            return SetParametersResult(successful=False, reason=reason)
+        return SetParametersResult(successful=True)
 
     @staticmethod
     def _warm_up(actor: Actor, contract: Contract, deadline_s: float) -> float:
@@ -229,9 +282,13 @@ class PolicyNode(LifecycleNode):
             self._control()
 
     def _on_drop(self, dropped: Dropped) -> None:
+        # By reason: the frames that a broken state leaves unsynchronised must not hide why it is broken.
+        now_s = time.monotonic()
+        if now_s - self._drops_logged_s.get(dropped.reason, -_DROP_LOG_PERIOD_S) < _DROP_LOG_PERIOD_S:
+            return
+        self._drops_logged_s[dropped.reason] = now_s
         self.get_logger().warning(
-            f"dropped {dropped.topic} at {dropped.stamp_ns} ns: {dropped.reason.value}: {dropped.detail}",
-            throttle_duration_sec=_DROP_LOG_PERIOD_S,
+            f"dropped {dropped.topic} at {dropped.stamp_ns} ns: {dropped.reason.value}: {dropped.detail}"
         )
 
     def _control(self) -> None:
@@ -264,21 +321,24 @@ class PolicyNode(LifecycleNode):
     # --- services -----------------------------------------------------------------------------------------------
 
     def _on_enable(self, request: SetBool.Request, response: SetBool.Response) -> SetBool.Response:
-        def act(server: PolicyServer) -> str | None:
+        def act(server: PolicyServer) -> None:
             with self._output_lock:
                 server.enable(request.data)
                 if not request.data and self._outputs is not None:
                     self._outputs.hold()
-            return None
+            latch = server.status().latch
+            response.message = "disabled: dry run" if not request.data else "enabled"
+            if request.data and latch is not None:
+                response.message = f"enabled, but a stop is latched ({latch.reason}): reset it, then start"
 
-        return self._answer(response, act, "enabled" if request.data else "disabled: dry run")
+        return self._answer(response, act, None)
 
     def _on_start(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
         return self._answer(response, lambda server: server.start(), "started")
 
     def _on_stop(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
         def act(server: PolicyServer) -> None:
-            server.stop("stop service")
+            server.stop(Latch("stop service"))
             self._control()
 
         return self._answer(response, act, "stopped until reset")
@@ -309,11 +369,11 @@ class PolicyNode(LifecycleNode):
 def main(args: Sequence[str] | None = None, load_engine: LoadEngine = _load_engine) -> int:
     """Runs the node until SIGINT or SIGTERM."""
 
-    def close(node: Node) -> None:
+    def close(node: Node, error: BaseException | None) -> None:
         assert isinstance(node, PolicyNode)
         node.close()
 
-    return run_node(lambda: PolicyNode(load_engine), close, args)
+    return run_node(lambda ending: PolicyNode(ending, load_engine), close, args)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 
 import rclpy
+from rclpy.exceptions import ParameterException
 from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
 from rclpy.node import Node
 from rclpy.signals import SignalHandlerOptions
@@ -15,17 +16,22 @@ from vla_policy.core.errors import VlaError
 
 
 def run_node(
-    make: Callable[[], Node],
-    close: Callable[[Node], None],
+    make: Callable[[threading.Event], Node],
+    close: Callable[[Node, BaseException | None], None],
     args: Sequence[str] | None = None,
-    done: threading.Event | None = None,
 ) -> int:
-    """Spins the node that `make` creates until SIGINT, SIGTERM or `done`, then calls `close` in the living context.
+    """Spins a node until SIGINT, SIGTERM or an error in a callback, then closes it in the living context.
+
+    make: creates the node; the event it gets is set when the process is to end, and may be set by the node itself.
+    close: ends the node's work; gets the error that a callback raised, if one did.
+
+    Returns 0, or 2 after one line on stderr for a mistake that the user can mend. Any other error is raised again once
+    the node is closed, so that the process ends with a traceback and not with 0.
 
     rclpy's own handlers would shut the context down first, and the last command could not be published; a second
-    SIGINT (terminal plus launch) would interrupt the clean-up. So the signals only set an event here.
+    SIGINT (terminal plus launch) would interrupt the clean-up. So the signals only set the event here.
     """
-    ending = done or threading.Event()
+    ending = threading.Event()
 
     def end(number: int, frame: FrameType | None) -> None:
         ending.set()
@@ -34,30 +40,39 @@ def run_node(
         signal.signal(number, end)
     rclpy.init(args=None if args is None else list(args), signal_handler_options=SignalHandlerOptions.NO)
     try:
-        node = make()
-    except VlaError as error:
+        _live(make(ending), close, ending)
+    except (VlaError, ParameterException) as error:
         print(f"error: {error}", file=sys.stderr)
-        rclpy.try_shutdown()
         return 2
-    executor = SingleThreadedExecutor()
-    executor.add_node(node)
-    spinner = threading.Thread(target=_spin, args=(executor, ending), name="spin", daemon=True)
-    spinner.start()
-    try:
-        ending.wait()
     finally:
-        executor.shutdown(timeout_sec=5.0)
-        spinner.join(5.0)
-        close(node)
-        node.destroy_node()
         rclpy.try_shutdown()
     return 0
 
 
-def _spin(executor: SingleThreadedExecutor, ending: threading.Event) -> None:
+def _live(node: Node, close: Callable[[Node, BaseException | None], None], ending: threading.Event) -> None:
+    executor = SingleThreadedExecutor()
+    executor.add_node(node)
+    errors: list[BaseException] = []
+
+    def spin() -> None:
+        try:
+            executor.spin()
+        except ExternalShutdownException:
+            pass
+        except BaseException as error:
+            errors.append(error)
+        finally:
+            ending.set()
+
+    spinner = threading.Thread(target=spin, name="spin", daemon=True)
+    spinner.start()
     try:
-        executor.spin()
-    except ExternalShutdownException:
-        pass
+        ending.wait()
+        executor.shutdown()
+        # A callback that runs (a configure that loads an engine) is waited for: closing beside it would race with it.
+        spinner.join()
+        close(node, errors[0] if errors else None)
     finally:
-        ending.set()
+        node.destroy_node()
+    if errors:
+        raise errors[0]

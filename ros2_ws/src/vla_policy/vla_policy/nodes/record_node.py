@@ -8,7 +8,6 @@ Records the contract's input topics, if one is given, and the named ones. Messag
 
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
 
 from rclpy.clock import Clock, ClockType
 from rclpy.node import Node
@@ -37,28 +36,28 @@ class RecordNode(Node):
             topics = [*load_contract(contract).input_types, *topics]
         if not output or not topics:
             raise ContractError("record: set the parameters output and at least one of contract and topics")
-        self._stack = ExitStack()
-        writer = self._stack.enter_context(BagWriter(output, storage, {ACTION_CHUNK: definition_of(ACTION_CHUNK)}))
-        self._recorder = TopicRecorder(self, writer, topics)
+        self._bag = BagWriter(output, storage, {ACTION_CHUNK: definition_of(ACTION_CHUNK)})
+        self._recorder = TopicRecorder(self, self._bag.__enter__(), topics)
         self.create_timer(_LOOK_PERIOD_S, self._recorder.look, clock=Clock(clock_type=ClockType.STEADY_TIME))
         self.get_logger().info(f"recording {len(topics)} topics into {output}")
 
-    def close(self) -> None:
-        """Finishes the bag."""
+    def close(self, error: BaseException | None) -> None:
+        """Finishes the bag; after an error nothing of it remains."""
         for topic in self._recorder.waiting:
             self.get_logger().warning(f"{topic}: never had a publisher; it is not in the bag")
-        self._stack.close()
-        self.get_logger().info(f"recorded {self._recorder.counts}")
+        self._bag.__exit__(type(error) if error else None, error, None)
+        if error is None:
+            self.get_logger().info(f"recorded {self._recorder.counts}")
 
 
 def main(args: Sequence[str] | None = None) -> int:
     """Runs the recorder."""
 
-    def close(node: Node) -> None:
+    def close(node: Node, error: BaseException | None) -> None:
         assert isinstance(node, RecordNode)
-        node.close()
+        node.close(error)
 
-    return run_node(RecordNode, close, args)
+    return run_node(lambda ending: RecordNode(), close, args)
 
 
 if __name__ == "__main__":

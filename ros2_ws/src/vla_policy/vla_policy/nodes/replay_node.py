@@ -13,7 +13,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -29,7 +28,7 @@ from vla_policy_interfaces.msg import ActionChunk
 
 from vla_policy.core.bag import contract_connections, open_bag, resolve
 from vla_policy.core.contract import load_contract
-from vla_policy.core.errors import ContractError, VlaError
+from vla_policy.core.errors import ContractError
 from vla_policy.core.files import write_json
 from vla_policy.core.recording import BagWriter, recorded_qos
 from vla_policy.core.served import ACTION_CHUNK
@@ -89,15 +88,14 @@ class ReplayNode(Node):
     def __init__(self, done: threading.Event) -> None:
         super().__init__("replay_node")
         self.settings = read_settings(self)
-        self.error: VlaError | None = None
+        self._error: Exception | None = None
         self._done, self._closing = done, threading.Event()
         self._contract = load_contract(self.settings.contract)
-        self._stack = ExitStack()
         self._chunk_topic = self.resolve_topic_name(CHUNK_TOPIC)
         self._writer: BagWriter | None = None
         if self.settings.served:
             definitions = {ACTION_CHUNK: definition_of(ACTION_CHUNK)}
-            self._writer = self._stack.enter_context(BagWriter(self.settings.served, definitions=definitions))
+            self._writer = BagWriter(self.settings.served, definitions=definitions).__enter__()
             self._writer.add_topic(self._chunk_topic, ACTION_CHUNK, recorded_qos(True, False, 10))
         self._clock_publisher = self.create_publisher(ClockMessage, "/clock", QoSProfile(depth=10))
         self._outstanding: set[int] = set()
@@ -108,11 +106,18 @@ class ReplayNode(Node):
         self._thread = threading.Thread(target=self._run, name="replay", daemon=True)
         self._thread.start()
 
-    def close(self) -> None:
-        """Ends publishing and finishes the served bag."""
+    def close(self, error: BaseException | None) -> None:
+        """Ends publishing and finishes the served bag, of which nothing remains after an error.
+
+        Raises what ended the publishing thread early.
+        """
         self._closing.set()
         self._thread.join()
-        self._stack.close()
+        error = error or self._error
+        if self._writer is not None:
+            self._writer.__exit__(type(error) if error else None, error, None)
+        if self._error is not None:
+            raise self._error
 
     def _run(self) -> None:
         try:
@@ -124,8 +129,8 @@ class ReplayNode(Node):
                 self._publish(reader.messages(connections=connections), publishers)
             self._await_answers()
             self._summarise()
-        except VlaError as error:
-            self.error = error
+        except Exception as error:
+            self._error = error
         finally:
             self._done.set()
 
@@ -230,19 +235,12 @@ class ReplayNode(Node):
 
 def main(args: Sequence[str] | None = None) -> int:
     """Runs one replay. Returns 2 when the bag or the policy does not fit, 0 otherwise."""
-    done = threading.Event()
-    errors: list[VlaError] = []
 
-    def close(node: Node) -> None:
+    def close(node: Node, error: BaseException | None) -> None:
         assert isinstance(node, ReplayNode)
-        node.close()
-        if node.error is not None:
-            errors.append(node.error)
+        node.close(error)
 
-    code = run_node(lambda: ReplayNode(done), close, args, done)
-    for error in errors:
-        print(f"error: {error}", file=sys.stderr)
-    return 2 if errors else code
+    return run_node(ReplayNode, close, args)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from vla_policy.nodes.outputs import to_duration
 _FEEDBACK_PERIOD_S = 0.1
 # How long the robot may be held for one cause before the run is given up.
 _PATIENCE_S = 2.0
+_LATE = {HoldReason.NO_CHUNK, HoldReason.DEADLINE_MISSED}
 _STALE = {HoldReason.STALE_CAMERA, HoldReason.STALE_STATE, HoldReason.FROZEN_CAMERA, HoldReason.FUTURE_STAMP}
 Ending = tuple[int, str]
 
@@ -111,7 +112,7 @@ class RunPolicyServer:
             return codes.INVALID_GOAL, "prompt is empty"
         status = server.status()
         if status.latch is not None:
-            return codes.STOP_LATCHED, f"a stop is latched: {status.latch}"
+            return codes.STOP_LATCHED, f"a stop is latched: {status.latch.reason}"
         if not status.enabled:
             return codes.DISABLED, "output is disabled (dry run); enable it first"
         try:
@@ -128,15 +129,15 @@ class RunPolicyServer:
         if self._closing.is_set() or not status.active:
             return codes.NOT_ACTIVE, "the node was deactivated"
         if status.latch is not None:
-            failed = "engine" in status.latch
-            return (codes.ENGINE_FAILED if failed else codes.STOP_LATCHED), status.latch
+            code = codes.ENGINE_FAILED if status.latch.engine_failed else codes.STOP_LATCHED
+            return code, status.latch.reason
         if not status.enabled:
             return codes.DISABLED, "output was disabled"
         if over:
             return codes.TIME_LIMIT_REACHED, "time limit reached"
         if patience.exhausted("stale", bool(_STALE & set(status.holding))):
             return codes.STALE_INPUT, f"input stale for {_PATIENCE_S:g} s: {', '.join(r.value for r in status.holding)}"
-        if patience.exhausted("late", status.starved):
+        if patience.exhausted("late", bool(_LATE & set(status.holding))):
             return codes.DEADLINE_MISSED, f"no decision within its deadline for {_PATIENCE_S:g} s"
         return None
 
@@ -148,7 +149,7 @@ class RunPolicyServer:
             commands=status.commands - first.commands,
             observation_age_ms=status.age_ms.p50 if status.age_ms.count else 0.0,
             latency_ms=status.latency_ms.p50 if status.latency_ms.count else 0.0,
-            holding=bool(status.holding) or status.starved,
+            holding=bool(status.holding),
         )
         goal.publish_feedback(feedback)
 

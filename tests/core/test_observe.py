@@ -1,0 +1,74 @@
+"""Frames to observations, and the refusal of contracts that a policy cannot use."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.core import ros_messages as msgs
+from vla_policy.core.contract import load_contract
+from vla_policy.core.errors import ContractError
+from vla_policy.core.events import to_event
+from vla_policy.core.observe import check_contract, observe
+from vla_policy.core.policy_config import PolicyConfig
+from vla_policy.core.synchroniser import Frame, Synchroniser
+
+ROOT = Path(__file__).parents[2]
+CONTRACT = load_contract(ROOT / "ros2_ws/src/vla_policy/config/libero.yaml")
+CONFIG = PolicyConfig.load(ROOT / "demo/policies/libero_object")
+WRIST = replace(CONTRACT.primary, name="wrist", topic="wrist/image_raw/compressed")
+TWO_CAMERAS = replace(CONTRACT, cameras=(CONTRACT.primary, WRIST))
+STAMP_NS = 10**12
+
+
+def two_camera_frame() -> Frame:
+    """The wrist camera shows 200, the first camera 10, 5 ms apart."""
+    synchroniser = Synchroniser(TWO_CAMERAS)
+    images = [
+        (WRIST.topic, STAMP_NS + 5_000_000, np.full((4, 4, 3), 200, np.uint8)),
+        (CONTRACT.primary.topic, STAMP_NS, np.full((4, 4, 3), 10, np.uint8)),
+    ]
+    messages = [(CONTRACT.instruction.topic, msgs.text("go"))]
+    messages += [(CONTRACT.states[0].topic, msgs.joints(STAMP_NS, [0, 0, 0, 0.04]))]
+    messages += [(topic, msgs.compressed(stamp_ns, image)) for topic, stamp_ns, image in images]
+    events = [to_event(TWO_CAMERAS, topic, message, STAMP_NS) for topic, message in messages]
+    (frame,) = [result for event in events for result in synchroniser.push(event)]
+    assert isinstance(frame, Frame)
+    return frame
+
+
+def test_a_frame_holds_every_camera_in_the_contract_s_order() -> None:
+    frame = two_camera_frame()
+    assert [int(image.decode().mean()) for image in frame.images] == [10, 200]
+    assert frame.skew_ns == 5_000_000
+
+
+def test_the_camera_is_turned_and_cropped_as_the_contract_says() -> None:
+    upright = np.zeros((8, 8, 3), np.uint8)
+    upright[:4] = 255
+    contract = replace(CONTRACT, cameras=(replace(CONTRACT.primary, rotate_180=True),))
+    frame = replace(two_camera_frame(), images=(to_image(upright),))
+    np.testing.assert_array_equal(observe(frame, contract).image, upright[::-1])
+    np.testing.assert_array_equal(observe(frame, CONTRACT).image, upright)
+
+
+def to_image(pixels: np.ndarray):
+    event = to_event(CONTRACT, CONTRACT.primary.topic, msgs.compressed(STAMP_NS, pixels), STAMP_NS)
+    return event.payload
+
+
+def test_cameras_that_the_policy_would_not_see_are_refused() -> None:
+    check_contract(CONTRACT, CONFIG)
+    for use in (lambda: check_contract(TWO_CAMERAS, CONFIG), lambda: observe(two_camera_frame(), TWO_CAMERAS)):
+        with pytest.raises(ContractError, match=r"the policy sees one image; .* 2 cameras \(agentview, wrist\)"):
+            use()
+
+
+def test_states_and_actions_that_are_not_the_policy_s_are_refused() -> None:
+    swapped = replace(CONTRACT.states[0], values=CONTRACT.states[0].values[::-1])
+    with pytest.raises(ContractError, match="the policy takes the states x, y, z, gripper_width"):
+        check_contract(replace(CONTRACT, states=(swapped,)), CONFIG)
+    action = replace(CONTRACT.action, dimensions=CONTRACT.action.dimensions[:-1])
+    with pytest.raises(ContractError, match="actions have 7 values; the contract names 6"):
+        check_contract(replace(CONTRACT, action=action), CONFIG)
