@@ -139,7 +139,7 @@ def _collect_episode(job: Job, index: int, teacher: Teacher, actor: Actor | None
     task = task_of(index, job.tasks)
     rng = np.random.default_rng([job.seed, index])
     observation = teacher.start(task, rng)
-    columns: dict[str, list[np.ndarray]] = {name: [] for name in ("png", "state", "action", "aux", "valid")}
+    columns: dict[str, list[np.ndarray]] = {name: [] for name in ("png", "state", "action", "valid", "aux", "seen_at")}
     success = done = False
     while not done and teacher.teachable():
         lesson = teacher.lesson()
@@ -174,8 +174,9 @@ def _record(columns: dict[str, list[np.ndarray]], observation: Observation, less
     columns["png"].append(encode_png(resize(observation.image, IMAGE_SIZE)))
     columns["state"].append(observation.state)
     columns["action"].append(lesson.actions.astype(np.float32))
-    columns["aux"].append(lesson.aux)
     columns["valid"].append(lesson.valid)
+    columns["aux"].append(lesson.aux)
+    columns["seen_at"].append(lesson.seen_at)
 
 
 def _write_episode(path: Path, columns: dict[str, list[np.ndarray]], metadata: dict[str, str]) -> None:

@@ -1,8 +1,9 @@
 """Demonstration episodes: one safetensors file each, read whole into memory for training.
 
 With T frames, I instructions and K action dimensions a file has: `png` uint8 [bytes], the T images one after another,
-and `png_end` int64 [T], where each ends; `state` float32 [T, 5]; the expert's answers `action` float32 [T, I, K] with
-`aux` float32 [T, I, 6] and `valid` bool [T, I]. Its metadata name the I instructions, the episode's own first.
+and `png_end` int64 [T], where each ends; `state` float32 [T, 5]; for each instruction the expert's answer `action`
+float32 [T, I, K], whether it is `valid` bool [T, I], positions `aux` float32 [T, I, 6] of target and goal, and where in
+the image the target is, `seen_at` float32 [T, I, 2]. The metadata name the I instructions, the episode's own first.
 """
 
 import io
@@ -18,21 +19,23 @@ from torch import Tensor
 
 from vla_policy.core.errors import ArtefactError, DataError
 
-_COLUMNS = ("png", "png_end", "state", "action", "aux", "valid")
+_COLUMNS = ("png", "png_end", "state", "action", "valid", "aux", "seen_at")
 
 
 @dataclass(frozen=True)
 class Demonstrations:
     """Decisions of all episodes, concatenated. Each of the N images has the answers to several instructions.
 
-    images: uint8 [N, S, S, 3]; states: float32 [N, 5]. The M answers: actions float32 [M, K], the expert's clean
-    labels; aux float32 [M, 6], positions of target and goal in metres (training only); instruction int64 [M] into
-    `instructions`; image int64 [M] into `images`. own: int64 [N], the answer to the instruction that the episode was
-    about; other answers exist where the expert's meant something.
+    images: uint8 [N, S, S, 3]; states: float32 [N, 5]. seen_at: float32 [N, C, 2], where in the image the target of
+    each of the C `instructions` is, from (0, 0) to (1, 1), NaN where the scene has none. The M answers: actions float32
+    [M, K], the expert's clean labels; aux float32 [M, 6], positions of target and goal in metres; instruction int64
+    [M] into `instructions`; image int64 [M] into `images`. own: int64 [N], the answer to the instruction that the
+    episode was about; other answers exist where the expert's meant something.
     """
 
     images: Tensor
     states: Tensor
+    seen_at: Tensor
     actions: Tensor
     aux: Tensor
     instruction: Tensor
@@ -51,6 +54,7 @@ def load_demonstrations(folders: list[Path]) -> Demonstrations:
     if not paths:
         raise ArtefactError(f"{', '.join(map(str, folders))}: no episode files; run `python -m demo.collect` first")
     parts: dict[str, list[Tensor]] = {}
+    places: list[tuple[Tensor, Tensor]] = []
     instructions: dict[str, int] = {}
     images = answers = 0
     for path in paths:
@@ -69,9 +73,15 @@ def load_demonstrations(folders: list[Path]) -> Demonstrations:
             "own": own,
         }.items():
             parts.setdefault(name, []).append(tensor)
+        places.append((numbers, episode["seen_at"]))
         images, answers = images + len(episode["image"]), answers + len(frames)
     columns = {name: torch.cat(tensors) for name, tensors in parts.items()}
-    return Demonstrations(**columns, instructions=tuple(instructions), episodes=len(paths))
+    seen_at = torch.full((images, len(instructions), 2), torch.nan)
+    frame = 0
+    for numbers, pixels in places:
+        seen_at[frame : frame + len(pixels), numbers] = pixels
+        frame += len(pixels)
+    return Demonstrations(**columns, seen_at=seen_at, instructions=tuple(instructions), episodes=len(paths))
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], list[str]]:
@@ -84,7 +94,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], list[str]]:
             episode = {name: stream.get_tensor(name) for name in _COLUMNS}
     except SafetensorError as error:
         raise ArtefactError(f"{path}: damaged or truncated ({error}); delete it and collect again") from error
-    if not all(torch.isfinite(episode[name]).all() for name in ("state", "action", "aux")):
+    if not all(torch.isfinite(episode[name]).all() for name in ("state", "action", "aux", "seen_at")):
         raise DataError(f"{path}: a state, an action or a position is not finite; delete it and collect again")
     episode["image"] = _decode(episode["png"].numpy(), episode["png_end"].tolist(), path)
     if not episode["valid"][:, 0].all():

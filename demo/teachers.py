@@ -18,13 +18,15 @@ from vla_policy.core.observation import Observation
 class Lesson:
     """What the expert would do in one situation, for each of I instructions; the first is the episode's own.
 
-    actions: float64 [I, K]. aux: float32 [I, 6], positions of target and goal, metres. valid: bool [I]; False where the
-    expert's answer to that instruction means nothing in this situation, never for the first.
+    actions: float64 [I, K]. valid: bool [I]; False where the expert's answer to that instruction means nothing in this
+    situation, never for the first. aux: float32 [I, 6], positions of target and goal, metres. seen_at: float32 [I, 2],
+    the target in the image, from (0, 0) upper left to (1, 1) lower right.
     """
 
     actions: np.ndarray
-    aux: np.ndarray
     valid: np.ndarray
+    aux: np.ndarray
+    seen_at: np.ndarray
 
 
 class Teacher(Protocol):
@@ -125,9 +127,10 @@ class LiberoTeacher:
         places = [scene.position(name) for name in self._targets]
         actions = np.stack([e.act(state, place, basket) for e, place in zip(self._experts, places, strict=True)])
         aux = np.array([[*place, *basket] for place in places], np.float32)
+        seen_at = scene.in_image(np.stack(places)).astype(np.float32)
         empty = hand_is_open(state) and actions[0, 6] < 0
         valid = [empty and self._upright_still(index) and within_reach(place) for index, place in enumerate(places)]
-        return Lesson(actions, aux, np.array([True, *valid[1:]]))
+        return Lesson(actions, np.array([True, *valid[1:]]), aux, seen_at)
 
     def disturbed(self, action: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Gaussian noise on the motion of half the actions; now and then an open gripper begins to close."""
@@ -191,8 +194,10 @@ class MetaWorldTeacher:
 
     def lesson(self) -> Lesson:
         """The scripted policy's answer from the true positions."""
-        action = self._expert.act(self._env.scene.vector)
-        return Lesson(action[None], self._env.aux()[None], np.array([True]))
+        scene = self._env.scene
+        action = self._expert.act(scene.vector)
+        seen_at = scene.in_image(scene.target[None]).astype(np.float32)
+        return Lesson(action[None], np.array([True]), self._env.aux()[None], seen_at)
 
     def disturbed(self, action: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Gaussian noise on half the actions; less on the gripper."""

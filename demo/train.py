@@ -1,9 +1,10 @@
 """Trains a demo policy by imitation: `python -m demo.train --data episodes/ --out demo/policies/NAME`.
 
 Targets are the expert's actions as bins, smoothed over neighbouring bins. Beside the answer to its own instruction an
-image may have answers to others; they share the vision towers' pass over it. An auxiliary readout of the object's and
-the goal's position, used in training only, teaches the policy where to look. The exponential average of the weights is
-what is saved, in the published OpenVLA layout.
+image may have answers to others; they share the vision towers' pass over it. Two auxiliary readouts, used in training
+only, teach the policy where to look: the patches say where in the image every known object is, and the prompt's last
+position says where object and goal are in space. The exponential average of the weights is what is saved, in the
+published OpenVLA layout.
 """
 
 import argparse
@@ -51,8 +52,9 @@ class Recipe:
     fall_fraction: float = 0.35
     ema_decay: float = 0.998
     target_sigma_bins: float = 2.0
-    aux_weight: float = 0.5
-    shift_pixels: int = 4
+    position_weight: float = 0.5
+    search_weight: float = 0.3
+    shift_pixels: int = 3
     state_noise: float = 0.01
     width: int = 192
     layers: int = 4
@@ -141,7 +143,8 @@ class Batch(NamedTuple):
     """B images with R answers.
 
     pixels: [B, 6, S, S]. image: [R] into them. ids: [R, L], prompts padded at the right. lengths: [R], the prompts'.
-    tokens: [R, K], the action. aux: [R, 6], standardised.
+    tokens: [R, K], the action. aux: [R, 6], standardised. where: [B, P, C], the share of each patch in where the target
+    of each instruction is; all zero where the scene has none.
     """
 
     pixels: Tensor
@@ -150,6 +153,7 @@ class Batch(NamedTuple):
     lengths: Tensor
     tokens: Tensor
     aux: Tensor
+    where: Tensor
 
 
 class Batches:
@@ -176,7 +180,9 @@ class Batches:
         """The batch of step `step`."""
         random = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + step)
         frames = torch.multinomial(self.weights, self.recipe.batch, replacement=True, generator=random)
-        pixels = self._augment(self.data.images[frames], random)
+        pixels, shift = self._augment(self.data.images[frames], random)
+        side = self.recipe.image_size // self.recipe.patch_size
+        where = patch_shares(self.data.seen_at[frames] - shift[:, None], side)
         answers, places = self._answers(frames, random)
         noise = torch.randn(len(answers), len(_STATE_NAMES), generator=random) * self.recipe.state_noise
         states = (self.data.states[frames[places]] + noise * self.state_span).numpy()
@@ -189,7 +195,7 @@ class Batches:
         for row, prompt in zip(ids, prompts, strict=True):
             row[: len(prompt)] = torch.from_numpy(prompt)
         aux = (self.data.aux[answers] - self.aux_mean) / self.aux_std
-        return Batch(pixels, places, ids, lengths, self.tokens[answers], aux)
+        return Batch(pixels, places, ids, lengths, self.tokens[answers], aux, where)
 
     def _answers(self, frames: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
         """The frames' own answers, then others drawn from theirs; with each its place in `frames`."""
@@ -203,13 +209,16 @@ class Batches:
         others = of_others[drawn]
         return torch.cat([own, own[others] + 1 + nth[drawn]]), torch.cat([places, others])
 
-    def _augment(self, images: Tensor, random: torch.Generator) -> Tensor:
-        """Shifts by a few pixels (edges repeated), brightness, contrast and colour, then both normalisations."""
+    def _augment(self, images: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Shifts by a few pixels (edges repeated), brightness, contrast and colour, then both normalisations.
+
+        Also returns the shifts [B, 2] to the left and up, as a share of the image.
+        """
         size, margin, count = images.shape[1], self.recipe.shift_pixels, len(images)
         padded = functional.pad(images.permute(0, 3, 1, 2).float() / 255, [margin] * 4, mode="replicate")
-        offsets = torch.randint(0, 2 * margin + 1, (count, 2), generator=random).tolist()
+        offsets = torch.randint(0, 2 * margin + 1, (count, 2), generator=random)
         shifted = torch.stack(
-            [image[:, y : y + size, x : x + size] for image, (y, x) in zip(padded, offsets, strict=True)]
+            [image[:, y : y + size, x : x + size] for image, (x, y) in zip(padded, offsets.tolist(), strict=True)]
         )
         mean = shifted.mean((1, 2, 3), keepdim=True)
         contrast = 1 + 0.2 * (2 * torch.rand(count, 1, 1, 1, generator=random) - 1)
@@ -217,7 +226,19 @@ class Batches:
         brightness = 0.1 * (2 * torch.rand(count, 1, 1, 1, generator=random) - 1)
         jittered = (((shifted - mean) * contrast + mean) * colour + brightness).clamp(0, 1)
         means, deviations = (values.view(1, 6, 1, 1) for values in self.statistics)
-        return (jittered.repeat(1, 2, 1, 1) - means) / deviations
+        return (jittered.repeat(1, 2, 1, 1) - means) / deviations, (offsets - margin) / size
+
+
+def patch_shares(seen_at: Tensor, side: int) -> Tensor:
+    """[B, C, 2] -> [B, side * side, C]: bilinear shares of the patches, row by row, whose centres surround each point.
+
+    Points outside the image count at its edge; a NaN point gets all zeros.
+    """
+    known = seen_at.isfinite().all(-1)
+    places = (seen_at.nan_to_num() * side - 0.5).clamp(0, side - 1)
+    hats = (1 - (places[..., None] - torch.arange(side)).abs()).clamp_min(0)  # [B, C, 2, side]
+    shares = hats[:, :, 1, :, None] * hats[:, :, 0, None, :] * known[..., None, None]
+    return shares.flatten(2).transpose(1, 2)
 
 
 def soft_targets(tokens: Tensor, first: int, sigma: float) -> Tensor:
@@ -226,41 +247,50 @@ def soft_targets(tokens: Tensor, first: int, sigma: float) -> Tensor:
     return torch.softmax(-0.5 * (distance / sigma) ** 2, dim=-1)
 
 
-def loss(
-    policy: OpenVLA, readout: nn.Module, batch: Batch, recipe: Recipe
-) -> tuple[Tensor, dict[str, float]]:
-    """Cross-entropy over the whole vocabulary at the K predicting positions, plus the auxiliary error."""
-    pixels, image, ids, lengths, tokens, aux = batch
-    count = tokens.shape[1]
+class Readouts(nn.Module):
+    """What training reads besides actions: `search` the objects in the patches, `position` in the prompt's end."""
+
+    def __init__(self, width: int, instructions: int) -> None:
+        super().__init__()
+        self.search = nn.Linear(width, instructions)
+        self.position = nn.Linear(width, 6)
+
+
+def loss(policy: OpenVLA, readouts: Readouts, batch: Batch, recipe: Recipe) -> tuple[Tensor, dict[str, float]]:
+    """Cross-entropy over the whole vocabulary at the K predicting positions, plus the auxiliary errors."""
+    count = batch.tokens.shape[1]
     # The action tokens go right after each prompt; whatever padding follows is never attended to.
-    rows = torch.arange(len(ids))[:, None]
-    sequence = functional.pad(ids, (0, count - 1))
-    columns = lengths[:, None] + torch.arange(count - 1)
-    sequence[rows, columns] = tokens[:, :-1]
-    hidden = policy.hidden(policy.embed(sequence, policy.patches(pixels)[image]))
-    predicting = policy.config.num_patches + lengths[:, None] - 1 + torch.arange(count)
+    rows = torch.arange(len(batch.ids))[:, None]
+    sequence = functional.pad(batch.ids, (0, count - 1))
+    sequence[rows, batch.lengths[:, None] + torch.arange(count - 1)] = batch.tokens[:, :-1]
+    patches = policy.patches(batch.pixels)
+    hidden = policy.hidden(policy.embed(sequence, patches[batch.image]))
+    predicting = policy.config.num_patches + batch.lengths[:, None] - 1 + torch.arange(count)
     states = hidden[rows, predicting]
     log_probabilities = policy.language_model.lm_head(states).float().log_softmax(-1)
     first = policy.config.token_vocab - ACTION_BINS
-    targets = soft_targets(tokens, first, recipe.target_sigma_bins)
-    action_loss = -(targets * log_probabilities[..., first : policy.config.token_vocab]).sum(-1).mean()
-    aux_loss = functional.smooth_l1_loss(readout(states[:, 0]).float(), aux)
+    targets = soft_targets(batch.tokens, first, recipe.target_sigma_bins)
+    action = -(targets * log_probabilities[..., first : policy.config.token_vocab]).sum(-1).mean()
+    position = functional.smooth_l1_loss(readouts.position(states[:, 0]).float(), batch.aux)
+    found = readouts.search(patches).float().log_softmax(1)
+    search = -(batch.where * found).sum() / batch.where.sum()
     picked = log_probabilities[..., first : policy.config.token_vocab].argmax(-1) + first
-    error = (picked - tokens).abs().float().mean()
-    return action_loss + recipe.aux_weight * aux_loss, {
-        "action": action_loss.item(),
-        "aux": aux_loss.item(),
+    error = (picked - batch.tokens).abs().float().mean()
+    return action + recipe.position_weight * position + recipe.search_weight * search, {
+        "action": action.item(),
+        "position": position.item(),
+        "search": search.item(),
         "bins": error.item(),
     }
 
 
 class Run:
-    """Model, readout, optimiser and averaged weights, saved and restored together."""
+    """Model, readouts, optimiser and averaged weights, saved and restored together."""
 
-    def __init__(self, policy: OpenVLA, recipe: Recipe, checkpoint: Path) -> None:
+    def __init__(self, policy: OpenVLA, recipe: Recipe, instructions: int, checkpoint: Path) -> None:
         self.policy, self.recipe, self.checkpoint = policy, recipe, checkpoint
-        self.readout = nn.Linear(recipe.width, 6)
-        self.modules = nn.ModuleDict({"policy": policy, "readout": self.readout})
+        self.readouts = Readouts(recipe.width, instructions)
+        self.modules = nn.ModuleDict({"policy": policy, "readouts": self.readouts})
         self.parameters = dict(self.modules.named_parameters())
         decayed = [p for p in self.parameters.values() if p.ndim > 1]
         plain = [p for p in self.parameters.values() if p.ndim <= 1]
@@ -285,7 +315,7 @@ class Run:
             group["lr"] = self.learning_rate()
         # On CPUs the fused attention's backward pass takes half of all time; at these lengths plain products do not.
         with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
-            total, figures = loss(self.policy, self.readout, batch, self.recipe)
+            total, figures = loss(self.policy, self.readouts, batch, self.recipe)
         total.backward()
         nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
         self.optimiser.step()
@@ -351,7 +381,7 @@ def train(data_folders: list[Path], out: Path, key: str, steps_per_action: int, 
     torch.manual_seed(recipe.seed)
     policy = OpenVLA(config)
     initialise(policy)
-    run = Run(policy, recipe, work / "checkpoint.safetensors")
+    run = Run(policy, recipe, len(data.instructions), work / "checkpoint.safetensors")
     run.restore()
     for module in (policy.vision_backbone, policy.projector, policy.language_model.model):
         module.compile(dynamic=False)  # 1.5 times the samples per second on one core; needs a C++ compiler

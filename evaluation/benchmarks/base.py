@@ -1,7 +1,7 @@
 """What every closed-loop benchmark offers: named tasks, numbered trials, held actions, success."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -76,3 +76,14 @@ class BenchmarkEnv(Protocol):
     def close(self) -> None:
         """Frees simulator and renderer."""
         ...
+
+
+def project(model: Any, data: Any, camera: int, points: np.ndarray) -> np.ndarray:
+    """float64 [N, 2]: where `points` [N, 3] (metres, world) appear in a square image of a MuJoCo camera.
+
+    (0, 0) is the upper left corner and (1, 1) the lower right one.
+    """
+    # The columns of a camera's frame point right, up and backward.
+    right, up, backward = ((points - data.cam_xpos[camera]) @ data.cam_xmat[camera].reshape(3, 3)).T
+    focal = 0.5 / np.tan(np.radians(model.cam_fovy[camera]) / 2)
+    return np.stack([0.5 - focal * right / backward, 0.5 + focal * up / backward], axis=1)

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from evaluation.benchmarks.base import StepResult
+from evaluation.benchmarks.base import StepResult, project
 from vla_policy.core.errors import DataError
 from vla_policy.core.image import centre_crop
 from vla_policy.core.observation import Observation
@@ -209,6 +209,11 @@ class _Scene:
         """uint8 [S, S, 3], upright and mirrored."""
         self._renderer.update_scene(self._data, camera=_CAMERA, scene_option=self._visible)
         return np.ascontiguousarray(self._renderer.render()[:, ::-1])
+
+    def in_image(self, points: np.ndarray) -> np.ndarray:
+        """float64 [N, 2]: where points [N, 3] (metres) are in `render`'s image, from (0, 0) upper left to (1, 1)."""
+        camera = self._control.sim.model.camera_name2id(_CAMERA)
+        return np.abs([1, 0] - project(self._model, self._data, camera, points))
 
     def robot_state(self) -> np.ndarray:
         """float32 [5]: x, y, z (m), gripper width (m), gripper velocity (m/s, negative while closing)."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from evaluation.benchmarks.base import StepResult
+from evaluation.benchmarks.base import StepResult, project
 from vla_policy.core.errors import DataError
 from vla_policy.core.image import rotate_180
 from vla_policy.core.observation import Observation
@@ -108,6 +108,10 @@ class MetaWorldScene:
         """uint8 [224, 224, 3]. The camera hangs upside down in Meta-World, so the image is turned by 180 degrees."""
         self._renderer.update_scene(self._env.data, camera=self._camera)
         return rotate_180(self._renderer.render())
+
+    def in_image(self, points: np.ndarray) -> np.ndarray:
+        """float64 [N, 2]: where points [N, 3] (metres) are in `render`'s image, from (0, 0) upper left to (1, 1)."""
+        return 1 - project(self._env.model, self._env.data, self._camera, points)
 
     def state(self) -> np.ndarray:
         """float32 [5]: hand x, y, z and gripper width in metres, the width's velocity in m/s."""

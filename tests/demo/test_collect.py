@@ -38,7 +38,8 @@ class FakeTeacher:
 
     def lesson(self) -> Lesson:
         up, down = np.full(7, self.count, np.float64), np.full(7, -self.count, np.float64)
-        return Lesson(np.stack([up, down]), np.zeros((2, 6), np.float32), np.array([True, self.count < 3]))
+        valid = np.array([True, self.count < 3])
+        return Lesson(np.stack([up, down]), valid, np.zeros((2, 6), np.float32), np.zeros((2, 2), np.float32))
 
     def disturbed(self, action: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         return action + rng.normal(0, 10, 7)

@@ -205,9 +205,7 @@ def test_disk_that_fills_up_is_one_line(place: Workplace, tmp_path: Path) -> Non
 def test_workspace_that_is_not_sourced_is_named(place: Workplace) -> None:
     hidden = ("PYTHONPATH", "AMENT_PREFIX_PATH")
     environment = {name: value for name, value in place.environment.items() if name not in hidden}
-    done = subprocess.run(
-        place.command(), cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run(place.command(), cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert "run `make demo`" in _one_error(done)
 
 

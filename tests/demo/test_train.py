@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 from calibrator.policy.model import OpenVLA
 from demo.dataset import encode_png, load_demonstrations
 from demo.tokenizer import save_tokenizer
-from demo.train import Batches, Recipe, Run, initialise, policy_config
+from demo.train import Batches, Recipe, Run, initialise, patch_shares, policy_config
 from vla_policy.core.errors import ArtefactError, DataError
 
 RECIPE = Recipe(
@@ -32,6 +32,7 @@ def write_episode(path: Path, seed: int, asked: tuple[str, ...] = ASKED, frames:
         "state": rng.normal(size=(frames, 5)).astype(np.float32),
         "action": action if asked == ASKED else action[:, ::-1].copy(),
         "aux": rng.normal(size=(frames, 2, 6)).astype(np.float32),
+        "seen_at": rng.random((frames, 2, 2), np.float32),
         "valid": np.stack([np.ones(frames, bool), np.arange(frames) < frames // 2], axis=1),
     }
     save_file(columns, path, metadata={"instructions": json.dumps(asked)})
@@ -52,7 +53,7 @@ def make(folder: Path) -> tuple[Run, Batches]:
     torch.manual_seed(0)
     policy = OpenVLA(config)
     initialise(policy)
-    return Run(policy, RECIPE, folder / "checkpoint.bin"), Batches(data, config, folder, RECIPE, "toy")
+    return Run(policy, RECIPE, 2, folder / "checkpoint.bin"), Batches(data, config, folder, RECIPE, "toy")
 
 
 def test_answers_keep_their_image_and_instruction(folder: Path) -> None:
@@ -82,6 +83,33 @@ def test_a_batch_s_rows_say_what_the_files_say(folder: Path) -> None:
     assert (left[RECIPE.batch :] != left[batch.image[RECIPE.batch :]]).all()
 
 
+@pytest.mark.parametrize(("x", "y"), [(0.375, 0.625), (0.5, 0.5), (0.41, 0.83), (-0.2, 1.3), (0.01, 0.99)])
+def test_patch_shares_are_bilinear(x: float, y: float) -> None:
+    shares = patch_shares(torch.tensor([[[x, y], [torch.nan, 0.5]]]), 4)
+    assert shares.shape == (1, 16, 2) and not shares[..., 1].any()
+    grid = shares[0, :, 0].view(4, 4)
+    centres = (torch.arange(4) + 0.5) / 4
+    inside = [min(max(value, 0.125), 0.875) for value in (x, y)]
+    means = [float((grid.sum(0) * centres).sum()), float((grid.sum(1) * centres).sum())]
+    np.testing.assert_allclose([*means, float(grid.sum())], [*inside, 1.0], atol=1e-6)
+    assert (grid > 1e-6).sum() <= 4
+
+
+def test_a_shift_of_the_image_moves_what_is_seen(folder: Path) -> None:
+    """A white pixel is where `seen_at` says, before and after the augmentation."""
+    _, batches = make(folder)
+    batches.recipe = Recipe(**{**vars(RECIPE), "shift_pixels": 5})
+    column, row = 20, 9
+    images = torch.zeros(16, 32, 32, 3, dtype=torch.uint8)
+    images[:, row, column] = 255
+    pixels, shift = batches._augment(images, torch.Generator().manual_seed(1))
+    brightest = pixels[:, 0].flatten(1).argmax(1)
+    found = torch.stack([brightest % 32, brightest // 32], 1)
+    expected = (torch.tensor([column, row]) / 32 - shift) * 32
+    torch.testing.assert_close(found.float(), expected)
+    assert len(set(map(tuple, shift.tolist()))) > 8
+
+
 def test_a_batch_is_a_function_of_the_step(folder: Path) -> None:
     _, batches = make(folder)
     assert all(torch.equal(a, b) for a, b in zip(batches(5), batches(5), strict=True))
@@ -109,7 +137,7 @@ def test_another_recipe_s_checkpoint_is_refused(folder: Path) -> None:
     run, batches = make(folder)
     run.advance(batches(0))
     run.save()
-    other = Run(run.policy, Recipe(**{**vars(RECIPE), "batch": 4}), run.checkpoint)
+    other = Run(run.policy, Recipe(**{**vars(RECIPE), "batch": 4}), 2, run.checkpoint)
     with pytest.raises(ArtefactError, match="batch 8 -> 4"):
         other.restore()
 

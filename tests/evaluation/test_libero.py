@@ -54,6 +54,19 @@ def demo_env() -> LiberoEnv:
     return LiberoEnv("libero_object", DEMO_PROTOCOL)
 
 
+def test_points_are_found_in_the_image(demo_env: LiberoEnv) -> None:
+    """What changes in the picture when an object vanishes lies about where the object is said to be seen."""
+    demo_env.reset(MILK, 0, 0)
+    scene = demo_env.scene(MILK)
+    for name in (name for name in scene.objects() if name != "basket_1"):
+        place, with_it = scene.position(name), scene.render().astype(int)
+        scene.place(name, place - [0, 0, 5], 0.0)
+        changed = np.argwhere(np.abs(scene.render() - with_it).max(-1) > 10)
+        scene.place(name, place, 0.0)
+        middle = (np.median(changed, axis=0)[::-1] + 0.5) / 224
+        np.testing.assert_allclose(scene.in_image(place[None])[0], middle, atol=0.03, err_msg=name)
+
+
 @pytest.mark.parametrize("suite", SUITES + SWAPPED_SUITES)
 def test_every_suite_has_ten_tasks_with_initial_states(suite: str) -> None:
     pytest.importorskip("libero", reason="LIBERO is an optional extra")

@@ -36,6 +36,7 @@ def test_images_are_upright_sharp_and_named_by_seed_and_trial() -> None:
     assert env.initial_state() != state
     assert np.abs(other.image.astype(int) - first.image).max() > 50
     again = env.reset("button-press-topdown", trial=0, seed=3)
+    seen_at = env.scene.in_image(env.scene.target[None])[0]
     assert env.initial_state() == state
     np.testing.assert_array_equal(again.image, first.image)
     np.testing.assert_array_equal(again.state, first.state)
@@ -49,6 +50,7 @@ def test_images_are_upright_sharp_and_named_by_seed_and_trial() -> None:
     box = np.argwhere((red > 150) & (green > 100) & (blue < 60))
     assert len(button) > 20 and len(box) > 100
     assert button[:, 0].mean() < box[:, 0].mean() - 5
+    np.testing.assert_allclose(seen_at, (button.mean(0)[::-1] + 0.5) / 224, atol=0.03)
 
 
 def test_state_is_metric_and_follows_the_hand() -> None:
