@@ -1,6 +1,8 @@
 """Replays a bag through a policy node: both packages' own launch files, in lossless dry run.
 
-ros2 launch vla_deploy replay_policy.launch.py bag:=BAG engine_path:=ENGINE contract:=CONTRACT.yaml
+    ros2 launch vla_deploy replay_policy.launch.py bag:=BAG engine_path:=ENGINE contract:=CONTRACT.yaml
+
+Takes the arguments of both (`--show-args` lists them); only the defaults that differ are declared here.
 """
 
 from launch.actions import DeclareLaunchArgument, IncludeLaunchDescription
@@ -13,41 +15,22 @@ from launch import LaunchDescription
 
 def generate_launch_description() -> LaunchDescription:
     share = FindPackageShare("vla_policy")
-    shared = {name: LaunchConfiguration(name) for name in ("contract", "namespace", "log_level")}
     return LaunchDescription(
         [
             DeclareLaunchArgument("bag", description="rosbag2 folder, .mcap or .db3 file"),
-            DeclareLaunchArgument("engine_path", description="folder of the engine that serves"),
+            DeclareLaunchArgument("lossless", default_value="true", description="answer every frame in order"),
+            DeclareLaunchArgument("use_sim_time", default_value="true", description="follow the recording's clock"),
             DeclareLaunchArgument(
-                "contract",
-                default_value=PathJoinSubstitution([share, "config", "libero.yaml"]),
-                description="YAML that maps topics to the policy's inputs and actions to commands",
+                "check_sources",
+                default_value="none",
+                description="the replay waits for the node's subscriptions before it publishes anything",
             ),
-            DeclareLaunchArgument("namespace", default_value="", description="namespace of nodes and topics"),
-            DeclareLaunchArgument("log_level", default_value="info", description="debug, info, warn, error or fatal"),
-            DeclareLaunchArgument(
-                "rate", default_value="1.0", description="times recorded speed; 0: as fast as answers"
-            ),
-            DeclareLaunchArgument("served", default_value="", description="bag to write the decisions to"),
             IncludeLaunchDescription(
-                PythonLaunchDescriptionSource(PathJoinSubstitution([share, "launch", "policy.launch.py"])),
-                launch_arguments={
-                    **shared,
-                    "engine_path": LaunchConfiguration("engine_path"),
-                    "lossless": "true",
-                    "use_sim_time": "true",
-                    # The replay waits for the node's subscriptions before it publishes anything.
-                    "check_sources": "none",
-                }.items(),
+                PythonLaunchDescriptionSource(PathJoinSubstitution([share, "launch", "policy.launch.py"]))
             ),
             IncludeLaunchDescription(
                 PythonLaunchDescriptionSource(PathJoinSubstitution([share, "launch", "replay.launch.py"])),
-                launch_arguments={
-                    **shared,
-                    "bag": LaunchConfiguration("bag"),
-                    "rate": LaunchConfiguration("rate"),
-                    "served": LaunchConfiguration("served"),
-                }.items(),
+                launch_arguments={"bag": LaunchConfiguration("bag")}.items(),
             ),
         ]
     )

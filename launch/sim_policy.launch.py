@@ -1,6 +1,9 @@
 """The simulated LIBERO robot driven by a policy node, in simulated time. Needs the workstation packages (evaluation).
 
-ros2 launch vla_deploy sim_policy.launch.py engine_path:=ENGINE tasks:="[pick_up_the_butter_and_place_it_in_the_basket]"
+    ros2 launch vla_deploy sim_policy.launch.py engine_path:=ENGINE \\
+      tasks:="[pick_up_the_butter_and_place_it_in_the_basket]"
+
+Takes the arguments of policy.launch.py too (`--show-args` lists them); only the defaults that differ are declared here.
 """
 
 from launch.actions import DeclareLaunchArgument, ExecuteProcess, IncludeLaunchDescription, Shutdown
@@ -10,56 +13,43 @@ from launch_ros.substitutions import FindPackageShare
 
 from launch import LaunchDescription
 
+ROBOT = {
+    "suite": ("libero_object", "LIBERO suite"),
+    "tasks": ("['']", "task names; ['']: all of the suite"),
+    "trials": ("[0]", "official initial states"),
+    "max_steps": ("0", "control steps after which an episode ends; 0: as the suite says"),
+    "lockstep": ("true", "simulated time waits for decisions"),
+}
+
 
 def generate_launch_description() -> LaunchDescription:
     share = FindPackageShare("vla_policy")
-    shared = {name: LaunchConfiguration(name) for name in ("contract", "namespace", "log_level")}
+    robot = ["python3", "-m", "evaluation.robot", "--ros-args", "--log-level", LaunchConfiguration("log_level")]
+    robot += ["-r", ["__ns:=/", LaunchConfiguration("namespace")]]
+    for name in ("contract", *ROBOT):
+        robot += ["-p", [f"{name}:=", LaunchConfiguration(name)]]
     return LaunchDescription(
         [
-            DeclareLaunchArgument("engine_path", description="folder of the engine that serves"),
             DeclareLaunchArgument(
                 "contract",
                 default_value=PathJoinSubstitution([share, "config", "libero.yaml"]),
-                description="YAML that maps topics to the policy's inputs and actions to commands",
+                description="YAML that maps the simulated robot's topics to the policy's inputs",
             ),
-            DeclareLaunchArgument("namespace", default_value="", description="namespace of nodes and topics"),
-            DeclareLaunchArgument("log_level", default_value="info", description="debug, info, warn, error or fatal"),
-            DeclareLaunchArgument("suite", default_value="libero_object", description="LIBERO suite"),
-            DeclareLaunchArgument("tasks", default_value="['']", description="task names; ['']: all of the suite"),
-            DeclareLaunchArgument("trials", default_value="[0]", description="official initial states"),
-            DeclareLaunchArgument("lockstep", default_value="true", description="simulated time waits for decisions"),
+            DeclareLaunchArgument(
+                "params_file",
+                default_value=PathJoinSubstitution([share, "config", "simulation.params.yaml"]),
+                description="parameters of the policy node",
+            ),
+            DeclareLaunchArgument("use_sim_time", default_value="true", description="follow the simulation's clock"),
+            DeclareLaunchArgument("enabled", default_value="true", description="let the policy move the robot"),
+            DeclareLaunchArgument("check_sources", default_value="graph", description="demand of the inputs"),
+            *(
+                DeclareLaunchArgument(name, default_value=default, description=description)
+                for name, (default, description) in ROBOT.items()
+            ),
             IncludeLaunchDescription(
-                PythonLaunchDescriptionSource(PathJoinSubstitution([share, "launch", "policy.launch.py"])),
-                launch_arguments={
-                    **shared,
-                    "engine_path": LaunchConfiguration("engine_path"),
-                    "params_file": PathJoinSubstitution([share, "config", "simulation.params.yaml"]),
-                    "use_sim_time": "true",
-                    "enabled": "true",
-                    "check_sources": "graph",
-                }.items(),
+                PythonLaunchDescriptionSource(PathJoinSubstitution([share, "launch", "policy.launch.py"]))
             ),
-            ExecuteProcess(
-                cmd=[
-                    "python3",
-                    "-m",
-                    "evaluation.robot",
-                    "--ros-args",
-                    "-r",
-                    ["__ns:=/", LaunchConfiguration("namespace")],
-                    "-p",
-                    ["contract:=", LaunchConfiguration("contract")],
-                    "-p",
-                    ["suite:=", LaunchConfiguration("suite")],
-                    "-p",
-                    ["tasks:=", LaunchConfiguration("tasks")],
-                    "-p",
-                    ["trials:=", LaunchConfiguration("trials")],
-                    "-p",
-                    ["lockstep:=", LaunchConfiguration("lockstep")],
-                ],
-                output="screen",
-                on_exit=Shutdown(reason="every episode is over"),
-            ),
+            ExecuteProcess(cmd=robot, output="screen", on_exit=Shutdown(reason="every episode is over")),
         ]
     )

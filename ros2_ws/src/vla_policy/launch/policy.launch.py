@@ -2,63 +2,65 @@
 
     ros2 launch vla_policy policy.launch.py engine_path:=ENGINE contract:=CONTRACT.yaml
 
-Values given as launch arguments win over `params_file`. The node starts disabled (dry run); call ~/enable to move.
+Arguments that are given win over `params_file`; those that are not leave it alone. The node starts disabled (dry run)
+unless told otherwise; call ~/enable to move.
 """
 
-from launch.actions import DeclareLaunchArgument, SetEnvironmentVariable
+from launch.actions import DeclareLaunchArgument, IncludeLaunchDescription, OpaqueFunction
+from launch.launch_description_sources import PythonLaunchDescriptionSource
 from launch.substitutions import LaunchConfiguration, PathJoinSubstitution
 from launch_ros.actions import Node
 from launch_ros.parameter_descriptions import ParameterValue
 from launch_ros.substitutions import FindPackageShare
 
-from launch import LaunchDescription
+from launch import LaunchContext, LaunchDescription
+
+PARAMETERS = {
+    "engine_path": (str, "folder of the engine that serves"),
+    "use_sim_time": (bool, "follow /clock"),
+    "lossless": (bool, "answer every frame in order"),
+    "enabled": (bool, "allow motion from the start"),
+    "check_sources": (str, "demand of the inputs: none, graph or message"),
+}
+
+
+def _node(context: LaunchContext) -> list[Node]:
+    kinds = {"contract": str} | {name: kind for name, (kind, _) in PARAMETERS.items()}
+    given = {
+        name: ParameterValue(LaunchConfiguration(name), value_type=kind)
+        for name, kind in kinds.items()
+        if LaunchConfiguration(name).perform(context)
+    }
+    return [
+        Node(
+            package="vla_policy",
+            executable="policy_node",
+            name=LaunchConfiguration("node_name"),
+            namespace=LaunchConfiguration("namespace"),
+            output="screen",
+            parameters=[LaunchConfiguration("params_file"), given],
+            arguments=["--ros-args", "--log-level", LaunchConfiguration("log_level")],
+        )
+    ]
 
 
 def generate_launch_description() -> LaunchDescription:
-    config = PathJoinSubstitution([FindPackageShare("vla_policy"), "config"])
+    share = FindPackageShare("vla_policy")
     return LaunchDescription(
         [
-            DeclareLaunchArgument("engine_path", description="folder of the engine that serves"),
-            DeclareLaunchArgument(
-                "contract",
-                default_value=PathJoinSubstitution([config, "libero.yaml"]),
-                description="YAML that maps topics to the policy's inputs and actions to commands",
+            IncludeLaunchDescription(
+                PythonLaunchDescriptionSource(PathJoinSubstitution([share, "launch", "common.launch.py"]))
             ),
             DeclareLaunchArgument(
                 "params_file",
-                default_value=PathJoinSubstitution([config, "policy.params.yaml"]),
+                default_value=PathJoinSubstitution([share, "config", "policy.params.yaml"]),
                 description="parameters of the node",
             ),
-            DeclareLaunchArgument("namespace", default_value="", description="namespace of node and relative topics"),
             DeclareLaunchArgument("node_name", default_value="policy_node", description="name of the node"),
-            DeclareLaunchArgument("use_sim_time", default_value="false", description="follow /clock"),
-            DeclareLaunchArgument("log_level", default_value="info", description="debug, info, warn, error or fatal"),
-            DeclareLaunchArgument("lossless", default_value="false", description="answer every frame in order"),
-            DeclareLaunchArgument("enabled", default_value="false", description="allow motion from the start"),
-            DeclareLaunchArgument(
-                "check_sources", default_value="message", description="demand of the inputs: none, graph or message"
+            *(
+                DeclareLaunchArgument(name, default_value="", description=f"{description} (else as in params_file)")
+                for name, (_, description) in PARAMETERS.items()
             ),
-            SetEnvironmentVariable(
-                "FASTRTPS_DEFAULT_PROFILES_FILE", PathJoinSubstitution([config, "fastdds_large_images.xml"])
-            ),
-            Node(
-                package="vla_policy",
-                executable="policy_node",
-                name=LaunchConfiguration("node_name"),
-                namespace=LaunchConfiguration("namespace"),
-                output="screen",
-                parameters=[
-                    LaunchConfiguration("params_file"),
-                    {
-                        "engine_path": LaunchConfiguration("engine_path"),
-                        "contract": LaunchConfiguration("contract"),
-                        "check_sources": LaunchConfiguration("check_sources"),
-                        "use_sim_time": ParameterValue(LaunchConfiguration("use_sim_time"), value_type=bool),
-                        "lossless": ParameterValue(LaunchConfiguration("lossless"), value_type=bool),
-                        "enabled": ParameterValue(LaunchConfiguration("enabled"), value_type=bool),
-                    },
-                ],
-                arguments=["--ros-args", "--log-level", LaunchConfiguration("log_level")],
-            ),
+            OpaqueFunction(function=_node),
         ]
     )

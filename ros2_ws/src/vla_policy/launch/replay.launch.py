@@ -5,7 +5,8 @@
 Starts publishing when every topic has a subscriber, and shuts the launch down when all frames are answered.
 """
 
-from launch.actions import DeclareLaunchArgument, SetEnvironmentVariable, Shutdown
+from launch.actions import DeclareLaunchArgument, IncludeLaunchDescription, Shutdown
+from launch.launch_description_sources import PythonLaunchDescriptionSource
 from launch.substitutions import LaunchConfiguration, PathJoinSubstitution
 from launch_ros.actions import Node
 from launch_ros.parameter_descriptions import ParameterValue
@@ -13,30 +14,27 @@ from launch_ros.substitutions import FindPackageShare
 
 from launch import LaunchDescription
 
+PARAMETERS = {
+    "bag_namespace": (str, "", "namespace of the topics in the bag"),
+    "rate": (float, "1.0", "times recorded speed; 0: as fast as answers"),
+    "publish_clock": (bool, "true", "publish /clock from the recording"),
+    "served": (str, "", "bag to write the decisions to"),
+    "summary": (str, "", "JSON file for the counts"),
+}
+
 
 def generate_launch_description() -> LaunchDescription:
-    config = PathJoinSubstitution([FindPackageShare("vla_policy"), "config"])
+    share = FindPackageShare("vla_policy")
+    kinds = {"bag": str, "contract": str} | {name: kind for name, (kind, _, _) in PARAMETERS.items()}
     return LaunchDescription(
         [
+            IncludeLaunchDescription(
+                PythonLaunchDescriptionSource(PathJoinSubstitution([share, "launch", "common.launch.py"]))
+            ),
             DeclareLaunchArgument("bag", description="rosbag2 folder, .mcap or .db3 file"),
-            DeclareLaunchArgument(
-                "contract",
-                default_value=PathJoinSubstitution([config, "libero.yaml"]),
-                description="YAML that maps topics to the policy's inputs",
-            ),
-            DeclareLaunchArgument("namespace", default_value="", description="namespace of the published topics"),
-            DeclareLaunchArgument("bag_namespace", default_value="", description="namespace of the topics in the bag"),
-            DeclareLaunchArgument(
-                "rate", default_value="1.0", description="times recorded speed; 0: as fast as answers"
-            ),
-            DeclareLaunchArgument(
-                "publish_clock", default_value="true", description="publish /clock from the recording"
-            ),
-            DeclareLaunchArgument("served", default_value="", description="bag to write the decisions to"),
-            DeclareLaunchArgument("summary", default_value="", description="JSON file for the counts"),
-            DeclareLaunchArgument("log_level", default_value="info", description="debug, info, warn, error or fatal"),
-            SetEnvironmentVariable(
-                "FASTRTPS_DEFAULT_PROFILES_FILE", PathJoinSubstitution([config, "fastdds_large_images.xml"])
+            *(
+                DeclareLaunchArgument(name, default_value=default, description=description)
+                for name, (_, default, description) in PARAMETERS.items()
             ),
             Node(
                 package="vla_policy",
@@ -45,15 +43,7 @@ def generate_launch_description() -> LaunchDescription:
                 namespace=LaunchConfiguration("namespace"),
                 output="screen",
                 parameters=[
-                    {
-                        "bag": LaunchConfiguration("bag"),
-                        "contract": LaunchConfiguration("contract"),
-                        "bag_namespace": LaunchConfiguration("bag_namespace"),
-                        "served": LaunchConfiguration("served"),
-                        "summary": LaunchConfiguration("summary"),
-                        "rate": ParameterValue(LaunchConfiguration("rate"), value_type=float),
-                        "publish_clock": ParameterValue(LaunchConfiguration("publish_clock"), value_type=bool),
-                    }
+                    {name: ParameterValue(LaunchConfiguration(name), value_type=kind) for name, kind in kinds.items()}
                 ],
                 arguments=["--ros-args", "--log-level", LaunchConfiguration("log_level")],
                 on_exit=Shutdown(reason="the replay has ended"),

@@ -5,7 +5,7 @@ the robot's runner takes the backend and the compute capability from here. Group
 scale per output channel.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from vla_policy.core.errors import ArtefactError
@@ -20,13 +20,14 @@ ROW: None = None
 
 @dataclass(frozen=True)
 class Rule:
-    """One format that a target runs: by which kernel, for which group sizes and layer kinds."""
+    """One format that a target runs: by which kernel, for which group sizes, layer kinds and backends."""
 
     weight_bits: int
     activation_bits: int
     groups: tuple[int | None, ...]
     kernel: str
     kinds: tuple[LayerKind, ...] = _ALL_KINDS
+    backends: tuple[Backend, ...] = BACKENDS
 
     def formats(self) -> tuple[Format, ...]:
         return tuple(Format(self.weight_bits, self.activation_bits, group) for group in self.groups)
@@ -34,7 +35,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Target:
-    """A machine that engines are built for.
+    """A machine that engines are built for. Its formats are those of its first backend; see `on` for another.
 
     backends: what can run there, the default first.
     compute_capability: of its GPU, (major, minor); None for a CPU.
@@ -50,10 +51,27 @@ class Target:
     rules: tuple[Rule, ...]
     refused: tuple[tuple[str, str], ...]
 
+    @property
+    def backend(self) -> Backend:
+        """What runs its engines."""
+        return self.backends[0]
+
+    def on(self, backend: Backend | None) -> "Target":
+        """This target with one of its backends, None for the default. Raises ArtefactError for one it does not have."""
+        if backend is None:
+            return self
+        if backend not in self.backends:
+            choices = " or ".join(self.backends)
+            raise ArtefactError(f"target {self.name} cannot run backend {backend}; choose {choices}")
+        return replace(self, backends=(backend, *(other for other in self.backends if other != backend)))
+
     def legal(self, kind: LayerKind = "linear") -> tuple[Format, ...]:
         """Every format that a layer of this kind may have, most precise first."""
-        formats = [fmt for rule in self.rules if kind in rule.kinds for fmt in rule.formats()]
+        formats = [fmt for rule in self._rules(kind) for fmt in rule.formats()]
         return tuple(sorted(formats, key=_precision, reverse=True))
+
+    def _rules(self, kind: LayerKind) -> list[Rule]:
+        return [rule for rule in self.rules if kind in rule.kinds and self.backend in rule.backends]
 
     def why_not(self, fmt: Format, kind: LayerKind = "linear") -> str | None:
         """Why `fmt` cannot be had for a layer of this kind, or None if it can."""
@@ -63,15 +81,13 @@ class Target:
         reason = dict(self.refused).get(bare)
         if reason is not None:
             return reason
-        groups = [
-            rule.groups
-            for rule in self.rules
-            if rule.formats()[0].activation_bits == fmt.activation_bits
-            and rule.weight_bits == fmt.weight_bits
-            and kind in rule.kinds
-        ]
+        bits = fmt.weight_bits, fmt.activation_bits
+        groups = [rule.groups for rule in self._rules(kind) if (rule.weight_bits, rule.activation_bits) == bits]
         if groups:
             return f"{bare} has kernels for {', '.join(_group(group) for group in groups[0])} only"
+        for other in self.backends[1:]:
+            if fmt in self.on(other).legal(kind):
+                return f"{self.backend} has no kernel for {bare} and takes none of ours; build with --backend {other}"
         return f"no kernel runs {bare} on a {kind} layer"
 
     def nearest(self, fmt: Format, kind: LayerKind = "linear") -> Format:
@@ -120,17 +136,22 @@ _CPU = Target(
     (_NO_A4, ("w2a4", _NO_A4[1]), ("w3a16", "ONNX has no 3-bit type"), ("w3a8", "ONNX has no 3-bit type")),
 )
 
+_RTX: tuple[Backend, ...] = ("tensorrt_rtx",)
+_PLUGIN: tuple[Backend, ...] = ("tensorrt",)  # TensorRT-RTX imports no Python plugins, nor a compiled kernel
+_BLOCKS = (ROW, 32, 64, 128)
+
 _TENSORRT_RULES = (
     Rule(16, 16, (ROW,), "float16"),
     Rule(8, 16, (ROW,), "INT8 weights, one scale per row, float16 MatMul"),
     Rule(8, 8, (ROW,), "INT8 both; activations with one fixed scale per tensor, from the calibration set"),
-    Rule(4, 16, (ROW, 32, 64, 128), "INT4 weights in blocks, float16 MatMul"),
-    Rule(2, 16, (ROW, 32, 64, 128), "two 2-bit codes to an INT4, split at run time, float16 MatMul"),
+    Rule(4, 16, _BLOCKS, "INT4 weights in blocks, float16 MatMul"),
+    Rule(2, 16, _BLOCKS, "two 2-bit codes to an INT4, split at run time, float16 MatMul", backends=_RTX),
+    Rule(2, 16, _BLOCKS, "plugin of TensorRT 10.9: codes decoded in registers, float16 tensor cores", backends=_PLUGIN),
+    Rule(4, 8, _BLOCKS, "plugin of TensorRT 10.9: activations per token, int8 tensor cores", backends=_PLUGIN),
 )
 _TENSORRT_REFUSED = (
     ("w4a4", "TensorRT multiplies no 4-bit integers"),
-    ("w4a8", "TensorRT has no such kernel"),
-    ("w2a8", "TensorRT has no such kernel"),
+    ("w2a8", "TensorRT has no such kernel, nor is there a plugin"),
     ("w3a16", "TensorRT has no 3-bit type"),
 )
 
