@@ -153,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with tempfile.TemporaryDirectory() as folder:
             tokenizer = write_tokenizer(Path(folder) / "tokenizer.json")
             policy = Policy(config, RandomTensors(config, seed=0), tokenizer, sha256="0" * 64)
-            manifest = build_engine(policy, plan, target, target.backends[0], arguments.out)
+            manifest = build_engine(policy, plan, target, arguments.out)
         print(summary(manifest))
         print(account(manifest))
         print(f"built in {time.perf_counter() - started:.0f} s, peak memory {peak_bytes() / 1e9:.2f} GB", flush=True)

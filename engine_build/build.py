@@ -16,8 +16,9 @@ from tqdm import tqdm
 from engine_build import readback, readback_tensorrt
 from engine_build.backends import tensorrt
 from engine_build.export import export
-from engine_build.graph import builder, linear_onnxruntime, linear_tensorrt
+from engine_build.graph import builder, linear_onnxruntime, linear_plugin, linear_tensorrt
 from engine_build.graph.context import LinearWriter
+from engine_build.packing import RUN
 from engine_build.plan import Plan, check_legal, legalize, load_plan, uniform_plan
 from engine_build.ranges import input_peaks
 from engine_build.readback import Realised, canonical
@@ -44,7 +45,7 @@ class Dialect:
 DIALECTS: dict[Backend, Dialect] = {
     "onnxruntime": Dialect(TensorProto.FLOAT, builder.OPSET, linear_onnxruntime.linear),
     "tensorrt_rtx": Dialect(TensorProto.FLOAT16, 21, linear_tensorrt.linear),
-    "tensorrt": Dialect(TensorProto.FLOAT16, 21, linear_tensorrt.linear),
+    "tensorrt": Dialect(TensorProto.FLOAT16, 21, linear_plugin.linear),
 }
 
 
@@ -64,15 +65,6 @@ class Request:
     legalize: bool = False
     backend: Backend | None = None
     calibration: Path | None = None
-
-    @property
-    def chosen_backend(self) -> Backend:
-        """Raises ArtefactError for a backend that the target does not have."""
-        backend = self.backend or self.target.backends[0]
-        if backend not in self.target.backends:
-            choices = " or ".join(self.target.backends)
-            raise ArtefactError(f"target {self.target.name} cannot run backend {backend}; choose {choices}")
-        return backend
 
 
 @dataclass(frozen=True)
@@ -95,16 +87,17 @@ def build(request: Request) -> Manifest:
     config = PolicyConfig.load(request.policy)
     layers = layers_of(config)
     policy_sha256 = sha256_policy(request.policy)
-    plan = _plan(request, policy_sha256, layers)
-    peaks = _input_peaks(request, plan)
+    target = request.target.on(request.backend)
+    plan = _plan(request, target, policy_sha256, layers)
+    peaks = _input_peaks(request, target, plan)
     with open_checkpoint(request.policy, config) as checkpoint:
         policy = Policy(config, checkpoint, request.policy / TOKENIZER, policy_sha256, peaks)
-        return build_engine(policy, plan, request.target, request.chosen_backend, request.out)
+        return build_engine(policy, plan, target, request.out)
 
 
-def build_engine(policy: Policy, plan: Plan, target: Target, backend: Backend, out: Path) -> Manifest:
-    """The part of `build` behind the checks of its inputs."""
-    layers = layers_of(policy.config)
+def build_engine(policy: Policy, plan: Plan, target: Target, out: Path) -> Manifest:
+    """The part of `build` behind the checks of its inputs, for the target's first backend."""
+    layers, backend = layers_of(policy.config), target.backend
     if backend != "onnxruntime":
         tensorrt.load_module(backend)
     with atomic_folder(out) as folder:
@@ -123,7 +116,7 @@ def build_engine(policy: Policy, plan: Plan, target: Target, backend: Backend, o
         units = tuple(
             unit_record(layer, plan.assignment[name], realised[name], stored[name]) for name, layer in layers.items()
         )
-        check_realised(out, units)
+        check_realised(out, units, backend)
         files = file_records(folder)
         counted = sum(unit.code_bytes + unit.scale_bytes for unit in units)
         manifest = Manifest(
@@ -150,26 +143,26 @@ def build_engine(policy: Policy, plan: Plan, target: Target, backend: Backend, o
 _UNRUN = "built but not run: formats are proven by the codes found in the engine, speed and numbers are not"
 
 
-def _plan(request: Request, policy_sha256: str, layers: Mapping[str, Layer]) -> Plan:
+def _plan(request: Request, target: Target, policy_sha256: str, layers: Mapping[str, Layer]) -> Plan:
     if request.plan is not None:
         plan = load_plan(request.plan, policy_sha256, layers)
     else:
         plan = uniform_plan(request.uniform or FULL_PRECISION, layers)
     if request.legalize:
-        plan = legalize(plan, layers, request.target)
-    check_legal(plan, layers, request.target)
+        plan = legalize(plan, layers, target)
+    check_legal(plan, layers, target)
     return plan
 
 
-def _input_peaks(request: Request, plan: Plan) -> dict[str, float]:
+def _input_peaks(request: Request, target: Target, plan: Plan) -> dict[str, float]:
     """Largest inputs of the layers whose activations TensorRT rounds with a fixed scale."""
-    names = [name for name, fmt in plan.assignment.items() if fmt.activation_bits < 16]
-    if request.chosen_backend == "onnxruntime" or not names:
+    names = [name for name, fmt in plan.assignment.items() if linear_tensorrt.has_fixed_scale(fmt)]
+    if target.backend == "onnxruntime" or not names:
         return {}
     if request.calibration is None:
         raise ArtefactError(
             f"plan: {len(names)} layers have 8-bit activations, e.g. {names[0]}, for which "
-            f"{request.chosen_backend} needs fixed scales; name states to take them from with --calibration"
+            f"{target.backend} needs fixed scales; name states to take them from with --calibration"
         )
     return input_peaks(request.policy, request.calibration, names)
 
@@ -248,10 +241,10 @@ def stored_bytes(
     }
 
 
-def check_realised(folder: Path, units: tuple[UnitRecord, ...]) -> None:
+def check_realised(folder: Path, units: tuple[UnitRecord, ...], backend: Backend) -> None:
     """Raises ArtefactError for a layer whose format or bytes are not the planned ones."""
     for unit in units:
-        smallest, largest = planned_bytes(unit)
+        smallest, largest = planned_bytes(unit, backend)
         if unit.realised != str(canonical(Format.parse(unit.planned), unit.inputs)):
             raise ArtefactError(
                 f"{folder}: {unit.name} was planned as {unit.planned} but runs as {unit.realised} ({unit.arithmetic})"
@@ -262,11 +255,17 @@ def check_realised(folder: Path, units: tuple[UnitRecord, ...]) -> None:
             )
 
 
-def planned_bytes(unit: UnitRecord) -> tuple[int, int]:
-    """Bytes that the planned format needs for a unit's codes: bare, and with the last group of inputs filled up."""
+def planned_bytes(unit: UnitRecord, backend: Backend) -> tuple[int, int]:
+    """Bytes that the planned format needs for a unit's codes: bare, and with what the backend may fill up.
+
+    Groups of inputs must be whole where codes lie in groups, pairs where two share an INT4, and runs where a plugin
+    reads them.
+    """
     fmt = Format.parse(unit.planned)
-    group = fmt.group_size or unit.inputs
-    padded = -(-unit.inputs // group) * group
+    grain = fmt.group_size or (2 if fmt.weight_bits == 2 else 1)
+    if backend == "tensorrt" and linear_plugin.is_plugin(fmt):
+        grain = RUN
+    padded = -(-unit.inputs // grain) * grain
     return -(-unit.weights * fmt.weight_bits // 8), -(-unit.outputs * padded * fmt.weight_bits // 8)
 
 

@@ -1,6 +1,9 @@
-"""Integer codes as packed bytes, in ONNX's order and in that of ONNX Runtime's MatMulNBits."""
+"""Integer codes as packed bytes, in the orders of ONNX, of ONNX Runtime's MatMulNBits, and of the kernels here."""
 
 import numpy as np
+
+RUN = 128
+"""Inputs that the kernels of this package read of a row at once; rows are filled up to whole runs."""
 
 
 def pack(codes: np.ndarray, bits: int) -> bytes:
@@ -48,3 +51,21 @@ def pack_nbits(codes: np.ndarray, bits: int, group: int) -> np.ndarray:
     outputs, groups, _ = blocks.shape
     shifted = (blocks + np.int8(1 << (bits - 1))).astype(np.int8)
     return np.frombuffer(pack(shifted, bits), np.uint8).reshape(outputs, groups, group * bits // 8)
+
+
+def pack_runs(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Codes [out, in] of 2 or 4 bits as little-endian words [out, runs * 4 * bits], for kernels/quantized_matmul.cu.
+
+    Four lanes share a run. Lane t takes inputs 32 q + 8 t .. + 7 of its blocks q = 0..3, all in `bits` adjacent words:
+    a 2-bit word holds two blocks, even inputs in its lower half and odd ones in its upper half; a 4-bit word holds one
+    block, inputs b and 4 + b in the lower and upper half of byte b.
+    """
+    outputs = len(codes)
+    runs = pad_groups(codes, RUN)
+    if bits == 2:  # word, block in it, lane, pair, half -> lane, word, half, block in it, pair
+        ordered = runs.reshape(outputs, -1, 2, 2, 4, 4, 2).transpose(0, 1, 4, 2, 6, 3, 5)
+    elif bits == 4:  # block, lane, half, byte -> lane, block, byte, half
+        ordered = runs.reshape(outputs, -1, 4, 4, 2, 4).transpose(0, 1, 3, 2, 5, 4)
+    else:
+        raise ValueError(f"runs of {bits}-bit codes have no layout")
+    return np.frombuffer(pack(np.ascontiguousarray(ordered), bits), "<i4").reshape(outputs, -1)

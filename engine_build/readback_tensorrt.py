@@ -1,9 +1,9 @@
 """Which format each layer of a TensorRT engine has, without a GPU: its packed codes, found in the engine's bytes.
 
 An engine can be opened, and TensorRT's inspector asked, only where its GPU is. But weights lie in the serialized engine
-as they were given or transposed, so a layer whose N-bit codes stand there, byte for byte, was built with N bits. 16-bit
-weights may be merged or re-ordered by the builder; for those the absence of the policy's tensors proves nothing, and
-they are reported as built, not as found.
+as they were given or, if TensorRT knows them as codes, transposed, so a layer whose N-bit codes stand there, byte for
+byte, was built with N bits. 16-bit weights may be merged or re-ordered by the builder; for those the absence of the
+policy's tensors proves nothing, and they are reported as built, not as found.
 """
 
 import mmap
@@ -51,14 +51,23 @@ def read_back(
             f"{engine}: codes of {len(missing)} layers are not in the engine, e.g. {missing[0]}, planned "
             f"{planned[missing[0]]}; the builder has changed their format"
         )
-    return {name: _realised(layer, planned[name], name in found) for name, layer in layers.items()}
+    plugins = {name for name in quantized if tensors[f"{name}.codes"].data_type not in _BITS}
+    return {name: _realised(layer, planned[name], name in found, name in plugins) for name, layer in layers.items()}
 
 
-def _realised(layer: Layer, planned: Format, found: bool) -> Realised:
+def _arithmetic(planned: Format, plugin: bool) -> tuple[str, str]:
+    """The form of the codes, and of the activations they multiply."""
+    if plugin:
+        by = "float16" if planned.activation_bits == 16 else "INT8 per token"
+        return f"{planned.weight_bits}-bit codes in the plugin's order", f"{by} activations, by plugin"
+    codes = {8: "INT8 codes", 4: "INT4 codes", 2: "2-bit codes, two to an INT4, split at run time"}[planned.weight_bits]
+    return codes, "float16 activations" if planned.activation_bits == 16 else "INT8 activations of fixed scale, by Q/DQ"
+
+
+def _realised(layer: Layer, planned: Format, found: bool, plugin: bool) -> Realised:
     if not found:
         return Realised(FULL_PRECISION, "float16 MatMul, as built", layer.weights * 2)
-    codes = {8: "INT8 codes", 4: "INT4 codes", 2: "2-bit codes, two to an INT4, split at run time"}[planned.weight_bits]
-    activations = "float16 activations" if planned.activation_bits == 16 else "INT8 activations of fixed scale, by Q/DQ"
+    codes, activations = _arithmetic(planned, plugin)
     arithmetic = f"{codes} found in the engine; {activations}"
     return Realised(canonical(planned, layer.inputs), arithmetic, layer.weights * planned.weight_bits // 8)
 
@@ -67,7 +76,7 @@ def _search(content: mmap.mmap, graph: Path, tensors: Mapping[str, onnx.TensorPr
     """The layers whose codes stand in `content`, at any multiple of four bytes."""
     needles: dict[int, list[_Needle]] = {}
     for name in names:
-        for transposed in (False, True):
+        for transposed in (False, True) if tensors[f"{name}.codes"].data_type in _BITS else (False,):
             head = _ordered(graph, tensors[f"{name}.codes"], transposed)[:_HEAD]
             needles.setdefault(int.from_bytes(head[:_WORD], "little"), []).append(_Needle(name, transposed, head))
     found: set[str] = set()

@@ -94,7 +94,7 @@ def verify_formats(engine_folder: Path, policy_folder: Path) -> Manifest:
             raise ArtefactError(
                 f"{engine_folder}: {unit.name} is {now[unit.name]}, the manifest says {unit}; build it again"
             )
-    check_realised(engine_folder, manifest.units)
+    check_realised(engine_folder, manifest.units, manifest.backend)
     return manifest
 
 

@@ -3,15 +3,23 @@
 The two modules have one API; where they differ, TensorRT-RTX names the GPU and TensorRT keeps a timing cache. The
 network is strongly typed: precision is what the graph says, and no builder flag changes it. The decoder gets two
 optimisation profiles, prefill and decode step, on one copy of the weights.
+
+Each graph is built in a process of its own: TensorRT is native code that may crash, and gives its memory back there.
 """
 
 import importlib
-from collections.abc import Iterator, Sequence
+import multiprocessing
+import signal
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import onnx
+
+from engine_build.kernels import NAMESPACE
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.files import sha256_file
 from vla_policy.core.manifest import GraphSpec
@@ -63,15 +71,14 @@ def build_engines(
 
     With TensorRT a timing cache found as `folder/timing.cache` is used and the updated one written there.
     """
-    module = load_module(backend)
     files = {}
     for name, spec in graphs.items():
         files[name] = f"{name}.engine"
         profiles = decoder_profiles(spec, config) if name == "decoder" else []
-        with open(folder / files[name], "wb") as stream:
-            stream.write(_build(module, backend, target, folder / spec.file, profiles))
+        _build_apart(_Job(backend, target, folder / spec.file, folder / files[name], tuple(profiles)))
     cache = folder / TIMING_CACHE
-    return BuiltEngines(files, module.__version__, sha256_file(cache) if cache.is_file() else None)
+    version = load_module(backend).__version__
+    return BuiltEngines(files, version, sha256_file(cache) if cache.is_file() else None)
 
 
 def decoder_profiles(spec: GraphSpec, config: PolicyConfig) -> list[Profile]:
@@ -99,31 +106,80 @@ def _fixed(shape: Shape) -> tuple[Shape, Shape, Shape]:
     return shape, shape, shape
 
 
-def _build(module: Any, backend: Backend, target: Target, onnx_file: Path, profiles: Sequence[Profile]) -> memoryview:
-    """The serialized engine of one graph."""
-    with _logged(module, f"{onnx_file}: {backend} {module.__version__}") as (logger, fail):
+@dataclass(frozen=True)
+class _Job:
+    """One graph to build: from `graph`, an ONNX file, to `engine`."""
+
+    backend: Backend
+    target: Target
+    graph: Path
+    engine: Path
+    profiles: tuple[Profile, ...]
+
+
+def _build_apart(job: _Job) -> None:
+    """Builds in a new process. Raises ArtefactError with TensorRT's words, or saying how the process ended."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_serve, args=(theirs, job), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        failure = ours.recv()
+    except EOFError as error:
+        process.join()
+        code = process.exitcode or 0
+        how = signal.strsignal(-code) if code < 0 else f"exit status {code}"
+        raise ArtefactError(
+            f"{job.graph.name}: {job.backend} crashed while building ({how}); check free memory, or plan other formats"
+        ) from error
+    finally:
+        process.terminate()
+        process.join()
+    if failure is not None:
+        raise failure
+
+
+def _serve(pipe: Connection, job: _Job) -> None:
+    """Sends None when the engine is written, or the error."""
+    try:
+        _build(job)
+        pipe.send(None)
+    except ArtefactError as error:
+        pipe.send(error)
+
+
+def _build(job: _Job) -> None:
+    module = load_module(job.backend)
+    if any(node.domain == NAMESPACE for node in onnx.load(str(job.graph), load_external_data=False).graph.node):
+        from engine_build.backends import plugins
+
+        assert job.target.compute_capability is not None
+        plugins.register(job.target.compute_capability)
+    with _logged(module, f"{job.graph}: {job.backend} {module.__version__}") as (logger, fail):
         builder: trt.Builder = module.Builder(logger)
         flags = 1 << int(module.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
         network: trt.INetworkDefinition = builder.create_network(flags)
         parser: trt.OnnxParser = module.OnnxParser(network, logger)
-        if not parser.parse_from_file(str(onnx_file)):
+        if not parser.parse_from_file(str(job.graph)):
             fail("; ".join(parser.get_error(index).desc() for index in range(parser.num_errors)))
         config: trt.IBuilderConfig = builder.create_builder_config()
         config.profiling_verbosity = module.ProfilingVerbosity.DETAILED
-        for shapes in profiles:
+        for shapes in job.profiles:
             profile: trt.IOptimizationProfile = builder.create_optimization_profile()
             for name, bounds in shapes.items():
                 profile.set_shape(name, *bounds)
             config.add_optimization_profile(profile)
-        if backend == "tensorrt_rtx":
-            _name_gpu(module, config, target)
-        cache = _timing_cache(config, onnx_file.parent / TIMING_CACHE) if backend == "tensorrt" else None
+        if job.backend == "tensorrt_rtx":
+            _name_gpu(module, config, job.target)
+        cache_file = job.engine.parent / TIMING_CACHE
+        cache = _timing_cache(config, cache_file) if job.backend == "tensorrt" else None
         plan = builder.build_serialized_network(network, config)
         if plan is None:
             fail("build failed")
         if cache is not None:
-            (onnx_file.parent / TIMING_CACHE).write_bytes(cache.serialize())
-        return memoryview(plan)
+            cache_file.write_bytes(cache.serialize())
+        job.engine.write_bytes(plan)
 
 
 def _timing_cache(config: "trt.IBuilderConfig", path: Path) -> "trt.ITimingCache":

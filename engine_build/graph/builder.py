@@ -1,6 +1,6 @@
 """A small writer of ONNX graphs whose weights stream to one external file, so that no model ever has to fit twice."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -34,6 +34,7 @@ class GraphBuilder:
         self._tensors: list[onnx.TensorProto] = []
         self._constants: dict[tuple[str, tuple[int, ...], bytes], str] = {}
         self._domains: set[str] = set()
+        self._shared: dict[tuple[str, str], list[str]] = {}
         self._data_path = path.with_suffix(".data")
         self._data = open(self._data_path, "wb")  # noqa: SIM115 (closed by __exit__)
 
@@ -64,6 +65,12 @@ class GraphBuilder:
         if domain:
             self._domains.add(domain)
         return outputs
+
+    def shared(self, what: str, value: str, write: Callable[[], list[str]]) -> list[str]:
+        """What `write` returned when `what` was first wanted of `value`: layers of one input share it."""
+        if (what, value) not in self._shared:
+            self._shared[what, value] = write()
+        return self._shared[what, value]
 
     def rename(self, value: str, name: str) -> str:
         """`value` under the graph output's name."""

@@ -17,6 +17,12 @@ from onnx import TensorProto
 from engine_build.graph.builder import GraphBuilder
 from engine_build.packing import pack, pad_groups
 from engine_build.weights import LayerWeights
+from vla_policy.core.formats import Format
+
+
+def has_fixed_scale(fmt: Format) -> bool:
+    """Whether TensorRT rounds the activations of such a layer with a scale that is known when the engine is built."""
+    return fmt == Format(8, 8)
 
 
 def linear(builder: GraphBuilder, x: str, weights: LayerWeights) -> str:
@@ -28,14 +34,19 @@ def linear(builder: GraphBuilder, x: str, weights: LayerWeights) -> str:
         kernel = builder.tensor(f"{name}.weight", rows)
     else:
         group = weights.format.group_size or weights.layer.inputs
-        if weights.format.activation_bits == 8:
+        group += group % 2 if bits == 2 else 0  # codes are paired
+        if has_fixed_scale(weights.format):
             x = _rounded(builder, x, weights)
-        x = _padded(builder, x, -weights.layer.inputs % group)
+        x = padded(builder, x, -weights.layer.inputs % group)
         kernel = {8: _eight_bit, 4: _four_bit, 2: _two_bit}[bits](builder, weights, group)
-    result = builder.node("MatMul", [x, kernel], name)
-    if weights.bias is not None:
-        result = builder.add(result, builder.tensor(f"{name}.bias", weights.bias.astype(np.float16)))
-    return result
+    return with_bias(builder, builder.node("MatMul", [x, kernel], name), weights)
+
+
+def with_bias(builder: GraphBuilder, result: str, weights: LayerWeights) -> str:
+    """`result` plus the layer's bias, if it has one."""
+    if weights.bias is None:
+        return result
+    return builder.add(result, builder.tensor(f"{weights.layer.name}.bias", weights.bias.astype(np.float16)))
 
 
 def _rounded(builder: GraphBuilder, x: str, weights: LayerWeights) -> str:
@@ -46,7 +57,8 @@ def _rounded(builder: GraphBuilder, x: str, weights: LayerWeights) -> str:
     return builder.node("DequantizeLinear", [codes, scale, builder.constant(0, np.int8)], f"{name}.input_rounded")
 
 
-def _padded(builder: GraphBuilder, x: str, missing: int) -> str:
+def padded(builder: GraphBuilder, x: str, missing: int) -> str:
+    """`x` [1, tokens, in] with that many zeros behind its last input."""
     if missing == 0:
         return x
     return builder.node("Pad", [x, builder.ints(0, 0, 0, 0, 0, missing), builder.scalar(0.0)])
@@ -75,10 +87,7 @@ def _four_bit(builder: GraphBuilder, weights: LayerWeights, group: int) -> str:
 
 def _two_bit(builder: GraphBuilder, weights: LayerWeights, group: int) -> str:
     name, outputs = weights.layer.name, weights.layer.outputs
-    codes = _columns(weights, group)
-    if len(codes) % 2:
-        raise AssertionError(f"{name}: {len(codes)} inputs cannot be paired")
-    high, low = np.split(codes, 2)
+    high, low = np.split(_columns(weights, group), 2)
     pairs = (4 * high + low + 2).astype(np.int8)
     stored = builder.raw(f"{name}.codes", TensorProto.INT4, pairs.shape, pack(pairs, 4))
     values = builder.node("DequantizeLinear", [stored, builder.scalar(1.0)], f"{name}.dequantized")

@@ -1,9 +1,9 @@
 """TensorRT: its dialect's numbers on ONNX Runtime, codes found in engine bytes, a real sm_80 engine without a GPU."""
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,6 @@ from ragged import observation
 from calibrator.calibration import SourceIndex, Trajectory, collect, load_calibration
 from calibrator.quantization import quantize_weight
 from engine_build import readback_tensorrt
-from engine_build.backends import tensorrt
 from engine_build.backends.tensorrt import decoder_profiles, load_module
 from engine_build.build import Request, build
 from engine_build.graph.builder import GraphBuilder
@@ -182,72 +181,66 @@ def test_a_backend_that_is_not_installed_is_named(workshop: Path, tmp_path: Path
     assert list(tmp_path.iterdir()) == []
 
 
-class FakeTensorRt:
-    """The builder's interface of TensorRT 10: records what it is asked for, "builds" the parsed file's data."""
-
-    __version__ = "10.3.0"
-    NetworkDefinitionCreationFlag = SimpleNamespace(STRONGLY_TYPED=1)
-    ProfilingVerbosity = SimpleNamespace(DETAILED=2)
-
-    class ILogger:
-        ERROR = 1
-
-    def __init__(self) -> None:
-        self.flags: list[int] = []
-        self.caches: list[bytes] = []
-        self.profiles: list[int] = []
-        self.parsed = Path()
-
-    def Builder(self, logger: Any) -> Any:
-        def network(flags: int) -> None:
-            self.flags.append(flags)
-
-        def config() -> Any:
-            profiles: list[Any] = []
-            self.profiles.append(0)
-
-            def add(profile: Any) -> None:
-                profiles.append(profile)
-                self.profiles[-1] = len(profiles)
-
-            def create_cache(content: bytes) -> Any:
-                self.caches.append(content)
-                return SimpleNamespace(serialize=lambda: content + b"+")
-
-            return SimpleNamespace(
-                add_optimization_profile=add, create_timing_cache=create_cache, set_timing_cache=lambda *_: True
-            )
-
-        return SimpleNamespace(
-            create_network=network,
-            create_builder_config=config,
-            create_optimization_profile=lambda: SimpleNamespace(set_shape=lambda *_: None),
-            build_serialized_network=lambda *_: self.parsed.with_suffix(".data").read_bytes(),
-        )
-
-    def OnnxParser(self, network: Any, logger: Any) -> Any:
-        def parse(path: str) -> bool:
-            self.parsed = Path(path)
-            return True
-
-        return SimpleNamespace(parse_from_file=parse)
+def record_of(engine: Path) -> dict[str, Any]:
+    """What the stand-in was asked for when it "built" the engine."""
+    content: dict[str, Any] = json.loads(engine.read_bytes().rpartition(b"\nRECORD ")[2])
+    return content
 
 
-def test_on_the_device_the_timing_cache_is_kept_and_hashed(
-    workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fake = FakeTensorRt()
-    monkeypatch.setattr(tensorrt, "load_module", lambda backend: fake)
+@pytest.mark.usefixtures("device")
+def test_on_the_device_the_timing_cache_is_kept_and_hashed(workshop: Path, tmp_path: Path) -> None:
     request = Request(workshop / "policy", find_target("orin"), tmp_path / "engine", uniform=Format(8, 16))
     first = build(request)
-    assert (first.target, first.backend, first.backend_version) == ("orin", "tensorrt", "10.3.0")
-    assert fake.flags == [2, 2]
-    assert fake.profiles == [0, 2]
-    assert fake.caches == [b"", b"+"]
+    assert (first.target, first.backend, first.backend_version) == ("orin", "tensorrt", "10.13.0")
+    vision, decoder = (record_of(tmp_path / "engine" / f"{name}.engine") for name in ("vision", "decoder"))
+    assert vision == {"profiles": 0, "flags": 2, "cache": "", "plugins": []}
+    assert decoder == {"profiles": 2, "flags": 2, "cache": "+", "plugins": []}
     assert (tmp_path / "engine" / "timing.cache").read_bytes() == b"++"
     assert "timing.cache" in first.files
     build(request)
-    assert fake.caches[2:] == [b"++", b"+++"]
+    assert record_of(tmp_path / "engine" / "vision.engine")["cache"] == "++"
+
+
+@pytest.mark.usefixtures("device")
+def test_plugin_formats_are_in_the_engine_byte_for_byte(workshop: Path, tmp_path: Path) -> None:
+    layers = layers_of(Manifest.load(workshop / "engine").config)
+    assignment = {
+        name: {"bits": 2, "format": "w2a16_g32"} if "mlp" in name else {"bits": 4, "format": "w4a8_g32"}
+        for name in layers
+    }
+    plan = json.loads((workshop / "plan.json").read_text()) | {"assignment": assignment}
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    request = Request(workshop / "policy", find_target("orin"), tmp_path / "engine", plan=tmp_path / "plan.json")
+    manifest = build(request)
+    names = ["quantize_rows_f16", "w2a16_f16", "w4a8_f16"]
+    assert record_of(tmp_path / "engine" / "decoder.engine")["plugins"] == names
+    assert {unit.realised for unit in manifest.units} >= {"w2a16_g32", "w4a8_g32"}
+    assert all(unit.arithmetic.endswith("by plugin") for unit in manifest.units)
+    assert verify_formats(tmp_path / "engine", workshop / "policy") == manifest
+
+
+def test_plugin_formats_need_the_backend_that_takes_plugins() -> None:
+    wanted = Format(4, 8, 128)
+    why = "tensorrt_rtx has no kernel for w4a8 and takes none of ours; build with --backend tensorrt"
+    assert A100.why_not(wanted) == why
+    assert A100.on("tensorrt").why_not(wanted) is None
+    assert find_target("orin").why_not(wanted) is None
+
+
+@pytest.mark.usefixtures("device")
+def test_a_crash_of_the_builder_is_one_line_and_leaves_nothing(
+    workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "path" / "tensorrt").mkdir(parents=True)
+    crash = "import os, signal\n__version__ = '10.13.0'\ndef Builder(logger): os.kill(os.getpid(), signal.SIGSEGV)\n"
+    crash += "class ILogger: ERROR = 1\n"
+    (tmp_path / "path" / "tensorrt" / "__init__.py").write_text(crash)
+    monkeypatch.syspath_prepend(str(tmp_path / "path"))
+    (tmp_path / "out").mkdir()
+    request = Request(workshop / "policy", find_target("orin"), tmp_path / "out" / "engine", uniform=Format(8, 16))
+    with pytest.raises(ArtefactError, match=r"vision.onnx: tensorrt crashed while building \(Segmentation fault\)"):
+        build(request)
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_a_backend_of_another_target_is_refused(workshop: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from engine_build.verify import verify
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.files import sha256_file
 from vla_policy.core.manifest import Manifest, UnitRecord
+from vla_policy.core.targets import Backend
 
 
 @pytest.fixture
@@ -62,11 +63,20 @@ def test_a_manifest_that_claims_another_format_is_noticed(workshop: Path, copied
 
 
 @pytest.mark.parametrize(
-    ("planned", "inputs", "bytes_"),
-    [("w4a16_g32", 64, (320, 320)), ("w2a16_g32", 48, (120, 160)), ("w8a8", 50, (500, 500)), ("w16a16", 3, (60, 60))],
+    ("planned", "inputs", "backend", "bytes_"),
+    [
+        ("w4a16_g32", 64, "onnxruntime", (320, 320)),
+        ("w2a16_g32", 48, "onnxruntime", (120, 160)),
+        ("w8a8", 50, "onnxruntime", (500, 500)),
+        ("w16a16", 3, "tensorrt", (60, 60)),
+        ("w2a16", 49, "tensorrt_rtx", (123, 125)),
+        ("w2a16_g32", 48, "tensorrt", (120, 320)),
+        ("w4a16_g32", 48, "tensorrt", (240, 320)),
+        ("w4a8", 130, "tensorrt", (650, 1280)),
+    ],
 )
-def test_planned_bytes_count_codes_and_at_most_one_filled_group(
-    planned: str, inputs: int, bytes_: tuple[int, int]
+def test_planned_bytes_count_codes_and_at_most_one_filling(
+    planned: str, inputs: int, backend: Backend, bytes_: tuple[int, int]
 ) -> None:
     unit = UnitRecord("unit", "linear", 10, inputs, planned, planned, "", 0, 0, None)
-    assert planned_bytes(unit) == bytes_
+    assert planned_bytes(unit, backend) == bytes_

@@ -1,0 +1,9 @@
+// The one kernel that the -D options choose, callable as `run`.
+#include "cuda_fp16.h"
+
+#include "quantized_matmul.cu"
+
+extern "C"
+{
+    auto run = &cuda_on_cpu::Run<NAME>::call;
+}
