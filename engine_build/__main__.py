@@ -114,7 +114,7 @@ def _bench(arguments: argparse.Namespace) -> int:
     result = bench(arguments.engine, arguments.against, arguments.repeats, arguments.threads)
     print(report(result))
     if arguments.out is not None:
-        write_json(arguments.out, result.to_json())
+        result.save(arguments.out)
     if arguments.cost_table is not None:
         action_ms = result.reference.stages["action"].median_ms
         table = cost_table(Manifest.load(arguments.engine), arguments.formats, arguments.threads, action_ms)

@@ -10,7 +10,6 @@ import platform
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
@@ -20,63 +19,16 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from vla_policy.core.bench import Bench, EngineFigures, Quantiles
 from vla_policy.core.errors import ArtefactError
-from vla_policy.core.manifest import Manifest
+from vla_policy.core.files import sha256_file
+from vla_policy.core.manifest import MANIFEST, Manifest
 from vla_policy.core.observation import Observation
 from vla_policy.core.runner import Timings, load_engine
 
 _KIB = 1024
 _STAGES = ("vision", "prefill", "decode_step", "action")
 _INSTRUCTION = "pick up the object and place it in the basket"
-
-
-@dataclass(frozen=True)
-class Quantiles:
-    """Milliseconds over `count` measurements."""
-
-    median_ms: float
-    p90_ms: float
-    p99_ms: float
-    count: int
-
-    @staticmethod
-    def of(values_ms: Sequence[float]) -> "Quantiles":
-        median, p90, p99 = np.quantile(values_ms, [0.5, 0.9, 0.99])
-        return Quantiles(float(median), float(p90), float(p99), len(values_ms))
-
-
-@dataclass(frozen=True)
-class EngineFigures:
-    """One engine's figures. Stages: vision, prefill, one decode step, whole action with preprocessing.
-
-    peak_bytes: peak resident memory of a process that only runs this engine, Python and its libraries included.
-    idle_bytes: the same process before it loaded the engine.
-    """
-
-    engine: str
-    disk_bytes: int
-    average_bits: float
-    load_s: float
-    idle_bytes: int
-    peak_bytes: int
-    stages: dict[str, Quantiles]
-
-
-@dataclass(frozen=True)
-class Bench:
-    """Both engines' figures and the speed-up of the whole action (medians)."""
-
-    engine: EngineFigures
-    reference: EngineFigures
-    threads: int
-    machine: str
-
-    @property
-    def speedup(self) -> float:
-        return self.reference.stages["action"].median_ms / self.engine.stages["action"].median_ms
-
-    def to_json(self) -> dict[str, Any]:
-        return {"schema_version": 1, "kind": "bench", "speedup": self.speedup, **asdict(self)}
 
 
 def bench(engine: Path, reference: Path, repeats: int, threads: int, warm_up: int = 2) -> Bench:
@@ -103,7 +55,8 @@ def bench(engine: Path, reference: Path, repeats: int, threads: int, warm_up: in
                 workers, (engine, reference), (ours, theirs), timings, strict=True
             )
         ]
-    return Bench(figures[0], figures[1], threads, f"{platform.machine()}, {_processor()}, {os.cpu_count()} cores")
+    machine = f"{platform.machine()}, {_processor()}, {os.cpu_count()} cores"
+    return Bench(figures[0], figures[1], threads, machine, ours.parents)
 
 
 def report(result: Bench) -> str:
@@ -132,6 +85,7 @@ def _figures(worker: "_Worker", path: Path, manifest: Manifest, timings: Sequenc
     totals = manifest.totals()
     return EngineFigures(
         engine=path.resolve().name,
+        sha256=sha256_file(path / MANIFEST),
         disk_bytes=totals["engine_bytes"],
         average_bits=totals["average_bits"],
         load_s=worker.load_s,

@@ -17,6 +17,7 @@ from calibrator.scores import ScoreSettings, phase_of
 from calibrator.sensitivity import Sensitivity, UnitShape, score_unit, stack_losses, write_tensors
 from calibrator.sweep import UnitLosses
 from evaluation.results import Episode
+from vla_policy.core.bench import Bench, EngineFigures, Quantiles
 from vla_policy.core.files import sha256_file, sha256_folder, write_json
 from vla_policy.core.manifest import FileRecord, Manifest, UnitRecord
 from vla_policy.core.observation import Observation
@@ -103,7 +104,7 @@ class FakeArtefacts:
         _write_plan(folder, sensitivity)
         for name, uniform in (("mixed", None), ("reference", "w16a16")):
             _write_engine(folder, name, sensitivity, uniform)
-        write_json(folder / "bench.json", _bench())
+        _bench(folder).save(folder / "bench.json")
         _write_served(folder, generator)
         write_json(folder / "rollout.json", _rollout(sha256_folder(folder / "mixed")))
         return FakeArtefacts(folder)
@@ -214,24 +215,24 @@ def _write_engine(folder: Path, name: str, sensitivity: Sensitivity, uniform: st
     manifest.write(folder / name)
 
 
-def _bench() -> dict[str, Any]:
-    def figures(name: str, factor: float) -> dict[str, Any]:
+def _bench(folder: Path) -> Bench:
+    def figures(name: str, factor: float) -> EngineFigures:
         stages = {"vision": 10.0, "prefill": 8.0, "decode_step": 0.5, "action": 21.5}
-        return {
-            "engine": name,
-            "disk_bytes": round(1e6 * factor),
-            "average_bits": 16 * factor / 4,
-            "load_s": 0.25 * factor,
-            "idle_bytes": 43_000_000,
-            "peak_bytes": round(60e6 + 2e6 * factor),
-            "stages": {
-                stage: {"median_ms": ms * factor, "p90_ms": 1.2 * ms * factor, "p99_ms": 1.5 * ms * factor, "count": 30}
-                for stage, ms in stages.items()
+        return EngineFigures(
+            engine=name,
+            sha256=sha256_file(folder / name / "manifest.json"),
+            disk_bytes=round(1e6 * factor),
+            average_bits=16 * factor / 4,
+            load_s=0.25 * factor,
+            idle_bytes=43_000_000,
+            peak_bytes=round(60e6 + 2e6 * factor),
+            stages={
+                stage: Quantiles(ms * factor, 1.2 * ms * factor, 1.5 * ms * factor, 30) for stage, ms in stages.items()
             },
-        }
+        )
 
-    sides = {"engine": figures("mixed", 1.0), "reference": figures("reference", 1.7)}
-    return {"schema_version": 1, "kind": "bench", "speedup": 1.7, "threads": 1, "machine": "x86_64, a CPU", **sides}
+    parents = {"policy": POLICY_SHA256, "plan": sha256_file(folder / "plan.json")}
+    return Bench(figures("mixed", 1.0), figures("reference", 1.7), 1, "x86_64, a CPU", parents)
 
 
 def _write_served(folder: Path, generator: np.random.Generator) -> None:

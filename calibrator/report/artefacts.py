@@ -1,4 +1,4 @@
-"""Typed readers of what other parts write: trade-off curve, bench, decisions served and in process, rollouts."""
+"""Typed readers of what other parts write: trade-off curve, decisions served and in process, rollouts."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -50,54 +50,6 @@ class Frontier:
 
 
 @dataclass(frozen=True)
-class Laps:
-    """Milliseconds of one stage over `count` measurements."""
-
-    median_ms: float
-    p90_ms: float
-    p99_ms: float
-    count: int
-
-
-@dataclass(frozen=True)
-class EngineFigures:
-    """One engine in the bench; peak_bytes is resident memory of a process that only runs it."""
-
-    engine: str
-    disk_bytes: int
-    average_bits: float
-    load_s: float
-    idle_bytes: int
-    peak_bytes: int
-    stages: Mapping[str, Laps]
-
-
-@dataclass(frozen=True)
-class BenchResult:
-    """A mixed engine and its 16-bit reference, measured in turns in one run."""
-
-    engine: EngineFigures
-    reference: EngineFigures
-    threads: int
-    machine: str
-    speedup: float
-
-    @staticmethod
-    def load(path: Path) -> "BenchResult":
-        def figures(raw: Mapping[str, Any]) -> EngineFigures:
-            plain = {name: raw[name] for name in EngineFigures.__dataclass_fields__ if name != "stages"}
-            names = Laps.__dataclass_fields__
-            stages = {stage: Laps(**{name: lap[name] for name in names}) for stage, lap in raw["stages"].items()}
-            return EngineFigures(**plain, stages=stages)
-
-        def parse(raw: dict[str, Any]) -> BenchResult:
-            sides = figures(raw["engine"]), figures(raw["reference"])
-            return BenchResult(*sides, raw["threads"], raw["machine"], raw["speedup"])
-
-        return _read(path, "bench", parse, "measure again with `engine_build bench --out`")
-
-
-@dataclass(frozen=True)
 class ServedDecision:
     """One decision: action as float64 values, row-major over its steps. Times are None where nobody measured them."""
 
@@ -132,14 +84,16 @@ class ServedRun:
 
 @dataclass(frozen=True)
 class ReferenceDecisions:
-    """Full-precision decisions on the frames of a bag, by stamp."""
+    """Full-precision decisions on the frames of a bag, by stamp. engine_sha256: of the manifest of who decided."""
 
     decisions: Mapping[int, ServedDecision]
+    engine_sha256: str
 
     @staticmethod
     def load(path: Path) -> "ReferenceDecisions":
         def parse(raw: dict[str, Any]) -> ReferenceDecisions:
-            return ReferenceDecisions({decision.stamp_ns: decision for decision in _decisions(raw)})
+            by_stamp = {decision.stamp_ns: decision for decision in _decisions(raw)}
+            return ReferenceDecisions(by_stamp, raw["parents"]["engine"])
 
         return _read(path, "decisions", parse, "decide the bag again with the 16-bit engine")
 

@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 
 from markupsafe import Markup
 
-from calibrator.report.artefacts import BenchResult
 from calibrator.report.numbers import byte_unit, in_bytes, significant
 from calibrator.report.svg import Scale, Svg
+from vla_policy.core.bench import Bench
 from vla_policy.core.formats import Format
 from vla_policy.core.manifest import Manifest, UnitRecord
 
@@ -76,7 +76,7 @@ def bytes_chart(engines: Sequence[tuple[str, Manifest]]) -> Markup:
     return svg.render()
 
 
-def latency_chart(bench: BenchResult) -> Markup:
+def latency_chart(bench: Bench) -> Markup:
     """Median of every stage for both engines; the thin line reaches the 99th percentile."""
     stages = [stage for stage in _STAGES if stage in bench.engine.stages]
     sides = (("mixed", bench.engine, "s-accent"), ("16-bit", bench.reference, "s-muted"))

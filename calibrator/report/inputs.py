@@ -8,8 +8,9 @@ import numpy as np
 
 from calibrator.calibration import CalibrationSet, load_calibration
 from calibrator.plan import Plan
-from calibrator.report.artefacts import BenchResult, Frontier, Parity, ReferenceDecisions, Rollout, ServedRun
+from calibrator.report.artefacts import Frontier, Parity, ReferenceDecisions, Rollout, ServedRun
 from calibrator.sensitivity import Sensitivity, load_tensors
+from vla_policy.core.bench import Bench
 from vla_policy.core.contract import Contract, load_contract
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.files import sha256_file, sha256_folder
@@ -96,7 +97,7 @@ class Inputs:
     calibration: CalibrationSet | None = None
     engine: Manifest | None = None
     reference_engine: Manifest | None = None
-    bench: BenchResult | None = None
+    bench: Bench | None = None
     served: ServedRun | None = None
     decisions: ReferenceDecisions | None = None
     parity: Parity | None = None
@@ -117,7 +118,7 @@ class Inputs:
             calibration=load_calibration(paths.calibration) if paths.calibration else None,
             engine=Manifest.load(paths.engine) if paths.engine else None,
             reference_engine=Manifest.load(paths.reference_engine) if paths.reference_engine else None,
-            bench=BenchResult.load(paths.bench) if paths.bench else None,
+            bench=Bench.load(paths.bench) if paths.bench else None,
             served=ServedRun.load(paths.served) if paths.served else None,
             decisions=ReferenceDecisions.load(paths.decisions) if paths.decisions else None,
             parity=Parity.load(paths.parity) if paths.parity else None,
@@ -189,6 +190,10 @@ def _check_parents(inputs: Inputs, paths: Paths) -> None:
         checks.append((paths.reference_engine, "the policy", inputs.reference_engine.parents["policy"], policy))
     if inputs.served and inputs.engine:
         checks.append((paths.served, "the engine", inputs.served.engine_sha256, inputs.sources["engine"].sha256))
+    if inputs.decisions and inputs.reference_engine:
+        decided_by, given_engine = inputs.decisions.engine_sha256, inputs.sources["reference_engine"].sha256
+        checks.append((paths.decisions, "the 16-bit engine", decided_by, given_engine))
+    checks += _bench_checks(inputs, paths)
     checks += _rollout_checks(inputs, paths)
     for path, what, made_from, given in checks:
         if made_from != given:
@@ -196,6 +201,21 @@ def _check_parents(inputs: Inputs, paths: Paths) -> None:
                 f"{path}: was made with {what} {made_from[:12]}, the report was given {given[:12]}; "
                 "give the files of one run, or make this one again"
             )
+
+
+def _bench_checks(inputs: Inputs, paths: Paths) -> list[tuple[Path | None, str, str, str]]:
+    """A bench must be of the policy, and of the plan and the engines that were given."""
+    bench, sources = inputs.bench, inputs.sources
+    if bench is None:
+        return []
+    checks = [("the policy", bench.parents["policy"], inputs.sensitivity.policy_sha256)]
+    if inputs.plan:
+        checks.append(("the plan", bench.parents.get("plan", "none"), sources["plan"].sha256))
+    if inputs.engine:
+        checks.append(("the engine", bench.engine.sha256, sources["engine"].sha256))
+    if inputs.reference_engine:
+        checks.append(("the 16-bit engine", bench.reference.sha256, sources["reference_engine"].sha256))
+    return [(paths.bench, *check) for check in checks]
 
 
 def _rollout_checks(inputs: Inputs, paths: Paths) -> list[tuple[Path | None, str, str, str]]:

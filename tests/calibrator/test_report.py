@@ -253,10 +253,28 @@ def test_a_missing_entry_is_named(artefacts: FakeArtefacts, tmp_path: Path, opti
 
 def test_artefacts_of_another_run_are_refused(artefacts: FakeArtefacts, tmp_path: Path) -> None:
     other = FakeArtefacts.write(tmp_path, seed=1)
-    for option, what in (("plan", "sensitivity"), ("frontier", "sensitivity"), ("engine", "plan")):
+    for option, what in (("plan", "sensitivity"), ("frontier", "sensitivity"), ("engine", "plan"), ("bench", "plan")):
         given = replace(artefacts.paths, **{option: getattr(other.paths, option)})
         with pytest.raises(ArtefactError, match=f"was made with the {what}"):
             Inputs.load(given)
+
+
+@pytest.mark.parametrize(
+    ("file", "side", "what"),
+    [
+        ("bench", "engine", "the engine"),
+        ("bench", "reference", "the 16-bit engine"),
+        ("decisions", "parents", "the 16-bit engine"),
+    ],
+)
+def test_figures_of_other_engines_are_refused(
+    artefacts: FakeArtefacts, tmp_path: Path, file: str, side: str, what: str
+) -> None:
+    content = read_json(artefacts.folder / f"{file}.json")
+    content[side]["engine" if side == "parents" else "sha256"] = "f" * 64
+    write_json(tmp_path / f"{file}.json", content)
+    with pytest.raises(ArtefactError, match=f"{file}.json: was made with {what} ffffffffffff"):
+        Inputs.load(replace(artefacts.paths, **{file: tmp_path / f"{file}.json"}))
 
 
 def test_a_rollout_of_another_engine_is_refused(artefacts: FakeArtefacts, tmp_path: Path) -> None:

@@ -200,7 +200,7 @@ def test_action_dimensions_are_named_by_the_contract() -> None:
     names = ("dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper")
     for steps, expected in ((1, names), (2, (*(f"{n} [0]" for n in names), *(f"{n} [1]" for n in names)))):
         one = ServedDecision(1, "", (1,), (0.5,) * 7 * steps, 1.0, None)
-        errors = action_error(ServedRun((one,), 1, {}, 1.0, ""), ReferenceDecisions({1: one}), contract)
+        errors = action_error(ServedRun((one,), 1, {}, 1.0, ""), ReferenceDecisions({1: one}, ""), contract)
         assert errors is not None and errors.names == expected
 
 
@@ -209,11 +209,11 @@ def test_action_error_pairs_by_stamp() -> None:
         return ServedDecision(stamp_ns, "", (int(action[0]),), action, 1.0, None)
 
     served = ServedRun((decided(5, 1.0, 2.0), decided(2_000_000_005, 3.0, 4.0), decided(9, 0.0, 0.0)), 3, {}, 1.0, "")
-    reference = ReferenceDecisions({5: decided(5, 1.5, 2.0), 2_000_000_005: decided(2_000_000_005, 3.0, 1.0)})
+    reference = ReferenceDecisions({5: decided(5, 1.5, 2.0), 2_000_000_005: decided(2_000_000_005, 3.0, 1.0)}, "")
     errors = action_error(served, reference, None)
     assert errors is not None
     assert errors.time_s.tolist() == [0.0, 2.0]
     assert errors.error.tolist() == [[-0.5, 0.0], [0.0, 3.0]]
     assert errors.equal_decisions == 1.0
     assert errors.names == ("dimension 0", "dimension 1")
-    assert action_error(served, ReferenceDecisions({}), None) is None
+    assert action_error(served, ReferenceDecisions({}, ""), None) is None

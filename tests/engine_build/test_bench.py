@@ -2,16 +2,19 @@
 
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from engine_build import costs
 from engine_build.__main__ import main
-from engine_build.bench import Quantiles, bench
+from engine_build.bench import bench
 from engine_build.build import Request, build
 from engine_build.weights import layers_of
+from vla_policy.core.bench import Bench, Quantiles
 from vla_policy.core.errors import ArtefactError
+from vla_policy.core.files import sha256_file
 from vla_policy.core.formats import Format
 from vla_policy.core.manifest import Manifest
 from vla_policy.core.targets import find_target
@@ -42,6 +45,10 @@ def test_bench_writes_figures_and_costs(
     assert main([*arguments, "--formats", "w16a16", "w4a16_g32"]) == 0
     assert "speed-up of a whole action" in capsys.readouterr().out
     content = json.loads(figures.read_text())
+    assert content["parents"] == Manifest.load(workshop / "engine").parents
+    assert content["engine"]["sha256"] == sha256_file(workshop / "engine" / "manifest.json")
+    assert content["reference"]["sha256"] == sha256_file(reference / "manifest.json")
+    assert asdict(Bench.load(figures)) == {key: content[key] for key in asdict(Bench.load(figures))}
     for side in ("engine", "reference"):
         measured = content[side]
         assert measured["stages"]["action"]["count"] == 3

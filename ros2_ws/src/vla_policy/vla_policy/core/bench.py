@@ -1,0 +1,88 @@
+"""`bench.json`: an engine's latency, memory and load time beside the 16-bit engine's, and which engines these were."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vla_policy.core.errors import ArtefactError
+from vla_policy.core.files import read_json, write_json
+
+KIND = "bench"
+_VERSION = 2
+_REMEDY = "measure again with `engine_build bench --out`"
+
+
+@dataclass(frozen=True)
+class Quantiles:
+    """Milliseconds over `count` measurements."""
+
+    median_ms: float
+    p90_ms: float
+    p99_ms: float
+    count: int
+
+    @staticmethod
+    def of(values_ms: Sequence[float]) -> "Quantiles":
+        median, p90, p99 = np.quantile(values_ms, [0.5, 0.9, 0.99])
+        return Quantiles(float(median), float(p90), float(p99), len(values_ms))
+
+
+@dataclass(frozen=True)
+class EngineFigures:
+    """One engine's figures. Stages: vision, prefill, one decode step, whole action with preprocessing.
+
+    sha256: of its manifest, which holds the hashes of its files.
+    peak_bytes: peak resident memory of a process that only runs this engine, Python and its libraries included.
+    idle_bytes: the same process before it loaded the engine.
+    """
+
+    engine: str
+    sha256: str
+    disk_bytes: int
+    average_bits: float
+    load_s: float
+    idle_bytes: int
+    peak_bytes: int
+    stages: Mapping[str, Quantiles]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Both engines' figures, measured in turns in one run. parents: sha256 of the policy, and of the plan if any."""
+
+    engine: EngineFigures
+    reference: EngineFigures
+    threads: int
+    machine: str
+    parents: Mapping[str, str]
+
+    @property
+    def speedup(self) -> float:
+        """Of the whole action, medians."""
+        return self.reference.stages["action"].median_ms / self.engine.stages["action"].median_ms
+
+    def save(self, path: Path | str) -> None:
+        write_json(path, {"schema_version": _VERSION, "kind": KIND, **asdict(self)})
+
+    @staticmethod
+    def load(path: Path | str) -> "Bench":
+        """Raises ArtefactError for a file that is damaged, incomplete or of another version."""
+        content = read_json(path, KIND, _VERSION)
+        try:
+            return Bench(
+                _figures(content["engine"]),
+                _figures(content["reference"]),
+                content["threads"],
+                content["machine"],
+                dict(content["parents"]),
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ArtefactError(f"{path}: entry {error} is missing or malformed; {_REMEDY}") from error
+
+
+def _figures(raw: Mapping[str, Any]) -> EngineFigures:
+    stages = {name: Quantiles(**quantiles) for name, quantiles in raw["stages"].items()}
+    return EngineFigures(**(dict(raw) | {"stages": stages}))
