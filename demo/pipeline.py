@@ -16,11 +16,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from demo.stages import Stage, StageResult, run_stages
+from engine_build.build import check_realised, planned_bytes
 from vla_policy.core import cli
 from vla_policy.core.bag import summarise
 from vla_policy.core.contract import load_contract
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.files import read_json, write_json
+from vla_policy.core.formats import Format
 from vla_policy.core.manifest import Manifest
 from vla_policy.core.observe import check_contract
 from vla_policy.core.policy_config import PolicyConfig
@@ -199,20 +201,24 @@ def _build_engines(job: Job, plan: Path, calibration: Path) -> None:
 
 
 def packed_against_plan(engine: Path, plan: Path) -> str:
-    """The engine's weight bytes beside the plan's bits, the scales' share named.
+    """The engine's weight bytes beside the plan's bits; what fills up ragged groups, and the scales' share, named.
 
-    Raises ArtefactError when the packed codes are not exactly what the plan counts.
+    Raises ArtefactError when the engine's weights are not exactly those that the plan counts, or are packed in other
+    bytes than their formats need.
     """
-    totals = Manifest.load(engine).totals()
-    planned = read_json(plan, "plan")
-    code_bits = 8 * totals["code_bytes"]
-    if code_bits != planned["weight_bits"]:
+    manifest, planned = Manifest.load(engine), read_json(plan, "plan")
+    bits = sum(unit.weights * Format.parse(unit.planned).weight_bits for unit in manifest.units)
+    if bits != planned["weight_bits"]:
         raise ArtefactError(
-            f"{engine}: {code_bits} bits of packed codes, {plan} plans {planned['weight_bits']}; build the engine again"
+            f"{engine}: {bits} bits of weights, {plan} plans {planned['weight_bits']}; build the engine again"
         )
+    check_realised(engine, manifest.units, manifest.backend)
+    bare = sum(planned_bytes(unit, manifest.backend)[0] for unit in manifest.units)
+    totals = manifest.totals()
+    filling = f", {totals['code_bytes'] - bare:,} more fill up groups" if totals["code_bytes"] > bare else ""
     scales = 100 * totals["scale_bytes"] / totals["code_bytes"]
     return (
-        f"packed: {totals['code_bytes']:,} bytes of codes, as planned ({planned['average_bits']:.3f} bits on average); "
+        f"packed: {bare:,} bytes of codes, as planned ({planned['average_bits']:.3f} bits on average){filling}; "
         f"scales add {totals['scale_bytes']:,} bytes ({scales:.1f} %)"
     )
 
