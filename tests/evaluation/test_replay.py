@@ -17,6 +17,8 @@ from tests.tiny import tiny_policy_folder
 from vla_policy.core.contract import Contract, load_contract
 from vla_policy.core.errors import ContractError, DataError
 
+ROOT = Path(__file__).parents[2]
+
 
 @pytest.fixture(scope="module")
 def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -102,6 +104,29 @@ def test_each_threshold_can_pass_and_fail(tmp_path: Path, contract: Contract) ->
             path.write_text(f"kind: replay_thresholds\nschema_version: 1\n{name}: {value}\n")
             checks = check(load_thresholds(path, ("dx", "dy", "gripper")), candidate, comparison)
             assert [item.passed for item in checks] == ([] if value == "false" else [passed]), (name, value)
+
+
+def test_the_demo_s_thresholds_bite(tmp_path: Path) -> None:
+    """The shipped file, for the shipped contract: what it lets pass, and each thing that it must not."""
+    shipped = load_contract(ROOT / "ros2_ws/src/vla_policy/config/libero.yaml")
+    names = tuple(dimension.name for dimension in shipped.action.dimensions)
+    thresholds = load_thresholds(ROOT / "demo/replay_thresholds.yaml", names)
+    still = np.zeros((100, 7)) - np.eye(7)[6]
+    reference = answers(still.tolist())
+
+    def failed(change: np.ndarray, drops: dict[str, int] | None = None) -> list[str]:
+        candidate = replace(answers((still + change).tolist(), "b"), drops=drops or {})
+        found = check(thresholds, candidate, compare(reference, candidate, shipped.action, 2, 1))
+        assert len(found) == 6, "every threshold was checked"
+        return [item.name for item in found if not item.passed]
+
+    none, grip = np.zeros((100, 7)), np.zeros((100, 7))
+    grip[[10, 40], 6] = 2.0
+    assert failed(none) == [] and failed(none + 0.04 * np.eye(7)[1]) == []
+    assert failed(none + 0.06 * np.eye(7)[1]) == ["mean error dy"]
+    assert failed(none, {"undecodable": 1}) == ["drops"]
+    assert failed(grip) == ["added gripper flips"]
+    assert failed(none + 2.0 * np.eye(7)[6]) == ["gripper disagreement"]
 
 
 def test_threshold_mistakes_are_named(tmp_path: Path) -> None:

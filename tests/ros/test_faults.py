@@ -233,22 +233,3 @@ def test_publisher_dies_and_returns(tmp_path: Path) -> None:
                 world.wait_moving()
     finally:
         world.close()
-
-
-def resident_kib(pid: int) -> int:
-    status = Path(f"/proc/{pid}/status").read_text()
-    return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmRSS")))
-
-
-def test_a_running_node_needs_no_more_memory_over_time(tmp_path: Path) -> None:
-    """The process's share of the soak: DDS, executor and publishers (54,000 frames of the core: tests/core)."""
-    world = World(fresh_domain(), rate_hz=150.0)
-    try:
-        with process(node_command(fake_engine(tmp_path / "engine")), world.domain, tmp_path / "log") as node:
-            world.start_policy()
-            world.wait(lambda: len(world.chunks) > 500, "500 chunks", 120)
-            before_kib = resident_kib(node.pid)
-            world.wait(lambda: len(world.chunks) > 2000, "2000 chunks", 180)
-            assert resident_kib(node.pid) - before_kib < 6_144
-    finally:
-        world.close()

@@ -92,9 +92,12 @@ class Sensors:
 
 
 class World:
-    """One robot and its operator in one ROS domain. Every wait is for a condition."""
+    """One robot and its operator in one ROS domain. Every wait is for a condition.
 
-    def __init__(self, domain: int, rate_hz: float = 20.0, use_sim_time: bool = False) -> None:
+    rate_hz: of the sensors; None leaves it to the test to call `sense`.
+    """
+
+    def __init__(self, domain: int, rate_hz: float | None = 20.0, use_sim_time: bool = False) -> None:
         self.domain = domain
         self.sensors = Sensors()
         self.log = Path(os.devnull)
@@ -111,7 +114,7 @@ class World:
         self._publish_topics()
         self._subscribe_topics()
         self.published = 0
-        self._period_s = 1 / rate_hz
+        self._period_s = None if rate_hz is None else 1 / rate_hz
         self._closing = threading.Event()
         self._executor = SingleThreadedExecutor(context=self._context)
         self._executor.add_node(self.node)
@@ -158,7 +161,7 @@ class World:
             self._executor.spin()
 
     def _sense(self) -> None:
-        while not self._closing.wait(self._period_s):
+        while self._period_s is not None and not self._closing.wait(self._period_s):
             if self.sim_time_ns is not None:
                 self.sim_time_ns += round(self._period_s * 1e9)
                 self.clock.publish(Clock(clock=Time(nanoseconds=self.sim_time_ns).to_msg()))
@@ -184,10 +187,11 @@ class World:
             image = CompressedImage(format="png", data=sensors.image or png(picture(number, 16)))
             image.header.stamp = Time(nanoseconds=now_ns + sensors.camera_offset_ns).to_msg()
             self.camera.publish(image)
-            side = sensors.side
-            raw = Image(header=image.header, height=side, width=side, encoding=sensors.encoding, step=3 * side)
-            raw.data = picture(number, side).tobytes()
-            self.raw_camera.publish(raw)
+            if self.raw_camera.get_subscription_count():
+                side = sensors.side
+                raw = Image(header=image.header, height=side, width=side, encoding=sensors.encoding, step=3 * side)
+                raw.data = picture(number, side).tobytes()
+                self.raw_camera.publish(raw)
 
     def instruct(self, text: str = "pick up the soup") -> None:
         self.instruction.publish(String(data=text))
