@@ -36,7 +36,7 @@ from tests.core.ros_messages import JOINTS, picture, png
 ROOT = Path(__file__).parents[2]
 CONTRACT = ROOT / "ros2_ws/src/vla_policy/config/libero.yaml"
 FAKE_NODE = [sys.executable, str(ROOT / "tests/ros/fake_policy_node.py")]
-TIMEOUT_S = 30.0
+TIMEOUT_S = 90.0  # a busy machine takes long to start a process
 _domains = itertools.count()
 
 
