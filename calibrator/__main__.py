@@ -53,7 +53,6 @@ def _add_sensitivity(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--device", default="cpu", help="torch device")
     parser.add_argument("--batch-size", type=int, default=16, help="states per pass")
-    parser.add_argument("--cache-gb", type=float, default=2.0, help="memory for full-precision passes, 1e9 bytes")
     parser.add_argument("--threads", type=int, help="torch threads; default 1 below 0.1 B parameters, all cores above")
     parser.add_argument("--units", nargs="+", default=["*"], help="only layers whose names match these globs")
     parser.add_argument(
@@ -131,9 +130,7 @@ def _sensitivity(args: argparse.Namespace) -> int:
         dtype=args.dtype,
         unnorm_key=args.unnorm_key,
     )
-    spec = SweepSpec(
-        str(args.policy), str(args.calibration), settings, args.batch_size, int(args.cache_gb * 1e9), args.device
-    )
+    spec = SweepSpec(str(args.policy), str(args.calibration), settings, args.batch_size, args.device)
     screen = ScreenSettings(tuple(args.targets), args.tolerance, args.pilot, args.cap)
     options = RunOptions(
         executor=args.executor,

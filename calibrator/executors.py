@@ -1,6 +1,5 @@
 """Where layers are evaluated: in this process, or by the workers of a Ray cluster."""
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -18,12 +17,6 @@ class Task:
     bits: tuple[int, ...]
     samples: tuple[int, ...]
 
-    @property
-    def name(self) -> str:
-        """A file name for its record: layer, widths, and a digest of the states."""
-        digest = hashlib.sha256(repr(self.samples).encode()).hexdigest()[:16]
-        return f"{self.unit}@{'-'.join(map(str, self.bits))}@{digest}"
-
 
 class Executor(Protocol):
     """Runs tasks in any order and yields each result as soon as it is there."""
@@ -34,7 +27,7 @@ class Executor(Protocol):
 
 
 class LocalExecutor:
-    """One after another, here; neighbouring layers share the full-precision passes."""
+    """One after another, here; neighbouring tasks on the same states share the full-precision pass."""
 
     def __init__(self, sweep: Sweep) -> None:
         self.sweep = sweep

@@ -1,7 +1,7 @@
 """Finished layers on disk: a killed sweep continues where it was, and never with other inputs.
 
-The folder holds `signature.json`, `reference.safetensors` and one `<layer>.safetensors` per finished layer, each
-written whole under a temporary name and renamed; a file that exists is complete.
+The folder holds `signature.json`, `reference.safetensors` and one file per finished task (a layer at some widths on
+some states), each written whole under a temporary name and renamed; a file that exists is complete.
 """
 
 import hashlib
@@ -64,23 +64,18 @@ class Journal:
             (folder / _UNITS).mkdir(parents=True, exist_ok=True)
             write_json(path, {"schema_version": 1, "kind": _KIND, "signature": signature})
 
-    @property
-    def finished(self) -> set[str]:
-        """Names of the records on disk."""
-        return {path.stem for path in (self.folder / _UNITS).glob("*.safetensors")}
+    def lacks(self, unit: str, bits: tuple[int, ...], samples: tuple[int, ...]) -> bool:
+        """Whether there is no record of `unit` at these widths on these states."""
+        return not self._path(unit, bits, samples).is_file()
 
-    def write(self, losses: UnitLosses, name: str | None = None) -> None:
-        """Keeps a record under `name`, the layer's by default."""
+    def write(self, losses: UnitLosses) -> None:
         tensors = {name: getattr(losses, name) for name in _ARRAYS}
-        tensors |= {"bits": np.asarray(losses.bits), "samples": np.asarray(losses.samples)}
-        with atomic_path(self._path(name or losses.unit)) as temporary:
+        with atomic_path(self._path(losses.unit, losses.bits, losses.samples)) as temporary:
             save_tensors(temporary, tensors)
 
-    def read(self, unit: str, name: str | None = None) -> UnitLosses:
-        """The record of layer `unit` under `name`. Raises ArtefactError when it is damaged."""
-        tensors = _load(self._path(name or unit))
-        bits, samples = (tuple(tensors[name].tolist()) for name in ("bits", "samples"))
-        return UnitLosses(unit, bits, samples, **{name: tensors[name] for name in _ARRAYS})
+    def read(self, unit: str, bits: tuple[int, ...], samples: tuple[int, ...]) -> UnitLosses:
+        """A record. Raises ArtefactError when it is damaged."""
+        return UnitLosses(unit, bits, samples, **_load(self._path(unit, bits, samples)))
 
     def write_reference(self, ref: Reference) -> None:
         with atomic_path(self.folder / _REFERENCE) as temporary:
@@ -101,8 +96,9 @@ class Journal:
         """Removes a journal, if there is one."""
         shutil.rmtree(folder, ignore_errors=True)
 
-    def _path(self, unit: str) -> Path:
-        return self.folder / _UNITS / f"{unit}.safetensors"
+    def _path(self, unit: str, bits: tuple[int, ...], samples: tuple[int, ...]) -> Path:
+        digest = hashlib.sha256(repr(samples).encode()).hexdigest()[:16]
+        return self.folder / _UNITS / f"{unit}@{'-'.join(map(str, bits))}@{digest}.safetensors"
 
 
 def _load(path: Path) -> dict[str, np.ndarray]:

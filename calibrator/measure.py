@@ -21,7 +21,7 @@ from calibrator.executors import Executor, LocalExecutor, RayExecutor, Task
 from calibrator.journal import Journal, difference
 from calibrator.maps import evidence_maps, pick_samples, pick_units
 from calibrator.policy import OpenVLA, live_units
-from calibrator.proxy import action_proxy
+from calibrator.proxy import FirstOrder, first_order
 from calibrator.scores import ScoreSettings, evidence_loss, phase_of, soft_bottleneck
 from calibrator.screening import Request, Screen, ScreenProblem, ScreenSettings
 from calibrator.sensitivity import (
@@ -119,7 +119,7 @@ class _Measured:
     """Records in the order of the chosen layers; with estimates, states that were not evaluated are NaN."""
 
     records: Sequence[UnitLosses]
-    proxies: dict[str, dict[int, np.ndarray]]
+    proxies: Sequence[FirstOrder]
     estimates: Sequence[Estimate] | None
     facts: dict[str, Any]
 
@@ -169,7 +169,7 @@ def _measure(
     if ref is None:
         ref = reference(policy, states, language_block(policy, spec.settings))
         journal.write_reference(ref)
-    sweep = Sweep(policy, states, ref, spec.settings, spec.cache_bytes)
+    sweep = Sweep(policy, states, ref, spec.settings)
     run = _Run(spec, scores, identity, sweep, shapes, chosen, started_s)
     with _executor(run, options) as executor:
         take = _screened if options.screen else _exact
@@ -208,66 +208,46 @@ def _executor(run: _Run, options: RunOptions) -> Iterator[Executor]:
         cluster.close()
 
 
-def _exact(run: _Run, executor: Executor, journal: Journal, options: RunOptions) -> _Measured:
-    """Every chosen layer at every width on every state."""
-    names = [shape.name for shape in run.chosen]
-    states, bits = tuple(range(len(run.states))), run.spec.settings.bits
-    finished = journal.finished
-    tasks = [Task(name, bits, states) for name in names if name not in finished]
-    with options.progress(total=len(names), initial=len(names) - len(tasks), desc="layers", unit="layer") as bar:
-        for losses in executor.run(tasks):
-            journal.write(losses)
-            bar.update()
-    facts = {"mode": "exact", "exact_evaluations": len(names) * len(bits) * len(states)}
-    return _Measured([journal.read(name) for name in names], _proxies(run.sweep, names), None, facts)
+class _Ledger:
+    """Evaluates tasks that the journal lacks, and merges all into one record per layer."""
+
+    def __init__(self, run: _Run, executor: Executor, journal: Journal, options: RunOptions, most: int) -> None:
+        """most: evaluations (of a layer at one width on one state) at the progress bar's end."""
+        bits, count = run.spec.settings.bits, len(run.states)
+        self.records = {shape.name: _blank(shape.name, bits, count) for shape in run.chosen}
+        self._states, self._executor, self._journal = run.states, executor, journal
+        self._bar = options.progress(total=most, desc="evaluations", unit="state")
+
+    def __enter__(self) -> "_Ledger":
+        self._bar.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.__exit__(*error)
+
+    def take(self, tasks: Sequence[Task]) -> None:
+        """All tasks, split into batches; every layer of a batch before the next batch."""
+        split = [
+            Task(task.unit, task.bits, members) for task in tasks for members in self._states.split(task.samples)
+        ]
+        split.sort(key=lambda task: task.samples)
+        missing = [task for task in split if self._journal.lacks(task.unit, task.bits, task.samples)]
+        self._bar.update(_evaluations(split) - _evaluations(missing))
+        for losses in self._executor.run(missing):
+            self._journal.write(losses)
+            self._bar.update(_evaluations([losses]))
+        for task in split:
+            self._merge(self._journal.read(task.unit, task.bits, task.samples))
+
+    def _merge(self, losses: UnitLosses) -> None:
+        record = self.records[losses.unit]
+        where = np.ix_([record.bits.index(width) for width in losses.bits], losses.samples)
+        for name in ("mass", "attribution", "action_error", "likelihood"):
+            getattr(record, name)[where] = getattr(losses, name)
 
 
-def _screened(run: _Run, executor: Executor, journal: Journal, options: RunOptions) -> _Measured:
-    """Layers, widths and states that `calibrator.screening` asks for; the rest is estimated."""
-    assert options.screen is not None
-    names, bits, count = [shape.name for shape in run.chosen], run.spec.settings.bits, len(run.states)
-    proxies = _proxies(run.sweep, names)
-    records = [_blank(name, bits, count) for name in names]
-    limit = int(options.screen.cap * len(names) * len(bits) * count)
-
-    with options.progress(total=limit, initial=0, desc="evaluations, at most", unit="state") as bar:
-
-        def evaluate(requests: Sequence[Request]) -> list[np.ndarray]:
-            tasks = [
-                Task(names[item.unit], tuple(bits[column] for column in item.columns), item.states) for item in requests
-            ]
-            finished = journal.finished
-            for losses in executor.run([task for task in tasks if task.name not in finished]):
-                journal.write(losses, Task(losses.unit, losses.bits, losses.samples).name)
-            results = []
-            for item, task in zip(requests, tasks, strict=True):
-                losses = journal.read(task.unit, task.name)
-                _merge(records[item.unit], item, losses)
-                per_boundary = evidence_loss(losses.mass, losses.attribution, run.scores.weight)
-                results.append(soft_bottleneck(per_boundary, run.scores.kappa))
-                bar.update(len(item.columns) * len(item.states))
-            return results
-
-        result = Screen(_screen_problem(run, proxies), options.screen, evaluate).run()
-    estimates = [Estimate(*rows) for rows in zip(result.omega, result.omega_tau, strict=True)]
-    facts = {"mode": "screened", "exact_evaluations": result.record["evaluations"], "screening": result.record}
-    return _Measured(records, proxies, estimates, facts)
-
-
-def _screen_problem(run: _Run, proxies: dict[str, dict[int, np.ndarray]]) -> ScreenProblem:
-    groups: dict[str, list[int]] = {}
-    for index, shape in enumerate(run.chosen):
-        groups.setdefault(shape.group, []).append(index)
-    objective, bits = Objective(), run.spec.settings.bits
-    return ScreenProblem(
-        params=np.asarray([shape.inputs * shape.outputs for shape in run.chosen], float),
-        groups=tuple(tuple(members) for members in groups.values()),
-        bits=bits,
-        proxy=np.asarray([[proxies[shape.name][width].mean() for width in bits] for shape in run.chosen]),
-        phases=phase_of(run.states.calibration.progress, run.scores.bins),
-        alpha=objective.alpha,
-        beta=objective.beta,
-    )
+def _evaluations(items: Sequence[Task] | Sequence[UnitLosses]) -> int:
+    return sum(len(item.bits) * len(item.samples) for item in items)
 
 
 def _blank(unit: str, bits: tuple[int, ...], states: int) -> UnitLosses:
@@ -277,24 +257,51 @@ def _blank(unit: str, bits: tuple[int, ...], states: int) -> UnitLosses:
     return UnitLosses(unit, bits, tuple(range(states)), deep, deep.copy(), flat, flat.copy())
 
 
-def _merge(record: UnitLosses, request: Request, losses: UnitLosses) -> None:
-    where = np.ix_(request.columns, request.states)
-    for name in ("mass", "attribution", "action_error", "likelihood"):
-        getattr(record, name)[where] = getattr(losses, name)
+def _exact(run: _Run, executor: Executor, journal: Journal, options: RunOptions) -> _Measured:
+    """Every chosen layer at every width on every state."""
+    states = tuple(range(len(run.states)))
+    tasks = [Task(shape.name, run.spec.settings.bits, states) for shape in run.chosen]
+    with _Ledger(run, executor, journal, options, _evaluations(tasks)) as ledger:
+        ledger.take(tasks)
+    facts = {"mode": "exact", "exact_evaluations": _evaluations(tasks)}
+    proxies = first_order(run.sweep, list(ledger.records), evidence=False)
+    return _Measured(list(ledger.records.values()), proxies, None, facts)
 
 
-def _proxies(sweep: Sweep, units: Sequence[str]) -> dict[str, dict[int, np.ndarray]]:
-    """First-order action error of every layer, bit-width and state."""
-    count = len(sweep.states)
-    bits = sweep.settings.bits
-    result = {unit: {width: np.zeros(count) for width in bits} for unit in units}
-    formats = {width: sweep.settings.format_of(width) for width in bits}
-    for members in sweep.states.split(range(count)):
-        found = action_proxy(sweep.policy, sweep.states, sweep.reference.tokens, members, formats)
-        for unit in units:
-            for width in bits:
-                result[unit][width][list(members)] = found[unit][width]
-    return result
+def _screened(run: _Run, executor: Executor, journal: Journal, options: RunOptions) -> _Measured:
+    """Layers, widths and states that `calibrator.screening` asks for; the rest is estimated."""
+    assert options.screen is not None
+    names, bits = [shape.name for shape in run.chosen], run.spec.settings.bits
+    proxies = first_order(run.sweep, names, evidence=True)
+    problem = _screen_problem(run, proxies)
+    with _Ledger(run, executor, journal, options, int(options.screen.cap * problem.predicted.size)) as ledger:
+
+        def evaluate(requests: Sequence[Request]) -> list[np.ndarray]:
+            ledger.take([Task(names[r.unit], tuple(bits[column] for column in r.columns), r.states) for r in requests])
+            results = []
+            for request in requests:
+                record, where = ledger.records[names[request.unit]], np.ix_(request.columns, request.states)
+                losses = evidence_loss(record.mass[where], record.attribution[where], run.scores.weight)
+                results.append(soft_bottleneck(losses, run.scores.kappa))
+            return results
+
+        result = Screen(problem, options.screen, evaluate).run()
+    estimates = [Estimate(*rows) for rows in zip(result.omega, result.omega_tau, strict=True)]
+    facts = {"mode": "screened", "exact_evaluations": result.record["evaluations"], "screening": result.record}
+    return _Measured(list(ledger.records.values()), proxies, estimates, facts)
+
+
+def _screen_problem(run: _Run, proxies: Sequence[FirstOrder]) -> ScreenProblem:
+    objective = Objective()
+    return ScreenProblem(
+        params=np.asarray([shape.inputs * shape.outputs for shape in run.chosen], float),
+        groups=[shape.group for shape in run.chosen],
+        bits=run.spec.settings.bits,
+        predicted=np.stack([soft_bottleneck(np.abs(proxy.mass), run.scores.kappa) for proxy in proxies]),
+        phases=phase_of(run.states.calibration.progress, run.scores.bins),
+        alpha=objective.alpha,
+        beta=objective.beta,
+    )
 
 
 def _maps(sweep: Sweep, units: Sequence[Any], scores: ScoreSettings) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -309,11 +316,14 @@ def _write(run: _Run, out: Path, measured: _Measured) -> Sensitivity:
     phases = phase_of(progress, run.scores.bins)
     estimates: Sequence[Estimate | None] = measured.estimates or [None] * len(run.chosen)
     units = [
-        score_unit(shape, record, measured.proxies[shape.name], phases, run.scores, estimate)
-        for shape, record, estimate in zip(run.chosen, measured.records, estimates, strict=True)
+        score_unit(shape, record, proxy.action, phases, run.scores, estimate)
+        for shape, record, proxy, estimate in zip(
+            run.chosen, measured.records, measured.proxies, estimates, strict=True
+        )
     ]
     maps, map_axes = _maps(run.sweep, units, run.scores)
-    tensors = {"losses": stack_losses(measured.records, measured.proxies, progress, run.scores), "maps": maps}
+    losses = stack_losses(measured.records, [proxy.action for proxy in measured.proxies], progress, run.scores)
+    tensors = {"losses": losses, "maps": maps}
     prefix = "" if out.stem == "sensitivity" else f"{out.stem}."
     files = {}
     for key, arrays in tensors.items():

@@ -70,7 +70,9 @@ class Signals:
 
 
 @dataclass(frozen=True)
-class _Run:
+class Run:
+    """One forward pass: H per boundary that it went through, the input of every block, logits [B, K, vocab] float32."""
+
     boundaries: dict[str, Tensor]
     entries: dict[Place, Tensor]
     logits: Tensor
@@ -92,7 +94,7 @@ def last_block(policy: OpenVLA) -> int:
     return len(policy.language_model.model.layers) - 1
 
 
-def _run(policy: OpenVLA, batch: Batch, start: Place, x: Tensor, language_block: int) -> _Run:
+def _run(policy: OpenVLA, batch: Batch, start: Place, x: Tensor, language_block: int) -> Run:
     """The chain from `start` to the logits; `x` is that block's input."""
     model = policy.language_model.model
     boundaries: dict[str, Tensor] = {}
@@ -112,46 +114,39 @@ def _run(policy: OpenVLA, batch: Batch, start: Place, x: Tensor, language_block:
         x = model.norm(x)[:, -batch.tokens.shape[1] :]
         entries[Place("lm_head", 0)] = x
     boundaries["head"] = x
-    return _Run(boundaries, entries, policy.language_model.lm_head(x).float())
+    return Run(boundaries, entries, policy.language_model.lm_head(x).float())
+
+
+def run_from_vision(policy: OpenVLA, batch: Batch, vision: Tensor, language_block: int) -> Run:
+    """The chain from the fused vision features [B, patches, channels] to the logits."""
+    return _run(policy, batch, Place("projector", 0), vision, language_block)
 
 
 class Trunk:
-    """The full-precision pass of one batch: inputs of every block, and the graph from the vision boundary to J.
-
-    nbytes: memory that it holds beyond the policy's weights.
-    """
+    """The full-precision pass of one batch: inputs of every block, and the graph from the vision boundary to J."""
 
     def __init__(self, policy: OpenVLA, batch: Batch, language_block: int, differentiable: bool = True) -> None:
         self.batch = batch
         self.language_block = language_block
-        self._stored: dict[int, int] = {}
         with torch.no_grad():
             channels = dict(zip(_TOWERS, batch.pixel_values.split(3, dim=1), strict=True))
             self.tower_inputs = {
                 tower: _tower_inputs(policy, tower, pixel_values) for tower, pixel_values in channels.items()
             }
             vision = torch.cat([_features(policy, tower, self.tower_inputs[tower][-1]) for tower in _TOWERS], dim=2)
-        weights = {parameter.untyped_storage().data_ptr() for parameter in policy.parameters()}
-
-        def count(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in weights:
-                self._stored[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with (
-            torch.set_grad_enabled(differentiable),
-            torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor),
-        ):
+        with torch.set_grad_enabled(differentiable):
             vision.requires_grad_(differentiable)
-            self.run = _run(policy, batch, Place("projector", 0), vision, language_block)
-        for inputs in self.tower_inputs.values():
-            for tensor in inputs:
-                count(tensor)
+            self.run = run_from_vision(policy, batch, vision, language_block)
 
-    @property
-    def nbytes(self) -> int:
-        return sum(self._stored.values())
+    def signals(self) -> Signals:
+        """The full-precision signals, by one backward pass through the graph."""
+        with torch.enable_grad():
+            objective = mean_log_likelihood(self.run.logits, self.batch.tokens)
+            boundaries = self.run.boundaries
+            found = torch.autograd.grad(objective.sum(), list(boundaries.values()), retain_graph=True)
+        hidden = {name: tensor.detach() for name, tensor in boundaries.items()}
+        gradients = dict(zip(boundaries, found, strict=True))
+        return Signals(hidden, gradients, objective.detach(), self.run.logits.detach())
 
 
 def _tower_inputs(policy: OpenVLA, tower: str, pixel_values: Tensor) -> list[Tensor]:

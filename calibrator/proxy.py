@@ -1,26 +1,44 @@
-"""First-order scores for every layer and bit-width from very few passes: QVLA Eq. (6), per output channel.
+"""First-order scores for every layer, bit-width and state from very few passes: no pass per layer.
 
-For a scalar output s of the policy and the channels c of a layer's output X, a perturbation dX moves s by at most
+Quantizing a layer moves its output X by dX = Q(layer)(x) - layer(x), known exactly from one full-precision pass. What
+dX does to the policy is estimated to first order:
 
-    sum_c ||ds/dX_c|| ||dX_c||,    dX = Q(layer)(x) - layer(x)
-
-with norms over tokens. QVLA uses it with the action. A greedy action is piecewise constant, so its place is taken by
-the expected action under the model's distribution over the action bins, as differentiable as the paper needs it.
-One forward pass, one backward pass per action dimension, and each layer once per bit-width: no pass per layer.
+- the action (QVLA Eq. (6), per output channel): a scalar s moves by at most sum_c ||ds/dX_c|| ||dX_c||, norms over
+  tokens. A greedy action is piecewise constant, so its place is taken by the expected action under the model's
+  distribution over the action bins. One backward pass per action dimension.
+- the evidence mass (Mix-QVLA Eq. (5)): ln M moves by <d ln M / dX, dX>, signed. M holds gradients, so this is a
+  backward pass through a backward pass, one per boundary; and a layer between a boundary and the action also changes
+  the gradient that it passes back, from x' = X'W to X'Q(W), which adds <d ln M / dx', dx'>.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from calibrator.passes import Batch
-from calibrator.policy import OpenVLA, live_units
+from calibrator.evidence import BOUNDARIES, evidence_map
+from calibrator.passes import mean_log_likelihood, run_from_vision
+from calibrator.policy import OpenVLA
 from calibrator.quantization import quantize_input, quantize_weight
-from calibrator.states import States
+from calibrator.sweep import Sweep
 from vla_policy.core.actions import ActionCodec
 from vla_policy.core.formats import Format
+
+
+@dataclass(frozen=True)
+class FirstOrder:
+    """One layer's estimates by bit-width (in the order of the settings) and state, float64.
+
+    action: [bits, N], QVLA's action error, squared, in the units of the exact one. mass: [bits, N, boundaries], the
+    signed change of ln M, whose magnitude estimates Delta^mass of Eq. (6); empty boundaries where not asked for.
+    """
+
+    action: np.ndarray
+    mass: np.ndarray
 
 
 def expected_action(logits: Tensor, codec: ActionCodec) -> Tensor:
@@ -30,71 +48,144 @@ def expected_action(logits: Tensor, codec: ActionCodec) -> Tensor:
     return logits[..., codec.first_token : codec.last_token + 1].float().softmax(-1) @ values
 
 
-def _perturbation(module: nn.Linear | nn.Conv2d, x: Tensor, fmt: Format) -> Tensor:
-    """dX: what `fmt` changes in the layer's output, float32."""
-    weight = module.weight
-    changed = quantize_weight(weight, fmt).dequantize().to(weight.dtype)
-    rounded = quantize_input(module, x, fmt.activation_bits) if fmt.activation_bits < 16 else x
-    if isinstance(module, nn.Conv2d):
-        now, before = (nn.functional.conv2d(v, w, stride=module.stride) for v, w in ((rounded, changed), (x, weight)))
-        return (now - before).float().flatten(2).transpose(1, 2)
-    return (nn.functional.linear(rounded, changed) - nn.functional.linear(x, weight)).float()
+def first_order(sweep: Sweep, units: Sequence[str], evidence: bool) -> list[FirstOrder]:
+    """Estimates for `units` on every state of the sweep; those of the evidence only if asked for."""
+    count, bits = len(sweep.states), sweep.settings.bits
+    found = {
+        unit: FirstOrder(
+            np.zeros((len(bits), count)), np.zeros((len(bits), count, len(BOUNDARIES) if evidence else 0))
+        )
+        for unit in units
+    }
+    for samples in sweep.states.split(range(count)):
+        columns = list(samples)
+        for unit, layer in _tap(sweep, samples, units, evidence).items():
+            for row, width in enumerate(bits):
+                action, mass = layer.estimate(sweep.settings.format_of(width))
+                found[unit].action[row, columns] = action.double().cpu()
+                found[unit].mass[row, columns] = mass.double().cpu()
+    return list(found.values())
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """What one batch's passes leave of a layer.
+
+    x: its input. arriving: dJ/dX, or None where no boundary lies behind the layer. action: [B, channels], squared norms
+    of the action's gradients, summed over dimensions. forward, backward: per boundary, the gradient of ln M with
+    respect to the layer's output and to the gradient that it passes to its input.
+    """
+
+    module: nn.Linear | nn.Conv2d
+    x: Tensor
+    arriving: Tensor | None
+    action: Tensor
+    forward: Sequence[Tensor]
+    backward: Sequence[Tensor]
+
+    @torch.no_grad()
+    def estimate(self, fmt: Format) -> tuple[Tensor, Tensor]:
+        """Squared action error [B] and change of ln M [B, boundaries], float32."""
+        weight = self.module.weight
+        change = quantize_weight(weight, fmt).dequantize().to(weight.dtype) - weight
+        rounded = quantize_input(self.module, self.x, fmt.activation_bits) if fmt.activation_bits < 16 else self.x
+        # Q(W)Q(x) - Wx = (Q(W) - W)Q(x) + W(Q(x) - x): differences first, or they drown in the rounding of bfloat16.
+        moved = self._apply(rounded, change)
+        if rounded is not self.x:
+            moved = moved + self._apply(rounded - self.x, weight)
+        action = (self.action * moved.square().sum(1)).sum(-1)
+        mass = [(slope.float() * moved).sum((1, 2)) for slope in self.forward]
+        if self.arriving is not None:
+            passed = (self.arriving @ change).float()
+            mass = [one + (slope.float() * passed).sum((1, 2)) for one, slope in zip(mass, self.backward, strict=True)]
+        return action, torch.stack(mass, dim=1) if mass else action.new_zeros(len(action), 0)
+
+    def _apply(self, x: Tensor, matrix: Tensor) -> Tensor:
+        if isinstance(self.module, nn.Conv2d):
+            return _token_rows(nn.functional.conv2d(x, matrix, stride=self.module.stride)).float()
+        return nn.functional.linear(x, matrix).float()
+
+
+def _tap(sweep: Sweep, samples: tuple[int, ...], units: Sequence[str], evidence: bool) -> dict[str, _Layer]:
+    """One full-precision pass of a batch and the backward passes through it."""
+    policy, batch = sweep.policy, sweep.states.batch(sweep.policy, samples, sweep.reference.tokens)
+    with ExitStack() as stack:
+        inputs, outputs = stack.enter_context(_taps(policy, units))
+        stack.enter_context(torch.enable_grad())
+        if evidence:
+            # Only the plain formula of attention can be differentiated twice.
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        # Weights are constants: the pixels' gradient is what makes every layer's output differentiable.
+        vision = policy.vision_backbone(batch.pixel_values.detach().requires_grad_())
+        run = run_from_vision(policy, batch, vision, sweep.block)
+        points = [outputs[unit] for unit in units]
+        action = [
+            _token_rows_of_all(torch.autograd.grad(value.sum(), points, retain_graph=True))
+            for value in expected_action(run.logits, sweep.states.codec).unbind(1)
+        ]
+        gains = [sum(rows.float().square().sum(1) for rows in layer) for layer in zip(*action, strict=True)]
+        arriving: dict[str, Tensor] = {}
+        slopes: list[list[Tensor]] = []
+        behind = [unit for unit in units if evidence and not unit.startswith("vision_backbone.")]
+        if evidence:
+            objective = mean_log_likelihood(run.logits, batch.tokens).sum()
+            hidden = [run.boundaries[name] for name in BOUNDARIES]
+            wanted = [*hidden, *(outputs[unit] for unit in behind), *(inputs[unit] for unit in behind)]
+            found = torch.autograd.grad(objective, wanted, create_graph=True)
+            gradients, found = found[: len(hidden)], found[len(hidden) :]
+            arriving = {unit: gradient.detach() for unit, gradient in zip(behind, found, strict=False)}
+            points += found[len(behind) :]
+            for name, h, gradient in zip(BOUNDARIES, hidden, gradients, strict=True):
+                mass = evidence_map(h, sweep.means[name], gradient).flatten(1).mean(1)
+                slopes.append(
+                    _token_rows_of_all(
+                        torch.autograd.grad(mass.log().sum(), points, retain_graph=True, materialize_grads=True)
+                    )
+                )
+    layers = {}
+    for index, unit in enumerate(units):
+        module = policy.get_submodule(unit)
+        assert isinstance(module, nn.Linear | nn.Conv2d)
+        layers[unit] = _Layer(
+            module,
+            inputs[unit].detach(),
+            arriving.get(unit),
+            gains[index],
+            [slope[index] for slope in slopes],
+            [slope[len(units) + behind.index(unit)] for slope in slopes] if unit in arriving else [],
+        )
+    return layers
+
+
+@contextmanager
+def _taps(policy: OpenVLA, units: Sequence[str]) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    """Inside the block, forward passes fill two dicts with their graph's tensors: inputs and outputs by layer."""
+    inputs: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
+    handles = []
+    for name in units:
+
+        def enter(module: nn.Module, args: tuple[Tensor, ...], name: str = name) -> Tensor:
+            # An alias of its own: what arrives there is this layer's gradient alone, even if others share the input.
+            inputs[name] = args[0].view_as(args[0])
+            return inputs[name]
+
+        def leave(module: nn.Module, args: tuple[Tensor, ...], output: Tensor, name: str = name) -> None:
+            outputs[name] = output
+
+        module = policy.get_submodule(name)
+        handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+    try:
+        yield inputs, outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _token_rows_of_all(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [_token_rows(tensor) for tensor in tensors]
 
 
 def _token_rows(x: Tensor) -> Tensor:
     """Layer output as [B, tokens, channels]."""
     return x.flatten(2).transpose(1, 2) if x.ndim == 4 else x
-
-
-def action_proxy(
-    policy: OpenVLA, states: States, tokens: np.ndarray, samples: tuple[int, ...], formats: Mapping[int, Format]
-) -> dict[str, dict[int, np.ndarray]]:
-    """First-order estimate of QVLA's action error, squared, per layer, bit-width and state: float64 [N].
-
-    formats: what each bit-width means. samples: states of equal prompt length. Same units as the exact action error.
-    """
-    batch = states.batch(policy, samples, tokens)
-    inputs, outputs, logits = _tapped_forward(policy, batch)
-    names = list(outputs)
-    gains = {name: torch.zeros(()) for name in names}
-    action = expected_action(logits, states.codec)
-    for dimension in range(action.shape[1]):
-        retain = dimension + 1 < action.shape[1]
-        gradients = torch.autograd.grad(
-            action[:, dimension].sum(), [outputs[name] for name in names], retain_graph=retain
-        )
-        for name, gradient in zip(names, gradients, strict=True):
-            gains[name] = gains[name] + _token_rows(gradient).float().square().sum(1)
-    result: dict[str, dict[int, np.ndarray]] = {}
-    with torch.no_grad():
-        for name in names:
-            module = policy.get_submodule(name)
-            assert isinstance(module, nn.Linear | nn.Conv2d)
-            result[name] = {}
-            for bits, fmt in formats.items():
-                noise = _perturbation(module, inputs[name], fmt).square().sum(1)
-                result[name][bits] = (gains[name] * noise).sum(-1).double().cpu().numpy()
-    return result
-
-
-def _tapped_forward(policy: OpenVLA, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
-    """Every live layer's input and output in the full-precision pass, outputs with a graph, and the logits."""
-    inputs: dict[str, Tensor] = {}
-    outputs: dict[str, Tensor] = {}
-
-    def tap(name: str) -> torch.utils.hooks.RemovableHandle:
-        def keep(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            inputs[name], outputs[name] = args[0].detach(), output
-
-        return policy.get_submodule(name).register_forward_hook(keep)
-
-    handles = [tap(unit.name) for unit in live_units(policy)]
-    try:
-        with torch.enable_grad():
-            # Weights are constants: the pixels' gradient is what makes every layer's output differentiable.
-            pixels = batch.pixel_values.detach().requires_grad_()
-            logits = policy.action_logits(pixels, batch.input_ids, batch.tokens)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return inputs, outputs, logits

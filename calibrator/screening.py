@@ -1,36 +1,39 @@
 """Screened sensitivity: exact evaluation only where it can still change the allocation.
 
-What is known at little cost is the first-order action error of every layer and width (`calibrator.proxy`). What is
-wanted are plans at a few average widths. In between stands a model of the soft-bottleneck losses L of Eq. (9),
+Very few passes predict the loss L of Eq. (9) of every layer, width and state to first order (`calibrator.proxy`): P.
+Exact evaluations measure what P misses,
 
-    ln L[unit, bits, state] = m[bits] + c ln proxy[unit, bits] + g[unit] + h[unit, bits] + d[unit, state] + e,
+    L[unit, bits, state] = c[unit, bits] P[unit, bits, state] (1 + e),
 
-all terms but m and c normal with variances estimated from what has been evaluated. Its posterior predictive is sampled
-as whole tables of losses: evaluated states are what they are, the others are drawn. Every sampled table gives Omega and
-Omega_tau by Eqs. (10) to (13) and its own best plan, so the expected regret of the plan in hand, and which layers cause
-it, are averages over tables. The layers that cause most are evaluated on more states, until the expected regret is
-below the tolerance at every target or the cap on evaluations is reached; which of the two is recorded.
+with ln c normal over layers, correlated over widths, and e of a variance that belongs to the width and the layer; all
+of it estimated from what has been evaluated. The posterior of a pair's phase means (Eq. (12)) is drawn: evaluated
+states are what they are, the others are predicted. Every draw gives Omega and Omega_tau and its own best plan; how
+much worse the plan in hand is there, on average over draws, is the expected regret. The pairs that cause most of it
+are evaluated on more states until it is below the tolerance at every target, or the cap on evaluations is reached;
+which of the two is recorded. States come in one order for all layers, so that they share passes.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from calibrator.scores import temporal_score
 from vla_policy.core.errors import BudgetError
 
-_TABLES = 48
-_WIDEST_EVERY = 4
-_FLOOR = 1e-12
-_MIN_VARIANCE = 1e-4
+_DRAWS = 128
+_HALVINGS = 40
+_PILOT_EVERY = 4
+_PRIOR_FREEDOM = 4.0
+_LEAST_VARIANCE = 1e-3
+_FLOOR = 0.3
+_TINY = 1e-30
 
 
 @dataclass(frozen=True)
 class ScreenSettings:
     """targets: average bits of the plans that must be right. tolerance: accepted expected regret, part of the plan's
-    score. pilot: states on which every layer and width is evaluated first. cap: largest part of all evaluations.
+    score. pilot: states on which layers are evaluated before anything is known. cap: largest part of all evaluations.
     """
 
     targets: tuple[float, ...] = (3.0, 4.0, 6.0)
@@ -44,23 +47,23 @@ class ScreenSettings:
 class ScreenProblem:
     """What is screened, as arrays.
 
-    params: [U] weights per layer. groups: layers that share a width, as index lists. bits: [B] measured widths; 16 is
-    added with loss 0. proxy: [U, B]. phases: [N]. alpha, beta: of Eq. (14a).
+    params: [U] weights per layer. groups: [U] names; layers of one group share a width. bits: [B] measured widths,
+    ascending; 16 is added with loss 0. predicted: [U, B, N], P. phases: [N]. alpha, beta: of Eq. (14a).
     """
 
     params: np.ndarray
-    groups: tuple[tuple[int, ...], ...]
+    groups: Sequence[str]
     bits: tuple[int, ...]
-    proxy: np.ndarray
+    predicted: np.ndarray
     phases: np.ndarray
     alpha: float
     beta: float
 
 
-@dataclass
+@dataclass(frozen=True)
 class ScreenResult:
-    """losses: [U, B, N], NaN where not evaluated. omega, omega_tau: posterior means [U, B], omega_deviation: of omega.
-    record: what the artefact says about the screening.
+    """losses: [U, B, N], NaN where not evaluated. omega, omega_tau: posterior means [U, B]; omega_deviation: standard
+    deviation of omega. record: what the artefact says about the screening.
     """
 
     losses: np.ndarray
@@ -83,15 +86,13 @@ Evaluate = Callable[[Sequence[Request]], Sequence[np.ndarray]]
 """Exact losses [columns, states] of every request, in their order."""
 
 
-def state_order(phases: np.ndarray, seed: int) -> list[int]:
-    """States in an order whose beginnings cover all phases: one of each phase, then a second, ..."""
-    generator = np.random.default_rng(seed)
-    order = generator.permutation(len(phases))
-    rank = np.zeros(len(phases), np.int64)
-    for phase in np.unique(phases):
-        members = order[phases[order] == phase]
-        rank[members] = np.arange(len(members))
-    return [int(state) for state in order[np.argsort(rank[order], kind="stable")]]
+def state_order(predicted: np.ndarray) -> list[int]:
+    """States from the largest loss, relative to its pair's mean and averaged over pairs [U, B, N], to the smallest.
+
+    A sum is known best when its largest terms are measured and the small ones predicted.
+    """
+    relative = predicted / (predicted.mean(-1, keepdims=True) + _TINY)
+    return [int(state) for state in np.argsort(-relative.mean((0, 1)), kind="stable")]
 
 
 class Screen:
@@ -103,117 +104,57 @@ class Screen:
         self.problem = problem
         self.settings = settings
         self._evaluate = evaluate
-        units, widths = problem.proxy.shape
-        self.losses = np.full((units, widths, len(problem.phases)), np.nan)
-        self._order = state_order(problem.phases, settings.seed)
-        self._count = np.zeros((units, widths), np.int64)
+        self.losses: np.ndarray = np.full(problem.predicted.shape, np.nan)
+        # A first-order loss can vanish where the real one cannot; a part of the pair's typical size is added to it.
+        typical = problem.predicted.mean(-1, keepdims=True) + _TINY
+        self._predicted = np.hypot(problem.predicted, _FLOOR * typical)
+        self._order = state_order(self._predicted)
+        self._count = np.zeros(self.losses.shape[:2], np.int64)
+        self._model: _Ratios | None = None
+        self._misses: list[float] = []
         self._generator = np.random.default_rng(settings.seed)
+        names, self._group = np.unique(problem.groups, return_inverse=True)
+        self._members = (self._group[:, None] == np.arange(len(names))).astype(float)
+        self._costs = (problem.params @ self._members)[:, None] * np.asarray([*problem.bits, 16.0])
 
     @property
     def evaluations(self) -> int:
         return int(self._count.sum())
 
+    @property
+    def overdispersion(self) -> float:
+        """How much larger the squared misses of the model's own predictions were than it expected; at least 1."""
+        return max(1.0, float(np.mean(self._misses))) if self._misses else 1.0
+
     def run(self) -> ScreenResult:
-        """Pilot, then rounds of the most contested layers until certain enough or out of evaluations."""
+        """Pilot, then rounds of the pairs that matter most until certain enough or out of evaluations."""
         units, widths, states = self.losses.shape
-        limit = int(self.settings.cap * units * widths * states)
+        limit = int(self.settings.cap * self.losses.size)
         step = max(1, states // 16)
-        # The widest format is the best predicted and matters least: a part of the layers is enough to place it.
-        every = max(1, min(_WIDEST_EVERY, units // 3))
-        most, last = tuple(range(widths - 1)), (widths - 1,)
-        pilot = {unit: most + last if unit % every == 0 or widths == 1 else most for unit in range(units)}
-        self._extend(pilot, self.settings.pilot)
+        # The narrowest width is the worst predicted and matters most; of the others, some layers show what to expect.
+        every = max(1, min(_PILOT_EVERY, units // 3))
+        self._extend(
+            {
+                (unit, column)
+                for unit in range(units)
+                for column in range(widths)
+                if column == 0 or unit % every == column % every
+            },
+            self.settings.pilot,
+        )
         rounds: list[dict[str, Any]] = []
         while True:
-            tables = self._tables()
-            regret, blame = self._regret(tables)
+            omega, omega_tau = self._draw()
+            regret, blame = self._regret(self.problem.alpha * omega + self.problem.beta * omega_tau)
             rounds.append({"evaluations": self.evaluations, "expected_regret": regret})
             if max(regret.values()) <= self.settings.tolerance:
                 reason = "expected regret within tolerance at every target"
                 break
-            wanted = self._most_contested(blame, limit - self.evaluations, step)
+            wanted = self._most_blamed(blame, limit - self.evaluations, step)
             if not wanted:
                 reason = "cap on evaluations reached"
                 break
             self._extend(wanted, step)
-        return self._result(tables, rounds, reason, units * widths * states)
-
-    def _extend(self, wanted: Mapping[int, tuple[int, ...]], step: int) -> None:
-        """Evaluates the next `step` states of each unit's widths; widths at the same count share their passes."""
-        states = self.losses.shape[2]
-        requests = []
-        for unit, columns in wanted.items():
-            for count in sorted({int(self._count[unit, column]) for column in columns}):
-                same = tuple(column for column in columns if self._count[unit, column] == count)
-                if chosen := tuple(self._order[count : min(count + step, states)]):
-                    requests.append(Request(unit, same, chosen))
-        for request, losses in zip(requests, self._evaluate(requests), strict=True):
-            self.losses[request.unit][np.ix_(request.columns, request.states)] = losses
-            self._count[request.unit, list(request.columns)] += len(request.states)
-
-    def _tables(self) -> np.ndarray:
-        """Posterior predictive tables of losses, [tables, U, B, N]."""
-        model = _Model.fit(self.losses, self.problem.proxy)
-        return model.draw(self.losses, _TABLES, self._generator)
-
-    def _scores(self, tables: np.ndarray) -> np.ndarray:
-        """alpha Omega + beta Omega_tau by group and width, [tables, groups, B + 1]; the last width is 16 bits."""
-        problem = self.problem
-        score = problem.alpha * tables.mean(-1) + problem.beta * temporal_score(tables, problem.phases)
-        grouped = np.stack([score[:, list(group)].sum(1) for group in problem.groups], axis=1)
-        return np.concatenate([grouped, np.zeros((*grouped.shape[:2], 1))], axis=2)
-
-    def _costs(self) -> np.ndarray:
-        """Bits of every group and width, [groups, B + 1]."""
-        params = np.asarray([self.problem.params[list(group)].sum() for group in self.problem.groups])
-        return params[:, None] * np.asarray([*self.problem.bits, 16.0])
-
-    def _regret(self, tables: np.ndarray) -> tuple[dict[str, float], np.ndarray]:
-        """Expected regret per target relative to the plan's score, and each group's and width's part in it.
-
-        With a table's own multiplier per bit, the reduced cost of the plan's width over the best one is an upper
-        bound of what the plan loses there (Lagrangian duality); the sum over groups bounds the regret.
-        """
-        scores, costs = self._scores(tables), self._costs()
-        expected = scores.mean(0)
-        everyone = np.arange(len(costs))
-        regret: dict[str, float] = {}
-        blame = np.zeros_like(expected)
-        for target in self.settings.targets:
-            budget = target * self.problem.params.sum()
-            _, plan = cheapest(expected, costs, budget)
-            lost = np.zeros(len(costs))
-            part = np.zeros_like(expected)
-            for table in scores:
-                multiplier, best = cheapest(table, costs, budget)
-                reduced = table + multiplier * costs
-                loss = reduced[everyone, plan] - reduced[everyone, best]
-                lost += loss
-                part[everyone, best] += loss
-                part[everyone, plan] += loss
-            value = expected[everyone, plan].sum()
-            regret[f"{target:g}"] = float(lost.sum() / len(scores) / value) if value > 0 else 0.0
-            blame = np.maximum(blame, part / len(scores) / value if value > 0 else part)
-        return regret, blame
-
-    def _most_contested(self, blame: np.ndarray, room: int, step: int) -> dict[int, tuple[int, ...]]:
-        """Layers and width columns for the next round: the largest parts of the regret first."""
-        states, widths = self.losses.shape[2], len(self.problem.bits)
-        wanted: dict[int, list[int]] = {}
-        pairs = [(value, group, column) for (group, column), value in np.ndenumerate(blame[:, :widths]) if value > 0]
-        allowed = min(room, max(step, int(0.01 * self.losses.size)))
-        for _, group, column in sorted(pairs, reverse=True):
-            members = [unit for unit in self.problem.groups[group] if self._count[unit, column] < states]
-            need = sum(min(step, states - int(self._count[unit, column])) for unit in members)
-            if not members or need > allowed:
-                continue
-            allowed -= need
-            for unit in members:
-                wanted.setdefault(unit, []).append(column)
-        return {unit: tuple(sorted(columns)) for unit, columns in wanted.items()}
-
-    def _result(self, tables: np.ndarray, rounds: list[dict[str, Any]], reason: str, exhaustive: int) -> ScreenResult:
-        omega = tables.mean(-1)
         record = {
             "targets": list(self.settings.targets),
             "tolerance": self.settings.tolerance,
@@ -221,115 +162,205 @@ class Screen:
             "cap": self.settings.cap,
             "seed": self.settings.seed,
             "evaluations": self.evaluations,
-            "exhaustive_evaluations": exhaustive,
+            "exhaustive_evaluations": self.losses.size,
             "rounds": rounds,
-            "stop": {"reason": reason, "expected_regret": rounds[-1]["expected_regret"], "tables": _TABLES},
+            "overdispersion": self.overdispersion,
+            "stop": {"reason": reason, "expected_regret": rounds[-1]["expected_regret"], "draws": _DRAWS},
         }
-        temporal = temporal_score(tables, self.problem.phases).mean(0)
-        return ScreenResult(self.losses, omega.mean(0), temporal, omega.std(0), record)
+        return ScreenResult(self.losses, omega.mean(0), omega_tau.mean(0), omega.std(0), record)
+
+    def _extend(self, wanted: set[tuple[int, int]], step: int) -> None:
+        """Evaluates the next `step` states of each (unit, column); columns at the same count share their passes."""
+        states = self.losses.shape[2]
+        together: dict[tuple[int, int], list[int]] = {}
+        for unit, column in sorted(wanted):
+            together.setdefault((unit, int(self._count[unit, column])), []).append(column)
+        requests = [
+            Request(unit, tuple(columns), tuple(self._order[count : min(count + step, states)]))
+            for (unit, count), columns in together.items()
+            if count < states
+        ]
+        for request, losses in zip(requests, self._evaluate(requests), strict=True):
+            if self._model is not None:
+                predicted = self._predicted[request.unit][np.ix_(request.columns, request.states)]
+                self._misses.extend(self._model.miss(request.unit, request.columns, predicted, losses))
+            self.losses[request.unit][np.ix_(request.columns, request.states)] = losses
+            self._count[request.unit, list(request.columns)] += len(request.states)
+
+    def _draw(self) -> tuple[np.ndarray, np.ndarray]:
+        """Draws of Omega and Omega_tau, [draws, U, B] each."""
+        sizes = np.unique(self.problem.phases, return_counts=True)[1]
+        self._model = _Ratios.fit(self.losses, self._predicted)
+        means = self._model.draw(
+            self.losses, self._predicted, self.problem.phases, self.overdispersion, self._generator
+        )
+        return means @ (sizes / sizes.sum()), means.max(-1)
+
+    def _regret(self, scores: np.ndarray) -> tuple[dict[str, float], np.ndarray]:
+        """Expected regret per target relative to the plan's score, and each unit's and width's part in it [U, B].
+
+        scores: [draws, U, B]. With a draw's own multiplier per bit, the reduced cost of the plan's width over the best
+        one is an upper bound of what the plan loses there (Lagrangian duality); the sum over groups bounds the regret.
+        A group's loss is blamed on the two widths that were confused, by the variance of their scores.
+        """
+        grouped = np.einsum("tub,ug->tgb", scores, self._members)
+        grouped = np.concatenate([grouped, np.zeros((*grouped.shape[:2], 1))], axis=2)
+        expected, variance = grouped.mean(0), grouped.var(0)
+        regret: dict[str, float] = {}
+        blame = np.zeros_like(expected)
+        for target in self.settings.targets:
+            budget = target * self.problem.params.sum()
+            plan = cheapest(expected[None], self._costs, budget)[1][0]
+            value = float(_pick(expected, plan).sum())
+            multiplier, best = cheapest(grouped, self._costs, budget)
+            reduced = grouped + multiplier[:, None, None] * self._costs
+            lost = _pick(reduced, np.broadcast_to(plan, best.shape)) - _pick(reduced, best)
+            doubt, doubt_of_best = _pick(variance, plan) + _TINY, np.take(variance, best + _rows(variance)) + _TINY
+            share = doubt / (doubt + doubt_of_best)
+            part = np.zeros_like(expected)
+            part[np.arange(len(plan)), plan] = (lost * share).mean(0)
+            for column in range(part.shape[1]):
+                part[:, column] += (lost * (1 - share) * (best == column)).mean(0)
+            regret[f"{target:g}"] = float(lost.sum(1).mean() / value) if value > 0 else 0.0
+            blame = np.maximum(blame, part / max(value, _TINY))
+        return regret, blame[self._group, :-1]
+
+    def _most_blamed(self, blame: np.ndarray, room: int, step: int) -> set[tuple[int, int]]:
+        """The pairs for the next round, at most a hundredth of all evaluations: the largest parts of the regret."""
+        states = self.losses.shape[2]
+        allowed = min(room, max(step, self.losses.size // 100))
+        wanted: set[tuple[int, int]] = set()
+        for flat in np.argsort(-blame, axis=None, kind="stable"):
+            unit, column = divmod(int(flat), blame.shape[1])
+            need = min(step, states - int(self._count[unit, column]))
+            if blame[unit, column] <= 0 or need > allowed:
+                break
+            if need:
+                wanted.add((unit, column))
+                allowed -= need
+        return wanted
 
 
-def cheapest(scores: np.ndarray, costs: np.ndarray, budget: float) -> tuple[float, np.ndarray]:
+def cheapest(scores: np.ndarray, costs: np.ndarray, budget: float) -> tuple[np.ndarray, np.ndarray]:
     """Lagrangian allocation: the smallest multiplier per bit at which every group's best width fits the budget.
 
-    scores, costs: [groups, widths]. Returns the multiplier and the chosen columns.
+    scores: [draws, groups, widths]; costs: [groups, widths]. Returns every draw's multiplier and chosen columns
+    [draws, groups].
     """
-    everyone = np.arange(len(costs))
 
-    def choose(multiplier: float) -> np.ndarray:
-        return np.argmin(scores + multiplier * costs, axis=1)
+    def choose(multiplier: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        best = np.argmin(scores + multiplier[:, None, None] * costs, axis=2)
+        return best, np.take(costs, best + _rows(costs)).sum(1) <= budget
 
-    if costs[everyone, choose(0.0)].sum() <= budget:
-        return 0.0, choose(0.0)
-    low, high = 0.0, float(scores.max() / costs.min()) + 1.0
-    for _ in range(80):
+    low = np.zeros(len(scores))
+    high = np.where(choose(low)[1], 0.0, scores.max((1, 2)) / costs.min() + 1.0)
+    for _ in range(_HALVINGS):
         middle = (low + high) / 2
-        if costs[everyone, choose(middle)].sum() <= budget:
-            high = middle
-        else:
-            low = middle
-    return high, choose(high)
+        fits = choose(middle)[1]
+        low, high = np.where(fits, low, middle), np.where(fits, middle, high)
+    return high, choose(high)[0]
+
+
+def _rows(table: np.ndarray) -> np.ndarray:
+    """Flat offsets of the rows of `table` [groups, widths]."""
+    return np.arange(len(table)) * table.shape[1]
+
+
+def _pick(table: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """The entry of every group at its column: `table` [..., groups, widths], `columns` [..., groups]."""
+    return np.take_along_axis(table, columns[..., None], axis=-1)[..., 0]
 
 
 @dataclass(frozen=True)
-class _Model:
-    """Posterior of the log-losses' level f[unit, bits] and the variances of what remains per state."""
+class _Ratios:
+    """Posterior of ln c[unit, bits] in L = c P (1 + e), and the variance of e by pair.
+
+    mean: [U, B]. covariance: [U, B, B]. noise, freedom: [U, B], estimated variance of e and how well it is known.
+    """
 
     mean: np.ndarray
     covariance: np.ndarray
-    state_variance: float
-    noise_variance: float
+    noise: np.ndarray
+    freedom: np.ndarray
 
     @staticmethod
-    def fit(losses: np.ndarray, proxy: np.ndarray) -> "_Model":
-        """Moment estimates of the variances and the normal posterior of every unit's levels."""
-        logs = np.log(np.maximum(losses, _FLOOR))
-        count = np.isfinite(logs).sum(-1)
-        level = np.where(count > 0, np.nansum(logs, axis=-1) / np.maximum(count, 1), np.nan)
-        shared, noise = _within_variances(logs, level)
-        prior = _regress(np.log(np.maximum(proxy, _FLOOR**2)), level, count)
-        between_units, between_widths = _between_variances(level - prior, shared, noise, count)
-        units, widths = level.shape
-        prior_covariance = between_units + between_widths * np.eye(widths)
-        means = np.zeros_like(level)
-        covariances = np.zeros((units, widths, widths))
-        for unit in range(units):
-            seen = np.flatnonzero(count[unit])
-            often = count[unit, seen]
-            observed = prior_covariance[np.ix_(seen, seen)] + shared / np.maximum.outer(often, often)
-            gain = prior_covariance[:, seen] @ np.linalg.inv(observed + np.diag(noise / often))
-            means[unit] = prior[unit] + gain @ (level[unit, seen] - prior[unit, seen])
-            covariances[unit] = prior_covariance - gain @ prior_covariance[seen]
-        return _Model(means, covariances, shared, noise)
+    def fit(losses: np.ndarray, predicted: np.ndarray) -> "_Ratios":
+        """Moment estimates of what layers and widths have in common, and the normal posterior of every layer."""
+        seen = np.isfinite(losses)
+        count = seen.sum(-1)
+        known = count > 0
+        weight = np.where(seen, predicted, 0.0).sum(-1)
+        ratio = np.where(known, np.nansum(losses, -1), weight) / np.where(known, weight, 1.0)
+        ratio = np.where(known, np.maximum(ratio, _TINY), 1.0)
+        noise, freedom = _noise(losses / (predicted * ratio[..., None]) - 1, count)
+        error = noise * np.where(seen, predicted**2, 0.0).sum(-1) / np.maximum(weight, _TINY) ** 2
+        level = np.log(ratio)
+        centre = np.asarray([np.median(level[known[:, column], column]) for column in range(level.shape[1])])
+        between = _between(level - centre, error, known)
+        mean, covariance = np.zeros_like(level), np.zeros((*level.shape, level.shape[1]))
+        for unit in range(len(level)):
+            have = np.flatnonzero(known[unit])
+            observed = between[np.ix_(have, have)] + np.diag(error[unit, have])
+            gain = np.linalg.solve(observed, between[have]).T
+            mean[unit] = centre + gain @ (level[unit, have] - centre[have])
+            covariance[unit] = between - gain @ between[have]
+        return _Ratios(mean, covariance, noise, freedom)
 
-    def draw(self, losses: np.ndarray, tables: int, generator: np.random.Generator) -> np.ndarray:
-        """Tables of losses: evaluated entries as they are, the others from the posterior predictive."""
-        units, widths, states = losses.shape
-        roots = np.linalg.cholesky(self.covariance + 1e-10 * np.eye(widths))
-        levels = self.mean + np.einsum("ubc,tuc->tub", roots, generator.standard_normal((tables, units, widths)))
-        shared = self.state_variance**0.5 * generator.standard_normal((tables, units, 1, states))
-        noise = self.noise_variance**0.5 * generator.standard_normal((tables, units, widths, states))
-        return np.where(np.isfinite(losses), losses, np.exp(levels[..., None] + shared + noise))
+    def miss(self, unit: int, columns: Sequence[int], predicted: np.ndarray, losses: np.ndarray) -> list[float]:
+        """Squared errors of the sums of `losses` [columns, states] in units of the variances that were expected."""
+        columns = list(columns)
+        ratio = np.exp(self.mean[unit, columns])
+        noise = self.noise[unit, columns] * (predicted**2).sum(-1)
+        expected = np.diagonal(self.covariance[unit])[columns] * predicted.sum(-1) ** 2 + noise
+        return list((losses.sum(-1) / ratio - predicted.sum(-1)) ** 2 / expected)
+
+    def draw(
+        self,
+        losses: np.ndarray,
+        predicted: np.ndarray,
+        phases: np.ndarray,
+        overdispersion: float,
+        generator: np.random.Generator,
+    ) -> np.ndarray:
+        """Every pair's mean loss per phase, [draws, U, B, phases that have states]: evaluated states as they are.
+
+        overdispersion: factor of all variances.
+        """
+        units, widths, _ = losses.shape
+        roots = np.linalg.cholesky(overdispersion * self.covariance + 1e-9 * np.eye(widths))
+        normal = generator.standard_normal((_DRAWS, units, widths))
+        ratio = np.exp(self.mean + np.einsum("ubc,tuc->tub", roots, normal))
+        freedom = np.broadcast_to(self.freedom, ratio.shape)
+        variance = overdispersion * self.noise * freedom / generator.chisquare(freedom)
+        means = []
+        for phase in np.unique(phases):
+            here = losses[..., phases == phase]
+            unseen = np.where(np.isnan(here), predicted[..., phases == phase], 0.0)
+            noise = generator.standard_normal(ratio.shape) * (variance * (unseen**2).sum(-1)) ** 0.5
+            rest = np.maximum(unseen.sum(-1) + noise, 0.0) * ratio
+            means.append((np.nansum(here, -1) + rest) / here.shape[-1])
+        return np.stack(means, -1)
 
 
-def _within_variances(logs: np.ndarray, level: np.ndarray) -> tuple[float, float]:
-    """Variance per state that a unit's widths share, and that they do not, pooled over units."""
-    residual = logs - level[..., None]
-    count = np.isfinite(residual).sum()
-    # Every pair's own mean costs one degree of freedom.
-    total = np.nansum(residual**2) / max(1, count - np.isfinite(level).sum())
-    products, freedom = 0.0, 0.0
-    for one in range(level.shape[1]):
-        for other in range(one):
-            both = residual[:, one] * residual[:, other]
-            known = np.isfinite(both).sum(-1)
-            products += float(np.nansum(both))
-            freedom += float(np.maximum(known - 1, 0).sum())
-    shared = min(max(products / max(1.0, freedom), 0.0), total - _MIN_VARIANCE)
-    return float(max(shared, 0.0)), float(max(total - shared, _MIN_VARIANCE))
+def _noise(residual: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Variance of e by unit and width, and its degrees of freedom: the width's, times a factor of the layer that is
+    shrunk to 1. residual: [U, B, N], NaN where not evaluated."""
+    freedom = np.maximum(count - 1, 0)
+    squares = np.where(freedom > 0, np.nansum(residual**2, -1), 0.0)
+    of_width = squares.sum(0) / np.maximum(freedom.sum(0), 1) + _TINY
+    of_unit = freedom.sum(1) + _PRIOR_FREEDOM
+    factor = ((squares / of_width).sum(1) + _PRIOR_FREEDOM) / of_unit
+    return factor[:, None] * of_width, np.repeat(of_unit[:, None].astype(float), residual.shape[1], 1)
 
 
-def _regress(log_proxy: np.ndarray, level: np.ndarray, count: np.ndarray) -> np.ndarray:
-    """m[bits] + c ln proxy, weighted by how often each pair was evaluated; [U, B]."""
-    units, widths = level.shape
-    columns = [np.repeat(np.eye(widths)[None], units, 0).reshape(-1, widths), log_proxy.reshape(-1, 1)]
-    design = np.concatenate(columns, axis=1)
-    weight = np.sqrt(count.reshape(-1, 1).astype(float))
-    known = np.nan_to_num(level).reshape(-1, 1)  # weight 0 where nothing was evaluated
-    solution, *_ = np.linalg.lstsq(design * weight, known * weight, rcond=None)
-    return (design @ solution).reshape(units, widths)
-
-
-def _between_variances(
-    residual: np.ndarray, shared: float, noise: float, count: np.ndarray
-) -> tuple[float, float]:
-    """Variances of g (per unit) and h (per unit and width), what evaluation noise explains taken off."""
-    widths, often = residual.shape[1], np.maximum(count, 1)
-    cross = [
-        np.nanmean(residual[:, one] * residual[:, other] - shared / np.maximum(often[:, one], often[:, other]))
-        for one in range(widths)
-        for other in range(one)
-    ]
-    between_units = max(float(np.mean(cross)) if cross else 0.0, _MIN_VARIANCE)
-    total = float(np.nanmean(residual**2 - (shared + noise) / often))
-    return between_units, max(total - between_units, _MIN_VARIANCE)
+def _between(level: np.ndarray, error: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Covariance [B, B] of the layers' levels over widths, what evaluation noise explains taken off."""
+    widths = level.shape[1]
+    covariance = np.zeros((widths, widths))
+    for one in range(widths):
+        for other in range(one + 1):
+            both = known[:, one] & known[:, other]
+            product = level[both, one] * level[both, other] - (error[both, one] if one == other else 0.0)
+            covariance[one, other] = covariance[other, one] = product.mean() if both.any() else 0.0
+    values, vectors = np.linalg.eigh(covariance)
+    return (vectors * np.maximum(values, _LEAST_VARIANCE)) @ vectors.T

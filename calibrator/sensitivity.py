@@ -104,12 +104,12 @@ class Estimate:
 def score_unit(
     shape: UnitShape,
     losses: UnitLosses,
-    proxy: Mapping[int, np.ndarray],
+    action_proxy: np.ndarray,
     phases: np.ndarray,
     settings: ScoreSettings,
     estimate: Estimate | None = None,
 ) -> UnitScores:
-    """Eqs. (8) to (13) for one layer. phases: int64 [N], the bin of each state of `losses`.
+    """Eqs. (8) to (13) for one layer. action_proxy: [bits, N]. phases: int64 [N], the bin of each state of `losses`.
 
     With an estimate, `losses` are NaN for states that were not evaluated, and the other scores average the rest.
     """
@@ -137,7 +137,7 @@ def score_unit(
         omega=by_bits(estimate.omega),
         omega_tau=by_bits(estimate.omega_tau),
         action_mse=evaluated(losses.action_error),
-        action_proxy=by_bits([float(proxy[bits].mean()) for bits in losses.bits]),
+        action_proxy=by_bits(action_proxy.mean(-1)),
         likelihood_drop=evaluated(-losses.likelihood),
         boundary_loss={
             bits: {name: values[bits] for name, values in zip(BOUNDARIES, by_boundary, strict=True)}
@@ -198,12 +198,14 @@ class Sensitivity:
 
 def stack_losses(
     records: Sequence[UnitLosses],
-    proxies: Mapping[str, Mapping[int, np.ndarray]],
+    action_proxies: Sequence[np.ndarray],
     progress: np.ndarray,
     settings: ScoreSettings,
 ) -> dict[str, np.ndarray]:
-    """`losses.safetensors`: everything per layer, bit-width and state, in the order of `units` in the JSON."""
-    bits = records[0].bits
+    """`losses.safetensors`: everything per layer, bit-width and state, in the order of `units` in the JSON.
+
+    action_proxies: [bits, N] each.
+    """
     mass = np.stack([record.mass for record in records])
     attribution = np.stack([record.attribution for record in records])
     losses = evidence_loss(mass, attribution, settings.weight)
@@ -214,9 +216,7 @@ def stack_losses(
         "soft_bottleneck": soft_bottleneck(losses, settings.kappa).astype(np.float32),
         "action_error": np.stack([record.action_error for record in records]).astype(np.float32),
         "likelihood": np.stack([record.likelihood for record in records]).astype(np.float32),
-        "action_proxy": np.stack(
-            [np.stack([proxies[record.unit][width] for width in bits]) for record in records]
-        ).astype(np.float32),
+        "action_proxy": np.stack(action_proxies).astype(np.float32),
         "progress": progress.astype(np.float64),
         "phase": phase_of(progress, settings.bins),
     }

@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -217,11 +218,13 @@ class EpisodeSource:
         return sorted(Path(self.path).glob("*.safetensors"))
 
 
-def _open_episode(path: Path) -> Any:
+@contextmanager
+def _open_episode(path: Path) -> Iterator[Any]:
     try:
-        return safe_open(path, framework="numpy")
+        with safe_open(path, framework="numpy") as stream:
+            yield stream
     except (SafetensorError, OSError) as error:
-        raise DataError(f"{path}: not a readable episode ({error}); record it again") from error
+        raise DataError(f"{path}: not a readable episode with image and state ({error}); record it again") from error
 
 
 def open_sources(

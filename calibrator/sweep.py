@@ -1,6 +1,5 @@
 """What one layer's low precision does to the policy: losses per bit-width and state, Mix-QVLA Eqs. (2) to (8)."""
 
-from collections import OrderedDict
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -18,7 +17,7 @@ from calibrator.evidence import (
     mass_distortion,
     profile,
 )
-from calibrator.passes import Place, Signals, Trunk, last_block, place_of, signals, tower_of
+from calibrator.passes import Signals, Trunk, last_block, place_of, signals, tower_of
 from calibrator.policy import OpenVLA, live_units, load_policy
 from calibrator.quantization import levels, quantized
 from calibrator.scores import check_finite
@@ -92,26 +91,24 @@ class _FullPrecision:
 class Sweep:
     """Evaluates layers of one policy on one calibration set.
 
-    Full-precision passes are kept for the next layer as long as they fit into `cache_bytes`; the memory beyond the
-    policy's weights is that plus one batch's pass, whatever the number of layers.
+    The last batch's full-precision pass is kept for the next layer: whoever takes all layers of a batch before the
+    next batch pays for it once. Memory beyond the policy's weights is that pass and one that differs from it,
+    whatever the number of layers and states.
     """
 
-    def __init__(
-        self, policy: OpenVLA, states: States, ref: Reference, settings: SweepSettings, cache_bytes: int = 2 << 30
-    ) -> None:
+    def __init__(self, policy: OpenVLA, states: States, ref: Reference, settings: SweepSettings) -> None:
         self.policy = policy
         self.states = states
         self.reference = ref
         self.settings = settings
-        self._block = language_block(policy, settings)
+        self.block = language_block(policy, settings)
         device = policy.projector.fc1.weight.device
-        self._means = {name: torch.from_numpy(mean).to(device) for name, mean in ref.means.items()}
+        self.means = {name: torch.from_numpy(mean).to(device) for name, mean in ref.means.items()}
         codec = states.codec
         ids = np.arange(codec.first_token, codec.last_token + 1)
         self._values = torch.from_numpy(codec.tokens_to_normalised(ids)).to(device)
         self._first_token = codec.first_token
-        self._cache: OrderedDict[tuple[int, ...], _FullPrecision] = OrderedDict()
-        self._cache_bytes = cache_bytes
+        self._last: tuple[tuple[int, ...], _FullPrecision] | None = None
 
     def evaluate(self, unit: str, bits: tuple[int, ...], samples: tuple[int, ...]) -> UnitLosses:
         """The record of layer `unit` at the given widths on the given states.
@@ -142,30 +139,20 @@ class Sweep:
 
     def evidence(self, measured: Signals, boundary: str) -> Tensor:
         """E of Eq. (4) at one boundary, float32 [B, tokens, channels]."""
-        return evidence_map(measured.hidden[boundary], self._means[boundary], measured.gradients[boundary])
+        return evidence_map(measured.hidden[boundary], self.means[boundary], measured.gradients[boundary])
 
     def full_precision(self, samples: tuple[int, ...]) -> tuple[Trunk, Signals]:
         """The reference pass of states with equal prompt length, and its signals."""
-        trunk = Trunk(self.policy, self.states.batch(self.policy, samples, self.reference.tokens), self._block)
-        return trunk, signals(self.policy, trunk, Place("projector", 0))
+        trunk = Trunk(self.policy, self.states.batch(self.policy, samples, self.reference.tokens), self.block)
+        return trunk, trunk.signals()
 
     def _full_precision(self, samples: tuple[int, ...]) -> _FullPrecision:
-        if samples in self._cache:
-            self._cache.move_to_end(samples)
-            return self._cache[samples]
-        # Room is made first: otherwise the peak would be the cache and one pass more than the bound.
-        while self._cache and self._cached_bytes() + self._last_bytes() > self._cache_bytes:
-            self._cache.popitem(last=False)
-        trunk, measured = self.full_precision(samples)
-        profiles = {name: profile(self.evidence(measured, name), self.settings.epsilon) for name in BOUNDARIES}
-        self._cache[samples] = _FullPrecision(trunk, profiles, measured.objective)
-        return self._cache[samples]
-
-    def _cached_bytes(self) -> int:
-        return sum(_nbytes(item) for item in self._cache.values())
-
-    def _last_bytes(self) -> int:
-        return _nbytes(next(reversed(self._cache.values())))
+        if self._last is None or self._last[0] != samples:
+            self._last = None  # freed first: otherwise there were two at the peak
+            trunk, measured = self.full_precision(samples)
+            profiles = {name: profile(self.evidence(measured, name), self.settings.epsilon) for name in BOUNDARIES}
+            self._last = samples, _FullPrecision(trunk, profiles, measured.objective)
+        return self._last[1]
 
     def _action_error(self, logits: Tensor, samples: tuple[int, ...]) -> Tensor:
         """QVLA Eq. (4) per state [B]: squared distance in normalised action units, under teacher forcing."""
@@ -173,10 +160,6 @@ class Sweep:
         chosen = logits[..., first : first + len(self._values)].argmax(-1)
         wanted = torch.from_numpy(self.reference.tokens[list(samples)] - first).to(chosen.device)
         return (self._values[chosen] - self._values[wanted]).square().sum(-1)
-
-
-def _nbytes(full: _FullPrecision) -> int:
-    return full.trunk.nbytes + sum(item.attribution.nbytes for item in full.profiles.values())
 
 
 def language_block(policy: OpenVLA, settings: SweepSettings) -> int:
@@ -196,7 +179,6 @@ class SweepSpec:
     calibration: str
     settings: SweepSettings
     batch_size: int = 16
-    cache_bytes: int = 2 << 30
     device: str = "cpu"
 
     def load_policy(self) -> OpenVLA:
@@ -212,7 +194,7 @@ class SweepSpec:
         states = self.load_states(policy)
         if ref is None:
             ref = reference(policy, states, language_block(policy, self.settings))
-        return Sweep(policy, states, ref, self.settings, self.cache_bytes)
+        return Sweep(policy, states, ref, self.settings)
 
 
 def macs_per_action(policy: OpenVLA, prompt_tokens: float, action_tokens: int) -> dict[str, int]:

@@ -34,6 +34,18 @@ def test_what_is_saved_is_loaded_in_the_published_names(folder: Path) -> None:
     assert all(torch.equal(stored[name], loaded[name]) for name in stored)
 
 
+def test_a_checkpoint_in_its_own_precision_stays_in_the_page_cache(folder: Path) -> None:
+    """Its weights are mapped from the file, so a machine with less free memory than weights can still read them."""
+    policy = load_policy(folder, torch.bfloat16)
+    mapped = [
+        range(*(int(end, 16) for end in line.split()[0].split("-")))
+        for line in Path("/proc/self/maps").read_text().splitlines()
+        if line.endswith(str(folder / "model.safetensors"))
+    ]
+    for name, parameter in policy.named_parameters():
+        assert any(parameter.data_ptr() in pages for pages in mapped), name
+
+
 def test_a_missing_tensor_is_named(folder: Path) -> None:
     rewrite(folder, **{NAME: None})
     with pytest.raises(PolicyError, match=f"tensor '{NAME}' missing"):

@@ -161,6 +161,9 @@ def test_episode_files_are_read(tmp_path: Path) -> None:
     bad.write_bytes(b"short")
     with pytest.raises(DataError, match="not a readable episode"):
         source.index()
+    save_file({"picture": np.zeros((2, 4, 4, 3), np.uint8)}, bad)
+    with pytest.raises(DataError, match=r"002\.safetensors: not a readable episode with image and state"):
+        source.index()
 
 
 def test_sources_are_told_apart_and_others_refused(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from calibrator.evidence import BOUNDARIES, EPSILON
-from calibrator.passes import Place, Trunk, place_of, signals
+from calibrator.passes import Place, Signals, Trunk, place_of, signals
 from calibrator.policy import OpenVLA, live_units
 from calibrator.quantization import quantized
 from calibrator.sweep import Sweep, SweepSettings, SweepSpec, macs_per_action
@@ -179,12 +179,21 @@ def test_results_do_not_depend_on_batch_size(spec: SweepSpec, sweep: Sweep) -> N
         np.testing.assert_allclose(one.attribution, many.attribution, rtol=1e-3, atol=1e-7)
 
 
-def test_cache_size_changes_nothing_and_holds_its_bound(spec: SweepSpec, sweep: Sweep) -> None:
-    tight = replace(spec, cache_bytes=1).open()
-    for unit in UNITS[:2]:
-        got = tight.evaluate(unit, (4,), tuple(range(8)))
-        np.testing.assert_array_equal(got.mass, sweep.evaluate(unit, (4,), tuple(range(8))).mass)
-    assert len(tight._cache) == 1
+def test_layers_of_a_batch_share_its_full_precision_pass(spec: SweepSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    sweep = spec.open()
+    batches: list[tuple[int, ...]] = []
+    original = Sweep.full_precision
+
+    def watched(self: Sweep, samples: tuple[int, ...]) -> tuple[Trunk, Signals]:
+        batches.append(samples)
+        return original(self, samples)
+
+    monkeypatch.setattr(Sweep, "full_precision", watched)
+    split = sweep.states.split(range(8))
+    for members in split:
+        for unit in UNITS:
+            sweep.evaluate(unit, (4,), members)
+    assert batches == split
 
 
 def test_weights_are_restored(sweep: Sweep) -> None:

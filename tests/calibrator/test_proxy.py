@@ -1,0 +1,59 @@
+"""First-order scores against exact evaluations where the perturbation is small."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from calibrator.evidence import BOUNDARIES
+from calibrator.policy import live_units
+from calibrator.proxy import first_order
+from calibrator.sweep import Sweep, SweepSettings, SweepSpec
+
+UNITS = (
+    "vision_backbone.featurizer.patch_embed.proj",
+    "vision_backbone.fused_featurizer.blocks.0.attn.qkv",
+    "projector.fc1",
+    "language_model.model.layers.0.self_attn.v_proj",
+    "language_model.model.layers.1.mlp.down_proj",
+    "language_model.lm_head",
+)
+ALL = tuple(range(8))
+
+
+@pytest.fixture(scope="module", params=["weight-only", "weight-activation"])
+def small_steps(request: pytest.FixtureRequest, spec: SweepSpec) -> Sweep:
+    return replace(spec, settings=SweepSettings(scheme=request.param, bits=(8,), group_size=32)).open()
+
+
+def test_eight_bits_move_the_evidence_mass_as_predicted(small_steps: Sweep) -> None:
+    for unit, found in zip(UNITS, first_order(small_steps, UNITS, evidence=True), strict=True):
+        exact = small_steps.evaluate(unit, (8,), ALL).mass
+        predicted = np.abs(found.mass)
+        scale = exact.mean((0, 1))
+        assert scale.max() > 0
+        for column, name in enumerate(BOUNDARIES):
+            if scale[column] > 1e-5:
+                error = np.abs(predicted - exact)[..., column].mean() / scale[column]
+                assert error < 0.15, f"{unit} at {name}"
+
+
+def test_the_head_moves_evidence_through_its_backward_pass_too(sweep: Sweep) -> None:
+    """The head boundary's own activations do not change; all of its loss comes from the gradient's way back."""
+    (found,) = first_order(sweep, ["language_model.lm_head"], evidence=True)
+    assert np.abs(found.mass[..., BOUNDARIES.index("head")]).min() > 0
+
+
+def test_states_in_other_batches_give_the_same_estimates(spec: SweepSpec, sweep: Sweep) -> None:
+    single = replace(spec, batch_size=1).open()
+    for one, many in zip(first_order(single, UNITS, True), first_order(sweep, UNITS, True), strict=True):
+        np.testing.assert_allclose(one.action, many.action, rtol=1e-3, atol=1e-9)
+        np.testing.assert_allclose(one.mass, many.mass, rtol=2e-2, atol=1e-5)
+
+
+def test_the_action_estimate_orders_widths(sweep: Sweep) -> None:
+    names = [unit.name for unit in live_units(sweep.policy)]
+    for found in first_order(sweep, names, evidence=False):
+        low, middle, high = found.action.mean(-1)
+        assert low > middle > high > 0
+        assert found.mass.shape == (3, 8, 0)
