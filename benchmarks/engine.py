@@ -1,13 +1,18 @@
 """OpenVLA-7B at its real size: random weights of the published shapes, built, measured, and counted byte by byte.
 
-    python benchmarks/engine.py --target cpu  --out DIR     build, load, and decide one action
-    python benchmarks/engine.py --target a100 --out DIR     build with TensorRT-RTX, no GPU needed
+    python benchmarks/engine.py --target cpu  --out DIR                  build, load, and decide one action
+    python benchmarks/engine.py --target a100 --out DIR                  build with TensorRT-RTX, no GPU needed
+    python benchmarks/engine.py --target cpu  --out DIR --beside-16-bit  action and memory beside 16 bits
 
 Prints, per kind of bytes, what is on disk, beside the paper's memory column. Needs about 10 GB of disk (twice that for
 a100 while building) and up to 20 GB of memory; nothing is downloaded, the weights come from a seed.
+
+ONNX Runtime holds 16-bit weights as float32, 30 GB at full depth. So the last command measures both engines, in turns,
+at two smaller depths, and says what a straight line through these makes of 32 blocks: an extrapolation, named as one.
 """
 
 import argparse
+import resource
 import sys
 import tempfile
 import time
@@ -20,20 +25,22 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from calibrator.policy.loading import empty_policy
-from engine_build.bench import peak_bytes
+from engine_build.bench import bench, peak_bytes, report
 from engine_build.build import Policy, build_engine
 from engine_build.inspect import summary
-from engine_build.plan import Plan, check_legal
+from engine_build.plan import Plan, check_legal, uniform_plan
 from engine_build.weights import Layer, layers_of
+from vla_policy.core.bench import Bench
 from vla_policy.core.cli import run
-from vla_policy.core.formats import Format
+from vla_policy.core.formats import FULL_PRECISION, Format
 from vla_policy.core.manifest import Manifest
 from vla_policy.core.observation import Observation
 from vla_policy.core.policy_config import PolicyConfig
 from vla_policy.core.runner import load_engine
-from vla_policy.core.targets import find_target
+from vla_policy.core.targets import Target, find_target
 
 AVERAGE_BITS = 3.96
+DEPTH = 32
 PAPER_GB = "Mix-QVLA Table 1: 15.2 GB at 16 bits, 4.0 GB at 3.96 bits on average"
 _POOL = 1 << 24
 _ACTION = {"q01": [-1.0] * 7, "q99": [1.0] * 7, "mask": [True] * 6 + [False]}
@@ -83,6 +90,63 @@ def plan_at(average_bits: float, layers: dict[str, Layer]) -> Plan:
                 return Plan(assignment, None)
             assignment |= {f"language_model.model.layers.{index}.mlp.{name}": two for name in group}
     return Plan(assignment, None)
+
+
+def config_of(blocks: int) -> PolicyConfig:
+    """The published policy with fewer decoder blocks."""
+    text = _CONFIG["text_config"] | {"num_hidden_layers": blocks}
+    return PolicyConfig.from_dict(_CONFIG | {"text_config": text}, "published shapes")
+
+
+def thinned(average_bits: float, blocks: int) -> Plan:
+    """The full depth's plan on fewer blocks, evenly taken: their mean is that of all."""
+    full = plan_at(average_bits, layers_of(config_of(DEPTH))).assignment
+    assignment = {}
+    for name in layers_of(config_of(blocks)):
+        parts = name.split(".")
+        if "model.layers." in name:
+            parts[3] = str((2 * int(parts[3]) + 1) * DEPTH // (2 * blocks))
+        assignment[name] = full[".".join(parts)]
+    return Plan(assignment, None)
+
+
+def build_at(blocks: int, plan: Plan, target: Target, out: Path) -> Manifest:
+    """An engine of random weights."""
+    config = config_of(blocks)
+    check_legal(plan, layers_of(config), target)
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = write_tokenizer(Path(folder) / "tokenizer.json")
+        policy = Policy(config, RandomTensors(config, seed=0), tokenizer, sha256="0" * 64)
+        return build_engine(policy, plan, target, out)
+
+
+def beside_16_bit(average_bits: float, blocks: int, repeats: int, threads: int, out: Path) -> str:
+    """Both engines at `blocks` and half as many, and the straight line through both at the full depth."""
+    measured: list[Bench] = []
+    depths = (blocks // 2, blocks)
+    for depth in depths:
+        mixed, full = out / f"mixed_{depth}", out / f"w16a16_{depth}"
+        build_at(depth, thinned(average_bits, depth), find_target("cpu"), mixed)
+        build_at(depth, uniform_plan(FULL_PRECISION, layers_of(config_of(depth))), find_target("cpu"), full)
+        measured.append(bench(mixed, full, repeats, threads, warm_up=1))
+        print(f"{depth} of {DEPTH} blocks, measured:\n{report(measured[-1])}", flush=True)
+    lines = [f"{DEPTH} blocks, extrapolated from {depths[0]} and {depths[1]}:{'mixed':>16}{'16-bit':>16}"]
+    for what, value in (
+        ("action, s", lambda figures: figures.stages["action"].median_ms / 1e3),
+        ("decode step, s", lambda figures: figures.stages["decode_step"].median_ms / 1e3),
+        ("peak memory, GB", lambda figures: figures.peak_bytes / 1e9),
+        ("on disk, GB", lambda figures: figures.disk_bytes / 1e9),
+    ):
+        sides = [[value(side) for side in (result.engine, result.reference)] for result in measured]
+        ends = [extrapolate(depths, (sides[0][place], sides[1][place])) for place in (0, 1)]
+        lines.append(f"{what:44}" + "".join(f"{end:16.2f}" for end in ends))
+    return "\n".join(lines)
+
+
+def extrapolate(depths: tuple[int, int], values: tuple[float, float]) -> float:
+    """The straight line through two depths, at the full one."""
+    slope = (values[1] - values[0]) / (depths[1] - depths[0])
+    return values[1] + slope * (DEPTH - depths[1])
 
 
 def write_tokenizer(path: Path) -> Path:
@@ -137,26 +201,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--target", choices=("cpu", "a100"), default="cpu")
     parser.add_argument("--out", type=Path, required=True, help="engine folder to write")
     parser.add_argument("--average-bits", type=float, default=AVERAGE_BITS, help="bits per weight (default: 3.96)")
-    parser.add_argument("--blocks", type=int, default=32, help="decoder blocks; fewer for a quick look (default: 32)")
+    parser.add_argument("--blocks", type=int, help="decoder blocks (default: 32; 8 for --beside-16-bit)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
     parser.add_argument("--run-only", action="store_true", help="only decide one action with the engine in --out")
+    parser.add_argument("--beside-16-bit", action="store_true", help="action and memory beside 16 bits, on the CPU")
+    parser.add_argument("--repeats", type=int, default=3, help="actions per engine beside 16 bits (default: 3)")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
+    if arguments.beside_16_bit:
+        bits, blocks, repeats = arguments.average_bits, arguments.blocks or 8, arguments.repeats
+        print(beside_16_bit(bits, blocks, repeats, arguments.threads, arguments.out))
+        return 0
     if not arguments.run_only:
-        target = find_target(arguments.target)
-        text = _CONFIG["text_config"] | {"num_hidden_layers": arguments.blocks}
-        config = PolicyConfig.from_dict(_CONFIG | {"text_config": text}, "published shapes")
-        layers = layers_of(config)
-        plan = plan_at(arguments.average_bits, layers)
-        check_legal(plan, layers, target)
         started = time.perf_counter()
-        with tempfile.TemporaryDirectory() as folder:
-            tokenizer = write_tokenizer(Path(folder) / "tokenizer.json")
-            policy = Policy(config, RandomTensors(config, seed=0), tokenizer, sha256="0" * 64)
-            manifest = build_engine(policy, plan, target, arguments.out)
+        blocks = arguments.blocks or DEPTH
+        plan = thinned(arguments.average_bits, blocks)
+        manifest = build_at(blocks, plan, find_target(arguments.target), arguments.out)
         print(summary(manifest))
         print(account(manifest))
-        print(f"built in {time.perf_counter() - started:.0f} s, peak memory {peak_bytes() / 1e9:.2f} GB", flush=True)
+        builder = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+        print(
+            f"built in {time.perf_counter() - started:.0f} s; peak memory {peak_bytes() / 1e9:.2f} GB here, "
+            f"{builder / 1e9:.2f} GB in a process that TensorRT ran in",
+            flush=True,
+        )
     if arguments.target == "cpu":
         print(decide_once(arguments.out, arguments.threads))
     return 0

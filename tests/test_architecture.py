@@ -92,9 +92,7 @@ def test_the_robot_package_and_the_launch_files_import_nothing_of_the_workstatio
 
 
 def test_importing_the_core_loads_neither_torch_nor_rclpy() -> None:
-    modules = [
-        ".".join(path.relative_to(ROBOT).with_suffix("").parts) for path in _sources(_folder("vla_policy.core"))
-    ]
+    modules = [".".join(path.relative_to(ROBOT).with_suffix("").parts) for path in _sources(_folder("vla_policy.core"))]
     program = (
         f"import importlib, sys; [importlib.import_module(name) for name in {modules!r}]; "
         "print(sorted({name.split('.')[0] for name in sys.modules} & {'torch', 'rclpy', 'transformers', 'onnx'}))"

@@ -10,12 +10,12 @@ Each graph is built in a process of its own: TensorRT is native code that may cr
 import importlib
 import multiprocessing
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import onnx
 
@@ -150,23 +150,25 @@ def _serve(pipe: Connection, job: _Job) -> None:
 
 
 def _build(job: _Job) -> None:
-    module = load_module(job.backend)
+    if TYPE_CHECKING:
+        import tensorrt as module
+    else:
+        module = load_module(job.backend)
     if any(node.domain == NAMESPACE for node in onnx.load(str(job.graph), load_external_data=False).graph.node):
         from engine_build.backends import plugins
 
         assert job.target.compute_capability is not None
         plugins.register(job.target.compute_capability)
-    with _logged(module, f"{job.graph}: {job.backend} {module.__version__}") as (logger, fail):
-        builder: trt.Builder = module.Builder(logger)
-        flags = 1 << int(module.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
-        network: trt.INetworkDefinition = builder.create_network(flags)
-        parser: trt.OnnxParser = module.OnnxParser(network, logger)
+    with _logged(job) as (logger, fail):
+        builder = module.Builder(logger)
+        network = builder.create_network(1 << int(module.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+        parser = module.OnnxParser(network, logger)
         if not parser.parse_from_file(str(job.graph)):
             fail("; ".join(parser.get_error(index).desc() for index in range(parser.num_errors)))
-        config: trt.IBuilderConfig = builder.create_builder_config()
+        config = builder.create_builder_config()
         config.profiling_verbosity = module.ProfilingVerbosity.DETAILED
         for shapes in job.profiles:
-            profile: trt.IOptimizationProfile = builder.create_optimization_profile()
+            profile = builder.create_optimization_profile()
             for name, bounds in shapes.items():
                 profile.set_shape(name, *bounds)
             config.add_optimization_profile(profile)
@@ -186,12 +188,15 @@ def _timing_cache(config: "trt.IBuilderConfig", path: Path) -> "trt.ITimingCache
     """The kept cache, or an empty one: the same cache makes the same choice of kernels."""
     cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
     if not config.set_timing_cache(cache, False):
-        raise ArtefactError(f"{path}: from another GPU or TensorRT version; delete it and build again")
+        raise ArtefactError(
+            f"{path.name} of the engine that is to be replaced: from another GPU or TensorRT version; delete it there "
+            "and build again"
+        )
     return cache
 
 
 def _name_gpu(module: Any, config: Any, target: Target) -> None:
-    """TensorRT-RTX builds for a GPU that is not here."""
+    """TensorRT-RTX builds for a GPU that is not here; this part of its interface is not in TensorRT's stubs."""
     assert target.compute_capability is not None
     name = "SM{}{}".format(*target.compute_capability)
     capability = getattr(module.ComputeCapability, name, None)
@@ -206,19 +211,24 @@ def _name_gpu(module: Any, config: Any, target: Target) -> None:
 
 
 @contextmanager
-def _logged(module: Any, where: str) -> Iterator[tuple[Any, Any]]:
+def _logged(job: _Job) -> Iterator[tuple["trt.ILogger", Callable[[str], NoReturn]]]:
     """TensorRT reports through a logger; its errors become one line of ours."""
+    if TYPE_CHECKING:
+        import tensorrt as module
+    else:
+        module = load_module(job.backend)
     errors: list[str] = []
 
     class Logger(module.ILogger):
         def __init__(self) -> None:
             module.ILogger.__init__(self)
 
-        def log(self, severity: Any, message: str) -> None:
+        def log(self, severity: "trt.ILogger.Severity", msg: str) -> None:
             if severity <= module.ILogger.ERROR:
-                errors.append(" ".join(message.split()))
+                errors.append(" ".join(msg.split()))
 
-    def fail(what: str) -> None:
+    def fail(what: str) -> NoReturn:
+        where = f"{job.graph}: {job.backend} {module.__version__}"
         raise ArtefactError(f"{where}: {what}: {'; '.join(errors[:_LOGGED]) or 'no reason given'}")
 
     yield Logger(), fail

@@ -9,6 +9,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from vla_policy.core.errors import ArtefactError
+
 OPSET = 25  # the first with 2-bit integers
 _IR_VERSION = 13
 _INLINE_BYTES = 1024
@@ -96,7 +98,12 @@ class GraphBuilder:
         return self.constant(value, self.float_dtype)
 
     def tensor(self, name: str, array: np.ndarray) -> str:
-        """A tensor of a type that NumPy and ONNX share."""
+        """A tensor of a type that NumPy and ONNX share. Raises ArtefactError for floats that are not finite."""
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise ArtefactError(
+                f"{name}: holds numbers that are not finite in {array.dtype}; the checkpoint is damaged, or its "
+                "numbers are too large"
+            )
         return self.raw(name, helper.np_dtype_to_tensor_dtype(array.dtype), array.shape, array.tobytes())
 
     def raw(self, name: str, data_type: int, shape: Sequence[int], content: bytes) -> str:

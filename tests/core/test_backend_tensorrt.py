@@ -1,6 +1,7 @@
 """The TensorRT runner's bookkeeping, with stand-ins: device memory in NumPy, engines executed by ONNX Runtime."""
 
-from collections.abc import Sequence
+import ctypes
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -49,11 +50,60 @@ class FakeMemory:
         return np.frombuffer(self.blocks[address][:size].tobytes(), dtype).reshape(shape)
 
 
+class FakeDriver:
+    """The driver's graph functions: work that comes in during a capture is kept, and done at every launch."""
+
+    def __init__(self, refuses: str = "") -> None:
+        self.refuses = refuses
+        self.capturing: list[Callable[[], None]] | None = None
+        self.kept: dict[int, list[Callable[[], None]]] = {}
+        self.launches = self.captures = self.destroyed = 0
+
+    def enqueue(self, work: Callable[[], None]) -> None:
+        if self.capturing is None:
+            work()
+        else:
+            self.capturing.append(work)
+
+    def cuStreamBeginCapture_v2(self, stream: ctypes.c_void_p, mode: int) -> int:
+        assert self.capturing is None
+        self.capturing = []
+        return 0
+
+    def cuStreamEndCapture(self, stream: ctypes.c_void_p, graph: Any) -> int:
+        assert self.capturing is not None
+        self.captures += 1
+        self.kept[self.captures], self.capturing = self.capturing, None
+        graph._obj.value = self.captures
+        return 901 if self.refuses == "capture" else 0
+
+    def cuGraphInstantiateWithFlags(self, executable: Any, graph: ctypes.c_void_p, flags: ctypes.c_ulonglong) -> int:
+        executable._obj.value = graph.value
+        return 0
+
+    def cuGraphDestroy(self, graph: ctypes.c_void_p) -> int:
+        return 0
+
+    def cuGraphLaunch(self, executable: ctypes.c_void_p, stream: ctypes.c_void_p) -> int:
+        assert executable.value is not None
+        self.launches += 1
+        for work in self.kept[executable.value]:
+            work()
+        return 0
+
+    def cuGraphExecDestroy(self, executable: ctypes.c_void_p) -> int:
+        assert executable.value is not None
+        del self.kept[executable.value]
+        self.destroyed += 1
+        return 0
+
+
 class FakeContext:
     """An execution context that runs the graph which the engine would have been built from."""
 
-    def __init__(self, memory: FakeMemory, path: Path, spec: GraphSpec) -> None:
-        self.memory, self.spec = memory, spec
+    def __init__(self, memory: FakeMemory, driver: FakeDriver, path: Path, spec: GraphSpec) -> None:
+        self.memory, self.driver, self.spec = memory, driver, spec
+        self.changes = 0
         self.session = open_session(path, session_options(1))
         self.shapes = {tensor.name: tensor.shape for tensor in spec.inputs}
         self.addresses: dict[str, int] = {}
@@ -62,12 +112,24 @@ class FakeContext:
         self.profile = profile
 
     def set_input_shape(self, name: str, shape: Sequence[int]) -> None:
+        self.changes += 1
         self.shapes[name] = tuple(shape)
 
     def set_tensor_address(self, name: str, address: int) -> None:
+        self.changes += 1
         self.addresses[name] = address
 
     def execute_async_v3(self, stream: int) -> bool:
+        seen = self.changes
+
+        def work() -> None:
+            assert self.changes == seen, "a context must stay as it was captured"
+            self.run()
+
+        self.driver.enqueue(work)
+        return True
+
+    def run(self) -> None:
         feeds = {
             tensor.name: self.memory.read(self.addresses[tensor.name], self.shapes[tensor.name], tensor.dtype)
             for tensor in self.spec.inputs
@@ -77,14 +139,15 @@ class FakeContext:
         assert not read & {self.addresses[name] for name in names}, "a run must not write what it reads"
         for name, values in zip(names, self.session.run(names, feeds), strict=True):
             self.memory.write(self.addresses[name], values)
-        return True
 
 
 class FakeEngine:
     """A deserialized engine."""
 
-    def __init__(self, memory: FakeMemory, path: Path, spec: GraphSpec, config: PolicyConfig) -> None:
-        self.arguments = (memory, path, spec)
+    def __init__(
+        self, memory: FakeMemory, driver: FakeDriver, path: Path, spec: GraphSpec, config: PolicyConfig
+    ) -> None:
+        self.arguments = (memory, driver, path, spec)
         self.profiles = decoder_profiles(spec, config) if spec.file.startswith("decoder") else []
 
     def create_execution_context(self) -> FakeContext:
@@ -94,15 +157,15 @@ class FakeEngine:
         return self.profiles[profile][name]
 
 
-def fake_modules(folder: Path, manifest: Manifest, capability: tuple[int, int]) -> Modules:
-    """Stand-ins for `tensorrt` and `pycuda.driver`; the graphs' bytes name the engine."""
-    memory = FakeMemory()
+def fake_modules(folder: Path, manifest: Manifest, capability: tuple[int, int], refuses: str = "") -> Modules:
+    """Stand-ins for `tensorrt`, `pycuda.driver` and the driver; the graphs' bytes name the engine."""
+    memory, driver = FakeMemory(), FakeDriver(refuses)
     context = SimpleNamespace(push=lambda: None, pop=lambda: None)
     device = SimpleNamespace(retain_primary_context=lambda: context, compute_capability=lambda: capability)
     engines = {(folder / spec.file).read_bytes(): (folder / spec.file, spec) for spec in manifest.graphs.values()}
 
     def deserialize(content: bytes) -> FakeEngine | None:
-        return FakeEngine(memory, *engines[content], manifest.config) if content in engines else None
+        return FakeEngine(memory, driver, *engines[content], manifest.config) if content in engines else None
 
     def download(values: np.ndarray, address: int, stream: Any) -> None:
         values[...] = memory.read(address, values.shape, values.dtype.name)
@@ -122,7 +185,8 @@ def fake_modules(folder: Path, manifest: Manifest, capability: tuple[int, int]) 
             self.severity = severity
 
     runtime = SimpleNamespace(deserialize_cuda_engine=deserialize)
-    return Modules(SimpleNamespace(__version__=VERSION, Logger=FakeLogger, Runtime=lambda logger: runtime), cuda)
+    tensorrt = SimpleNamespace(__version__=VERSION, Logger=FakeLogger, Runtime=lambda logger: runtime)
+    return Modules(tensorrt, cuda, driver)
 
 
 @pytest.fixture(scope="module")
@@ -140,13 +204,30 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest]:
 
 def test_decisions_equal_the_torch_policy_over_several_states(exported: tuple[Path, Manifest]) -> None:
     folder, manifest = exported
-    backend = TensorRtBackend(folder, manifest, fake_modules(folder, manifest, (8, 0)))
-    config = manifest.config
+    modules = fake_modules(folder, manifest, (8, 0))
+    backend, config = TensorRtBackend(folder, manifest, modules), manifest.config
     engine = Engine(manifest, backend, PromptTokenizer(folder / "policy", config), ActionCodec.of(config))
     actor = TorchActor.load(folder / "policy")
-    for seed in range(3):
-        expected, got = actor.act(observation(seed)), engine.act(observation(seed))
-        np.testing.assert_array_equal(got.tokens, expected.tokens)
+    steps = engine.codec.dim - 1
+    graphs = []
+    # The prompt keeps its length for four decisions, changes, and changes back.
+    for seed, instruction in enumerate(["push", "lift", "push", "lift", "push the robot", "push"]):
+        state = replace(observation(seed), instruction=instruction)
+        np.testing.assert_array_equal(engine.act(state).tokens, actor.act(state).tokens)
+        graphs.append((modules.driver.captures, modules.driver.launches, modules.driver.destroyed))
+    plain, captured = (0, 0, 0), (steps, steps, 0)
+    changed = (steps, 3 * steps, steps)
+    assert graphs == [plain, captured, (steps, 2 * steps, 0), (steps, 3 * steps, 0), changed, changed]
+
+
+def test_a_graph_that_cannot_be_captured_is_named(exported: tuple[Path, Manifest]) -> None:
+    folder, manifest = exported
+    backend = TensorRtBackend(folder, manifest, fake_modules(folder, manifest, (8, 0), refuses="capture"))
+    config = manifest.config
+    engine = Engine(manifest, backend, PromptTokenizer(folder / "policy", config), ActionCodec.of(config))
+    engine.act(observation(0))
+    with pytest.raises(ArtefactError, match=r"CUDA could not end capture \(CUresult 901\)"):
+        engine.act(observation(0))
 
 
 def test_another_gpu_or_version_is_refused(exported: tuple[Path, Manifest]) -> None:

@@ -84,6 +84,30 @@ def test_the_dialect_computes_the_planned_numbers(fmt: Format, tmp_path: Path) -
     np.testing.assert_allclose(y, expected, atol=6e-3)
 
 
+def test_an_odd_row_of_two_bit_codes_is_paired(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(5)
+    quantized = quantize_weight(torch.randn(6, 7, generator=generator), Format(2, 16))
+    layer = Layer("odd", "linear", "odd", 6, 7, bias=False)
+    with GraphBuilder(tmp_path / "odd.onnx", TensorProto.FLOAT16, 21) as builder:
+        builder.rename(linear(builder, "x", LayerWeights(layer, Format(2, 16), quantized, None, None)), "y")
+        sizes = {"x": 7, "y": 6}
+        infos = [helper.make_tensor_value_info(key, TensorProto.FLOAT16, [1, 7, size]) for key, size in sizes.items()]
+        builder.save(infos[:1], infos[1:])
+    (y,) = open_session(tmp_path / "odd.onnx", session_options(1)).run(None, {"x": np.eye(7, dtype=np.float16)[None]})
+    np.testing.assert_allclose(y[0].T, quantized.dequantize().numpy(), atol=2e-3)
+
+
+def test_weights_that_float16_cannot_hold_are_refused(tmp_path: Path) -> None:
+    layer = Layer("large", "linear", "large", 1, 2, bias=False)
+    rows = torch.tensor([[1e5, 1.0]])
+    message = r"large.weight: holds numbers that are not finite in float16"
+    with (
+        GraphBuilder(tmp_path / "large.onnx", TensorProto.FLOAT16, 21) as builder,
+        pytest.raises(ArtefactError, match=message),
+    ):
+        linear(builder, "x", LayerWeights(layer, Format(16, 16), None, rows, None))
+
+
 @pytest.mark.parametrize("fmt", [fmt for fmt in A100.legal() if fmt.weight_bits < 16], ids=str)
 def test_codes_are_found_wherever_they_stand_and_missed_when_altered(fmt: Format, tmp_path: Path) -> None:
     graph, engine = tmp_path / "layer.onnx", tmp_path / "layer.engine"
