@@ -30,7 +30,8 @@ def linear(builder: GraphBuilder, x: str, weights: LayerWeights) -> str:
     name, bits = weights.layer.name, weights.format.weight_bits
     if bits == 16:
         assert weights.rows is not None
-        rows = np.ascontiguousarray(weights.rows.float().numpy().T.astype(np.float16))
+        with np.errstate(over="ignore"):  # the builder refuses what does not fit
+            rows = np.ascontiguousarray(weights.rows.float().numpy().T.astype(np.float16))
         kernel = builder.tensor(f"{name}.weight", rows)
     else:
         group = weights.format.group_size or weights.layer.inputs
