@@ -113,7 +113,7 @@ class FakeArtefacts:
 def _write_sensitivity(folder: Path, generator: np.random.Generator, screened: bool) -> Sensitivity:
     calibration, shapes, scores = load_calibration(folder / "calibration"), fake_shapes(), ScoreSettings(bins=BINS)
     samples = tuple(range(len(calibration)))
-    records, proxies = [], {}
+    records, proxies = [], []
     for shape in shapes:
         strength = np.asarray([1.0, 0.1, 0.01])[:, None, None] * generator.lognormal(-1, 1)
         noise = generator.lognormal(0, 0.5, (len(BITS), len(samples), 4))
@@ -121,11 +121,11 @@ def _write_sensitivity(folder: Path, generator: np.random.Generator, screened: b
         drop = -generator.random((len(BITS), len(samples)))
         attribution = 0.3 * strength * noise
         records.append(UnitLosses(shape.name, BITS, samples, strength * noise, attribution, error, drop))
-        proxies[shape.name] = {bits: generator.random(len(samples)) for bits in BITS}
+        proxies.append(generator.random((len(BITS), len(samples))))
     phases = phase_of(calibration.progress, scores.bins)
     units = [
-        score_unit(shape, record, proxies[shape.name], phases, scores)
-        for shape, record in zip(shapes, records, strict=True)
+        score_unit(shape, record, proxy, phases, scores)
+        for shape, record, proxy in zip(shapes, records, proxies, strict=True)
     ]
     maps = {
         "evidence": generator.random((2, 3, 4, 6)).astype(np.float32),
