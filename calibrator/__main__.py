@@ -59,11 +59,11 @@ def _add_sensitivity(parser: argparse.ArgumentParser) -> None:
         "--mode",
         choices=("exact", "screened"),
         default="exact",
-        help="screened: exact only where the allocation is undecided, first-order scores elsewhere",
+        help="screened: exact only where the allocation is undecided, corrected first-order scores elsewhere",
     )
     parser.add_argument("--targets", type=float, nargs="+", default=[3.0, 4.0, 6.0], help="screened: average bits")
     parser.add_argument("--tolerance", type=float, default=0.005, help="screened: expected regret, part of the score")
-    parser.add_argument("--pilot", type=int, default=2, help="screened: states on which everything is evaluated")
+    parser.add_argument("--pilot", type=int, default=2, help="screened: states evaluated before anything is known")
     parser.add_argument("--cap", type=float, default=0.1, help="screened: largest part of all exact evaluations")
     parser.add_argument("--executor", choices=("local", "ray"), default="local")
     parser.add_argument("--ray-address", help="address of a running Ray cluster; default: one on this machine")
