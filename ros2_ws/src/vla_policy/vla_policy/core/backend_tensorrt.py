@@ -180,7 +180,9 @@ class TensorRtBackend:
 
     def _allocate(self, manifest: Manifest) -> dict[str, Any]:
         """Device memory for every tensor at its largest; two of each cache tensor."""
-        longest = {name: tuple(self._engine.get_tensor_profile_shape(name, _STEP)[2]) for name in self._past}
+        longest: dict[str, tuple[int, ...]] = {
+            name: tuple(self._engine.get_tensor_profile_shape(name, _STEP)[2]) for name in self._past
+        }
         self._capacity = int(next(iter(longest.values()))[2])
         ids = int(self._engine.get_tensor_profile_shape("input_ids", _PREFILL)[2][1])
         sizes: dict[str, int] = {"input_ids": ids * np.dtype(np.int64).itemsize}
