@@ -62,9 +62,11 @@ def stubs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_interface_that_is_used_exists(stubs: Path, tmp_path: Path) -> None:
     (tmp_path / "wrong.py").write_text(WRONG)
     files = [Path(shutil.copyfile(path, tmp_path / f"checked_{path.name}")) for path in CHECKED]
-    command = [sys.executable, "-m", "mypy", "--config-file=", "--follow-imports=silent", "--check-untyped-defs"]
+    # Everything else is skipped, which makes it Any: following numpy and onnx takes four times as long.
+    command = [sys.executable, "-m", "mypy", "--config-file=", "--follow-imports=skip", "--check-untyped-defs"]
     command += ["--ignore-missing-imports", "--disable-error-code=arg-type", "--disable-error-code=misc"]
-    command += [f"--cache-dir={ROOT / '.mypy_cache'}", str(tmp_path / "wrong.py"), *map(str, files)]
+    command += [f"--cache-dir={tmp_path / 'cache'}", str(tmp_path / "wrong.py"), *map(str, files)]
+    command += map(str, sorted(stubs.rglob("*.pyi")))
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, env=os.environ | {"MYPYPATH": str(stubs)}, cwd=tmp_path
     )
