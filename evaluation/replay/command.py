@@ -149,7 +149,7 @@ def _views(
         return ()
     wanted = {item.stamp_ns for item in comparison.worst}
     pictures = {
-        frame.stamp_ns: picture(observe(frame, contract).image)
+        frame.stamp_ns: tuple(picture(image) for image in observe(frame, contract).images)
         for frame in read_frames(arguments.bag, contract, arguments.namespace)
         if isinstance(frame, Frame) and frame.stamp_ns in wanted
     }

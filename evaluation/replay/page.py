@@ -25,10 +25,10 @@ _STYLE = Path(calibrator.report.__file__).parent / "templates"
 
 @dataclass(frozen=True)
 class WorstView:
-    """One of the worst frames with its picture and both actions."""
+    """One of the worst frames with a picture per camera and both actions."""
 
     frame: WorstFrame
-    picture: str
+    pictures: tuple[str, ...]
     instruction: str
     values: tuple[tuple[str, float, float], ...]
 

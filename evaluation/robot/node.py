@@ -62,6 +62,11 @@ class SimulatedRobotNode(Node):
         self._summary = self.declare_parameter("summary", "").value
         if self._driver not in ("commands", "expert"):
             raise ContractError(f"simulated robot: driver must be commands or expert, got {self._driver!r}")
+        if len(self._contract.cameras) != 1:
+            raise ContractError(
+                f"{self._contract.path}: the simulated robot has 1 camera, the contract names "
+                f"{len(self._contract.cameras)}"
+            )
         if self._contract.action.command != "twist" or [item.type for item in self._contract.states] != [JOINT_STATE]:
             raise ContractError(f"{self._contract.path}: the simulated robot takes twists and gives one joint state")
         self._error: Exception | None = None

@@ -19,7 +19,8 @@ CONTRACT = load_contract(Path(__file__).parents[2] / "ros2_ws/src/vla_policy/con
 START_NS = 1_700_000_000 * 10**9
 
 
-def recording(prefix: str = "", frames: int = 5) -> list[Message]:
+def recording(prefix: str = "", frames: int = 5, wrist: str = "") -> list[Message]:
+    """Frames at 20 Hz; the camera arrives 1 ms after its stamp, one on the topic `wrist` 3 ms after it."""
     messages: list[Message] = [(f"{prefix}/instruction", STRING, START_NS, msgs.text("open the drawer"))]
     for index in range(frames):
         stamp = START_NS + (index + 1) * 50_000_000
@@ -27,6 +28,9 @@ def recording(prefix: str = "", frames: int = 5) -> list[Message]:
         messages.append((f"{prefix}/joint_states", JOINT_STATE, stamp, joints))
         image = msgs.compressed(stamp, msgs.picture(index))
         messages.append((f"{prefix}/camera/image_raw/compressed", COMPRESSED_IMAGE, stamp + 1_000_000, image))
+        if wrist:
+            image = msgs.compressed(stamp + 2_000_000, msgs.picture(1000 + index))
+            messages.append((f"{prefix}/{wrist}", COMPRESSED_IMAGE, stamp + 3_000_000, image))
     return messages
 
 

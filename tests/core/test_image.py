@@ -5,7 +5,7 @@ import pytest
 from golden import golden_image, golden_numbers
 
 from vla_policy.core.errors import DataError
-from vla_policy.core.image import centre_crop, preprocess, rotate_180
+from vla_policy.core.image import centre_crop, pixel_values, preprocess, rotate_180
 from vla_policy.core.policy_config import PolicyConfig
 
 GOLDEN = golden_numbers()
@@ -32,6 +32,16 @@ def test_preprocessing_matches_the_published_processor() -> None:
 def test_an_image_of_the_wrong_type_is_named(image: np.ndarray, got: str) -> None:
     with pytest.raises(DataError, match=f"expected uint8 RGB of shape .* got {got}"):
         preprocess(image, CONFIG)
+
+
+def test_several_images_follow_each_other_by_channels() -> None:
+    left, right = golden_image(1), golden_image(2)[:100]
+    both = pixel_values((left, right), PolicyConfig.from_dict(GOLDEN["config"] | {"num_images_in_input": 2}, "c"))
+    np.testing.assert_array_equal(both[:6], preprocess(left, CONFIG))
+    np.testing.assert_array_equal(both[6:], preprocess(right, CONFIG))
+    np.testing.assert_array_equal(pixel_values([left], CONFIG), preprocess(left, CONFIG))
+    with pytest.raises(DataError, match="the policy looks at 1, got 2"):
+        pixel_values((left, right), CONFIG)
 
 
 def test_rotation_and_crop() -> None:

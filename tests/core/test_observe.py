@@ -8,10 +8,11 @@ import pytest
 
 from tests.core import ros_messages as msgs
 from vla_policy.core.contract import load_contract
-from vla_policy.core.errors import ContractError
+from vla_policy.core.errors import ContractError, DataError, PolicyError
 from vla_policy.core.events import to_event
 from vla_policy.core.observe import check_contract, observe
 from vla_policy.core.policy_config import PolicyConfig
+from vla_policy.core.ros_image import CompressedImage
 from vla_policy.core.synchroniser import Frame, Synchroniser
 
 ROOT = Path(__file__).parents[2]
@@ -58,11 +59,34 @@ def to_image(pixels: np.ndarray):
     return event.payload
 
 
-def test_cameras_that_the_policy_would_not_see_are_refused() -> None:
+def test_every_camera_is_seen_in_the_contract_s_order_as_it_says() -> None:
+    turned = replace(TWO_CAMERAS, cameras=(CONTRACT.primary, replace(WRIST, rotate_180=True)))
+    upright = np.zeros((8, 8, 3), np.uint8)
+    upright[:4] = 255
+    seen = observe(replace(two_camera_frame(), images=(to_image(upright), to_image(upright))), turned)
+    np.testing.assert_array_equal(seen.images, [upright, upright[::-1]])
+    assert observe(two_camera_frame(), TWO_CAMERAS).further[0].mean() == 200
+
+
+def test_an_image_that_cannot_be_decoded_names_its_camera() -> None:
+    frame = two_camera_frame()
+    with pytest.raises(DataError, match=r"wrist/image_raw/compressed: compressed image .* not a whole JPEG or PNG"):
+        observe(replace(frame, images=(frame.images[0], CompressedImage("png", memoryview(b"no")))), TWO_CAMERAS)
+
+
+def test_as_many_cameras_as_the_policy_takes_images() -> None:
     check_contract(CONTRACT, CONFIG)
-    for use in (lambda: check_contract(TWO_CAMERAS, CONFIG), lambda: observe(two_camera_frame(), TWO_CAMERAS)):
-        with pytest.raises(ContractError, match=r"the policy sees one image; .* 2 cameras \(agentview, wrist\)"):
-            use()
+    check_contract(TWO_CAMERAS, replace(CONFIG, num_images=2))
+    with pytest.raises(ContractError, match=r"the policy takes 1, the contract gives 2 \(agentview, wrist\)"):
+        check_contract(TWO_CAMERAS, CONFIG)
+    with pytest.raises(ContractError, match=r"the policy takes 2, the contract gives 1 \(agentview\)"):
+        check_contract(CONTRACT, replace(CONFIG, num_images=2))
+
+
+def test_a_policy_s_number_of_images_is_read_and_checked() -> None:
+    assert PolicyConfig.from_dict(CONFIG.raw | {"num_images_in_input": 2}, "c").num_patches == 2 * CONFIG.num_patches
+    with pytest.raises(PolicyError, match="num_images_in_input: expected an integer of at least 1, got 0"):
+        PolicyConfig.from_dict(CONFIG.raw | {"num_images_in_input": 0}, "c")
 
 
 def test_states_and_actions_that_are_not_the_policy_s_are_refused() -> None:

@@ -3,13 +3,14 @@
 import resource
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tests.core import ros_messages as msgs
-from vla_policy.core.contract import load_contract
+from vla_policy.core.contract import Contract, load_contract
 from vla_policy.core.errors import DataError
 from vla_policy.core.observation import Decision, Observation
 from vla_policy.core.policy_config import ActionStats, NormStats, PolicyConfig, TextSpec, TowerSpec
@@ -48,13 +49,13 @@ class FakeActor:
 class Bench:
     """A server with a clock in the test's hand."""
 
-    def __init__(self, **settings: object) -> None:
+    def __init__(self, contract: Contract = CONTRACT, **settings: object) -> None:
         self.now_ns = 10**12
         self.actor = FakeActor()
         self.chunks: list[ServedChunk] = []
         self.drops: list[Dropped] = []
         self.server = PolicyServer(
-            CONTRACT,
+            contract,
             self.actor,
             ServerSettings(**settings),  # type: ignore[arg-type]  # keywords of mixed types
             lambda: self.now_ns,
@@ -246,6 +247,37 @@ def test_a_frozen_camera_holds(bench: Bench) -> None:
     assert bench.reasons() == {HoldReason.FROZEN_CAMERA}
     bench.see()
     assert HoldReason.FROZEN_CAMERA not in bench.reasons()
+
+
+def test_each_camera_must_be_fresh_and_alive_and_the_one_that_is_not_is_named() -> None:
+    wrist = replace(CONTRACT.primary, name="wrist", topic="wrist/compressed")
+    bench = Bench(replace(CONTRACT, cameras=(CONTRACT.primary, wrist)))
+    bench.instruct()
+    bench.server.enable(True)
+
+    def see(picture: int | None) -> None:
+        bench.now_ns += 50 * 10**6
+        if picture is not None:
+            bench.server.receive(wrist.topic, msgs.compressed(bench.now_ns, msgs.picture(picture, 4)))
+        bench.see(advance_ms=0)
+        bench.server.expire()
+        bench.answered()
+
+    for number in range(4):
+        see(number)
+    assert bench.server.tick().command is not None and bench.server.status().faults == {}
+    for _ in range(22):
+        see(7)
+    assert bench.reasons() == {HoldReason.FROZEN_CAMERA}
+    assert bench.server.status().faults == {wrist.topic: HoldReason.FROZEN_CAMERA}
+    see(8)
+    assert bench.server.tick().command is not None
+    for _ in range(12):
+        see(None)
+    assert bench.server.status().faults == {wrist.topic: HoldReason.STALE_CAMERA}
+    assert f"nearest message on {wrist.topic}" in bench.server.status().drops[DropReason.UNSYNCHRONISED].last
+    see(9)
+    assert bench.server.tick().command is not None
 
 
 def test_a_clock_set_back_holds_once_and_recovers(bench: Bench) -> None:

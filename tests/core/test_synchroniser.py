@@ -1,5 +1,7 @@
 """Events to frames: the choice depends on stamps, not on arrival; nothing is dropped in silence."""
 
+import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -142,10 +144,44 @@ def test_a_message_that_must_not_be_used_is_refused(topic: str, message: object,
 
 
 def test_the_search_for_the_nearest_sample_equals_brute_force() -> None:
+    """Whatever the order of arrival: all states first, merged by stamp, or each topic late by its own amount."""
     generator = np.random.default_rng(3)
     stamps = np.cumsum(generator.integers(1, 40, 200))
-    for target in generator.integers(30, int(stamps[-1]) - 30, 50).tolist():
-        events = [instruction(0), *(state(int(ms), float(ms)) for ms in stamps), camera(target)]
-        (frame,) = frames(served(events))
-        assert frame.state is not None
-        assert abs(frame.state[0] - target) == np.abs(stamps - target).min()
+    targets = np.unique(generator.integers(30, int(stamps[-1]) - 30, 50))
+    states = [(int(ms), state(int(ms), float(ms))) for ms in stamps]
+    cameras = [(int(ms), camera(int(ms))) for ms in targets]
+    merged = sorted(states + cameras, key=lambda item: item[0])
+    late_states = sorted([(ms + 35, event) for ms, event in states] + cameras, key=lambda item: item[0])
+    late_cameras = sorted(states + [(ms + 35, event) for ms, event in cameras], key=lambda item: item[0])
+    for order in (states + cameras, merged, late_states, late_cameras):
+        found = frames(served([instruction(0), *(event for _, event in order)]))
+        assert len(found) == len(targets)
+        for frame, target in zip(found, targets, strict=True):
+            assert frame.state is not None
+            assert abs(frame.state[0] - target) == np.abs(stamps - target).min()
+
+
+def test_images_of_a_second_camera_do_not_pile_up() -> None:
+    """Neither beside the first camera, nor while that one is silent: raw images would fill the memory."""
+    wrist = replace(CONTRACT.primary, name="wrist", topic="wrist/compressed")
+    contract = replace(CONTRACT, cameras=(CONTRACT.primary, wrist), states=())
+    synchroniser = Synchroniser(contract)
+    alive: list[weakref.ref[Event]] = []
+
+    def see(topic: str, ms: int) -> list[Frame | Dropped]:
+        stamp_ns = START_NS + ms * MS
+        event = to_event(contract, topic, msgs.compressed(stamp_ns, msgs.picture(ms)), stamp_ns)
+        alive.append(weakref.ref(event))
+        return synchroniser.push(event)
+
+    synchroniser.push(instruction(0))
+    for ms in range(10, 5010, 10):
+        see(wrist.topic, ms)
+        (frame,) = see(CAMERA, ms)
+        assert isinstance(frame, Frame) and frame.skew_ns == 0
+    assert sum(event() is not None for event in alive) < 4
+    for ms in range(5010, 10_010, 10):
+        see(wrist.topic, ms)
+    assert sum(event() is not None for event in alive) == 128
+    (frame,) = see(CAMERA, 9995)
+    assert isinstance(frame, Frame) and frame.skew_ns == 5 * MS

@@ -1,6 +1,6 @@
 """The policy node's process with a FakeEngine in place of a built one; everything else is the product.
 
-The folder `engine_path` holds `fake.json` (latency_s, action: "echo" or a list, fail_after, fail_load) beside a
+The folder `engine_path` holds `fake.json` (latency_s, action: "echo" or a list, fail_after, fail_load, images) beside a
 manifest.json. It is read again before every decision, so that a test can change it while the node runs.
 """
 
@@ -19,21 +19,21 @@ from vla_policy.nodes.policy_node import main
 STATES = ("x", "y", "z", "gripper_width", "gripper_velocity")
 
 
-def fake_config() -> PolicyConfig:
+def fake_config(images: int = 1) -> PolicyConfig:
     tower = TowerSpec("dinov2", 112, 16, 192, 5, 3, 768, 4)
     action = ActionStats((-1.0,) * 7, (1.0,) * 7, (True,) * 7)
     proprio = ProprioStats(STATES, (-1.0,) * 5, (1.0,) * 5)
     stats = {"fake": NormStats(action, proprio)}
-    return PolicyConfig((tower, tower), TextSpec(), 64, 256, stats, True, 4, {})
+    return PolicyConfig((tower, tower), TextSpec(), 64, 256, stats, True, 4, {}, images)
 
 
 class FakeEngine:
-    """Acts as `fake.json` says; "echo" gives the state, the image's mean and the instruction's length."""
+    """Acts as `fake.json` says; "echo" gives the state, the images' mean and the instruction's length."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._decisions = 0
-        self.config = fake_config()
+        self.config = fake_config(json.loads((folder / "fake.json").read_text()).get("images", 1))
 
     def act(self, observation: Observation) -> Decision:
         settings = json.loads((self._folder / "fake.json").read_text())
@@ -49,7 +49,8 @@ class FakeEngine:
 def echo(observation: Observation) -> np.ndarray:
     """float64 [7], different for every observation."""
     assert observation.state is not None
-    features = [observation.image.mean() / 255, len(observation.instruction) / 1000]
+    brightness = np.mean([(place + 1) * image.mean() for place, image in enumerate(observation.images)])
+    features = [brightness / 255, len(observation.instruction) / 1000]
     return np.asarray([*observation.state.astype(np.float64), *features])
 
 

@@ -9,7 +9,18 @@ import pytest
 import yaml
 
 from tests.core.ros_messages import picture, png
-from tests.ros.world import CONTRACT, ROOT, World, end, fake_engine, fresh_domain, node_command, process
+from tests.ros.world import (
+    CONTRACT,
+    ROOT,
+    WRIST,
+    World,
+    end,
+    fake_engine,
+    fresh_domain,
+    node_command,
+    process,
+    two_cameras,
+)
 
 
 @pytest.fixture
@@ -37,6 +48,20 @@ def test_camera_stops_and_returns(running: World) -> None:
     running.wait_holding("stale_camera")
     running.sensors.camera = True
     running.wait_moving()
+
+
+def test_one_of_two_cameras_stops_and_returns(world: World, tmp_path: Path) -> None:
+    """Nothing moves on half of what the policy looks at, and the camera is named."""
+    contract, log = two_cameras(tmp_path / "contract.yaml"), tmp_path / "log"
+    with process(node_command(fake_engine(tmp_path / "engine", images=2), contract), world.domain, log) as node:
+        world.start_policy()
+        world.sensors.wrist = False
+        world.wait_holding("stale_camera")
+        assert world.diagnostics[f"fault {WRIST['topic']}"] == "stale_camera"
+        world.wait_dropped("unsynchronised", f"nearest message on {WRIST['topic']} is")
+        world.sensors.wrist = True
+        world.wait_moving()
+        assert end(node) == 0, log.read_text()
 
 
 def test_state_stops_and_returns(running: World) -> None:

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from tests.core.ros_messages import picture, png
-from tests.ros.world import CONTRACT, World, end, fake_engine, fresh_domain, node_command, process
+from tests.ros.world import CONTRACT, World, end, fake_engine, fresh_domain, node_command, process, two_cameras
 
 from builtin_interfaces.msg import Duration  # isort: skip  # after the importorskip in tests.ros.world
 from lifecycle_msgs.msg import Transition  # isort: skip
@@ -209,16 +209,15 @@ def test_configure_refuses_with_the_reason(
 def test_a_contract_that_the_policy_cannot_serve_is_refused(world: World, tmp_path: Path) -> None:
     """A camera that the policy would not see, and a joint whose position nobody measures."""
     content = yaml.safe_load(CONTRACT.read_text())
-    wrist = {"name": "wrist", "topic": "wrist/compressed", "type": "sensor_msgs/msg/CompressedImage"}
     dimensions = [{"name": f"d{i}", "target": f"joint{i}", "unit": "rad"} for i in range(7)]
-    arm = {"command": "joint_trajectory", "topic": "arm", "dimensions": dimensions}
+    arm = tmp_path / "arm.yaml"
+    action = {"command": "joint_trajectory", "topic": "arm", "dimensions": dimensions}
+    arm.write_text(yaml.safe_dump(content | {"action": action}))
     engine, log = fake_engine(tmp_path / "engine"), tmp_path / "log"
-    for name, change, reason in (
-        ("two", {"cameras": [*content["cameras"], wrist]}, "the policy sees one image; the contract names 2 cameras"),
-        ("arm", {"action": arm}, "no joint state names joint0, joint1"),
+    for contract, reason in (
+        (two_cameras(tmp_path / "two.yaml"), "the policy takes 1, the contract gives 2 (agentview, wrist)"),
+        (arm, "no joint state names joint0, joint1"),
     ):
-        contract = tmp_path / f"{name}.yaml"
-        contract.write_text(yaml.safe_dump(content | change))
         with process(node_command(engine, contract), world.domain, log):
             world.wait(lambda reason=reason: reason in log.read_text(), "the refusal")
             assert world.state_label() == "unconfigured"

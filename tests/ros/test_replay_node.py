@@ -13,8 +13,9 @@ from tests.core.bags import write_bag
 from tests.core.test_bag import CONTRACT as LOADED
 from tests.core.test_bag import recording
 from tests.ros.fake_policy_node import echo
-from tests.ros.world import CONTRACT, World, fake_engine, fresh_domain, node_command, process
+from tests.ros.world import CONTRACT, WRIST, World, fake_engine, fresh_domain, node_command, process, two_cameras
 from vla_policy.core.bag import read_frames
+from vla_policy.core.contract import load_contract
 from vla_policy.core.observe import observe
 from vla_policy.core.served import read_served
 from vla_policy.core.synchroniser import Frame
@@ -26,22 +27,31 @@ def replay_command(bag: Path, **parameters: object) -> list[str]:
     return [sys.executable, "-m", "vla_policy.nodes.replay_node", "--ros-args", *arguments]
 
 
-@pytest.mark.parametrize(("storage", "rate"), [(StoragePlugin.MCAP, 0.0), (StoragePlugin.SQLITE3, 2.0)])
-def test_served_actions_equal_the_in_process_ones(tmp_path: Path, storage: StoragePlugin, rate: float) -> None:
-    bag = write_bag(tmp_path / "bag", recording(frames=40), storage)
-    engine = fake_engine(tmp_path / "engine", action="echo")
+@pytest.mark.parametrize(
+    ("storage", "rate", "cameras"), [(StoragePlugin.MCAP, 0.0, 2), (StoragePlugin.SQLITE3, 2.0, 1)]
+)
+def test_served_actions_equal_the_in_process_ones(
+    tmp_path: Path, storage: StoragePlugin, rate: float, cameras: int
+) -> None:
+    path = CONTRACT if cameras == 1 else two_cameras(tmp_path / "contract.yaml")
+    contract = load_contract(path)
+    bag = write_bag(tmp_path / "bag", recording(frames=40, wrist=WRIST["topic"] if cameras == 2 else ""), storage)
+    engine = fake_engine(tmp_path / "engine", action="echo", images=cameras)
     domain, log = fresh_domain(), tmp_path / "log"
-    node = node_command(engine, lossless=True, check_sources="none", use_sim_time=True)
-    replay = replay_command(bag, rate=rate, served=tmp_path / "served", summary=tmp_path / "summary.json")
+    node = node_command(engine, path, lossless=True, check_sources="none", use_sim_time=True)
+    served_bag, summary_path = tmp_path / "served", tmp_path / "summary.json"
+    replay = replay_command(bag, contract=path, rate=rate, served=served_bag, summary=summary_path)
     with process(node, domain, log), process(replay, domain, log) as replaying:
         assert replaying.wait(60) == 0, log.read_text()
-    summary = json.loads((tmp_path / "summary.json").read_text())
+    summary = json.loads(summary_path.read_text())
     assert (summary["frames"], summary["answered"]) == (40, 40)
-    served = {action.stamp_ns: action for action in read_served(tmp_path / "served")}
-    frames = [frame for frame in read_frames(bag, LOADED) if isinstance(frame, Frame)]
+    served = {action.stamp_ns: action for action in read_served(served_bag)}
+    frames = [frame for frame in read_frames(bag, contract) if isinstance(frame, Frame)]
     assert len(served) == len(frames) == 40
     for frame in frames:
-        np.testing.assert_array_equal(served[frame.stamp_ns].actions[0], echo(observe(frame, LOADED)))
+        observation = observe(frame, contract)
+        assert len(observation.images) == cameras
+        np.testing.assert_array_equal(served[frame.stamp_ns].actions[0], echo(observation))
         assert served[frame.stamp_ns].instruction == frame.instruction
 
 

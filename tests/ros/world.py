@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 pytest.importorskip("rclpy", reason="needs the ROS 2 environment: run under tools/with_ros")
 pytest.importorskip("vla_policy_interfaces", reason="needs the built workspace: run `make build`, then tools/with_ros")
@@ -35,6 +36,7 @@ from tests.core.ros_messages import JOINTS, picture, png
 
 ROOT = Path(__file__).parents[2]
 CONTRACT = ROOT / "ros2_ws/src/vla_policy/config/libero.yaml"
+WRIST = {"name": "wrist", "topic": "wrist/compressed", "type": "sensor_msgs/msg/CompressedImage"}
 FAKE_NODE = [sys.executable, str(ROOT / "tests/ros/fake_policy_node.py")]
 TIMEOUT_S = 90.0  # a busy machine takes long to start a process
 _domains = itertools.count()
@@ -65,6 +67,13 @@ def process(command: list[str], domain: int, log: Path) -> Iterator["subprocess.
         child.wait()
 
 
+def two_cameras(path: Path) -> Path:
+    """Writes the contract with a wrist camera as well."""
+    content = yaml.safe_load(CONTRACT.read_text())
+    path.write_text(yaml.safe_dump(content | {"cameras": [*content["cameras"], WRIST]}))
+    return path
+
+
 def node_command(engine: Path, contract: Path = CONTRACT, **parameters: Any) -> list[str]:
     """The policy node with a FakeEngine, as launch would start it."""
     values = {"engine_path": engine, "contract": contract, "autostart": True, **parameters}
@@ -81,6 +90,7 @@ class Sensors:
     """What the robot publishes; tests change it while it runs."""
 
     camera: bool = True
+    wrist: bool = True
     state: bool = True
     frozen: bool = False
     camera_offset_ns: int = 0
@@ -125,6 +135,7 @@ class World:
     def _publish_topics(self) -> None:
         node = self.node
         self.camera = node.create_publisher(CompressedImage, "camera/image_raw/compressed", QoSProfile(depth=10))
+        self.wrist = node.create_publisher(CompressedImage, WRIST["topic"], QoSProfile(depth=10))
         self.raw_camera = node.create_publisher(Image, "camera/image_raw", QoSProfile(depth=10))
         self.joint_states = node.create_publisher(JointState, "joint_states", QoSProfile(depth=50))
         kept = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
@@ -187,6 +198,8 @@ class World:
             image = CompressedImage(format="png", data=sensors.image or png(picture(number, 16)))
             image.header.stamp = Time(nanoseconds=now_ns + sensors.camera_offset_ns).to_msg()
             self.camera.publish(image)
+            if sensors.wrist and self.wrist.get_subscription_count():
+                self.wrist.publish(CompressedImage(header=image.header, format="png", data=png(picture(number, 8))))
             if self.raw_camera.get_subscription_count():
                 side = sensors.side
                 raw = Image(header=image.header, height=side, width=side, encoding=sensors.encoding, step=3 * side)

@@ -1,5 +1,7 @@
 """From a camera image to the policy's input: the one implementation that calibration, engines and robot share."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from PIL import Image
 
@@ -30,6 +32,16 @@ def preprocess(image: np.ndarray, config: PolicyConfig) -> np.ndarray:
         for tower in config.towers
     ]
     return np.concatenate(normalised)
+
+
+def pixel_values(images: Sequence[np.ndarray], config: PolicyConfig) -> np.ndarray:
+    """float32 [6 N, S, S]: `preprocess` of each of the policy's N images, one after the other by channels.
+
+    Raises DataError when they are not as many as the policy looks at.
+    """
+    if len(images) != config.num_images:
+        raise DataError(f"images: the policy looks at {config.num_images}, got {len(images)}")
+    return np.concatenate([preprocess(image, config) for image in images])
 
 
 def rotate_180(image: np.ndarray) -> np.ndarray:

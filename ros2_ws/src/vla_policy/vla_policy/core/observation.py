@@ -12,14 +12,21 @@ from vla_policy.core.policy_config import PolicyConfig
 class Observation:
     """One control instant as the policy sees it.
 
-    image: uint8 RGB, upright, [height, width, 3].
+    image: uint8 RGB, upright, [height, width, 3], of the first camera.
     instruction: the task in words.
     state: float32 [S] in SI units, in the order of the policy's proprio statistics; None where it takes no state.
+    further: the images of the other cameras, in the contract's order; their sizes may differ.
     """
 
     image: np.ndarray
     instruction: str
     state: np.ndarray | None = None
+    further: tuple[np.ndarray, ...] = ()
+
+    @property
+    def images(self) -> tuple[np.ndarray, ...]:
+        """Every camera's image, the first camera's first."""
+        return (self.image, *self.further)
 
 
 @dataclass(frozen=True)

@@ -1,30 +1,38 @@
 """Frames to observations, and the check that a contract fits a policy: shared by node, replay and calibration."""
 
-from vla_policy.core.contract import Contract
-from vla_policy.core.errors import ContractError
+import numpy as np
+
+from vla_policy.core.contract import CameraTopic, Contract
+from vla_policy.core.errors import ContractError, DataError
 from vla_policy.core.image import centre_crop, rotate_180
 from vla_policy.core.observation import Observation
 from vla_policy.core.policy_config import PolicyConfig
+from vla_policy.core.ros_image import EncodedImage
 from vla_policy.core.synchroniser import Frame
 
 
 def observe(frame: Frame, contract: Contract) -> Observation:
-    """The policy's view of a frame: the camera's image decoded, turned and cropped as the contract says.
+    """The policy's view of a frame: each camera's image decoded, turned and cropped as the contract says.
 
-    Raises DataError when the image cannot be decoded, ContractError for a contract with several cameras.
+    Raises DataError naming the camera whose image cannot be decoded.
     """
-    _check_cameras(contract)
-    image = frame.images[0].decode()
-    if contract.primary.rotate_180:
+    image, *further = (_view(item, camera) for item, camera in zip(frame.images, contract.cameras, strict=True))
+    return Observation(image, frame.instruction, frame.state, tuple(further))
+
+
+def _view(encoded: EncodedImage, camera: CameraTopic) -> np.ndarray:
+    try:
+        image = encoded.decode()
+    except DataError as error:
+        raise DataError(f"{camera.topic}: {error}") from error
+    if camera.rotate_180:
         image = rotate_180(image)
-    if contract.primary.crop_area < 1:
-        image = centre_crop(image, contract.primary.crop_area)
-    return Observation(image, frame.instruction, frame.state)
+    return centre_crop(image, camera.crop_area) if camera.crop_area < 1 else image
 
 
 def check_contract(contract: Contract, config: PolicyConfig, unnorm_key: str | None = None) -> None:
     """Raises ContractError unless cameras, states and action dimensions are those of the policy, in its order."""
-    _check_cameras(contract)
+    _check_cameras(contract, config)
     stats = config.stats(unnorm_key)
     wanted = stats.proprio.names if config.state_in_prompt and stats.proprio else ()
     if wanted and contract.state_names != wanted:
@@ -40,11 +48,11 @@ def check_contract(contract: Contract, config: PolicyConfig, unnorm_key: str | N
         )
 
 
-def _check_cameras(contract: Contract) -> None:
-    """A camera that no policy sees must not look as if it were used: OpenVLA's input is one image."""
-    if len(contract.cameras) > 1:
+def _check_cameras(contract: Contract, config: PolicyConfig) -> None:
+    """A camera that the policy does not see must not look as if it were used."""
+    if len(contract.cameras) != config.num_images:
         named = ", ".join(camera.name for camera in contract.cameras)
         raise ContractError(
-            f"{contract.path}: the policy sees one image; the contract names {len(contract.cameras)} cameras "
-            f"({named}); keep the one that it was trained on"
+            f"{contract.path}: images per decision: the policy takes {config.num_images}, the contract gives "
+            f"{len(contract.cameras)} ({named}); name the cameras that it was trained on, in its order"
         )

@@ -1,9 +1,9 @@
 """`config.json` of a policy in the published OpenVLA layout, as types.
 
-Three optional keys let a small policy of the same architecture be described without a fork of the code:
-`vision_towers` (the sizes that the published models imply by `timm_model_ids`), `state_in_prompt` (the robot state
-as bin tokens after "Out:") and `steps_per_action` (control steps for which an action is held). The published
-checkpoints have none of them.
+Optional keys let other policies of the same architecture be described without a fork of the code: `vision_towers` (the
+sizes that the published models imply by `timm_model_ids`), `state_in_prompt` (the robot state as bin tokens after
+"Out:"), `steps_per_action` (control steps for which an action is held) and `num_images_in_input` (images per decision,
+by OpenVLA-OFT's name; their patches follow each other). The published OpenVLA checkpoints have none of them.
 """
 
 from dataclasses import dataclass
@@ -112,6 +112,7 @@ class PolicyConfig:
     state_in_prompt: bool
     steps_per_action: int
     raw: dict[str, Any]
+    num_images: int = 1
 
     @property
     def token_vocab(self) -> int:
@@ -124,7 +125,8 @@ class PolicyConfig:
 
     @property
     def num_patches(self) -> int:
-        return self.towers[0].num_patches
+        """Of all images together: the positions that follow BOS."""
+        return self.num_images * self.towers[0].num_patches
 
     @property
     def vision_dim(self) -> int:
@@ -176,11 +178,19 @@ class PolicyConfig:
                 state_in_prompt=bool(raw.get("state_in_prompt", False)),
                 steps_per_action=int(raw.get("steps_per_action", 1)),
                 raw=raw,
+                num_images=_num_images(raw, source),
             )
         except KeyError as error:
             raise PolicyError(f"{source}: key {error} is missing; is this an OpenVLA checkpoint?") from error
         except TypeError as error:
             raise PolicyError(f"{source}: {error}") from error
+
+
+def _num_images(raw: dict[str, Any], source: str) -> int:
+    number = raw.get("num_images_in_input", 1)
+    if not isinstance(number, int) or number < 1:
+        raise PolicyError(f"{source}: num_images_in_input: expected an integer of at least 1, got {number!r}")
+    return number
 
 
 def _towers(raw: dict[str, Any], source: str) -> tuple[TowerSpec, TowerSpec]:

@@ -89,7 +89,8 @@ class Status:
 
     `overhead_ms`: from the image's callback to the published action, less the engine's time for this frame and, while
     it was still busy, for the one before. `holding`: what forbids motion now, or left the last control step without a
-    command. `drops`: by reason; one reason's particulars are not lost to another that is more frequent.
+    command. `faults`: what is wrong with a camera or state, by topic. `drops`: by reason; one reason's particulars are
+    not lost to another that is more frequent.
     """
 
     active: bool
@@ -98,6 +99,7 @@ class Status:
     latch: Latch | None
     instruction: str
     holding: tuple[HoldReason, ...]
+    faults: dict[str, HoldReason]
     chunks: int
     commands: int
     limited: int
@@ -134,7 +136,8 @@ class PolicyServer:
             settings.blending,
             settings.ensemble_decay,
         )
-        self._freeze = FreezeDetector(round(settings.freeze_timeout_s * 1e9))
+        freeze_timeout_ns = round(settings.freeze_timeout_s * 1e9)
+        self._freezes = {camera.topic: FreezeDetector(freeze_timeout_ns) for camera in contract.cameras}
         self._worker = InferenceWorker(
             contract,
             actor,
@@ -215,9 +218,8 @@ class PolicyServer:
         if isinstance(event, Dropped):
             return
         self._last_stamp_ns[event.topic] = event.stamp_ns
-        primary = event.topic == self._contract.primary.topic
-        if primary and isinstance(event.payload, RawImage | CompressedImage):
-            self._freeze.see(event.payload.checksum(), event.stamp_ns)
+        if isinstance(event.payload, RawImage | CompressedImage):
+            self._freezes[event.topic].see(event.payload.checksum(), event.stamp_ns)
         if event.positions is not None:
             self._joint_positions.update(event.positions)
 
@@ -306,7 +308,6 @@ class PolicyServer:
         return np.asarray(known) if np.isfinite(known).all() else None
 
     def _reasons(self, now_ns: int) -> list[HoldReason]:
-        timeout_ns = self._settings.source_timeout_s * 1e9
         reasons = []
         if not self._active:
             reasons.append(HoldReason.INACTIVE)
@@ -320,16 +321,22 @@ class PolicyServer:
             reasons.append(HoldReason.NO_INSTRUCTION)
         if self._last_tick_ns is not None and now_ns < self._last_tick_ns:
             reasons.append(HoldReason.CLOCK_JUMP)
-        cameras = {camera.topic for camera in self._contract.cameras}
-        for topic in (*cameras, *(state.topic for state in self._contract.states)):
+        return list(dict.fromkeys([*reasons, *self._faults(now_ns).values()]))
+
+    def _faults(self, now_ns: int) -> dict[str, HoldReason]:
+        """What is wrong with a camera or state, by topic."""
+        timeout_ns = self._settings.source_timeout_s * 1e9
+        faults = {}
+        for topic in (*self._freezes, *(state.topic for state in self._contract.states)):
+            camera = self._freezes.get(topic)
             age_ns = now_ns - self._last_stamp_ns.get(topic, -(1 << 62))
             if age_ns > timeout_ns:
-                reasons.append(HoldReason.STALE_CAMERA if topic in cameras else HoldReason.STALE_STATE)
+                faults[topic] = HoldReason.STALE_STATE if camera is None else HoldReason.STALE_CAMERA
             elif age_ns < -timeout_ns:
-                reasons.append(HoldReason.FUTURE_STAMP)
-        if self._freeze.frozen:
-            reasons.append(HoldReason.FROZEN_CAMERA)
-        return list(dict.fromkeys(reasons))
+                faults[topic] = HoldReason.FUTURE_STAMP
+            elif camera is not None and camera.frozen:
+                faults[topic] = HoldReason.FROZEN_CAMERA
+        return faults
 
     @property
     def enabled(self) -> bool:
@@ -397,6 +404,7 @@ class PolicyServer:
                 latch=self._latch,
                 instruction=self._synchroniser.instruction,
                 holding=tuple(reasons or wanting),
+                faults=self._faults(now_ns),
                 chunks=self._sequence,
                 commands=self._commands,
                 limited=self._limited,

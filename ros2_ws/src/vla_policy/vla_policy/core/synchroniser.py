@@ -22,6 +22,8 @@ from vla_policy.core.ros_image import EncodedImage
 # less is a message out of order.
 _CLOCK_JUMP_NS = 10**9
 _MAX_SAMPLES = 512
+# Of a camera that sets no instants: what a first camera's silence may pile up, about 120 MB at 640x480.
+_MAX_IMAGES = 128
 _MAX_PENDING = 64
 
 
@@ -87,9 +89,9 @@ class Synchroniser:
         self._contract = contract
         self._slop_ns = round(contract.synchronisation.slop_ms * 1e6)
         self._wait_ns = round(contract.synchronisation.wait_ms * 1e6) if wait_ns is None else wait_ns
-        self._followers = [camera.topic for camera in contract.cameras[1:]]
-        self._followers += [state.topic for state in contract.states]
-        self._samples: dict[str, deque[Event]] = {topic: deque(maxlen=_MAX_SAMPLES) for topic in self._followers}
+        limits = {camera.topic: _MAX_IMAGES for camera in contract.cameras[1:]}
+        limits |= {state.topic: _MAX_SAMPLES for state in contract.states}
+        self._samples: dict[str, deque[Event]] = {topic: deque(maxlen=limit) for topic, limit in limits.items()}
         self._pending: deque[_Pending] = deque()
         self._last_stamp_ns = 0
         self._instruction = ""
@@ -164,7 +166,7 @@ class Synchroniser:
         results = self._settle(lambda pending: True)
         for topic, samples in self._samples.items():
             current = [sample for sample in samples if sample.stamp_ns - event.stamp_ns <= _CLOCK_JUMP_NS]
-            self._samples[topic] = deque(current, maxlen=_MAX_SAMPLES)
+            self._samples[topic] = deque(current, maxlen=samples.maxlen)
         self._last_stamp_ns = event.stamp_ns
         detail = f"stamp went back by {behind_ns / 1e9:.3f} s"
         return [*results, self._dropped(event, DropReason.CLOCK_JUMP, detail)]
@@ -178,13 +180,20 @@ class Synchroniser:
             if late and not overdue(self._pending[0]):
                 break
             results.append(self._decide(self._pending.popleft()))
+            self._forget(stamp_ns)
         return results
+
+    def _forget(self, stamp_ns: int) -> None:
+        """Drops the samples that no frame after `stamp_ns` can be nearest to; images are large."""
+        for samples in self._samples.values():
+            # Samples that all lie before belong to a clock that has just been set back.
+            while len(samples) > 1 and samples[1].stamp_ns <= stamp_ns <= samples[-1].stamp_ns:
+                samples.popleft()
 
     def _decide(self, pending: _Pending) -> Frame | Dropped:
         event, skew_ns = pending.event, 0
         images, states = [event.payload], []
-        for topic in self._followers:
-            samples = self._samples[topic]
+        for topic, samples in self._samples.items():
             if not samples:
                 return self._dropped(event, DropReason.UNSYNCHRONISED, f"no message on {topic}")
             sample = _nearest(samples, event.stamp_ns)

@@ -32,6 +32,7 @@ def to_diagnostics(
         "decisions late": str(status.late),
         "watchdog holds": str(watchdog_holds),
     }
+    values |= {f"fault {topic}": reason.value for topic, reason in status.faults.items()}
     for reason, drops in sorted(status.drops.items(), key=lambda item: item[0].value):
         values |= {f"drops {reason.value}": str(drops.count), f"last {reason.value}": drops.last}
     values |= {f"rate {topic} (Hz)": f"{rate:.2f}" for topic, rate in status.rates_hz.items()}
@@ -51,15 +52,20 @@ def to_diagnostics(
 def _summary(status: Status) -> tuple[bytes, str]:
     if status.latch is not None:
         return DiagnosticStatus.ERROR, f"stopped until reset: {status.latch.reason}"
-    wrong = [reason.value for reason in status.holding if reason not in _MEANT]
+    wrong = [reason for reason in status.holding if reason not in _MEANT]
     if wrong:
-        return DiagnosticStatus.ERROR, f"held by a fault: {', '.join(wrong)}"
+        return DiagnosticStatus.ERROR, f"held by a fault: {', '.join(_with_topics(reason, status) for reason in wrong)}"
     if status.holding:
         return DiagnosticStatus.OK, f"holding: {', '.join(reason.value for reason in status.holding)}"
     if status.drops or status.late:
         drops = sum(item.count for item in status.drops.values())
         return DiagnosticStatus.WARN, f"serving; {drops} drops, {status.late} late"
     return DiagnosticStatus.OK, "serving"
+
+
+def _with_topics(reason: HoldReason, status: Status) -> str:
+    topics = [topic for topic, fault in status.faults.items() if fault is reason]
+    return f"{reason.value} ({', '.join(topics)})" if topics else reason.value
 
 
 def _percentiles(label: str, window: Percentiles) -> dict[str, str]:

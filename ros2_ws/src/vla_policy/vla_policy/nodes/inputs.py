@@ -4,13 +4,14 @@ import threading
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 from geometry_msgs.msg import PoseStamped
 from rclpy.node import Node
 from rclpy.qos import DurabilityPolicy, HistoryPolicy, QoSProfile, ReliabilityPolicy
 from rclpy.qos_overriding_options import QoSOverridingOptions
 from rclpy.subscription import Subscription
+from rclpy.topic_endpoint_info import TopicEndpointInfo
 from sensor_msgs.msg import CompressedImage, Image, JointState
 from std_msgs.msg import String
 
@@ -29,6 +30,8 @@ MESSAGES: dict[str, type] = {
 }
 Source = CameraTopic | StateTopic | InstructionTopic
 _POLL_S = 0.02
+# The middleware's word for the owner of an endpoint that it has discovered before the node.
+_UNKNOWN_NODE = "_NODE_NAME_UNKNOWN_"
 
 
 def qos_of(source: Source, lossless: bool, queue_size: int) -> QoSProfile:
@@ -171,10 +174,21 @@ def _check_graph(node: Node, source: Source, subscription: Subscription, patienc
             raise ContractError(f"{name}: published as {publisher.topic_type}, the contract expects {source.type}")
         wants_reliable = subscription.qos_profile.reliability == ReliabilityPolicy.RELIABLE
         if wants_reliable and publisher.qos_profile.reliability == ReliabilityPolicy.BEST_EFFORT:
-            raise ContractError(
-                f"{name}: {publisher.node_name} publishes best effort, reliable is asked for; no message would arrive: "
-                "set reliability: best_effort in the contract"
-            )
+            _refuse_best_effort(node, name, publisher, patience)
+
+
+def _refuse_best_effort(node: Node, name: str, publisher: TopicEndpointInfo, patience: _Patience) -> NoReturn:
+    """Raises ContractError naming the publisher's node, which may become known later than its endpoint."""
+    refusal = (
+        f"{name}: {{}} publishes best effort, reliable is asked for; no message would arrive: "
+        "set reliability: best_effort in the contract"
+    )
+    owner = publisher.node_name
+    while owner == _UNKNOWN_NODE:
+        patience.wait(refusal.format("a node that discovery does not name"))
+        known = node.get_publishers_info_by_topic(name)
+        owner = next((item.node_name for item in known if item.endpoint_gid == publisher.endpoint_gid), owner)
+    raise ContractError(refusal.format(owner))
 
 
 def _check_message(

@@ -255,7 +255,8 @@ class PolicyNode(LifecycleNode):
         size = actor.config.image_size
         names = contract.state_names
         state = np.zeros(len(names), np.float32) if names else None
-        observation = Observation(np.zeros((size, size, 3), np.uint8), "warm up", state)
+        image, *further = [np.zeros((size, size, 3), np.uint8)] * actor.config.num_images
+        observation = Observation(image, "warm up", state, tuple(further))
         times_ms = []
         for _ in range(_WARM_UP_DECISIONS):
             begun = time.perf_counter()
