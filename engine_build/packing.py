@@ -69,3 +69,11 @@ def pack_runs(codes: np.ndarray, bits: int) -> np.ndarray:
     else:
         raise ValueError(f"runs of {bits}-bit codes have no layout")
     return np.frombuffer(pack(np.ascontiguousarray(ordered), bits), "<i4").reshape(outputs, -1)
+
+
+def pad_scales(scales: np.ndarray, inputs: int, group: int | None) -> np.ndarray:
+    """Scales [out, groups] for codes in runs: with zeros for the groups that only fill up the last run."""
+    if group is None:
+        return scales
+    groups = -(-inputs // RUN) * RUN // group
+    return np.pad(scales, ((0, 0), (0, groups - scales.shape[1])))

@@ -10,12 +10,10 @@ Written against the documented interface of `tensorrt.plugin`; the kernels are p
 import functools
 from typing import Any
 
-from engine_build.kernels import NAMESPACE, SCALARS, TILES, Kernel, compile_ptx
+from engine_build.kernels import NAMESPACE, SCALARS, TILES, Kernel, compile_ptx, numbers_of
 from engine_build.packing import RUN
 from vla_policy.core.errors import ArtefactError
 
-_WORD_BITS = 32
-_ONE_SCALE_PER_ROW = 31
 _DTYPES = {"f16": "FP16", "bf16": "BF16"}
 _TACTICS = dict(enumerate(TILES, start=1))
 
@@ -39,11 +37,6 @@ def register(capability: tuple[int, int]) -> None:
         _register_quantize_rows(scalar, capability)
 
 
-def group_log2(groups: int, words: int, bits: int) -> int:
-    """What the kernels call `group_log2`, from the shapes of scales [out, groups] and codes [out, words]."""
-    return _ONE_SCALE_PER_ROW if groups == 1 else (words * _WORD_BITS // bits // groups).bit_length() - 1
-
-
 def _register_w2a16(scalar: str, capability: tuple[int, int]) -> None:
     import tensorrt.plugin as trtp
 
@@ -60,7 +53,7 @@ def _register_w2a16(scalar: str, capability: tuple[int, int]) -> None:
     @trtp.aot_impl(name)
     def launch(x: Any, codes: Any, scales: Any, outputs: Any, tactic: int) -> Any:
         kernel = Kernel("W2A16", scalar, _TACTICS[tactic])
-        return _launch_product(kernel, capability, x, x.shape_expr[2], codes, scales, bits=2)
+        return _launch_product(kernel, capability, x, x.shape_expr[2].constant_value(), codes, scales, bits=2)
 
 
 def _register_w4a8(scalar: str, capability: tuple[int, int]) -> None:
@@ -83,7 +76,7 @@ def _register_w4a8(scalar: str, capability: tuple[int, int]) -> None:
     @trtp.aot_impl(name)
     def launch(x: Any, token_scales: Any, codes: Any, scales: Any, outputs: Any, tactic: int) -> Any:
         kernel = Kernel("W4A8", scalar, _TACTICS[tactic])
-        return _launch_product(kernel, capability, x, x.shape_expr[2] * 4, codes, scales, bits=4)
+        return _launch_product(kernel, capability, x, x.shape_expr[2].constant_value() * 4, codes, scales, bits=4)
 
 
 def _register_quantize_rows(scalar: str, capability: tuple[int, int]) -> None:
@@ -109,17 +102,16 @@ def _register_quantize_rows(scalar: str, capability: tuple[int, int]) -> None:
 
 
 def _launch_product(
-    kernel: Kernel, capability: tuple[int, int], x: Any, inputs: Any, codes: Any, scales: Any, bits: int
+    kernel: Kernel, capability: tuple[int, int], x: Any, inputs: int, codes: Any, scales: Any, bits: int
 ) -> Any:
     """A product's launch. Only the number of tokens may be free."""
     import tensorrt.plugin as trtp
 
     assert kernel.tile is not None
     tokens = x.shape_expr[0] * x.shape_expr[1]
-    outputs, words = (codes.shape_expr[axis].constant_value() for axis in (0, 1))
-    groups = scales.shape_expr[1].constant_value()
-    grid = (-(-outputs // kernel.tile.outputs), trtp.cdiv(tokens, kernel.tile.tokens))
-    numbers = [tokens, outputs, inputs, groups, group_log2(groups, words, bits)]
+    codes_shape, scales_shape = (tuple(size.constant_value() for size in one.shape_expr) for one in (codes, scales))
+    grid = (-(-codes_shape[0] // kernel.tile.outputs), trtp.cdiv(tokens, kernel.tile.tokens))
+    numbers = [tokens, *numbers_of(bits, inputs, codes_shape, scales_shape)]
     return _launch(kernel, capability, grid, numbers)
 
 

@@ -9,12 +9,10 @@ runs. Both stand in the engine as they are here: there is no second packing.
 
 import functools
 
-import numpy as np
-
 from engine_build.graph import linear_tensorrt
 from engine_build.graph.builder import GraphBuilder
 from engine_build.kernels import NAMESPACE
-from engine_build.packing import RUN, pack_runs
+from engine_build.packing import pack_runs, pad_scales
 from engine_build.weights import LayerWeights
 from vla_policy.core.formats import Format
 
@@ -31,9 +29,9 @@ def linear(builder: GraphBuilder, x: str, weights: LayerWeights) -> str:
     """x [1, tokens, in] -> [1, tokens, out], weights in the layer's format, bias added."""
     if not is_plugin(weights.format):
         return linear_tensorrt.linear(builder, x, weights)
-    name, bits = weights.layer.name, weights.format.weight_bits
+    name, bits, group = weights.layer.name, weights.format.weight_bits, weights.format.group_size
     codes = builder.tensor(f"{name}.codes", pack_runs(weights.codes, bits))
-    scales = builder.tensor(f"{name}.scales", _whole_runs(weights))
+    scales = builder.tensor(f"{name}.scales", pad_scales(weights.scales, weights.layer.inputs, group))
     if bits == 2:
         inputs = [linear_tensorrt.padded(builder, x, -weights.layer.inputs % _ALIGNED)]
     else:
@@ -48,12 +46,3 @@ def _nodes(builder: GraphBuilder, op: str, inputs: list[str], count: int, name: 
     return builder.nodes(
         f"{op}_{_SCALAR}", inputs, count, name, NAMESPACE, plugin_namespace=NAMESPACE, plugin_version="1", aot=1
     )
-
-
-def _whole_runs(weights: LayerWeights) -> np.ndarray:
-    """Scales [out, groups], with zeros for the groups that only fill up the last run."""
-    scales, group = weights.scales, weights.format.group_size
-    if group is None:
-        return scales
-    runs = -(-weights.layer.inputs // RUN)
-    return np.pad(scales, ((0, 0), (0, runs * RUN // group - scales.shape[1])))

@@ -11,6 +11,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from engine_build.packing import RUN
 from vla_policy.core.errors import ArtefactError
 
 NAMESPACE = "vla_policy"
@@ -19,6 +20,8 @@ NAMESPACE = "vla_policy"
 SOURCE = Path(__file__).with_name("quantized_matmul.cu")
 _WARP = 32
 _QUANTIZERS = 256  # threads that round one token
+_WORD_BITS = 32
+_ONE_SCALE_PER_ROW = 31
 SCALARS = {"f16": "half", "bf16": "__nv_bfloat16"}
 """CUDA's names of the activation types that the kernels are made for."""
 
@@ -76,6 +79,21 @@ class Kernel:
         if self.tile:
             named |= {name.upper(): getattr(self.tile, name) for name in ("tiles", "slabs", "split")}
         return [f"-D{name}={value}" for name, value in named.items()]
+
+
+def group_log2(groups: int, words: int, bits: int) -> int:
+    """What the kernels call `group_log2`, from the shapes of scales [out, groups] and codes [out, words]."""
+    return _ONE_SCALE_PER_ROW if groups == 1 else (words * _WORD_BITS // bits // groups).bit_length() - 1
+
+
+def numbers_of(bits: int, inputs: int, codes: tuple[int, int], scales: tuple[int, int]) -> list[int]:
+    """A product's numbers behind its tokens: outputs, inputs, groups, group_log2.
+
+    inputs: of a token as it lies in memory, which 8-bit tokens fill up to whole runs. codes, scales: their shapes.
+    """
+    if bits == 4:
+        inputs = -(-inputs // RUN) * RUN
+    return [codes[0], inputs, scales[1], group_log2(scales[1], codes[1], bits)]
 
 
 @functools.cache

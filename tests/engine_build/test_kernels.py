@@ -14,8 +14,7 @@ from cpu_kernels import run_kernel
 
 from calibrator.quantization import QuantizedWeight, groups_per_row, quantize_activation, quantize_weight
 from engine_build import kernels
-from engine_build.backends.plugins import group_log2
-from engine_build.kernels import FEW, MANY, SCALARS, TILES, Kernel, Tile, compile_ptx
+from engine_build.kernels import FEW, MANY, SCALARS, TILES, Kernel, Tile, compile_ptx, group_log2, numbers_of
 from engine_build.packing import RUN, pack_runs
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.formats import Format
@@ -77,16 +76,13 @@ def product(
     codes, scales = pack_runs(quantized.codes.numpy(), bits), scales_of(quantized, case)
     y = np.full((case.tokens, case.outputs), -1, np.int16)
     grid = (-(-case.outputs // tile.outputs), -(-case.tokens // tile.tokens))
-    log2 = group_log2(scales.shape[1], codes.shape[1], bits)
     if bits == 2:
         inputs = [bits_of(x)]
-        count = case.inputs
     else:
         words = -(-case.inputs // RUN) * RUN // 4
         inputs = [np.zeros((case.tokens, words), np.int32), np.zeros(case.tokens, np.float32)]
         run_kernel(Kernel("QUANTIZE_ROWS", scalar), (case.tokens, 1), [bits_of(x), case.inputs, *inputs], backwards)
-        count = 4 * words
-    numbers = [case.tokens, case.outputs, count, scales.shape[1], log2]
+    numbers = [case.tokens, *numbers_of(bits, case.inputs, codes.shape, scales.shape)]
     family = "W2A16" if bits == 2 else "W4A8"
     run_kernel(Kernel(family, scalar, tile), grid, [*inputs, codes, scales, *numbers, y], backwards)
     return from_bits(y, scalar)
