@@ -9,6 +9,7 @@ from typing import Any
 
 from evaluation.actors import ActorSpec
 from evaluation.replay.compare import Comparison, compare
+from evaluation.replay.live import serve
 from evaluation.replay.page import WorstView, picture, render
 from evaluation.replay.run import Answers, answer, recorded
 from evaluation.replay.thresholds import Check, check, load_thresholds, write_junit
@@ -25,8 +26,8 @@ SCHEMA_VERSION = 1
 def add_replay(parser: argparse.ArgumentParser) -> None:
     """The subcommand's options."""
     parser.description = (
-        "Answers every observation of a bag exactly once, in process, and compares. Exit code 0: done and every "
-        "threshold met; 1: a threshold failed; 2: bad input."
+        "Answers every observation of a bag exactly once, in process or by the real node over DDS, and compares. Exit "
+        "code 0: done and every threshold met; 1: a threshold failed; 2: bad input."
     )
     parser.add_argument("--bag", type=Path, required=True, help="rosbag2 folder, .mcap or .db3 file")
     parser.add_argument("--contract", type=Path, required=True, help="YAML that maps topics to the policy's inputs")
@@ -34,6 +35,10 @@ def add_replay(parser: argparse.ArgumentParser) -> None:
     against = parser.add_mutually_exclusive_group()
     against.add_argument("--against", type=Path, help="engine (or policy) folder that is the reference")
     against.add_argument("--served", type=Path, help="bag of decisions that a node served: the reference")
+    live = "--engine answers in a policy node over DDS; the reference, --against or else the same engine, in process"
+    parser.add_argument("--live", action="store_true", help=live)
+    rate = "with --live: times recorded speed, 0: as fast as it is answered (default %(default)s)"
+    parser.add_argument("--rate", type=float, default=1.0, help=rate)
     parser.add_argument("--thresholds", type=Path, help="YAML that makes the replay a test")
     parser.add_argument("--out", type=Path, required=True, help="folder for replay.json, replay.html and junit.xml")
     parser.add_argument("--namespace", default="", help="ROS namespace of the contract's topics in the bag")
@@ -50,9 +55,7 @@ def replay(arguments: argparse.Namespace) -> int:
     contract = load_contract(arguments.contract)
     names = tuple(dimension.name for dimension in contract.action.dimensions)
     thresholds = load_thresholds(arguments.thresholds, names) if arguments.thresholds else None
-    spec = _spec(arguments.engine)
-    candidate = answer(arguments.bag, contract, spec.load(), arguments.engine.name, arguments.namespace)
-    reference = _reference(arguments, contract, candidate)
+    candidate, reference = (_live if arguments.live else _in_process)(arguments, contract)
     comparison = None
     if reference is not None:
         comparison = compare(reference, candidate, contract.action, arguments.bins, arguments.worst)
@@ -69,17 +72,31 @@ def _spec(folder: Path) -> ActorSpec:
     return ActorSpec("engine" if (folder / "manifest.json").is_file() else "policy", folder)
 
 
-def _reference(arguments: argparse.Namespace, contract: Contract, candidate: Answers) -> Answers | None:
+def _answer(arguments: argparse.Namespace, contract: Contract, folder: Path) -> Answers:
+    return answer(arguments.bag, contract, _spec(folder).load(), folder.name, arguments.namespace)
+
+
+def _in_process(arguments: argparse.Namespace, contract: Contract) -> tuple[Answers, Answers | None]:
+    """Candidate and reference."""
+    candidate = _answer(arguments, contract, arguments.engine)
     if arguments.served is not None:
-        return recorded(arguments.served, candidate)
-    if arguments.against is None:
-        return None
-    actor = _spec(arguments.against).load()
-    return answer(arguments.bag, contract, actor, arguments.against.name, arguments.namespace)
+        return candidate, recorded(arguments.served, candidate)
+    return candidate, None if arguments.against is None else _answer(arguments, contract, arguments.against)
+
+
+def _live(arguments: argparse.Namespace, contract: Contract) -> tuple[Answers, Answers | None]:
+    """Candidate as a node served it, and the reference in process."""
+    if arguments.served is not None or _spec(arguments.engine).kind != "engine":
+        raise ArtefactError("--live serves an engine folder anew; give one, and leave out --served")
+    reference = _answer(arguments, contract, arguments.against or arguments.engine)
+    served = arguments.out / "served"
+    serve(arguments.bag, arguments.contract, arguments.engine, arguments.namespace, arguments.rate, served)
+    return recorded(served, reference), reference
 
 
 def _sources(arguments: argparse.Namespace, contract: Contract) -> dict[str, str]:
-    given = {"bag": arguments.bag, "engine": arguments.engine, "against": arguments.against, "served": arguments.served}
+    served = arguments.out / "served" if arguments.live else arguments.served
+    given = {"bag": arguments.bag, "engine": arguments.engine, "against": arguments.against, "served": served}
     hashes = {
         f"{name} {path.name}": sha256_folder(path) if path.is_dir() else sha256_file(path)
         for name, path in given.items()
@@ -158,8 +175,8 @@ def _views(
         row = int((candidate.stamp_ns == item.stamp_ns).nonzero()[0][0])
         values = zip(
             (dimension.name for dimension in contract.action.dimensions),
-            reference.actions[item.index].tolist(),
-            candidate.actions[row].tolist(),
+            reference.actions[item.index, 0].tolist(),
+            candidate.actions[row, 0].tolist(),
             strict=True,
         )
         views.append(WorstView(item, pictures[item.stamp_ns], candidate.instructions[row], tuple(values)))

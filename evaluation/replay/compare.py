@@ -11,7 +11,7 @@ from vla_policy.core.errors import DataError
 
 @dataclass(frozen=True)
 class DimensionError:
-    """Absolute error of one action dimension in the command's unit, over all frames.
+    """Absolute error of one action dimension in the command's unit, over all frames; of a chunk, its largest.
 
     over_progress: mean per bin of progress, NaN where a bin has no frame. by_phase: mean per phase.
     """
@@ -57,12 +57,12 @@ def compare(reference: Answers, candidate: Answers, contract: ActionContract, bi
     shared, left, right = np.intersect1d(reference.stamp_ns, candidate.stamp_ns, return_indices=True)
     if not len(shared):
         raise DataError(f"{candidate.name} and {reference.name} answered no common frame")
-    if reference.actions.shape[1] != candidate.actions.shape[1]:
-        sizes = candidate.actions.shape[1], reference.actions.shape[1]
+    if reference.actions.shape[1:] != candidate.actions.shape[1:]:
+        sizes = ["x".join(map(str, answers.actions.shape[1:])) for answers in (candidate, reference)]
         raise DataError(f"{candidate.name} answers {sizes[0]} values per frame, {reference.name} {sizes[1]}")
     scales = np.asarray([abs(dimension.scale) for dimension in contract.dimensions])
     limits = np.asarray([dimension.limit for dimension in contract.dimensions])
-    error = np.abs(candidate.actions[right] - reference.actions[left]) * scales
+    error = np.abs(candidate.actions[right] - reference.actions[left]).max(axis=1) * scales
     progress = reference.progress[left]
     chosen = _gripper(reference.actions[left], contract), _gripper(candidate.actions[right], contract)
     episode = reference.episode[left]
@@ -110,7 +110,7 @@ def _gripper(actions: np.ndarray, contract: ActionContract) -> np.ndarray | None
     if column is None or contract.gripper is None:
         return None
     dimension = contract.dimensions[column]
-    return actions[:, column] * dimension.scale + dimension.offset > contract.gripper.threshold
+    return actions[:, 0, column] * dimension.scale + dimension.offset > contract.gripper.threshold
 
 
 def _changes(chosen: np.ndarray, episode: np.ndarray) -> np.ndarray:

@@ -59,6 +59,7 @@ class SimulatedRobotNode(Node):
         self._max_steps = self.declare_parameter("max_steps", 0).value
         self._command_timeout_ns = round(self.declare_parameter("incoming_command_timeout", 0.5).value * 1e9)
         self._min_subscribers = self.declare_parameter("min_subscribers", 1).value
+        self._wait_s = self.declare_parameter("wait_for_subscribers", 120.0).value
         self._summary = self.declare_parameter("summary", "").value
         if self._driver not in ("commands", "expert"):
             raise ContractError(f"simulated robot: driver must be commands or expert, got {self._driver!r}")
@@ -157,8 +158,14 @@ class SimulatedRobotNode(Node):
 
     def _await_subscribers(self) -> None:
         """Camera and state must be heard by as many as the recording or the policy needs."""
+        deadline_s = time.monotonic() + self._wait_s
         for publisher in (self._camera, self._joints, self._instruction):
             while publisher.get_subscription_count() < self._min_subscribers and not self._closing.is_set():
+                if time.monotonic() > deadline_s:
+                    raise ContractError(
+                        f"simulated robot: {publisher.topic_name}: {publisher.get_subscription_count()} of "
+                        f"{self._min_subscribers} subscribers within {self._wait_s:g} s; is the policy node active?"
+                    )
                 self._tick()
                 self._closing.wait(0.05)
 

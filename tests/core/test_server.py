@@ -1,5 +1,6 @@
 """The policy server without ROS: gates, latch, queue modes, parity, and a soak."""
 
+import math
 import resource
 import threading
 from collections.abc import Callable
@@ -35,12 +36,15 @@ class FakeActor:
         self.entered = threading.Semaphore(0)
         self.error: Exception | None = None
         self.value: float | None = None
+        self.rows: np.ndarray | None = None
 
     def act(self, observation: Observation) -> Decision:
         self.entered.release()
         assert self.gate.wait(TIMEOUT_S)
         if self.error is not None:
             raise self.error
+        if self.rows is not None:
+            return Decision(np.zeros(self.rows.size, np.int64), self.rows)
         assert observation.state is not None
         x = observation.state[0] if self.value is None else self.value
         return Decision(np.zeros(7, np.int64), np.asarray([x, 0, 0, 0, 0, 0, 1.0]))
@@ -147,6 +151,35 @@ def test_a_late_decision_does_not_move(bench: Bench) -> None:
     bench.server.receive(STATE, msgs.joints(bench.now_ns, [0, 0, 0, 0.04]))
     assert not bench.chunks[-1].usable
     assert HoldReason.STALE_CAMERA in bench.reasons() and bench.server.status().late == 1
+
+
+@pytest.mark.parametrize(
+    ("blending", "expected"),
+    [
+        # Control steps of 50 ms, rows of 4 steps. The second chunk's rows are 0.1 above the first one's, which it
+        # follows by 4 steps; both were decided at once, so no row was due meanwhile.
+        ("latest", 0.3),
+        ("ensemble", (0.2 + 0.3 * math.exp(-0.1)) / (1 + math.exp(-0.1))),
+        # Real-time chunking's weight of the first of 4 shared steps: progress 4/5.
+        ("soft_mask", 0.3 - 0.1 * 0.8 * math.expm1(0.8) / math.expm1(1.0)),
+    ],
+)
+def test_chunks_follow_each_other_as_told(blending: str, expected: float) -> None:
+    bench = Bench(blending=blending)
+    bench.instruct()
+    bench.server.enable(True)
+    column = np.asarray([[0.1], [0.2]])
+    bench.actor.rows = np.hstack([column, np.zeros((2, 5)), np.ones((2, 1))])
+    bench.see()
+    bench.answered()
+    assert (bench.chunks[0].actions[:, 0] == [0.1, 0.2]).all()
+    step = bench.server.tick()
+    assert step.command is not None and step.command.motion[0] == pytest.approx(0.1)
+    bench.actor.rows = np.hstack([column + 0.2, np.zeros((2, 5)), np.ones((2, 1))])
+    bench.see(advance_ms=200)
+    bench.answered()
+    step = bench.server.tick()
+    assert step.command is not None and step.command.motion[0] == pytest.approx(expected)
 
 
 def test_stop_latches_until_reset_and_start(bench: Bench) -> None:

@@ -1,7 +1,7 @@
 """The policy node's process with a FakeEngine in place of a built one; everything else is the product.
 
-The folder `engine_path` holds `fake.json` (latency_s, action: "echo" or a list, fail_after, fail_load, images) beside a
-manifest.json. It is read again before every decision, so that a test can change it while the node runs.
+The folder `engine_path` holds `fake.json` beside a manifest.json: latency_s, action ("echo", a list, a list of lists),
+fail_after, fail_load, images, steps. It is read again before every decision: a test can change it while the node runs.
 """
 
 import json
@@ -19,12 +19,12 @@ from vla_policy.nodes.policy_node import main
 STATES = ("x", "y", "z", "gripper_width", "gripper_velocity")
 
 
-def fake_config(images: int = 1) -> PolicyConfig:
+def fake_config(images: int = 1, steps: int = 4) -> PolicyConfig:
     tower = TowerSpec("dinov2", 112, 16, 192, 5, 3, 768, 4)
     action = ActionStats((-1.0,) * 7, (1.0,) * 7, (True,) * 7)
     proprio = ProprioStats(STATES, (-1.0,) * 5, (1.0,) * 5)
     stats = {"fake": NormStats(action, proprio)}
-    return PolicyConfig((tower, tower), TextSpec(), 64, 256, stats, True, 4, {}, images)
+    return PolicyConfig((tower, tower), TextSpec(), 64, 256, stats, True, steps, {}, images)
 
 
 class FakeEngine:
@@ -33,7 +33,8 @@ class FakeEngine:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._decisions = 0
-        self.config = fake_config(json.loads((folder / "fake.json").read_text()).get("images", 1))
+        settings = json.loads((folder / "fake.json").read_text())
+        self.config = fake_config(settings.get("images", 1), settings.get("steps", 4))
 
     def act(self, observation: Observation) -> Decision:
         settings = json.loads((self._folder / "fake.json").read_text())
@@ -43,7 +44,7 @@ class FakeEngine:
             raise RuntimeError("the fake engine fails as told")
         action = settings.get("action", "echo")
         values = echo(observation) if action == "echo" else np.asarray(action, np.float64)
-        return Decision(np.arange(7, dtype=np.int64), values)
+        return Decision(np.arange(values.size, dtype=np.int64), values)
 
 
 def echo(observation: Observation) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,7 +33,10 @@ def world() -> Iterator[World]:
 
 @pytest.fixture
 def running(world: World, tmp_path: Path) -> Iterator[World]:
-    """A policy node that moves the robot. Waits are generous and timeouts short: the machine may be busy."""
+    """A policy node that moves the robot, and at the end has answered or counted every image.
+
+    Waits are generous and timeouts short: the machine may be busy.
+    """
     engine = fake_engine(tmp_path / "engine")
     command = node_command(engine, source_timeout=0.5, freeze_timeout=0.6)
     log = world.log = tmp_path / "log"
@@ -40,6 +44,7 @@ def running(world: World, tmp_path: Path) -> Iterator[World]:
         world.start_policy()
         yield world
         assert node.poll() is None, log.read_text()
+        world.wait_accounted()
         assert end(node) == 0, log.read_text()
 
 
@@ -137,6 +142,29 @@ def test_joint_missing(running: World) -> None:
     running.wait_moving()
 
 
+def test_a_flood_of_states_keeps_no_image_out(running: World) -> None:
+    """States as fast as a process can send them: all that are taken at once are bounded, and images come through."""
+    ending = threading.Event()
+
+    def received() -> int:
+        return int(running.diagnostics.get("received joint_states", 0))
+
+    def flood() -> None:
+        while not ending.is_set():
+            running.publish_state(running.now_ns())
+
+    running.wait(lambda: received() > 0, "diagnostics")
+    before, flooding = received(), threading.Thread(target=flood)
+    flooding.start()
+    try:
+        running.wait_chunks(20)
+    finally:
+        ending.set()
+        flooding.join()
+    running.wait_moving()
+    running.wait(lambda: received() > before + 500, "the flood's arrival")
+
+
 @pytest.mark.parametrize("text", ["", "x" * 10_000])
 def test_instruction_empty_or_endless(running: World, text: str) -> None:
     running.instruct(text)
@@ -153,6 +181,8 @@ def test_inference_slower_than_its_deadline(running: World, tmp_path: Path) -> N
     running.wait(lambda: int(running.diagnostics.get("decisions late", 0)) > 1, "counted late decisions")
     running.wait(lambda: "deadline_missed" in running.diagnostics["holding"], "the reason")
     running.wait(lambda: int(running.diagnostics.get("drops superseded", 0)) > 0, "counted superseded frames")
+    rate = "rate camera/image_raw/compressed (Hz)"
+    running.wait(lambda: float(running.diagnostics[rate]) > 10, "images taken at their rate while the engine is busy")
     running.wait(lambda: not running.moving, "a hold")
     fake_engine(tmp_path / "engine")
     running.wait_moving()

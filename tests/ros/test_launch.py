@@ -1,7 +1,6 @@
 """Launch files: run by launch where ROS is installed; everywhere, the command lines that launch generates from them."""
 
 import ast
-import os
 import re
 import shutil
 import signal
@@ -185,7 +184,7 @@ def test_shipped_parameters_are_the_node_s_own(name: str) -> None:
         assert flat == set(parameters.DECLARED), "the shipped file is the whole list"
 
 
-def test_the_command_line_that_launch_generates(world: World, tmp_path: Path) -> None:
+def test_the_command_line_that_launch_generates(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Node name, namespace, params file, later values that win, a remap, and the image transport's profile."""
     values = {"engine_path": str(fake_engine(tmp_path / "engine")), "contract": str(CONTRACT)}
     overrides = tmp_path / "overrides.yaml"
@@ -198,13 +197,10 @@ def test_the_command_line_that_launch_generates(world: World, tmp_path: Path) ->
         *("-r", "camera/image_raw/compressed:=/camera/image_raw/compressed", "-r", "joint_states:=/joint_states"),
         *("-r", "instruction:=/instruction", "-r", "action_chunk:=/action_chunk", "--log-level", "info"),
     ]
-    os.environ["FASTRTPS_DEFAULT_PROFILES_FILE"] = str(PACKAGE / "config/fastdds_large_images.xml")
-    try:
-        with process(command, world.domain, tmp_path / "log"):
-            world.wait(lambda: world.node.count_subscribers("/instruction") > 0, "the active policy node")
-            world.instruct()
-            world.wait_chunks()
-            assert ("left", "/arm") in world.node.get_node_names_and_namespaces()
-    finally:
-        del os.environ["FASTRTPS_DEFAULT_PROFILES_FILE"]
+    monkeypatch.setenv("FASTRTPS_DEFAULT_PROFILES_FILE", str(PACKAGE / "config/fastdds_large_images.xml"))
+    with process(command, world.domain, tmp_path / "log"):
+        world.wait(lambda: world.node.count_subscribers("/instruction") > 0, "the active policy node")
+        world.instruct()
+        world.wait_chunks()
+        assert ("left", "/arm") in world.node.get_node_names_and_namespaces()
     assert "XMLPARSER Error" not in (tmp_path / "log").read_text()

@@ -82,7 +82,8 @@ def test_a_signal_ends_a_configure_that_waits(world: World, tmp_path: Path) -> N
 
 
 def test_lifecycle_by_a_manager(world: World, tmp_path: Path) -> None:
-    command = node_command(fake_engine(tmp_path / "engine"), autostart=False)
+    # A decision is always under way, so one arrives after the hold of the deactivation.
+    command = node_command(fake_engine(tmp_path / "engine", latency_s=0.15), autostart=False)
     with process(command, world.domain, tmp_path / "log"):
         assert world.state_label() == "unconfigured"
         assert not world.call(SetBool, "/policy/enable", SetBool.Request(data=True)).success
@@ -91,9 +92,10 @@ def test_lifecycle_by_a_manager(world: World, tmp_path: Path) -> None:
         world.start_policy()
         assert world.change_state(Transition.TRANSITION_DEACTIVATE)
         world.wait(lambda: not world.moving, "the hold on deactivation")
-        count = len(world.chunks)
+        count, commands = len(world.chunks), len(world.twists)
         assert world.change_state(Transition.TRANSITION_CLEANUP)
         assert world.state_label() == "unconfigured" and len(world.chunks) - count <= 1
+        assert not world.moving and len(world.twists) == commands, "the hold is the last word"
         assert world.change_state(Transition.TRANSITION_CONFIGURE)
         assert world.change_state(Transition.TRANSITION_ACTIVATE)
         world.wait_active()
@@ -185,7 +187,7 @@ def test_quality_of_service_given_by_parameters_counts_at_configure(world: World
         ({"contract": "/nowhere.yaml"}, None, "cannot be read"),
         ({"blending": "average"}, None, "expected one of latest, ensemble, soft_mask"),
         ({"inference_deadline": 0.05}, {"latency_s": 0.2}, "above inference_deadline 50.0 ms"),
-        ({"source_wait": 5.0}, "camera", "no message within 5 s, though it has a publisher"),
+        ({"source_wait": 3.0}, "camera", "no message within 3 s, though it has a publisher"),
         ({"source_wait": 10.0}, "joint", "joint 'gripper' is missing"),
         ({"source_wait": 10.0}, "image", "not a whole JPEG or PNG"),
     ],
@@ -232,51 +234,104 @@ def test_a_parameter_outside_its_range_or_type_is_refused(tmp_path: Path, value:
     assert "source_timeout" in log.read_text() and "Traceback" not in log.read_text()
 
 
+class Runs:
+    """A client of the running node's action."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._client = ActionClient(world.node, RunPolicy, "/policy/run_policy")
+        self.feedback: list[RunPolicy.Feedback] = []
+        world.wait(self._client.server_is_ready, "the action server")
+
+    def begin(self, prompt: str = "pick up the soup", seconds: int = 60):
+        goal = RunPolicy.Goal(prompt=prompt, time_limit=Duration(sec=seconds))
+        future = self._client.send_goal_async(goal, lambda message: self.feedback.append(message.feedback))
+        self._world.wait(future.done, "the goal's acceptance")
+        return future.result()
+
+    def end(self, goal) -> RunPolicy.Result:
+        result = goal.get_result_async()
+        self._world.wait(result.done, "the run's end")
+        return result.result().result
+
+    def begin_moving(self):
+        goal = self.begin()
+        self._world.wait_moving()
+        return goal
+
+    def code(self, prompt: str = "pick up the soup", seconds: int = 1) -> int:
+        return self.end(self.begin(prompt, seconds)).code
+
+
 def test_run_policy(world: World, tmp_path: Path) -> None:
+    codes = RunPolicy.Result
     with process(node_command(fake_engine(tmp_path / "engine")), world.domain, tmp_path / "log"):
-        client = ActionClient(world.node, RunPolicy, "/policy/run_policy")
-        world.wait(client.server_is_ready, "the action server")
+        runs = Runs(world)
         world.wait_active()
-        feedback: list[RunPolicy.Feedback] = []
-
-        def begin(prompt: str, seconds: int):
-            goal = RunPolicy.Goal(prompt=prompt, time_limit=Duration(sec=seconds))
-            future = client.send_goal_async(goal, feedback_callback=lambda message: feedback.append(message.feedback))
-            world.wait(future.done, "the goal's acceptance")
-            return future.result(), future.result().get_result_async()
-
-        def run(prompt: str, seconds: int) -> RunPolicy.Result:
-            _, result = begin(prompt, seconds)
-            world.wait(result.done, "the run's end")
-            return result.result().result
-
-        assert run("pick up the soup", 1).code == RunPolicy.Result.DISABLED
+        assert runs.code() == codes.DISABLED
         world.enable()
-        assert run("pick up the soup", 0).code == RunPolicy.Result.INVALID_GOAL
-        assert run(" ", 1).code == RunPolicy.Result.INVALID_GOAL
-        assert run("x" * 10_000, 1).code == RunPolicy.Result.INVALID_GOAL
-        done = run("pick up the soup", 1)
-        assert done.code == RunPolicy.Result.TIME_LIMIT_REACHED and done.commands > 5 and done.chunks > 5
-        assert feedback[-1].chunks > 0
+        assert runs.code(seconds=0) == codes.INVALID_GOAL
+        assert runs.code(" ") == codes.INVALID_GOAL
+        assert runs.code("x" * 10_000) == codes.INVALID_GOAL
+        done = runs.end(runs.begin(seconds=1))
+        assert done.code == codes.TIME_LIMIT_REACHED and done.commands > 5 and done.chunks > 5
+        assert done.elapsed.sec == 1 and runs.feedback[-1].chunks > 0
         world.wait_holding("not_started")
-        goal, result = begin("pick up the soup", 60)
-        world.wait_moving()
-        assert run("another", 1).code == RunPolicy.Result.ALREADY_RUNNING
+        goal = runs.begin_moving()
+        assert runs.code("another") == codes.ALREADY_RUNNING
         goal.cancel_goal_async()
-        world.wait(result.done, "the cancellation")
-        assert result.result().result.code == RunPolicy.Result.CANCELLED
-        _, result = begin("pick up the soup", 60)
-        world.wait_moving()
+        assert runs.end(goal).code == codes.CANCELLED
+        goal = runs.begin_moving()
+        world.enable(False)
+        assert runs.end(goal).code == codes.DISABLED
+        world.enable()
+        goal = runs.begin_moving()
         assert world.trigger("stop").success
-        world.wait(result.done, "the run's end by the stop")
-        assert result.result().result.code == RunPolicy.Result.STOP_LATCHED
-        assert run("pick up the soup", 1).code == RunPolicy.Result.STOP_LATCHED
+        assert runs.end(goal).code == codes.STOP_LATCHED
+        assert runs.code() == codes.STOP_LATCHED
         assert world.trigger("reset").success
-        _, result = begin("pick up the soup", 60)
-        world.wait_moving()
+        goal = runs.begin_moving()
         world.sensors.camera = False
-        world.wait(result.done, "the run's end by stale input")
-        assert result.result().result.code == RunPolicy.Result.STALE_INPUT
+        result = runs.end(goal)
+        assert result.code == codes.STALE_INPUT and "stale_camera" in result.message
+
+
+def test_run_policy_ends_with_what_ended_the_engine_or_the_node(world: World, tmp_path: Path) -> None:
+    codes, engine = RunPolicy.Result, fake_engine(tmp_path / "engine")
+    with process(node_command(engine, autostart=False), world.domain, tmp_path / "log"):
+        runs = Runs(world)
+        assert runs.code() == codes.NOT_ACTIVE
+        assert world.change_state(Transition.TRANSITION_CONFIGURE)
+        assert world.change_state(Transition.TRANSITION_ACTIVATE)
+        world.enable()
+        goal = runs.begin_moving()
+        fake_engine(engine, latency_s=0.7)
+        assert runs.end(goal).code == codes.DEADLINE_MISSED
+        fake_engine(engine)
+        goal = runs.begin_moving()
+        assert world.change_state(Transition.TRANSITION_DEACTIVATE)
+        assert runs.end(goal).code == codes.NOT_ACTIVE
+        assert world.change_state(Transition.TRANSITION_ACTIVATE)
+        world.enable()
+        goal = runs.begin_moving()
+        fake_engine(engine, fail_after=1)
+        result = runs.end(goal)
+        assert result.code == codes.ENGINE_FAILED and "the engine failed" in result.message
+
+
+def test_a_chunk_of_rows_moves_row_by_row(world: World, tmp_path: Path) -> None:
+    """Twelve rows of 50 ms from one image; while the engine thinks, the rows of the last chunk are carried out."""
+    rows = [[0.05 * (index + 1), 0.0, 0.0, 0.0, 0.0, 0.0, 1.0] for index in range(12)]
+    engine = fake_engine(tmp_path / "engine", action=rows, latency_s=0.15, steps=1)
+    with process(node_command(engine, blending="soft_mask"), world.domain, tmp_path / "log"):
+        world.start_policy()
+        chunk = world.chunks[-1]
+        assert (chunk.horizon, chunk.action_dim, chunk.steps_per_action) == (12, 7, 1)
+        assert list(chunk.actions) == [value for row in rows for value in row] and len(chunk.tokens) == 84
+        world.wait(lambda: len({round(twist.twist.linear.x, 6) for _, twist in world.twists}) > 3, "several rows")
+        speeds = [twist.twist.linear.x for _, twist in world.twists if twist.twist.linear.x]
+        assert min(speeds) >= 0.05 * 3, "the rows that went by during inference are skipped"
+        assert max(speeds) <= 0.05 * 12
 
 
 def test_the_instruction_service(world: World, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from tests.demo.materials import tiny_contract
 from tests.ros.world import World, end, fresh_domain, process
 from tests.tiny import tiny_policy_folder
 
-FRAMES = int(os.environ.get("VLA_SOAK_FRAMES", "1200"))
+FRAMES = int(os.environ.get("VLA_SOAK_FRAMES", "600"))
 # Rolling windows, queues and the runtime's arena fill up first.
 WARM_UP = min(5_000, FRAMES // 3)
 WINDOW = 16

@@ -38,6 +38,9 @@ ROOT = Path(__file__).parents[2]
 CONTRACT = ROOT / "ros2_ws/src/vla_policy/config/libero.yaml"
 WRIST = {"name": "wrist", "topic": "wrist/compressed", "type": "sensor_msgs/msg/CompressedImage"}
 FAKE_NODE = [sys.executable, str(ROOT / "tests/ros/fake_policy_node.py")]
+# Why an image is not answered; states are only ever refused as invalid or out of order.
+IMAGE_DROPS = ("clock_jump", "unsynchronised", "no_instruction", "superseded", "undecodable", "engine_error", "stopped")
+os.environ.setdefault("FASTRTPS_DEFAULT_PROFILES_FILE", str(ROOT / "tests/ros/fast_discovery.xml"))
 TIMEOUT_S = 90.0  # a busy machine takes long to start a process
 _domains = itertools.count()
 
@@ -185,13 +188,7 @@ class World:
         """One state and one image, with the same stamp."""
         sensors, now_ns = self.sensors, self.now_ns()
         if sensors.state:
-            joints = JointState(
-                name=list(sensors.joints),
-                position=sensors.position[: len(sensors.joints)],
-                velocity=[0.0] * len(sensors.joints),
-            )
-            joints.header.stamp = Time(nanoseconds=now_ns).to_msg()
-            self.joint_states.publish(joints)
+            self.publish_state(now_ns)
         if sensors.camera:
             number = 0 if sensors.frozen else self.published
             self.published += 1
@@ -205,6 +202,12 @@ class World:
                 raw = Image(header=image.header, height=side, width=side, encoding=sensors.encoding, step=3 * side)
                 raw.data = picture(number, side).tobytes()
                 self.raw_camera.publish(raw)
+
+    def publish_state(self, stamp_ns: int) -> None:
+        names = list(self.sensors.joints)
+        joints = JointState(name=names, position=self.sensors.position[: len(names)], velocity=[0.0] * len(names))
+        joints.header.stamp = Time(nanoseconds=stamp_ns).to_msg()
+        self.joint_states.publish(joints)
 
     def instruct(self, text: str = "pick up the soup") -> None:
         self.instruction.publish(String(data=text))
@@ -247,6 +250,18 @@ class World:
         """Until the diagnostics count drops for the reason and give these particulars."""
         self.wait(lambda: words in self.diagnostics.get(f"last {reason}", ""), f"{words!r} under last {reason}")
         assert int(self.diagnostics[f"drops {reason}"]) > 0
+
+    def wait_accounted(self) -> None:
+        """Until every image that the node has received is decided upon or counted as dropped; ends the images."""
+        self.sensors.camera = False
+
+        def accounted() -> bool:
+            values = self.diagnostics
+            drops = sum(int(values.get(f"drops {reason}", 0)) for reason in IMAGE_DROPS)
+            images = int(values.get("received camera/image_raw/compressed", -1))
+            return images == int(values.get("chunks", 0)) + drops
+
+        self.wait(accounted, "each image's answer or drop")
 
     def call(self, kind: type, name: str, request: Any) -> Any:
         """A service call's response; asked again when the server had not yet discovered where to answer."""

@@ -83,14 +83,14 @@ class Limiter:
 
         None when a value is not finite, or when the joints' positions are not known to start from.
         """
-        if self._last is None or not np.isfinite(action).all():
+        dimensions = self._contract.dimensions
+        values = np.asarray([value * item.scale + item.offset for value, item in zip(action, dimensions, strict=True)])
+        if self._last is None or not np.isfinite(values).all():
             return None
         # Half a period of tolerance, for a timer that fires a little early.
         if self._period_began_ns is None or not 0 <= now_ns - self._period_began_ns < self._period_ns // 2:
             self._base, self._period_began_ns = self._last, now_ns
         base = self._last if self._base is None else self._base
-        dimensions = self._contract.dimensions
-        values = np.asarray([value * item.scale + item.offset for value, item in zip(action, dimensions, strict=True)])
         wanted = values[self._moving]
         motion = wanted.copy()
         for group in self._groups:

@@ -89,8 +89,8 @@ class Status:
 
     `overhead_ms`: from the image's callback to the published action, less the engine's time for this frame and, while
     it was still busy, for the one before. `holding`: what forbids motion now, or left the last control step without a
-    command. `faults`: what is wrong with a camera or state, by topic. `drops`: by reason; one reason's particulars are
-    not lost to another that is more frequent.
+    command. `faults`: what is wrong with a camera or state, by topic. `received`: messages by topic. `drops`: by
+    reason; one reason's particulars are not lost to another that is more frequent.
     """
 
     active: bool
@@ -100,6 +100,7 @@ class Status:
     instruction: str
     holding: tuple[HoldReason, ...]
     faults: dict[str, HoldReason]
+    received: dict[str, int]
     chunks: int
     commands: int
     limited: int
@@ -151,6 +152,7 @@ class PolicyServer:
         self._latch: Latch | None = None
         self._late_since_chunk = False
         self._wanting: HoldReason | None = None
+        self._received = dict.fromkeys(contract.input_types, 0)
         self._last_stamp_ns: dict[str, int] = {}
         self._joint_positions: dict[str, float] = {}
         self._last_tick_ns: int | None = None
@@ -210,6 +212,7 @@ class PolicyServer:
         return str(to_event(self._contract, topic, _Text(text), self._clock()).payload)
 
     def _note(self, event: Event | Dropped, now_ns: int) -> None:
+        self._received[event.topic] += 1
         self._rates[event.topic].add(now_ns)
         if event.topic == self._contract.instruction.topic and (
             isinstance(event, Dropped) or event.payload != self._synchroniser.instruction
@@ -405,6 +408,7 @@ class PolicyServer:
                 instruction=self._synchroniser.instruction,
                 holding=tuple(reasons or wanting),
                 faults=self._faults(now_ns),
+                received=dict(self._received),
                 chunks=self._sequence,
                 commands=self._commands,
                 limited=self._limited,

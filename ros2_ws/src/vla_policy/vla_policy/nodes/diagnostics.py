@@ -35,6 +35,7 @@ def to_diagnostics(
     values |= {f"fault {topic}": reason.value for topic, reason in status.faults.items()}
     for reason, drops in sorted(status.drops.items(), key=lambda item: item[0].value):
         values |= {f"drops {reason.value}": str(drops.count), f"last {reason.value}": drops.last}
+    values |= {f"received {topic}": str(count) for topic, count in status.received.items()}
     values |= {f"rate {topic} (Hz)": f"{rate:.2f}" for topic, rate in status.rates_hz.items()}
     values |= {f"age {topic} (ms)": "never" if age is None else f"{age:.1f}" for topic, age in status.ages_ms.items()}
     for label, window in (("latency", status.latency_ms), ("age", status.age_ms), ("overhead", status.overhead_ms)):

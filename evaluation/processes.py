@@ -1,0 +1,70 @@
+"""ROS nodes as child processes, started with the command lines that launch generates for them."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from vla_policy.core.errors import ArtefactError
+
+_END_TIMEOUT_S = 30.0
+Value = bool | int | float | str | Path | Sequence[str] | Sequence[int]
+
+
+def node_command(module: str, parameters: Mapping[str, Value], params_file: Path | None = None) -> list[str]:
+    """The command line of a node in the Python module `module`; `parameters` win over `params_file`."""
+    files = [] if params_file is None else ["--params-file", str(params_file)]
+    values = [item for name, value in parameters.items() for item in ("-p", f"{name}:={_yaml(value)}")]
+    return [sys.executable, "-m", module, "--ros-args", *files, *values]
+
+
+def _yaml(value: Value) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return f"[{', '.join(map(str, value))}]"
+    return str(value)
+
+
+def shared_file(name: str) -> Path:
+    """A configuration file that the package vla_policy installs. Raises ArtefactError where ROS does not know it."""
+    try:
+        from ament_index_python.packages import get_package_share_directory
+
+        return Path(get_package_share_directory("vla_policy")) / "config" / name
+    except LookupError as error:
+        raise ArtefactError("ROS package vla_policy: not on AMENT_PREFIX_PATH; run under tools/with_ros") from error
+    except ModuleNotFoundError as error:
+        raise ArtefactError("ROS 2 is not installed here; this command starts ROS nodes") from error
+
+
+@contextmanager
+def running(command: Sequence[str]) -> Iterator["subprocess.Popen[bytes]"]:
+    """Starts a node in the caller's ROS domain, or one of this process's own, and ends it when the block is left.
+
+    In a session of its own, so that an interrupt from the keyboard reaches it once, from here.
+    """
+    environment = {
+        "ROS_DOMAIN_ID": str(1 + os.getpid() % 100),
+        "ROS_AUTOMATIC_DISCOVERY_RANGE": "LOCALHOST",
+        "FASTRTPS_DEFAULT_PROFILES_FILE": str(shared_file("fastdds_large_images.xml")),
+    }
+    process = subprocess.Popen(command, env=environment | os.environ, start_new_session=True)
+    try:
+        yield process
+    finally:
+        end(process)
+
+
+def end(process: "subprocess.Popen[bytes]") -> int:
+    """Ends a node as Ctrl-C would; returns its exit status, negative for a signal."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGINT)
+        try:
+            return process.wait(_END_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+    return process.wait()

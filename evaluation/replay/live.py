@@ -1,0 +1,47 @@
+"""A bag over DDS through the real policy node: recorded bytes, quality of service and timing, as on the robot."""
+
+import shutil
+from pathlib import Path
+
+from evaluation.processes import node_command, running
+from vla_policy.core.errors import ContractError
+
+# An engine of the full size takes minutes to load, and no replayed decision is too late to be compared.
+_START_TIMEOUT_S, _DEADLINE_S = 600.0, 60.0
+
+
+def serve(bag: Path, contract: Path, engine: Path, namespace: str, rate: float, served: Path) -> None:
+    """Replays `bag` to a policy node in dry run; its decisions become the bag `served`, in place of a former one.
+
+    rate: times recorded speed, 0: as fast as the node answers. Raises ContractError when the replay cannot be done; the
+    nodes' own messages are on stderr.
+    """
+    shutil.rmtree(served, ignore_errors=True)
+    served.parent.mkdir(parents=True, exist_ok=True)
+    policy = node_command(
+        "vla_policy.nodes.policy_node",
+        {
+            "engine_path": engine.resolve(),
+            "contract": contract.resolve(),
+            "autostart": True,
+            "lossless": True,
+            "use_sim_time": True,
+            "check_sources": "none",
+            "inference_deadline": _DEADLINE_S,
+        },
+    )
+    replay = node_command(
+        "vla_policy.nodes.replay_node",
+        {
+            "bag": bag.resolve(),
+            "contract": contract.resolve(),
+            "bag_namespace": namespace,
+            "rate": float(rate),
+            "served": served.resolve(),
+            "wait_for_subscribers": _START_TIMEOUT_S,
+            "answer_timeout": _DEADLINE_S,
+        },
+    )
+    with running(policy), running(replay) as replaying:
+        if replaying.wait() != 0:
+            raise ContractError(f"live replay ended with exit code {replaying.returncode}; its message is above")
