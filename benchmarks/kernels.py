@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from engine_build.kernels import SCALARS, TILES, Kernel, Tile, compile_ptx, numbers_of
-from engine_build.packing import RUN, pack_runs, pad_scales
+from engine_build.kernels import CUTS, GROUPS, Few, Kernel, Many, compile_ptx, product_kernel
+from engine_build.packing import RUN, pack_runs, pack_scales
 from vla_policy.core.cli import run
 from vla_policy.core.cuda_graph import CudaGraph, load_driver
 from vla_policy.core.errors import ArtefactError
@@ -37,18 +37,20 @@ OPENVLA = ((4096, 4096), (11008, 4096), (4096, 11008))
 """Outputs and inputs of the decoder's products: attention, gate and up, down."""
 
 FAMILIES = {"W2A16": 2, "W4A8": 4}
-_TYPES = {"f16": torch.float16, "bf16": torch.bfloat16}
-_ULP = {"f16": 2.0**-11, "bf16": 2.0**-8}
+_HALF_ULP = 2.0**-11
 _ROTATION = 4  # times the GPU's cache
 _LAUNCHES = 64  # in one graph, so that its own start is little of the time
 _WARM_UP, _LAPS = 3, 15
-_SWEPT = [
-    Tile(f"t{tiles}s{slabs}k{split}w{warps}", tiles, slabs, split, warps)
-    for tiles, slabs, split, warps in (
-        (1, 1, 4, 4), (1, 1, 8, 8), (1, 1, 16, 16), (1, 2, 8, 8), (1, 1, 4, 8), (1, 2, 4, 4),
-        (2, 2, 1, 4), (4, 1, 1, 4), (4, 2, 1, 4), (4, 2, 1, 8), (8, 1, 1, 4), (8, 2, 1, 4), (4, 4, 1, 4), (4, 2, 2, 4),
-    )
-]  # fmt: skip
+_SWEPT: list[Few | Many] = [
+    Few(warps, ahead, f"few_w{warps}_a{ahead}")
+    for warps in (4, 8, 16)
+    for ahead in (1, 2, 4)
+    if (warps, ahead) != (8, 4)
+]
+_SWEPT += [
+    Many(tiles, slabs, warps, f"many_t{tiles}_s{slabs}_w{warps}")
+    for tiles, slabs, warps in ((4, 1, 4), (4, 1, 8), (4, 2, 4), (4, 2, 8), (8, 1, 8), (4, 4, 4), (12, 1, 4))
+]
 
 
 @dataclass(frozen=True)
@@ -162,59 +164,64 @@ def _weights(
     low, groups = -(1 << (bits - 1)), -(-inputs // (group or inputs))
     codes = torch.randint(low, -low, (outputs, inputs), dtype=torch.int8, generator=generator)
     scales = ((torch.rand(outputs, groups, generator=generator) + 0.5) / inputs**0.5).half()
-    return codes, scales, pack_runs(codes.numpy(), bits), pad_scales(scales.numpy(), inputs, group)
+    return codes, scales, pack_runs(codes.numpy(), bits), pack_scales(scales.numpy(), inputs, group)
 
 
 class Product:
     """One product's operands on the GPU, its weights in several copies, and its launches."""
 
-    def __init__(self, gpu: Gpu, case: Case, family: str, scalar: str, copies: int = 1) -> None:
-        bits, device = FAMILIES[family], gpu.device
-        self.gpu, self.case, self.family, self.scalar, self.copies = gpu, case, family, scalar, copies
-        self.codes, self.scales, words, filled = _weights(case.outputs, case.inputs, case.group, bits)
-        self.numbers = [case.tokens, *numbers_of(bits, case.inputs, words.shape, filled.shape)]
+    def __init__(self, gpu: Gpu, case: Case, family: str, copies: int = 1) -> None:
+        device, self.bits = gpu.device, FAMILIES[family]
+        self.gpu, self.case, self.family, self.copies = gpu, case, family, copies
+        self.codes, self.scales, words, packed = _weights(case.outputs, case.inputs, case.group, self.bits)
         self.words = [torch.tensor(words, device=device) for _ in range(copies)]
-        self.filled = [torch.tensor(filled, device=device) for _ in range(copies)]
+        self.packed = [torch.tensor(packed, device=device) for _ in range(copies)]
         generator = torch.Generator().manual_seed(case.tokens)
-        self.x = torch.randn(case.tokens, case.inputs, generator=generator).to(_TYPES[scalar]).to(device)
-        self.y = torch.empty(case.tokens, case.outputs, dtype=_TYPES[scalar], device=device)
+        self.x = torch.randn(case.tokens, case.inputs, generator=generator).half().to(device)
+        self.y = torch.empty(case.tokens, len(words), dtype=torch.float16, device=device)
         self.x_codes = torch.zeros(case.tokens, -(-case.inputs // RUN) * RUN, dtype=torch.int8, device=device)
         self.x_scales = torch.zeros(case.tokens, dtype=torch.float32, device=device)
+
+    def kernel(self, cut: Few | Many) -> Kernel:
+        """The kernel that a layer of these shapes gets."""
+        return product_kernel(self.bits, cut, tuple(self.words[0].shape), tuple(self.packed[0].shape))
 
     @property
     def moved_bytes(self) -> int:
         """What one product has to read and write at least."""
-        tensors = (self.words[0], self.filled[0], self.x if self.family == "W2A16" else self.x_codes, self.y)
+        tensors = (self.words[0], self.packed[0], self.x if self.family == "W2A16" else self.x_codes, self.y)
         return sum(tensor.nbytes for tensor in tensors)
 
     def quantize(self, capability: tuple[int, int]) -> None:
         """Rounds the tokens to 8 bits, for 4-bit weights."""
         arguments = [self.x, self.case.inputs, self.x_codes, self.x_scales]
-        self.gpu.launch(Kernel("QUANTIZE_ROWS", self.scalar), capability, (self.case.tokens, 1), arguments)
+        self.gpu.launch(Kernel("QUANTIZE_ROWS"), capability, (self.case.tokens, 1), arguments)
 
-    def multiply(self, tile: Tile, capability: tuple[int, int], copy: int = 0) -> None:
+    def multiply(self, cut: Few | Many, capability: tuple[int, int], copy: int = 0) -> None:
         """The product itself."""
-        x = [self.x] if self.family == "W2A16" else [self.x_codes, self.x_scales]
-        grid = (-(-self.case.outputs // tile.outputs), -(-self.case.tokens // tile.tokens))
-        arguments = [*x, self.words[copy], self.filled[copy], *self.numbers, self.y]
-        self.gpu.launch(Kernel(self.family, self.scalar, tile), capability, grid, arguments)
+        x = [self.x] if self.bits == 2 else [self.x_codes, self.x_scales]
+        (tokens, outputs), inputs, groups = self.y.shape, x[0].shape[1], self.packed[copy].shape[1]
+        grid = (-(-outputs // cut.outputs), -(-tokens // cut.tokens))
+        arguments = [*x, self.words[copy], self.packed[copy], tokens, outputs, inputs, groups, self.y]
+        self.gpu.launch(self.kernel(cut), capability, grid, arguments)
 
-    def worst(self, tile: Tile, capability: tuple[int, int]) -> float:
+    def worst(self, cut: Few | Many, capability: tuple[int, int]) -> float:
         """Largest error over what rounding allows, of the result against the sum in float64; 1 is the limit.
 
         Allowed: the rounding of the result, and 2^-20 of the sum of magnitudes for float32 sums.
         """
         self.y.fill_(float("nan"))
         self.gpu.synchronize()
-        if self.family == "W4A8":
+        if self.bits == 4:
             self.quantize(capability)
-        self.multiply(tile, capability)
+        self.multiply(cut, capability)
         self.gpu.synchronize()
         weight = self.codes.to(self.gpu.device).double() * self._spread(self.scales.to(self.gpu.device).double())
-        x = self.x.double() if self.family == "W2A16" else _rounded(self.x)
+        x = self.x.double() if self.bits == 2 else _rounded(self.x)
         expected, size = x @ weight.T, x.abs() @ weight.abs().T
-        allowed = _ULP[self.scalar] * expected.abs() + 2.0**-20 * size + 1e-7
-        return float(((self.y.double() - expected).abs() / allowed).nan_to_num(torch.inf).max())
+        allowed = _HALF_ULP * expected.abs() + 2.0**-20 * size + 1e-7
+        errors = (self.y[:, : self.case.outputs].double() - expected).abs() / allowed
+        return float(errors.nan_to_num(torch.inf).max())
 
     def _spread(self, scales: torch.Tensor) -> torch.Tensor:
         """A scale per code, from one per group."""
@@ -244,15 +251,15 @@ class Row:
         return self.bf16_us / self.us
 
 
-def check(gpu: Gpu, capabilities: Sequence[tuple[int, int]], cases: Sequence[Case], tiles: Sequence[Tile]) -> float:
+def check(gpu: Gpu, capabilities: Sequence[tuple[int, int]], cases: Sequence[Case]) -> float:
     """The largest `worst` of all kernels and shapes. Raises ArtefactError for one that rounding does not explain."""
     largest = 0.0
-    for family, case, scalar in itertools.product(FAMILIES, cases, SCALARS):
-        product = Product(gpu, case, family, scalar)
-        for tile, capability in itertools.product(tiles, capabilities):
-            worst = product.worst(tile, capability)
+    for family, case in itertools.product(FAMILIES, cases):
+        product = Product(gpu, case, family)
+        for cut, capability in itertools.product(CUTS, capabilities):
+            worst = product.worst(cut, capability)
             if worst > 1:
-                name = f"{Kernel(family, scalar, tile).name}, PTX for {_sm(capability)}"
+                name = f"{product.kernel(cut).name}, PTX for {_sm(capability)}"
                 raise ArtefactError(f"{name}, {case}: the error is {worst:.3g} times what rounding allows")
             largest = max(largest, worst)
     return largest
@@ -262,22 +269,22 @@ def _sm(capability: tuple[int, int]) -> str:
     return "sm_{}{}".format(*capability)
 
 
-def time_products(gpu: Gpu, capability: tuple[int, int], tiles: Sequence[Tile]) -> list[Row]:
-    """All of OpenVLA's decoder shapes, one token and a prompt, in float16."""
+def time_products(gpu: Gpu, capability: tuple[int, int], cuts: Sequence[Few | Many]) -> list[Row]:
+    """All of OpenVLA's decoder shapes, one token and a prompt."""
     rows = []
     for (outputs, inputs), tokens in itertools.product(OPENVLA, (1, PREFILL)):
-        case = Case(tokens, outputs, inputs, 128)
+        case = Case(tokens, outputs, inputs, GROUPS[-1])
         plain = _bf16_microseconds(gpu, case)
         for family, bits in FAMILIES.items():
             copies = _copies(gpu, outputs * inputs * bits // 8)
-            product = Product(gpu, case, family, "f16", copies)
+            product = Product(gpu, case, family, copies)
             quantize = None
-            if family == "W4A8":
+            if bits == 4:
                 quantize = gpu.microseconds(lambda _, product=product: product.quantize(capability), 32)
-            for tile in tiles:
-                us = gpu.microseconds(lambda copy, p=product, t=tile: p.multiply(t, capability, copy), copies)
-                name = Kernel(family, "f16", tile).name
-                rows.append(Row(name, str(case), us, plain, product.moved_bytes / us / 1e3, quantize))
+            for cut in cuts:
+                us = gpu.microseconds(lambda copy, p=product, c=cut: p.multiply(c, capability, copy), copies)
+                bandwidth = product.moved_bytes / us / 1e3
+                rows.append(Row(product.kernel(cut).name, str(case), us, plain, bandwidth, quantize))
     return rows
 
 
@@ -311,23 +318,21 @@ def table(rows: Sequence[Row]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """See the module's text."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sweep", action="store_true", help="also time other cuts of the products, in float16")
+    parser.add_argument("--sweep", action="store_true", help="also time other cuts of the products")
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     arguments = parser.parse_args(argv)
     gpu = Gpu()
-    tiles = [*TILES, *(_SWEPT if arguments.sweep else [])]
-    kernels = [Kernel(family, scalar, tile) for family in FAMILIES for scalar in SCALARS for tile in TILES]
-    kernels += [Kernel("QUANTIZE_ROWS", scalar) for scalar in SCALARS]
     print(f"{gpu.name}, {_sm(gpu.capability)}, torch {torch.__version__}")
+    kernels = [Kernel(family, cut, group) for family in FAMILIES for cut in CUTS for group in GROUPS]
     capabilities = list(dict.fromkeys((A100, gpu.capability)))
     for capability in capabilities:
-        gpu.load(kernels, capability)
-    worst = check(gpu, capabilities, CHECKED, TILES)
+        gpu.load([*kernels, Kernel("QUANTIZE_ROWS")], capability)
+    worst = check(gpu, capabilities, CHECKED)
     names = " and ".join(_sm(capability) for capability in capabilities)
     print(f"PTX for {names}: {len(CHECKED)} shapes right, errors up to {worst:.3f} of what rounding allows", flush=True)
-    if arguments.sweep:
-        gpu.load([Kernel(family, "f16", tile) for family in FAMILIES for tile in _SWEPT], gpu.capability)
-    rows = time_products(gpu, gpu.capability, tiles)
+    swept = _SWEPT if arguments.sweep else []
+    gpu.load([Kernel(family, cut, GROUPS[-1]) for family in FAMILIES for cut in swept], gpu.capability)
+    rows = time_products(gpu, gpu.capability, [*CUTS, *swept])
     print(table(rows))
     if arguments.out:
         content = {"gpu": gpu.name, "torch": torch.__version__, "error_over_allowed": worst}

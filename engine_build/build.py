@@ -18,7 +18,7 @@ from engine_build.backends import tensorrt
 from engine_build.export import export
 from engine_build.graph import builder, linear_onnxruntime, linear_plugin, linear_tensorrt
 from engine_build.graph.context import LinearWriter
-from engine_build.packing import RUN
+from engine_build.packing import RUN, SLAB
 from engine_build.plan import Plan, check_legal, legalize, load_plan, uniform_plan
 from engine_build.ranges import input_peaks
 from engine_build.readback import Realised, canonical
@@ -258,15 +258,15 @@ def check_realised(folder: Path, units: tuple[UnitRecord, ...], backend: Backend
 def planned_bytes(unit: UnitRecord, backend: Backend) -> tuple[int, int]:
     """Bytes that the planned format needs for a unit's codes: bare, and with what the backend may fill up.
 
-    Groups of inputs must be whole where codes lie in groups, pairs where two share an INT4, and runs where a plugin
-    reads them.
+    Groups of inputs must be whole where codes lie in groups, pairs where two share an INT4, and slabs and runs where a
+    plugin reads them.
     """
     fmt = Format.parse(unit.planned)
-    grain = fmt.group_size or (2 if fmt.weight_bits == 2 else 1)
+    rows, columns = 1, fmt.group_size or (2 if fmt.weight_bits == 2 else 1)
     if backend == "tensorrt" and linear_plugin.is_plugin(fmt):
-        grain = RUN
-    padded = -(-unit.inputs // grain) * grain
-    return -(-unit.weights * fmt.weight_bits // 8), -(-unit.outputs * padded * fmt.weight_bits // 8)
+        rows, columns = SLAB, RUN
+    filled = -(-unit.outputs // rows) * rows * -(-unit.inputs // columns) * columns
+    return -(-unit.weights * fmt.weight_bits // 8), -(-filled * fmt.weight_bits // 8)
 
 
 def unit_record(layer: Layer, planned: Format, realised: Realised, stored: tuple[int, int]) -> UnitRecord:

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-RUN = 128
-"""Inputs that the kernels of this package read of a row at once; rows are filled up to whole runs."""
+SLAB, RUN = 16, 128
+"""Outputs and inputs that a warp of this package's kernels takes at once; matrices are filled up to whole ones."""
 
 
 def pack(codes: np.ndarray, bits: int) -> bytes:
@@ -54,26 +54,34 @@ def pack_nbits(codes: np.ndarray, bits: int, group: int) -> np.ndarray:
 
 
 def pack_runs(codes: np.ndarray, bits: int) -> np.ndarray:
-    """Codes [out, in] of 2 or 4 bits as little-endian words [out, runs * 4 * bits], for kernels/quantized_matmul.cu.
+    """Codes [out, in] of 2 or 4 bits as little-endian words for kernels/quantized_matmul.cu, whose head has the order.
 
-    Four lanes share a run. Lane t takes inputs 32 q + 8 t .. + 7 of its blocks q = 0..3, all in `bits` adjacent words:
-    a 2-bit word holds two blocks, even inputs in its lower half and odd ones in its upper half; a 4-bit word holds one
-    block, inputs b and 4 + b in the lower and upper half of byte b.
+    int32 [slabs * 16, runs * 4 * bits]: slab by slab, run by run, then what the lanes of a warp take.
     """
-    outputs = len(codes)
-    runs = pad_groups(codes, RUN)
-    if bits == 2:  # word, block in it, lane, pair, half -> lane, word, half, block in it, pair
-        ordered = runs.reshape(outputs, -1, 2, 2, 4, 4, 2).transpose(0, 1, 4, 2, 6, 3, 5)
-    elif bits == 4:  # block, lane, half, byte -> lane, block, byte, half
-        ordered = runs.reshape(outputs, -1, 4, 4, 2, 4).transpose(0, 1, 3, 2, 5, 4)
+    runs = pad_groups(_whole_slabs(codes), RUN)
+    slabs = runs.reshape(-1, 2, SLAB // 2, *runs.shape[1:])  # slab, half, row, run, input
+    if bits == 2:  # input: word, block in it, lane, pair, place -> slab, run, row, lane; half, word, place, block, pair
+        ordered = slabs.reshape(*slabs.shape[:4], 2, 2, 4, 4, 2).transpose(0, 3, 2, 6, 1, 4, 8, 5, 7)
+    elif bits == 4:  # input: block, lane, place, byte -> slab, run, half, row, lane; block, byte, place
+        ordered = slabs.reshape(*slabs.shape[:4], 4, 4, 2, 4).transpose(0, 3, 1, 2, 5, 4, 7, 6)
     else:
         raise ValueError(f"runs of {bits}-bit codes have no layout")
-    return np.frombuffer(pack(np.ascontiguousarray(ordered), bits), "<i4").reshape(outputs, -1)
+    return np.frombuffer(pack(np.ascontiguousarray(ordered), bits), "<i4").reshape(len(runs), -1)
 
 
-def pad_scales(scales: np.ndarray, inputs: int, group: int | None) -> np.ndarray:
-    """Scales [out, groups] for codes in runs: with zeros for the groups that only fill up the last run."""
-    if group is None:
-        return scales
-    groups = -(-inputs // RUN) * RUN // group
-    return np.pad(scales, ((0, 0), (0, groups - scales.shape[1])))
+def pack_scales(scales: np.ndarray, inputs: int, group: int | None) -> np.ndarray:
+    """Scales float16 [out, groups] for `pack_runs`: [slabs * 16, groups], with zeros for all that is filled up.
+
+    Slab by slab, group by group, output r beside output r + 8. group: inputs per scale, None for one per row.
+    """
+    filled = _whole_slabs(scales)
+    if group is not None:
+        groups = -(-inputs // RUN) * RUN // group
+        filled = np.pad(filled, ((0, 0), (0, groups - scales.shape[1])))
+    halves = filled.reshape(-1, 2, SLAB // 2, filled.shape[1])
+    return np.ascontiguousarray(halves.transpose(0, 3, 2, 1)).reshape(filled.shape)
+
+
+def _whole_slabs(rows: np.ndarray) -> np.ndarray:
+    """Rows with zeros up to whole slabs."""
+    return np.pad(rows, ((0, -len(rows) % SLAB), (0, 0)))

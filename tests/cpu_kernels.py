@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from engine_build.kernels import SOURCE, Kernel
+from engine_build.kernels import FOLDER, Kernel
 
 _HEADERS = Path(__file__).with_name("cuda_on_cpu")
 
@@ -19,8 +19,8 @@ def _compiled(kernel: Kernel) -> Any:
     """The kernel's host function. Its file may go once it is loaded."""
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / "kernel.so"
-        includes = [f"-I{_HEADERS}", f"-I{SOURCE.parent}"]
-        command = ["g++", "-std=c++17", "-O2", "-shared", "-fPIC", "-Wno-unknown-pragmas", *includes]
+        includes = [f"-I{_HEADERS}", f"-I{FOLDER}", f'-DSOURCE="{kernel.source.name}"']
+        command = ["g++", "-std=c++17", "-O1", "-shared", "-fPIC", "-Wno-unknown-pragmas", *includes]
         subprocess.run([*command, *kernel.definitions, "-o", str(library), str(_HEADERS / "kernel.cpp")], check=True)
         return ctypes.c_void_p.in_dll(ctypes.CDLL(str(library)), "run").value
 

@@ -1,21 +1,20 @@
 """The kernels of this package as TensorRT plugins, compiled ahead of time: engines carry them, a robot needs no file.
 
-`register` adds, per activation type, `vla_policy::w2a16_<type>`, `w4a8_<type>` and `quantize_rows_<type>`. TensorRT's
-ONNX parser maps nodes of the same names to them, times both tiles for each optimisation profile and keeps the faster.
-All numbers that a kernel needs follow from shapes, so the plugins have no attributes.
+`register` adds `vla_policy::w2a16`, `w4a8` and `quantize_rows`. TensorRT's ONNX parser maps nodes of the same names to
+them, times both cuts of a product for each optimisation profile and keeps the faster. All numbers that a kernel needs
+follow from shapes, so the plugins have no attributes.
 
-Written against the documented interface of `tensorrt.plugin`; the kernels are proven on a CPU, not yet run on a GPU.
+Written against the documented interface of `tensorrt.plugin`, which has not run here; the kernels have.
 """
 
 import functools
 from typing import Any
 
-from engine_build.kernels import NAMESPACE, SCALARS, TILES, Kernel, compile_ptx, numbers_of
+from engine_build.kernels import CUTS, NAMESPACE, Kernel, compile_ptx, product_kernel
 from engine_build.packing import RUN
 from vla_policy.core.errors import ArtefactError
 
-_DTYPES = {"f16": "FP16", "bf16": "BF16"}
-_TACTICS = dict(enumerate(TILES, start=1))
+_TACTICS = dict(enumerate(CUTS, start=1))
 
 
 @functools.cache
@@ -31,16 +30,15 @@ def register(capability: tuple[int, int]) -> None:
             f"layers in w2a16 and w4a8 need TensorRT 10.9 or later, which embeds compiled kernels ({error}); install "
             "it, or plan other formats"
         ) from error
-    for scalar in SCALARS:
-        _register_w2a16(scalar, capability)
-        _register_w4a8(scalar, capability)
-        _register_quantize_rows(scalar, capability)
+    _register_w2a16(capability)
+    _register_w4a8(capability)
+    _register_quantize_rows(capability)
 
 
-def _register_w2a16(scalar: str, capability: tuple[int, int]) -> None:
+def _register_w2a16(capability: tuple[int, int]) -> None:
     import tensorrt.plugin as trtp
 
-    name, dtype = f"{NAMESPACE}::w2a16_{scalar}", _DTYPES[scalar]
+    name = f"{NAMESPACE}::w2a16"
 
     @trtp.register(name)
     def describe(x: trtp.TensorDesc, codes: trtp.TensorDesc, scales: trtp.TensorDesc) -> trtp.TensorDesc:
@@ -48,42 +46,39 @@ def _register_w2a16(scalar: str, capability: tuple[int, int]) -> None:
 
     @trtp.autotune(name)
     def tune(x: Any, codes: Any, scales: Any, outputs: Any) -> list[Any]:
-        return [trtp.AutoTuneCombination(f"{dtype}, INT32, FP16, {dtype}", "LINEAR", list(_TACTICS))]
+        return [trtp.AutoTuneCombination("FP16, INT32, FP16, FP16", "LINEAR", list(_TACTICS))]
 
     @trtp.aot_impl(name)
     def launch(x: Any, codes: Any, scales: Any, outputs: Any, tactic: int) -> Any:
-        kernel = Kernel("W2A16", scalar, _TACTICS[tactic])
-        return _launch_product(kernel, capability, x, x.shape_expr[2].constant_value(), codes, scales, bits=2)
+        return _launch_product(2, tactic, capability, x, x.shape_expr[2], codes, scales)
 
 
-def _register_w4a8(scalar: str, capability: tuple[int, int]) -> None:
+def _register_w4a8(capability: tuple[int, int]) -> None:
     import tensorrt as trt
     import tensorrt.plugin as trtp
 
-    name, dtype = f"{NAMESPACE}::w4a8_{scalar}", _DTYPES[scalar]
+    name = f"{NAMESPACE}::w4a8"
 
     @trtp.register(name)
     def describe(
         x: trtp.TensorDesc, token_scales: trtp.TensorDesc, codes: trtp.TensorDesc, scales: trtp.TensorDesc
     ) -> trtp.TensorDesc:
-        shape = (x.shape_expr[0], x.shape_expr[1], codes.shape_expr[0])
-        return trtp.from_shape_expr(shape, dtype=trt.float16 if scalar == "f16" else trt.bfloat16)
+        return trtp.from_shape_expr((x.shape_expr[0], x.shape_expr[1], codes.shape_expr[0]), dtype=trt.float16)
 
     @trtp.autotune(name)
     def tune(x: Any, token_scales: Any, codes: Any, scales: Any, outputs: Any) -> list[Any]:
-        return [trtp.AutoTuneCombination(f"INT32, FP32, INT32, FP16, {dtype}", "LINEAR", list(_TACTICS))]
+        return [trtp.AutoTuneCombination("INT32, FP32, INT32, FP16, FP16", "LINEAR", list(_TACTICS))]
 
     @trtp.aot_impl(name)
     def launch(x: Any, token_scales: Any, codes: Any, scales: Any, outputs: Any, tactic: int) -> Any:
-        kernel = Kernel("W4A8", scalar, _TACTICS[tactic])
-        return _launch_product(kernel, capability, x, x.shape_expr[2].constant_value() * 4, codes, scales, bits=4)
+        return _launch_product(4, tactic, capability, x, x.shape_expr[2] * 4, codes, scales)
 
 
-def _register_quantize_rows(scalar: str, capability: tuple[int, int]) -> None:
+def _register_quantize_rows(capability: tuple[int, int]) -> None:
     import tensorrt as trt
     import tensorrt.plugin as trtp
 
-    name, dtype = f"{NAMESPACE}::quantize_rows_{scalar}", _DTYPES[scalar]
+    name = f"{NAMESPACE}::quantize_rows"
 
     @trtp.register(name)
     def describe(x: trtp.TensorDesc) -> tuple[trtp.TensorDesc, trtp.TensorDesc]:
@@ -93,26 +88,25 @@ def _register_quantize_rows(scalar: str, capability: tuple[int, int]) -> None:
 
     @trtp.autotune(name)
     def tune(x: Any, outputs: Any) -> list[Any]:
-        return [trtp.AutoTuneCombination(f"{dtype}, INT32, FP32", "LINEAR")]
+        return [trtp.AutoTuneCombination("FP16, INT32, FP32", "LINEAR")]
 
     @trtp.aot_impl(name)
     def launch(x: Any, outputs: Any, tactic: int) -> Any:
-        kernel = Kernel("QUANTIZE_ROWS", scalar)
-        return _launch(kernel, capability, (x.shape_expr[0] * x.shape_expr[1], 1), [x.shape_expr[2]])
+        grid = (x.shape_expr[0] * x.shape_expr[1], 1)
+        return _launch(Kernel("QUANTIZE_ROWS"), capability, grid, [x.shape_expr[2]])
 
 
 def _launch_product(
-    kernel: Kernel, capability: tuple[int, int], x: Any, inputs: int, codes: Any, scales: Any, bits: int
+    bits: int, tactic: int, capability: tuple[int, int], x: Any, inputs: Any, codes: Any, scales: Any
 ) -> Any:
-    """A product's launch. Only the number of tokens may be free."""
+    """A product's launch. Only the number of tokens may be free. inputs: of a token of `x`, filled up for 8 bits."""
     import tensorrt.plugin as trtp
 
-    assert kernel.tile is not None
-    tokens = x.shape_expr[0] * x.shape_expr[1]
+    cut, tokens = _TACTICS[tactic], x.shape_expr[0] * x.shape_expr[1]
     codes_shape, scales_shape = (tuple(size.constant_value() for size in one.shape_expr) for one in (codes, scales))
-    grid = (-(-codes_shape[0] // kernel.tile.outputs), trtp.cdiv(tokens, kernel.tile.tokens))
-    numbers = [tokens, *numbers_of(bits, inputs, codes_shape, scales_shape)]
-    return _launch(kernel, capability, grid, numbers)
+    kernel = product_kernel(bits, cut, codes_shape, scales_shape)
+    grid = (-(-codes_shape[0] // cut.outputs), trtp.cdiv(tokens, cut.tokens))
+    return _launch(kernel, capability, grid, [tokens, codes_shape[0], inputs, scales_shape[1]])
 
 
 def _launch(kernel: Kernel, capability: tuple[int, int], grid: tuple[Any, Any], numbers: list[Any]) -> Any:

@@ -3,8 +3,8 @@
 - w2a16: one node, x [1, tokens, in] -> [1, tokens, out].
 - w4a8: `quantize_rows` rounds x per token while it runs, as the calibrator and the CPU do, then integers multiply.
 
-Codes are `pack_runs` words, scales float16 [out, groups], one per row or for every group of the rows filled up to whole
-runs. Both stand in the engine as they are here: there is no second packing.
+Codes are `pack_runs` words and scales `pack_scales`. Both stand in the engine as they are here: there is no second
+packing. Activations are float16.
 """
 
 import functools
@@ -12,12 +12,11 @@ import functools
 from engine_build.graph import linear_tensorrt
 from engine_build.graph.builder import GraphBuilder
 from engine_build.kernels import NAMESPACE
-from engine_build.packing import pack_runs, pad_scales
+from engine_build.packing import SLAB, pack_runs, pack_scales
 from engine_build.weights import LayerWeights
 from vla_policy.core.formats import Format
 
-_ALIGNED = 8  # inputs: rows of 16-bit activations that start at whole 16 bytes
-_SCALAR = "f16"
+_ALIGNED = 8  # inputs: tokens of float16 that start at whole 16 bytes
 
 
 def is_plugin(fmt: Format) -> bool:
@@ -29,20 +28,21 @@ def linear(builder: GraphBuilder, x: str, weights: LayerWeights) -> str:
     """x [1, tokens, in] -> [1, tokens, out], weights in the layer's format, bias added."""
     if not is_plugin(weights.format):
         return linear_tensorrt.linear(builder, x, weights)
-    name, bits, group = weights.layer.name, weights.format.weight_bits, weights.format.group_size
-    codes = builder.tensor(f"{name}.codes", pack_runs(weights.codes, bits))
-    scales = builder.tensor(f"{name}.scales", pad_scales(weights.scales, weights.layer.inputs, group))
-    if bits == 2:
-        inputs = [linear_tensorrt.padded(builder, x, -weights.layer.inputs % _ALIGNED)]
-    else:
-        write = functools.partial(_nodes, builder, "quantize_rows", [x], 2, f"{name}.input_codes")
+    layer, bits = weights.layer, weights.format.weight_bits
+    codes = builder.tensor(f"{layer.name}.codes", pack_runs(weights.codes, bits))
+    scales = pack_scales(weights.scales, layer.inputs, weights.format.group_size)
+    pad = functools.partial(linear_tensorrt.padded, builder, x, -layer.inputs % _ALIGNED)
+    (x,) = inputs = builder.shared("aligned", x, lambda: [pad()])
+    if bits == 4:
+        write = functools.partial(_nodes, builder, "quantize_rows", [x], 2, f"{layer.name}.input_codes")
         inputs = builder.shared("quantize_rows", x, write)
-    (result,) = _nodes(builder, f"w{bits}a{weights.format.activation_bits}", [*inputs, codes, scales], 1, name)
+    inputs = [*inputs, codes, builder.tensor(f"{layer.name}.scales", scales)]
+    (result,) = _nodes(builder, f"w{bits}a{weights.format.activation_bits}", inputs, 1, layer.name)
+    if layer.outputs % SLAB:
+        result = builder.slice(result, 0, layer.outputs, 2)
     return linear_tensorrt.with_bias(builder, result, weights)
 
 
 def _nodes(builder: GraphBuilder, op: str, inputs: list[str], count: int, name: str) -> list[str]:
     """A plugin node; `plugin_namespace` and `aot` are what TensorRT's parser looks it up by."""
-    return builder.nodes(
-        f"{op}_{_SCALAR}", inputs, count, name, NAMESPACE, plugin_namespace=NAMESPACE, plugin_version="1", aot=1
-    )
+    return builder.nodes(op, inputs, count, name, NAMESPACE, plugin_namespace=NAMESPACE, plugin_version="1", aot=1)

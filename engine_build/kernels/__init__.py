@@ -11,89 +11,102 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine_build.packing import RUN
 from vla_policy.core.errors import ArtefactError
 
 NAMESPACE = "vla_policy"
 """Of the plugins that hold the kernels, and of the graph nodes that name them."""
 
-SOURCE = Path(__file__).with_name("quantized_matmul.cu")
-_WARP = 32
+FOLDER = Path(__file__).parent
+_WARP, _SLAB, _COLUMNS = 32, 16, 8  # threads of a warp; outputs and tokens of a tensor core's product
 _QUANTIZERS = 256  # threads that round one token
 _WORD_BITS = 32
-_ONE_SCALE_PER_ROW = 31
-SCALARS = {"f16": "half", "bf16": "__nv_bfloat16"}
-"""CUDA's names of the activation types that the kernels are made for."""
+GROUPS = (32, 64, 128)
+"""Inputs per scale that the kernels are compiled for; one scale per row is read as if it were 128."""
 
 
 @dataclass(frozen=True)
-class Tile:
-    """How a matrix product is cut: 8-token tiles and 16-output slabs per warp; `split` of the `warps` share a row."""
+class Few:
+    """A product cut for decode steps: a thread block's `warps` share the inputs of 16 outputs and 8 tokens.
 
-    name: str
+    ahead: runs of 128 inputs whose codes a warp asks for at once.
+    """
+
+    warps: int
+    ahead: int
+    name: str = "few"
+
+    outputs, tokens = _SLAB, _COLUMNS
+
+    @property
+    def definitions(self) -> dict[str, int]:
+        return {"FEW": 1, "AHEAD": self.ahead}
+
+
+@dataclass(frozen=True)
+class Many:
+    """A product cut for prefill: each of a block's `warps` has 16 `slabs` outputs of the same 8 `tiles` tokens."""
+
     tiles: int
     slabs: int
-    split: int
     warps: int
+    name: str = "many"
 
     @property
     def tokens(self) -> int:
-        """Tokens of one thread block."""
-        return 8 * self.tiles
+        return _COLUMNS * self.tiles
 
     @property
     def outputs(self) -> int:
-        """Outputs of one thread block."""
-        return 16 * self.slabs * self.warps // self.split
+        return _SLAB * self.slabs * self.warps
+
+    @property
+    def definitions(self) -> dict[str, int]:
+        return {"MANY": 1, "TILES": self.tiles, "SLABS": self.slabs}
 
 
-FEW = Tile("few", tiles=1, slabs=1, split=8, warps=8)
-MANY = Tile("many", tiles=4, slabs=2, split=1, warps=4)
-TILES = (FEW, MANY)
-"""For decode steps, where all warps read one row's codes, and for prefill, where codes serve many tokens."""
+FEW = Few(warps=8, ahead=4)
+MANY = Many(tiles=8, slabs=1, warps=4)
+CUTS: tuple[Few | Many, ...] = (FEW, MANY)
+"""TensorRT times both on the device, for each optimisation profile, and keeps the faster."""
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """One entry point. family: `W2A16`, `W4A8` or `QUANTIZE_ROWS`; scalar: a key of SCALARS; tile: of the products."""
+    """One entry point. family: `W2A16`, `W4A8` or `QUANTIZE_ROWS`; cut and group, one of GROUPS: of the products."""
 
     family: str
-    scalar: str
-    tile: Tile | None = None
+    cut: Few | Many | None = None
+    group: int | None = None
 
     @property
     def name(self) -> str:
         """The entry point's name."""
-        parts = (self.family.lower(), self.tile.name if self.tile else None, self.scalar)
-        return "_".join(part for part in parts if part)
+        cut = f"_{self.cut.name}_g{self.group}" if self.cut else ""
+        return self.family.lower() + cut
+
+    @property
+    def source(self) -> Path:
+        """The file that holds it."""
+        return FOLDER / ("quantized_matmul.cu" if self.cut else "quantize_rows.cu")
 
     @property
     def threads(self) -> int:
         """Threads of one block."""
-        return _WARP * self.tile.warps if self.tile else _QUANTIZERS
+        return _WARP * self.cut.warps if self.cut else _QUANTIZERS
 
     @property
     def definitions(self) -> list[str]:
         """What the compiler has to be told."""
-        named = {self.family: 1, "NAME": self.name, "SCALAR": SCALARS[self.scalar], "THREADS": self.threads}
-        if self.tile:
-            named |= {name.upper(): getattr(self.tile, name) for name in ("tiles", "slabs", "split")}
+        named: dict[str, str | int] = {self.family: 1, "NAME": self.name, "THREADS": self.threads}
+        if self.cut and self.group:
+            named |= self.cut.definitions | {"GROUP": self.group}
         return [f"-D{name}={value}" for name, value in named.items()]
 
 
-def group_log2(groups: int, words: int, bits: int) -> int:
-    """What the kernels call `group_log2`, from the shapes of scales [out, groups] and codes [out, words]."""
-    return _ONE_SCALE_PER_ROW if groups == 1 else (words * _WORD_BITS // bits // groups).bit_length() - 1
-
-
-def numbers_of(bits: int, inputs: int, codes: tuple[int, int], scales: tuple[int, int]) -> list[int]:
-    """A product's numbers behind its tokens: outputs, inputs, groups, group_log2.
-
-    inputs: of a token as it lies in memory, which 8-bit tokens fill up to whole runs. codes, scales: their shapes.
-    """
-    if bits == 4:
-        inputs = -(-inputs // RUN) * RUN
-    return [codes[0], inputs, scales[1], group_log2(scales[1], codes[1], bits)]
+def product_kernel(bits: int, cut: Few | Many, codes: tuple[int, int], scales: tuple[int, int]) -> Kernel:
+    """The kernel for codes [out, words] and scales [out, groups] of these shapes, outputs in whole slabs."""
+    groups, inputs = scales[1], codes[1] * _WORD_BITS // bits
+    return Kernel("W2A16" if bits == 2 else "W4A8", cut, GROUPS[-1] if groups == 1 else inputs // groups)
 
 
 @functools.cache
@@ -102,9 +115,11 @@ def compile_ptx(kernel: Kernel, capability: tuple[int, int]) -> str:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "kernel.ptx"
         architecture = f"-arch=compute_{capability[0]}{capability[1]}"
-        command = ["nvcc", "-std=c++17", "-ptx", architecture, f"-I{SOURCE.parent}", *kernel.definitions]
+        command = ["nvcc", "-std=c++17", "-ptx", architecture, f"-I{FOLDER}", *kernel.definitions]
         try:
-            done = subprocess.run([*command, "-o", str(out), str(SOURCE)], capture_output=True, text=True, check=False)
+            done = subprocess.run(
+                [*command, "-o", str(out), str(kernel.source)], capture_output=True, text=True, check=False
+            )
         except FileNotFoundError as error:
             raise ArtefactError(
                 f"{kernel.name}: nvcc is not on PATH, and TensorRT has no kernel of its own for this format; install "

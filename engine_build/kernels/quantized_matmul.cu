@@ -1,276 +1,339 @@
-// y = x W^T for weights of 2 bits (float activations) and of 4 bits (8-bit activations), on tensor cores.
+// y = x W^T for weights of 2 bits (float16 activations) and of 4 bits (8-bit activations), on tensor cores.
 //
-// Weights are the 16 rows of an mma, tokens its 8 columns: a decode step fills the columns with one token, a prefill
-// takes many columns per row, and both are the same loop. A warp reads a row in runs of 128 inputs. `pack_runs` in
-// packing.py has put the codes of each run in the order in which the four lanes of a row take them:
+// Weights are the 16 rows of an mma, tokens its 8 columns. `pack_runs` in packing.py has cut the weights into slabs of
+// 16 outputs and runs of 128 inputs, and has put the codes of a slab's run in the order in which a warp takes them:
 //
-//   lane t owns inputs 32 q + 8 t .. + 7 of every block q = 0..3 of 32 inputs, 4 * bits bytes in one vector load;
-//   2 bits: word q / 2, from bit 8 (q % 2) on: code 2 i at bit 2 i, code 2 i + 1 at bit 16 + 2 i;
-//   4 bits: word q: code b at bit 8 b, code 4 + b at bit 8 b + 4.
+//   lane l owns outputs l / 4 and l / 4 + 8, and of every block q = 0..3 of 32 inputs 32 q + 8 (l % 4) .. + 7;
+//   2 bits: 16 bytes per lane, two words for either output: word q / 2, from bit 8 (q % 2) on: code 2 i at bit 2 i,
+//           code 2 i + 1 at bit 16 + 2 i;
+//   4 bits: 16 bytes per lane for the first output, then for all lanes 16 for the second: word q: code b at bit 8 b,
+//           code 4 + b at bit 8 b + 4.
 //
-// So fragments come from memory without shared memory or shuffles, activations in their natural order, and no mma spans
-// two scales. Sums are float32 (int32 within a group for 8-bit activations) and scales multiply in float32.
+// So a warp reads whole lines, fragments come from memory without shuffles, activations in their natural order, and no
+// mma spans two scales. Sums are float32 (int32 within a group for 8-bit activations), scales multiply in float32.
 //
-// Rows of codes are filled up with zeros to whole runs, and rows of scales with them. `group_log2`: inputs per scale as
-// a power of two, at least 32; 31 for one scale per row. `inputs` is a multiple of 8, so that every token is aligned;
-// tokens and outputs may be any number.
+// Outputs are filled up to whole slabs and inputs to whole runs with zero codes and zero scales. `inputs` is a multiple
+// of 8, so that every token is aligned; tokens may be any number. GROUP: inputs per scale, 32, 64 or 128; `groups`:
+// scales of a row, 1 for one per row whatever its length.
+//
+// One entry point per compilation, as `Kernel` in this folder's __init__.py says. Parameters are in TensorRT's order:
+// inputs, numbers, outputs.
 
 #include <cstdint>
-#include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include <tensor_core.cuh>
 
 constexpr int kRun = 128;
-constexpr int kBlock = 32;
 constexpr int kWarp = 32;
+constexpr int kBlock = 32;
+constexpr int kBlocks = kRun / kBlock;
+constexpr int kSlab = 16;
+constexpr int kColumns = 8;
 
-inline __device__ void store(half* place, float value) { *place = __float2half_rn(value); }
-inline __device__ void store(__nv_bfloat16* place, float value) { *place = __float2bfloat16_rn(value); }
-inline __device__ float load(half value) { return __half2float(value); }
-inline __device__ float load(__nv_bfloat16 value) { return __bfloat162float(value); }
-
-// Two 2-bit codes, in the low bits of each half of `pair`, as floats -2, -1, 0 or 1: with its sign bit flipped a code
-// is itself plus 2, which the last places of a large power of two can hold; that power plus 2 is then subtracted.
-template <typename Scalar>
-__device__ uint32_t decode(uint32_t pair);
-
-template <>
-inline __device__ uint32_t decode<half>(uint32_t pair) // (1024 + 2 + code) * 1 - 1026
+// Two 2-bit codes of `word`, at bits 2 `pair` and 16 + 2 `pair`, as floats -2, -1, 0 or 1. With its sign bit flipped a
+// code is itself plus 2. The last places of 1024 hold it, 4^pair times as large; that is undone, and 1024 taken off.
+template <int pair>
+inline __device__ uint32_t decode(uint32_t word)
 {
-    return fma2<half>(pair ^ 0x64026402u, 0x3C003C00u, 0xE402E402u);
+    constexpr uint32_t kFlipped = 0x64006400u | 0x00020002u << 2 * pair;
+    constexpr uint32_t kFactor[] = {0x3C003C00u, 0x34003400u, 0x2C002C00u, 0x24002400u};  // 4^-pair
+    constexpr uint32_t kOffset[] = {0xE402E402u, 0xDC08DC08u, 0xD420D420u, 0xCC80CC80u}; // -(1024 4^-pair + 2)
+    return fma2(word & 0x00030003u << 2 * pair ^ kFlipped, kFactor[pair], kOffset[pair]);
 }
 
-template <>
-inline __device__ uint32_t decode<__nv_bfloat16>(uint32_t pair) // (128 + 2 + code) * 1 - 130
-{
-    return fma2<__nv_bfloat16>(pair ^ 0x43024302u, 0x3F803F80u, 0xC302C302u);
-}
-
-// 2-bit weights, activations in `Scalar`.
-template <typename Scalar>
+// 2-bit weights, float16 activations.
 struct TwoBit
 {
-    using Input = Scalar;
-    using Output = Scalar;
+    using Input = half;
     using Sum = float;
-    using Words = uint2;    // a lane's codes of one run and row
     using Fragment = uint4; // a lane's eight activations of one block and token
     static constexpr float kUnit = 1.0f;
-    static constexpr int kSteps = 2;
-
-    uint32_t weights[kSteps][4];
-
-    __device__ TwoBit(Words upper, Words lower, int block)
+    struct Words // a lane's codes of one slab's run
     {
-        uint32_t const up = (block < 2 ? upper.x : upper.y) >> (8 * (block % 2));
-        uint32_t const low = (block < 2 ? lower.x : lower.y) >> (8 * (block % 2));
-        for (int pair = 0; pair < 4; ++pair)
-        {
-            weights[pair / 2][pair % 2 * 2] = decode<Scalar>(up >> (2 * pair) & 0x00030003u);
-            weights[pair / 2][pair % 2 * 2 + 1] = decode<Scalar>(low >> (2 * pair) & 0x00030003u);
-        }
+        uint4 both;
+    };
+
+    uint32_t weights[2][4]; // of one block
+
+    __device__ TwoBit(Words const& words, int block)
+    {
+        uint32_t const up = (block < 2 ? words.both.x : words.both.y) >> 8 * (block % 2);
+        uint32_t const low = (block < 2 ? words.both.z : words.both.w) >> 8 * (block % 2);
+        weights[0][0] = decode<0>(up), weights[0][1] = decode<0>(low);
+        weights[0][2] = decode<1>(up), weights[0][3] = decode<1>(low);
+        weights[1][0] = decode<2>(up), weights[1][1] = decode<2>(low);
+        weights[1][2] = decode<3>(up), weights[1][3] = decode<3>(low);
     }
 
-    __device__ void add(Sum (&sum)[4], Fragment x) const
+    __device__ void add(Sum (&sum)[4], Fragment const& x) const
     {
-        multiply<Scalar>(sum, weights[0], x.x, x.y);
-        multiply<Scalar>(sum, weights[1], x.z, x.w);
+        multiply(sum, weights[0], x.x, x.y);
+        multiply(sum, weights[1], x.z, x.w);
     }
 
-    // Eight activations of a token from input k on; those past the last input are zero.
-    static __device__ Fragment activations(Input const* token, int k, int inputs)
-    {
-        return k < inputs ? *reinterpret_cast<uint4 const*>(token + k) : uint4{0, 0, 0, 0};
-    }
+    static __device__ Words load(uint4 const* codes, size_t place, int lane) { return {codes[place * kWarp + lane]}; }
 };
 
-// 4-bit weights, 8-bit activations: `quantize_rows` has filled their rows up to whole runs.
-template <typename Scalar>
+// 4-bit weights, 8-bit activations.
 struct FourBit
 {
     using Input = int8_t;
-    using Output = Scalar;
     using Sum = int32_t;
-    using Words = uint4;
     using Fragment = uint2;
     static constexpr float kUnit = 1.0f / 16; // codes stay in the upper half of their bytes: sixteen times their value
-    static constexpr int kSteps = 1;
-
-    uint32_t weights[kSteps][4];
-
-    __device__ FourBit(Words upper, Words lower, int block)
+    struct Words
     {
-        uint32_t const up = block < 2 ? (block == 0 ? upper.x : upper.y) : (block == 2 ? upper.z : upper.w);
-        uint32_t const low = block < 2 ? (block == 0 ? lower.x : lower.y) : (block == 2 ? lower.z : lower.w);
-        weights[0][0] = up << 4 & 0xF0F0F0F0u;
-        weights[0][1] = low << 4 & 0xF0F0F0F0u;
-        weights[0][2] = up & 0xF0F0F0F0u;
-        weights[0][3] = low & 0xF0F0F0F0u;
+        uint4 upper, lower;
+    };
+
+    uint32_t weights[4];
+
+    __device__ FourBit(Words const& words, int block)
+    {
+        uint32_t const up = word(words.upper, block), low = word(words.lower, block);
+        weights[0] = up << 4 & 0xF0F0F0F0u;
+        weights[1] = low << 4 & 0xF0F0F0F0u;
+        weights[2] = up & 0xF0F0F0F0u;
+        weights[3] = low & 0xF0F0F0F0u;
     }
 
-    __device__ void add(Sum (&sum)[4], Fragment x) const { multiply(sum, weights[0], x.x, x.y); }
+    __device__ void add(Sum (&sum)[4], Fragment const& x) const { multiply(sum, weights, x.x, x.y); }
 
-    static __device__ Fragment activations(Input const* token, int k, int)
+    static __device__ Words load(uint4 const* codes, size_t place, int lane)
     {
-        return *reinterpret_cast<uint2 const*>(token + k);
+        uint4 const* run = codes + place * (2 * kWarp);
+        return {run[lane], run[kWarp + lane]};
+    }
+
+    static __device__ uint32_t word(uint4 const& words, int block)
+    {
+        return block < 2 ? (block == 0 ? words.x : words.y) : (block == 2 ? words.z : words.w);
     }
 };
 
-// One thread block computes kWarps / kSplit * kSlabs * 16 outputs of kTiles * 8 tokens; kSplit warps share the runs of
-// a row. Grid: outputs, then tokens. token_scales: null for float activations.
-template <typename Format, int kTiles, int kSlabs, int kSplit, int kThreads>
-__device__ void quantized_matmul(typename Format::Input const* __restrict__ x, float const* __restrict__ token_scales,
-    uint32_t const* __restrict__ codes, half const* __restrict__ scales, int tokens, int outputs, int inputs,
-    int groups, int group_log2, typename Format::Output* __restrict__ y)
+// A lane's scales of one slab's run: those of its two outputs, per group.
+template <int kGroup>
+struct Scales
 {
-    using Words = typename Format::Words;
-    constexpr int kWarps = kThreads / kWarp;
-    constexpr int kRows = kSlabs * 16;
-    constexpr int kColumns = kTiles * 8;
-    constexpr int kTeams = kWarps / kSplit;
-    int const warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-    int const upper = lane / 4, quarter = lane % 4; // the lane's first row, or its token, and its share of a run
-    int const team = warp / kSplit, first_run = warp % kSplit;
-    int const first_row = (blockIdx.x * kTeams + team) * kRows;
-    int const first_token = blockIdx.y * kColumns;
-    int const runs = (inputs + kRun - 1) / kRun;
-    int const padded = runs * kRun;
-    int const stride = sizeof(typename Format::Input) == 1 ? padded : inputs;
+    static constexpr int kCount = kRun / kGroup;
+    uint32_t pairs[kCount];
 
-    float total[kSlabs][kTiles][4] = {};
-#pragma unroll(kSplit > 1 ? 2 : 1) // more loads on their way where little is computed per load
-    for (int run = first_run; run < runs; run += kSplit)
+    __device__ Scales(uint32_t const* scales, int slab, int run, int groups, int lane)
     {
-        Words words[kSlabs][2];
-        size_t row[kSlabs][2]; // past the last output its row is read again, and not written
-        for (int slab = 0; slab < kSlabs; ++slab)
-            for (int half_slab = 0; half_slab < 2; ++half_slab)
-            {
-                int const wanted = first_row + slab * 16 + half_slab * 8 + upper;
-                row[slab][half_slab] = wanted < outputs ? wanted : outputs - 1;
-                size_t const place = (row[slab][half_slab] * runs + run) * 4 + quarter;
-                words[slab][half_slab] = reinterpret_cast<Words const*>(codes)[place];
-            }
-        typename Format::Sum sum[kSlabs][kTiles][4] = {};
-#pragma unroll
-        for (int block = 0; block < kRun / kBlock; ++block)
-        {
-            int const start = run * kRun + block * kBlock;
-            if (start >= inputs)
-                break;
-            typename Format::Fragment fragment[kTiles];
-            for (int tile = 0; tile < kTiles; ++tile)
-            {
-                int const token = first_token + tile * 8 + upper;
-                fragment[tile] = {};
-                if (token < tokens)
-                    fragment[tile] = Format::activations(x + size_t(token) * stride, start + quarter * 8, inputs);
-            }
-            int const end = start + kBlock;
-            bool const scaled = end >= inputs || block == kRun / kBlock - 1 || (end & ((1u << group_log2) - 1)) == 0;
-            for (int slab = 0; slab < kSlabs; ++slab)
-            {
-                Format const weights(words[slab][0], words[slab][1], block);
-                for (int tile = 0; tile < kTiles; ++tile)
-                    weights.add(sum[slab][tile], fragment[tile]);
-                if (!scaled)
-                    continue;
-                int const group = start >> group_log2;
-                float const scale[2]
-                    = {load(scales[row[slab][0] * groups + group]), load(scales[row[slab][1] * groups + group])};
-                for (int tile = 0; tile < kTiles; ++tile)
-                    for (int place = 0; place < 4; ++place)
-                    {
-                        total[slab][tile][place] += float(sum[slab][tile][place]) * scale[place / 2];
-                        sum[slab][tile][place] = 0;
-                    }
-            }
-        }
+        for (int group = 0; group < kCount; ++group)
+            pairs[group] = scales[(size_t(slab) * groups + (groups == 1 ? 0 : run * kCount + group)) * 8 + lane / 4];
     }
 
-    __shared__ float sums[kWarps][kColumns][kRows + 1];
-    for (int slab = 0; slab < kSlabs; ++slab)
+    __device__ float of(int group, int output) const { return low_half(pairs[group] >> 16 * output); }
+};
+
+// total += one run of a slab times kTiles * 8 tokens; `fragment(tile, block)` gives a lane's activations.
+template <typename Format, int kGroup, int kTiles, typename Fragments>
+inline __device__ void add_run(
+    float (&total)[kTiles][4], typename Format::Words const& words, Scales<kGroup> const& scales, Fragments fragment)
+{
+    typename Format::Sum sum[kTiles][4] = {};
+#pragma unroll
+    for (int block = 0; block < kBlocks; ++block)
+    {
+        Format const weights(words, block);
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile)
+            weights.add(sum[tile], fragment(tile, block));
+        if ((block + 1) * kBlock % kGroup != 0)
+            continue;
+        int const group = block * kBlock / kGroup;
+        float const scale[2] = {scales.of(group, 0), scales.of(group, 1)};
+#pragma unroll
         for (int tile = 0; tile < kTiles; ++tile)
             for (int place = 0; place < 4; ++place)
-                sums[warp][tile * 8 + quarter * 2 + place % 2][slab * 16 + place / 2 * 8 + upper]
-                    = total[slab][tile][place];
-    __syncthreads();
-    for (int item = threadIdx.x; item < kTeams * kColumns * kRows; item += kThreads)
+            {
+                total[tile][place] += float(sum[tile][place]) * scale[place / 2];
+                sum[tile][place] = 0;
+            }
+    }
+}
+
+// For a decode step. One thread block computes 16 outputs of 8 tokens; its warps share the runs, each kAhead at a time,
+// all of whose loads are on their way before the first is used. Grid: slabs, then tokens. token_scales: null for float
+// activations.
+template <typename Format, int kGroup, int kAhead, int kThreads>
+__device__ void few_tokens(typename Format::Input const* __restrict__ x, float const* __restrict__ token_scales,
+    uint4 const* __restrict__ codes, uint32_t const* __restrict__ scales, int tokens, int outputs, int inputs,
+    int groups, half* __restrict__ y)
+{
+    using Fragment = typename Format::Fragment;
+    constexpr int kWarps = kThreads / kWarp;
+    int const warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+    int const slab = blockIdx.x, token = blockIdx.y * kColumns + lane / 4;
+    int const runs = (inputs + kRun - 1) / kRun;
+    typename Format::Input const* const mine = x + size_t(token) * inputs + lane % 4 * 8;
+
+    float total[1][4] = {};
+    for (int first = warp; first < runs; first += kWarps * kAhead)
     {
-        int const row = item % kRows, column = item / kRows % kColumns, from = item / (kRows * kColumns);
-        int const output = (blockIdx.x * kTeams + from) * kRows + row, token = first_token + column;
-        if (output >= outputs || token >= tokens)
+        typename Format::Words words[kAhead];
+        Fragment fragments[kAhead][kBlocks];
+        for (int ahead = 0; ahead < kAhead; ++ahead)
+        {
+            int const run = first + ahead * kWarps;
+            words[ahead] = {};
+            if (run < runs)
+                words[ahead] = Format::load(codes, size_t(slab) * runs + run, lane);
+            for (int block = 0; block < kBlocks; ++block)
+            {
+                int const start = run * kRun + block * kBlock;
+                fragments[ahead][block] = {};
+                if (token < tokens && start + lane % 4 * 8 < inputs)
+                    fragments[ahead][block] = *reinterpret_cast<Fragment const*>(mine + start);
+            }
+        }
+#pragma unroll
+        for (int ahead = 0; ahead < kAhead; ++ahead)
+        {
+            int const run = first + ahead * kWarps < runs ? first + ahead * kWarps : first;
+            Scales<kGroup> const run_scales(scales, slab, run, groups, lane);
+            add_run<Format, kGroup, 1>(
+                total, words[ahead], run_scales, [&](int, int block) -> Fragment const& { return fragments[ahead][block]; });
+        }
+    }
+
+    __shared__ float sums[kWarps][kColumns][kSlab];
+    for (int place = 0; place < 4; ++place)
+        sums[warp][lane % 4 * 2 + place % 2][place / 2 * 8 + lane / 4] = total[0][place];
+    __syncthreads();
+    for (int item = threadIdx.x; item < kColumns * kSlab; item += kThreads)
+    {
+        int const output = item % kSlab, column = item / kSlab, owner = blockIdx.y * kColumns + column;
+        if (owner >= tokens)
             continue;
         float value = 0;
-        for (int part = 0; part < kSplit; ++part)
-            value += sums[from * kSplit + part][column][row];
-        float const unit = Format::kUnit * (token_scales ? token_scales[token] : 1.0f);
-        store(y + size_t(token) * outputs + output, value * unit);
+        for (int part = 0; part < kWarps; ++part)
+            value += sums[part][column][output];
+        float const unit = Format::kUnit * (token_scales ? token_scales[owner] : 1.0f);
+        y[size_t(owner) * outputs + slab * kSlab + output] = __float2half_rn(value * unit);
     }
 }
 
-// The larger number, or NaN if either is NaN: unlike fmaxf this hides no damage.
-inline __device__ float larger(float left, float right) { return right > left || right != right ? right : left; }
-
-// Rounds every token to 8 bits: scale = max|x| / 127, codes to nearest even, rows filled up with zeros to whole runs.
-// A token of zeros gets scale 1; one that is not finite gets a scale, and so outputs, that are not. One thread block
-// per token.
-template <typename Scalar, int kThreads>
-__device__ void quantize_rows(
-    Scalar const* __restrict__ x, int inputs, int32_t* __restrict__ codes, float* __restrict__ scales)
+// For a prompt. One thread block computes kWarps * kSlabs * 16 outputs of kTiles * 8 tokens; all its warps read the
+// tokens' run from shared memory while the next one is on its way. Grid: outputs, then tokens.
+template <typename Format, int kGroup, int kTiles, int kSlabs, int kThreads>
+__device__ void many_tokens(typename Format::Input const* __restrict__ x, float const* __restrict__ token_scales,
+    uint4 const* __restrict__ codes, uint32_t const* __restrict__ scales, int tokens, int outputs, int inputs,
+    int groups, half* __restrict__ y)
 {
-    __shared__ float peaks[kThreads];
-    Scalar const* token = x + size_t(blockIdx.x) * inputs;
-    int const words = (inputs + kRun - 1) / kRun * (kRun / 4);
-    float peak = 0;
-    for (int k = threadIdx.x; k < inputs; k += THREADS)
-        peak = larger(peak, fabsf(load(token[k])));
-    peaks[threadIdx.x] = peak;
-    for (int distance = kThreads / 2; distance > 0; distance /= 2)
+    using Input = typename Format::Input;
+    using Fragment = typename Format::Fragment;
+    constexpr int kWarps = kThreads / kWarp;
+    constexpr int kTokens = kTiles * kColumns, kOutputs = kWarps * kSlabs * kSlab;
+    constexpr int kRow = kRun + kBlock; // in shared memory: eight lanes' fragments lie in different banks
+    constexpr int kChunk = 16 / sizeof(Input);
+    struct Results
     {
-        __syncthreads();
-        if (threadIdx.x < distance)
-            peaks[threadIdx.x] = larger(peaks[threadIdx.x], peaks[threadIdx.x + distance]);
+        half rows[kTokens][kOutputs + 8];
+    };
+    union Shared
+    {
+        Input runs[2][kTokens][kRow];
+        Results results;
+    };
+    __shared__ uint4 memory[(sizeof(Shared) + sizeof(uint4) - 1) / sizeof(uint4)];
+    Shared& shared = *reinterpret_cast<Shared*>(memory);
+
+    int const warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+    int const first_token = blockIdx.y * kTokens;
+    int const runs = (inputs + kRun - 1) / kRun, last_slab = outputs / kSlab - 1;
+    int slabs[kSlabs]; // past the last one it is read again, and not written
+    for (int slab = 0; slab < kSlabs; ++slab)
+    {
+        int const wanted = (blockIdx.x * kWarps + warp) * kSlabs + slab;
+        slabs[slab] = wanted < last_slab ? wanted : last_slab;
     }
-    __syncthreads();
-    float const scale = peaks[0] == 0 ? 1.0f : peaks[0] / 127;
-    for (int word = threadIdx.x; word < words; word += THREADS)
-    {
-        uint32_t packed = 0;
-        for (int byte = 0; byte < 4; ++byte)
+    auto const fetch = [&](int run) {
+        for (int item = threadIdx.x; item < kTokens * (kRun / kChunk); item += kThreads)
         {
-            int const k = 4 * word + byte;
-            float const code = k < inputs ? rintf(load(token[k]) / scale) : 0.0f;
-            packed |= (uint32_t(int32_t(fminf(fmaxf(code, -127.0f), 127.0f))) & 0xFFu) << (8 * byte);
+            int const row = item / (kRun / kChunk), column = item % (kRun / kChunk) * kChunk;
+            bool const there = first_token + row < tokens && run * kRun + column < inputs;
+            size_t const place = there ? size_t(first_token + row) * inputs + run * kRun + column : 0;
+            copy_async(&shared.runs[run % 2][row][column], x + place, there);
         }
-        codes[size_t(blockIdx.x) * words + word] = int32_t(packed);
+    };
+
+    float total[kSlabs][kTiles][4] = {};
+    typename Format::Words words[kSlabs];
+    for (int slab = 0; slab < kSlabs; ++slab)
+        words[slab] = Format::load(codes, size_t(slabs[slab]) * runs, lane);
+    fetch(0);
+    commit_copies();
+    for (int run = 0; run < runs; ++run)
+    {
+        int const next = run + 1 < runs ? run + 1 : run;
+        if (next > run)
+            fetch(next);
+        commit_copies();
+        typename Format::Words coming[kSlabs];
+        for (int slab = 0; slab < kSlabs; ++slab)
+            coming[slab] = Format::load(codes, size_t(slabs[slab]) * runs + next, lane);
+        await_copies_but_last();
+        __syncthreads();
+        Input const* const mine = &shared.runs[run % 2][lane / 4][lane % 4 * 8];
+#pragma unroll
+        for (int slab = 0; slab < kSlabs; ++slab)
+        {
+            Scales<kGroup> const run_scales(scales, slabs[slab], run, groups, lane);
+            add_run<Format, kGroup, kTiles>(total[slab], words[slab], run_scales, [&](int tile, int block) {
+                return *reinterpret_cast<Fragment const*>(mine + tile * kColumns * kRow + block * kBlock);
+            });
+        }
+        __syncthreads();
+#pragma unroll
+        for (int slab = 0; slab < kSlabs; ++slab)
+            words[slab] = coming[slab];
     }
-    if (threadIdx.x == 0)
-        scales[blockIdx.x] = scale;
+
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile)
+#pragma unroll
+        for (int column = 0; column < 2; ++column)
+        {
+            int const row = tile * kColumns + lane % 4 * 2 + column, token = first_token + row;
+            float const unit = Format::kUnit * (token_scales && token < tokens ? token_scales[token] : 1.0f);
+#pragma unroll
+            for (int slab = 0; slab < kSlabs; ++slab)
+#pragma unroll
+                for (int lower = 0; lower < 2; ++lower)
+                    shared.results.rows[row][(warp * kSlabs + slab) * kSlab + lower * 8 + lane / 4]
+                        = __float2half_rn(total[slab][tile][lower * 2 + column] * unit);
+        }
+    __syncthreads();
+    constexpr int kWide = 8; // outputs of one store
+    for (int item = threadIdx.x; item < kTokens * (kOutputs / kWide); item += kThreads)
+    {
+        int const row = item / (kOutputs / kWide), column = item % (kOutputs / kWide) * kWide;
+        int const token = first_token + row, output = blockIdx.x * kOutputs + column;
+        if (token < tokens && output < outputs)
+            *reinterpret_cast<uint4*>(y + size_t(token) * outputs + output)
+                = *reinterpret_cast<uint4 const*>(&shared.results.rows[row][column]);
+    }
 }
 
-// One entry point per compilation, as `Kernel` in this folder's __init__.py says. Parameters are in TensorRT's order:
-// inputs, numbers, outputs.
+#if defined(FEW)
+#define CUT(Format) few_tokens<Format, GROUP, AHEAD, THREADS>
+#else
+#define CUT(Format) many_tokens<Format, GROUP, TILES, SLABS, THREADS>
+#endif
+
 #if defined(W2A16)
-extern "C" __global__ void __launch_bounds__(THREADS) NAME(SCALAR const* x, uint32_t const* codes,
-    half const* scales, int tokens, int outputs, int inputs, int groups, int group_log2, SCALAR* y)
+extern "C" __global__ void __launch_bounds__(THREADS) NAME(half const* x, uint4 const* codes, uint32_t const* scales,
+    int tokens, int outputs, int inputs, int groups, half* y)
 {
-    quantized_matmul<TwoBit<SCALAR>, TILES, SLABS, SPLIT, THREADS>(
-        x, nullptr, codes, scales, tokens, outputs, inputs, groups, group_log2, y);
-}
-#elif defined(W4A8)
-extern "C" __global__ void __launch_bounds__(THREADS) NAME(int8_t const* x, float const* token_scales,
-    uint32_t const* codes, half const* scales, int tokens, int outputs, int inputs, int groups, int group_log2,
-    SCALAR* y)
-{
-    quantized_matmul<FourBit<SCALAR>, TILES, SLABS, SPLIT, THREADS>(
-        x, token_scales, codes, scales, tokens, outputs, inputs, groups, group_log2, y);
+    CUT(TwoBit)(x, nullptr, codes, scales, tokens, outputs, inputs, groups, y);
 }
 #else
-extern "C" __global__ void __launch_bounds__(THREADS) NAME(
-    SCALAR const* x, int inputs, int32_t* codes, float* scales)
+extern "C" __global__ void __launch_bounds__(THREADS) NAME(int8_t const* x, float const* token_scales,
+    uint4 const* codes, uint32_t const* scales, int tokens, int outputs, int inputs, int groups, half* y)
 {
-    quantize_rows<SCALAR, THREADS>(x, inputs, codes, scales);
+    CUT(FourBit)(x, token_scales, codes, scales, tokens, outputs, inputs, groups, y);
 }
 #endif

@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <memory>
 #include <stdexcept>
@@ -22,7 +23,6 @@ using std::size_t;
 #define __launch_bounds__(...)
 
 struct half { uint16_t bits; };
-struct __nv_bfloat16 { uint16_t bits; };
 
 template <typename To, typename From>
 inline To as(From value)
@@ -35,15 +35,6 @@ inline To as(From value)
 
 inline float __half2float(half value) { return as<_Float16>(value.bits); }
 inline half __float2half_rn(float value) { return {as<uint16_t>(_Float16(value))}; }
-inline float __bfloat162float(__nv_bfloat16 value) { return as<float>(uint32_t(value.bits) << 16); }
-
-inline __nv_bfloat16 __float2bfloat16_rn(float value)
-{
-    auto const bits = as<uint32_t>(value);
-    if (value != value)
-        return {uint16_t(0x7FFF)};
-    return {uint16_t((bits + 0x7FFF + (bits >> 16 & 1)) >> 16)};
-}
 
 struct uint2 { uint32_t x, y; };
 struct uint4 { uint32_t x, y, z, w; };
@@ -61,10 +52,18 @@ struct Barrier
     int size = 0, arrived = 0, generation = 0;
 };
 
+// 16 bytes on their way to shared memory; zeros if there is no `from`.
+struct Copy
+{
+    void* to;
+    void const* from;
+};
+
 struct Fiber
 {
     ucontext_t context;
     std::unique_ptr<char[]> stack;
+    std::deque<std::vector<Copy>> copies{1}; // by group
     bool done = false;
 };
 

@@ -1,7 +1,7 @@
 // The one kernel that the -D options choose, callable as `run`.
 #include "cuda_fp16.h"
 
-#include "quantized_matmul.cu"
+#include SOURCE
 
 extern "C"
 {

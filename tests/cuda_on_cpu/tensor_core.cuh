@@ -57,23 +57,12 @@ void matrix_multiply(Sum (&sum)[4], uint32_t const (&a)[4], uint32_t b0, uint32_
 }
 
 inline float read_half(uint32_t word, int part) { return __half2float({uint16_t(word >> (16 * part))}); }
-inline float read_bfloat16(uint32_t word, int part) { return __bfloat162float({uint16_t(word >> (16 * part))}); }
 inline int32_t read_byte(uint32_t word, int part) { return int8_t(word >> (8 * part)); }
 } // namespace cuda_on_cpu
 
-template <typename Scalar>
-void multiply(float (&sum)[4], uint32_t const (&a)[4], uint32_t b0, uint32_t b1);
-
-template <>
-inline void multiply<half>(float (&sum)[4], uint32_t const (&a)[4], uint32_t b0, uint32_t b1)
+inline void multiply(float (&sum)[4], uint32_t const (&a)[4], uint32_t b0, uint32_t b1)
 {
     cuda_on_cpu::matrix_multiply<2>(sum, a, b0, b1, cuda_on_cpu::read_half);
-}
-
-template <>
-inline void multiply<__nv_bfloat16>(float (&sum)[4], uint32_t const (&a)[4], uint32_t b0, uint32_t b1)
-{
-    cuda_on_cpu::matrix_multiply<2>(sum, a, b0, b1, cuda_on_cpu::read_bfloat16);
 }
 
 inline void multiply(int32_t (&sum)[4], uint32_t const (&a)[4], uint32_t b0, uint32_t b1)
@@ -81,11 +70,7 @@ inline void multiply(int32_t (&sum)[4], uint32_t const (&a)[4], uint32_t b0, uin
     cuda_on_cpu::matrix_multiply<4>(sum, a, b0, b1, cuda_on_cpu::read_byte);
 }
 
-template <typename Scalar>
-uint32_t fma2(uint32_t a, uint32_t b, uint32_t c);
-
-template <>
-inline uint32_t fma2<half>(uint32_t a, uint32_t b, uint32_t c)
+inline uint32_t fma2(uint32_t a, uint32_t b, uint32_t c)
 {
     using namespace cuda_on_cpu;
     uint32_t result = 0;
@@ -94,13 +79,23 @@ inline uint32_t fma2<half>(uint32_t a, uint32_t b, uint32_t c)
     return result;
 }
 
-template <>
-inline uint32_t fma2<__nv_bfloat16>(uint32_t a, uint32_t b, uint32_t c)
+inline float low_half(uint32_t bits) { return __half2float({uint16_t(bits)}); }
+
+// Copies happen when they are awaited: whoever reads before sees what was there.
+inline void copy_async(void* shared, void const* global, bool there)
 {
-    using namespace cuda_on_cpu;
-    uint32_t result = 0;
-    for (int part = 0; part < 2; ++part)
-        result |= uint32_t(__float2bfloat16_rn(read_bfloat16(a, part) * read_bfloat16(b, part) + read_bfloat16(c, part)).bits)
-            << (16 * part);
-    return result;
+    cuda_on_cpu::fibers[threadIdx.x].copies.back().push_back({shared, there ? global : nullptr});
+}
+
+inline void commit_copies() { cuda_on_cpu::fibers[threadIdx.x].copies.emplace_back(); }
+
+inline void await_copies_but_last()
+{
+    auto& groups = cuda_on_cpu::fibers[threadIdx.x].copies; // the last of them is not committed yet
+    for (; groups.size() > 2; groups.pop_front())
+        for (cuda_on_cpu::Copy const& copy : groups.front())
+            if (copy.from)
+                std::memcpy(copy.to, copy.from, 16);
+            else
+                std::memset(copy.to, 0, 16);
 }
