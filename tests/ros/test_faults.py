@@ -2,7 +2,6 @@
 
 import signal
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -140,29 +139,6 @@ def test_joint_missing(running: World) -> None:
     assert "joint 'gripper' is missing" in running.log.read_text(), "the log names it beside the more frequent drops"
     running.sensors.joints = joints
     running.wait_moving()
-
-
-def test_a_flood_of_states_keeps_no_image_out(running: World) -> None:
-    """States as fast as a process can send them: all that are taken at once are bounded, and images come through."""
-    ending = threading.Event()
-
-    def received() -> int:
-        return int(running.diagnostics.get("received joint_states", 0))
-
-    def flood() -> None:
-        while not ending.is_set():
-            running.publish_state(running.now_ns())
-
-    running.wait(lambda: received() > 0, "diagnostics")
-    before, flooding = received(), threading.Thread(target=flood)
-    flooding.start()
-    try:
-        running.wait_chunks(20)
-    finally:
-        ending.set()
-        flooding.join()
-    running.wait_moving()
-    running.wait(lambda: received() > before + 500, "the flood's arrival")
 
 
 @pytest.mark.parametrize("text", ["", "x" * 10_000])

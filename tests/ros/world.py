@@ -188,7 +188,10 @@ class World:
         """One state and one image, with the same stamp."""
         sensors, now_ns = self.sensors, self.now_ns()
         if sensors.state:
-            self.publish_state(now_ns)
+            names = list(sensors.joints)
+            joints = JointState(name=names, position=sensors.position[: len(names)], velocity=[0.0] * len(names))
+            joints.header.stamp = Time(nanoseconds=now_ns).to_msg()
+            self.joint_states.publish(joints)
         if sensors.camera:
             number = 0 if sensors.frozen else self.published
             self.published += 1
@@ -202,12 +205,6 @@ class World:
                 raw = Image(header=image.header, height=side, width=side, encoding=sensors.encoding, step=3 * side)
                 raw.data = picture(number, side).tobytes()
                 self.raw_camera.publish(raw)
-
-    def publish_state(self, stamp_ns: int) -> None:
-        names = list(self.sensors.joints)
-        joints = JointState(name=names, position=self.sensors.position[: len(names)], velocity=[0.0] * len(names))
-        joints.header.stamp = Time(nanoseconds=stamp_ns).to_msg()
-        self.joint_states.publish(joints)
 
     def instruct(self, text: str = "pick up the soup") -> None:
         self.instruction.publish(String(data=text))
