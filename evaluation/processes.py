@@ -1,5 +1,6 @@
 """ROS nodes as child processes, started with the command lines that launch generates for them."""
 
+import json
 import os
 import signal
 import subprocess
@@ -17,16 +18,10 @@ Value = bool | int | float | str | Path | Sequence[str] | Sequence[int]
 def node_command(module: str, parameters: Mapping[str, Value], params_file: Path | None = None) -> list[str]:
     """The command line of a node in the Python module `module`; `parameters` win over `params_file`."""
     files = [] if params_file is None else ["--params-file", str(params_file)]
-    values = [item for name, value in parameters.items() for item in ("-p", f"{name}:={_yaml(value)}")]
+    # Parameters are YAML, of which JSON is a part: quoted, a text cannot be taken for a number or a boolean.
+    texts = {name: json.dumps(value, default=str) for name, value in parameters.items()}
+    values = [item for name, text in texts.items() for item in ("-p", f"{name}:={text}")]
     return [sys.executable, "-m", module, "--ros-args", *files, *values]
-
-
-def _yaml(value: Value) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return f"[{', '.join(map(str, value))}]"
-    return str(value)
 
 
 def shared_file(name: str) -> Path:

@@ -31,10 +31,12 @@ sys.exit(run_node(make, close))
 """
 
 
-def run(tmp_path: Path, work: str = "pass", close: str = "pass", signals: tuple[int, ...] = ()) -> tuple[int, str]:
+def run(
+    tmp_path: Path, *arguments: str, work: str = "pass", close: str = "pass", signals: tuple[int, ...] = ()
+) -> tuple[int, str]:
     """Exit status and output of a process that lives by `run_node`."""
     log = tmp_path / "log"
-    command = [sys.executable, "-c", SCRIPT.format(work=work, close=close)]
+    command = [sys.executable, "-c", SCRIPT.format(work=work, close=close), *arguments]
     with process(command, fresh_domain(), log) as child:
         deadline = time.monotonic() + 30
         while "made" not in log.read_text() and child.poll() is None and time.monotonic() < deadline:
@@ -55,6 +57,12 @@ def test_an_error_in_a_callback_closes_and_ends_with_its_traceback(tmp_path: Pat
     status, output = run(tmp_path, work="raise RuntimeError('defect')")
     assert status == 1 and "closed after RuntimeError('defect')" in output
     assert "Traceback" in output and "defect" in output.splitlines()[-1]
+
+
+def test_arguments_that_ros_cannot_read_are_one_line_and_exit_code_two(tmp_path: Path) -> None:
+    status, output = run(tmp_path, "--ros-args", "-p", "rate:=")
+    assert status == 2 and "error: failed to initialize rcl: Couldn't parse parameter" in output
+    assert "Traceback" not in output
 
 
 @pytest.mark.parametrize("where", ["work", "close"])

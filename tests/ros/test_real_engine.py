@@ -1,5 +1,6 @@
 """The node with a really built engine: it serves, and refuses one that is damaged or does not fit."""
 
+import json
 import shutil
 import sys
 from collections.abc import Iterator
@@ -8,20 +9,22 @@ from pathlib import Path
 import pytest
 
 from engine_build.__main__ import main as engine_build
-from tests.demo.materials import tiny_contract
+from evaluation.__main__ import main as evaluation
+from tests.demo.materials import tiny_bag, tiny_contract
 from tests.ros.world import CONTRACT, World, fresh_domain, process
 from tests.tiny import tiny_policy_folder
 
 
 @pytest.fixture(scope="module")
 def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `engine` and its `contract.yaml`."""
+    """A folder with `engine`, its `contract.yaml` and a `bag` of 20 images."""
     folder = tmp_path_factory.mktemp("real")
     policy = tiny_policy_folder(folder / "policy")
     assert (
         engine_build(["build", "--policy", str(policy), "--uniform", "w8a16_g32", "--out", str(folder / "engine")]) == 0
     )
     tiny_contract(folder / "contract.yaml")
+    tiny_bag(folder / "bag")
     return folder
 
 
@@ -47,6 +50,22 @@ def test_a_built_engine_serves(world: World, material: Path, tmp_path: Path) -> 
         world.wait_chunks()
         assert (world.chunks[-1].action_dim, len(world.chunks[-1].tokens)) == (3, 3)
         world.wait(lambda: float(world.diagnostics.get("latency p50 (ms)", 0)) > 0, "latencies")
+
+
+def test_one_command_replays_live_and_finds_the_decisions_of_the_same_engine_in_process(
+    material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At twice the recorded speed; again, as fast as the node answers, in place of the first run's recording."""
+    monkeypatch.setenv("ROS_DOMAIN_ID", str(fresh_domain()))
+    thresholds = tmp_path / "thresholds.yaml"
+    thresholds.write_text("kind: replay_thresholds\nschema_version: 1\nidentical: true\nmax_drops: 0\n")
+    command = ["replay", "--bag", str(material / "bag"), "--contract", str(material / "contract.yaml"), "--live"]
+    command += ["--engine", str(material / "engine"), "--thresholds", str(thresholds), "--out", str(tmp_path / "out")]
+    for rate in ("2", "0"):
+        assert evaluation([*command, "--rate", rate]) == 0
+        content = json.loads((tmp_path / "out/replay.json").read_text())
+        assert content["candidate"]["frames"] == content["comparison"]["identical_frames"] == 20
+    assert evaluation([*command, "--served", str(tmp_path / "out/served")]) == 2
 
 
 def truncate(path: Path) -> None:

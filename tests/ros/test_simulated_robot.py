@@ -11,6 +11,7 @@ import pytest
 pytest.importorskip("libero", reason="needs the libero extra: pip install 'vla-deploy[libero]'")
 
 from evaluation.benchmarks.libero import DEMO_PROTOCOL, LiberoEnv
+from evaluation.robot.session import main as session
 from tests.ros.fake_policy_node import echo
 from tests.ros.world import CONTRACT, fake_engine, fresh_domain, node_command, process
 from vla_policy.core.bag import read_frames
@@ -20,6 +21,22 @@ from vla_policy.core.synchroniser import Frame
 
 TASK = "pick_up_the_butter_and_place_it_in_the_basket"
 DECISIONS = 8
+
+
+def test_one_command_records_whole_episodes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    """The expert's; a bag that would hold a failure is not written, one that is there not overwritten unasked."""
+    monkeypatch.setenv("ROS_DOMAIN_ID", str(fresh_domain()))
+    bag, contract = tmp_path / "bag", load_contract(CONTRACT)
+    command = ["--expert", "--tasks", TASK, "--trials", "0", "--bag", str(bag)]
+    assert session([*command, "--max-steps", "8"]) == 1
+    assert "not written, an episode failed" in capfd.readouterr().err and list(tmp_path.iterdir()) == []
+    assert session(command) == 0
+    frames = [frame for frame in read_frames(bag, contract) if isinstance(frame, Frame)]
+    assert len(frames) > 10 and {frame.episode for frame in frames} == {0}
+    assert session(command) == 2
+    assert "exists already; add --replace" in capfd.readouterr().err and list(tmp_path.iterdir()) == [bag]
 
 
 def test_the_loop_over_dds_equals_the_loop_without(tmp_path: Path) -> None:

@@ -38,7 +38,11 @@ def run_node(
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, end)
-    rclpy.init(args=None if args is None else list(args), signal_handler_options=SignalHandlerOptions.NO)
+    try:
+        rclpy.init(args=None if args is None else list(args), signal_handler_options=SignalHandlerOptions.NO)
+    except RuntimeError as error:  # the command line's ROS arguments cannot be read
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     try:
         _live(make(ending), close, ending)
     except (VlaError, ParameterException) as error:
