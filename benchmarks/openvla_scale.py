@@ -1,19 +1,23 @@
-"""The sensitivity of a few layers at OpenVLA-7B's real sizes, in bfloat16, from a checkpoint on disk.
+"""The sensitivity of a few layers at OpenVLA-7B's real sizes, in bfloat16, on a CPU or a GPU.
 
+    python benchmarks/openvla_scale.py --device cuda --out scale.json          # random weights, drawn on the GPU
     python benchmarks/openvla_scale.py --checkpoint /data/random-7b --out scale.json    # made if it is not there
     python benchmarks/openvla_scale.py --checkpoint openvla-7b --out scale.json         # the published one
-    python benchmarks/openvla_scale.py --checkpoint /data/small --out scale.json --decoder-layers 2 --tower-depth 3
+    python benchmarks/openvla_scale.py --out scale.json --decoder-layers 2 --tower-depth 3   # a trial
 
-A folder that does not exist is filled with random weights of the published shapes (15 GB): times and memory do not
-depend on the weights' values. What is timed is `calibrator.measure`, the command `python -m calibrator sensitivity
---dtype bfloat16 --batch-size 1 --units ...`. Weights of a bfloat16 checkpoint stay in the page cache, mapped from the
-file, so memory that they need can be reclaimed; `peak_anonymous_bytes` is what cannot. The extrapolation to all layers
-counts multiply-accumulates of every evaluation (suffix forward, backward down to the vision boundary) and of one
-full-precision pass per state, and divides by the measured rate.
+Times and memory do not depend on the weights' values. Without --checkpoint they are drawn in the device's memory;
+a checkpoint folder that does not exist is filled with them (15 GB), and on a CPU its weights stay in the page cache,
+mapped from the file: memory that the kernel can take back. `peak_anonymous_bytes` is what it cannot.
+
+What is timed is `calibrator.measure`, the command `python -m calibrator sensitivity --dtype bfloat16 --units ...`, on
+layers evenly spaced in the order of execution. The extrapolation to all layers counts multiply-accumulates of every
+evaluation (suffix forward, backward down to the vision boundary) and of one full-precision pass per state, and divides
+by the measured rate; an A100 is taken to reach the same part of its peak as the GPU that was measured.
 """
 
 import argparse
 import json
+import math
 import sys
 import threading
 import time
@@ -30,7 +34,7 @@ from calibrator.calibration import SourceIndex, Trajectory, collect
 from calibrator.measure import RunOptions, measure
 from calibrator.passes import place_of
 from calibrator.policy import OpenVLA, live_units
-from calibrator.policy.loading import empty_policy
+from calibrator.policy.loading import check_device, empty_policy, fill_policy
 from calibrator.scores import ScoreSettings
 from calibrator.sweep import SweepSettings, SweepSpec, macs_per_action
 from demo.tokenizer import build_tokenizer
@@ -40,10 +44,14 @@ from vla_policy.core.observation import Observation
 from vla_policy.core.policy_config import PolicyConfig
 
 INSTRUCTION = "pick up the orange juice and place it in the basket"
+SWEEP_BITS = (2, 4, 8)
+"""Widths of the whole sweep that is extrapolated to."""
 _LLAMA_WORDS = 31_744
 _SHARD_BYTES = 1 << 30
-# One A100: 312 TFLOP/s in bf16, of which dense transformer passes reach about a third.
-_A100_FLOPS = 312e12 / 3
+# Dense bf16 FLOP/s by name of the card, from their data sheets.
+_PEAK_FLOPS = {"H100": 989.4e12, "H200": 989.4e12, "A100": 312e12}
+# What dense transformer passes usually reach of a peak: for an A100, where no GPU was measured.
+_USUAL_PART = 1 / 3
 
 
 def published_config(decoder_layers: int, tower_depth: int | None) -> dict[str, Any]:
@@ -63,9 +71,26 @@ def published_config(decoder_layers: int, tower_depth: int | None) -> dict[str, 
     return raw
 
 
-def write_random_policy(folder: Path, raw: dict[str, Any], seed: int = 0) -> None:
-    """A policy folder with random bfloat16 weights in shards of about 1 GiB; no more than one is in memory."""
-    generator = torch.Generator().manual_seed(seed)
+def random_weights(config: PolicyConfig, device: str, seed: int = 0) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor of a policy, in bfloat16 on `device`, one after another."""
+    generator = torch.Generator(device).manual_seed(seed)
+    for name, parameter in empty_policy(config).named_parameters():
+        value = torch.empty(parameter.shape, dtype=torch.bfloat16, device=device)
+        if parameter.ndim > 1:
+            value.normal_(std=0.02, generator=generator)
+        else:
+            value.fill_(0.0 if name.endswith("bias") else 1.0)
+        yield name, value
+
+
+def write_config(folder: Path, raw: dict[str, Any]) -> None:
+    """What a policy folder holds beside its weights."""
+    (folder / "config.json").write_text(json.dumps(raw))
+    build_tokenizer([INSTRUCTION], words=_LLAMA_WORDS).save(str(folder / "tokenizer.json"))
+
+
+def write_random_policy(folder: Path, raw: dict[str, Any]) -> None:
+    """A policy folder with random weights in shards of about 1 GiB; no more than one is in memory."""
     with atomic_folder(folder) as temporary:
         shard: dict[str, torch.Tensor] = {}
         weight_map: dict[str, str] = {}
@@ -76,22 +101,24 @@ def write_random_policy(folder: Path, raw: dict[str, Any], seed: int = 0) -> Non
             weight_map.update(dict.fromkeys(shard, name))
             shard.clear()
 
-        for name, parameter in empty_policy(PolicyConfig.from_dict(raw, "published")).named_parameters():
-            value = torch.empty(parameter.shape, dtype=torch.bfloat16)
-            if parameter.ndim > 1:
-                value.normal_(std=0.02, generator=generator)
-            else:
-                value.fill_(0.0 if name.endswith("bias") else 1.0)
+        for name, value in random_weights(PolicyConfig.from_dict(raw, "published"), "cpu"):
             shard[name] = value
             if sum(tensor.nbytes for tensor in shard.values()) > _SHARD_BYTES:
                 flush()
         flush()
         (temporary / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-        (temporary / "config.json").write_text(json.dumps(raw))
-        build_tokenizer([INSTRUCTION], words=_LLAMA_WORDS).save(str(temporary / "tokenizer.json"))
+        write_config(temporary, raw)
 
 
-@dataclass(frozen=True)
+class RandomSpec(SweepSpec):
+    """A policy folder without weights: they are drawn in the device's memory whenever it is loaded."""
+
+    def load_policy(self) -> OpenVLA:
+        config = PolicyConfig.load(self.policy)
+        return fill_policy(empty_policy(config), dict(random_weights(config, self.device)), self.device)
+
+
+@dataclass
 class RandomSource:
     """One episode of random images under one instruction."""
 
@@ -176,87 +203,123 @@ def full_precision_macs(policy: OpenVLA, macs: dict[str, int]) -> int:
     return sum(macs.values()) + language
 
 
-def default_units(policy: OpenVLA) -> list[str]:
-    """One layer of every stage: a tower, the projector, a decoder block in the middle and a late one."""
-    layers = len(policy.language_model.model.layers)
-    return [
-        "vision_backbone.featurizer.blocks.0.mlp.fc2",
-        "projector.fc2",
-        f"language_model.model.layers.{layers // 2}.mlp.down_proj",
-        f"language_model.model.layers.{layers - 1}.self_attn.q_proj",
-    ]
+def spread_units(policy: OpenVLA, count: int) -> list[str]:
+    """`count` layers evenly spaced in the order of execution."""
+    names = [unit.name for unit in live_units(policy)]
+    return [names[int((index + 0.5) * len(names) / count)] for index in range(min(count, len(names)))]
 
 
-def time_sweep(spec: SweepSpec, out: Path, units: Sequence[str] | None, threads: int | None) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Costs:
+    """Multiply-accumulates per state of a policy's evaluations. shared: of the pass that all layers share."""
+
+    evaluation: dict[str, int]
+    shared: int
+
+    @staticmethod
+    def of(policy: OpenVLA, spec: SweepSpec) -> "Costs":
+        states = spec.load_states(policy)
+        macs = macs_per_action(policy, states.mean_prompt_tokens, states.codec.dim)
+        return Costs({name: evaluation_macs(policy, macs, name) for name in macs}, full_precision_macs(policy, macs))
+
+    @property
+    def whole_sweep(self) -> int:
+        return len(SWEEP_BITS) * sum(self.evaluation.values()) + self.shared
+
+
+def time_sweep(
+    spec: SweepSpec, out: Path, count: int, units: Sequence[str] | None, threads: int | None
+) -> dict[str, Any]:
     """Runs the calibrator on a few layers and extrapolates to all of them."""
     policy = empty_policy(PolicyConfig.load(spec.policy))
-    names = list(units or default_units(policy))
-    watch = Stopwatch()
-    started = time.perf_counter()
+    names = list(units or spread_units(policy, count))
+    costs, watch = Costs.of(policy, spec), Stopwatch()
+    options = RunOptions(unit_globs=tuple(names), progress=watch, threads=threads, resume=False)
     with Anonymous() as anonymous:
-        result = measure(
-            spec, out, ScoreSettings(), RunOptions(unit_globs=tuple(names), progress=watch, threads=threads)
-        )
-    seconds = time.perf_counter() - started
-    states, bits = int(result.meta["calibration"]["samples"]), len(spec.settings.bits)
-    loaded = spec.load_policy()
-    prompt = spec.load_states(loaded)
-    macs = macs_per_action(loaded, prompt.mean_prompt_tokens, prompt.codec.dim)
+        result = measure(spec, out, ScoreSettings(), options)
+    states, widths = int(result.meta["calibration"]["samples"]), len(spec.settings.bits)
     order = [unit.name for unit in result.units]
-    # States one by one, and every layer of a state before the next; the first of them pays for the shared pass.
-    spent = np.diff(watch.ended_s).reshape(states, len(order))
-    rows = [
-        {
-            "unit": name,
-            "seconds_per_state": spent[:, index].tolist(),
-            "macs_per_state": evaluation_macs(policy, macs, name) * bits
-            + (full_precision_macs(policy, macs) if index == 0 else 0),
-        }
-        for index, name in enumerate(order)
+    # Batch by batch, and every layer of one before the next; the first of them pays for the shared pass.
+    batches = math.ceil(states / spec.batch_size)
+    spent = np.diff(watch.ended_s).reshape(batches, len(order)) / spec.batch_size
+    per_state = [
+        costs.evaluation[name] * widths + (costs.shared if index == 0 else 0) for index, name in enumerate(order)
     ]
-    rate = states * sum(row["macs_per_state"] for row in rows) / float(spent.sum())
-    whole = bits * sum(evaluation_macs(policy, macs, unit.name) for unit in live_units(policy))
-    whole += full_precision_macs(policy, macs)
+    # The first batch also loads kernels, or weights from a disk, wherever there is a second.
+    warm = spent[1:] if batches > 1 else spent
+    rate = sum(per_state) / float(warm.sum(1).mean())
     return {
+        "batch_size": spec.batch_size,
         "states": states,
         "bits": list(spec.settings.bits),
-        "policy_bytes": sum(parameter.nbytes for parameter in loaded.parameters()),
-        "peak_anonymous_bytes": anonymous.peak_bytes,
         "threads": threads or torch.get_num_threads(),
-        "whole_command_seconds": seconds,
-        "units": rows,
+        "peak_anonymous_bytes": anonymous.peak_bytes,
+        "cost": result.meta["cost"],
+        "seconds_per_layer_and_state": dict(zip(order, warm.mean(0).tolist(), strict=True)),
+        "first_batch_seconds_per_state": float(spent[0].sum()),
         "macs_per_second": rate,
-        "whole_sweep_macs_per_state": whole,
-        "whole_sweep_hours_per_100_states_here": whole * 100 / rate / 3600,
-        "whole_sweep_hours_per_100_states_a100": whole * 100 * 2 / _A100_FLOPS / 3600,
+        **extrapolation(costs.whole_sweep, rate, result.meta["cost"]["device"]),
     }
+
+
+def extrapolation(macs: int, rate: float, device: str) -> dict[str, Any]:
+    """Hours of the whole sweep per 100 states at the measured `rate` (MAC/s), and on an A100."""
+    peak = next((flops for card, flops in _PEAK_FLOPS.items() if card in device), None)
+    part = 2 * rate / peak if peak else _USUAL_PART
+    return {
+        "part_of_peak": part if peak else None,
+        "whole_sweep_macs_per_state": macs,
+        "whole_sweep_hours_per_100_states_here": macs * 100 / rate / 3600,
+        "whole_sweep_hours_per_100_states_a100": macs * 100 * 2 / (_PEAK_FLOPS["A100"] * part) / 3600,
+        "a100_part_of_peak_assumed": part,
+    }
+
+
+def make_spec(args: argparse.Namespace, work: Path, batch_size: int) -> SweepSpec:
+    """Policy and calibration set on disk, for passes of `batch_size` states."""
+    calibration = work / f"calibration-{batch_size}"
+    states = args.batches * batch_size
+    collect([RandomSource(states)], calibration, states, seed=0)
+    settings = SweepSettings(
+        bits=tuple(sorted(args.bits)), group_size=128, dtype="bfloat16", unnorm_key=args.unnorm_key
+    )
+    raw = published_config(args.decoder_layers, args.tower_depth)
+    if args.checkpoint is None:
+        folder = work / "policy"
+        folder.mkdir(parents=True, exist_ok=True)
+        write_config(folder, raw)
+        return RandomSpec(str(folder), str(calibration), settings, batch_size, args.device)
+    if not args.checkpoint.exists():
+        write_random_policy(args.checkpoint, raw)
+    return SweepSpec(str(args.checkpoint), str(calibration), settings, batch_size, args.device)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="policy folder; made at random if absent")
+    parser.add_argument("--checkpoint", type=Path, help="policy folder, made at random if absent; default: no files")
     parser.add_argument("--out", type=Path, required=True, help="JSON with all figures")
-    parser.add_argument("--decoder-layers", type=int, default=32, help="of a checkpoint that is made")
-    parser.add_argument("--tower-depth", type=int, help="of a checkpoint that is made; default as published (24, 27)")
-    parser.add_argument("--states", type=int, default=1, help="random images")
+    parser.add_argument("--device", default="cpu", help="where the policy runs: cpu, cuda, ...")
+    parser.add_argument("--decoder-layers", type=int, default=32, help="of random weights")
+    parser.add_argument("--tower-depth", type=int, help="of random weights; default as published (24, 27)")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1], help="states per pass, one run for each")
+    parser.add_argument("--batches", type=int, default=1, help="of random images in each run")
     parser.add_argument("--bits", type=int, nargs="+", default=[4])
-    parser.add_argument("--units", nargs="+", help="layers; default one of every stage")
+    parser.add_argument("--layers", type=int, default=4, help="how many are measured, evenly spaced in the policy")
+    parser.add_argument("--units", nargs="+", help="names of the layers to measure instead")
     parser.add_argument("--threads", type=int, help="torch threads; default all cores")
     parser.add_argument("--unnorm-key", help="action statistics, needed when the checkpoint has several")
     args = parser.parse_args(argv)
 
     def command() -> int:
-        work = args.out.with_suffix("")
-        if not args.checkpoint.exists():
-            write_random_policy(args.checkpoint, published_config(args.decoder_layers, args.tower_depth))
-        collect([RandomSource(args.states)], work / "calibration", args.states, seed=0)
-        settings = SweepSettings(
-            bits=tuple(sorted(args.bits)), group_size=128, dtype="bfloat16", unnorm_key=args.unnorm_key
-        )
-        spec = SweepSpec(str(args.checkpoint), str(work / "calibration"), settings, batch_size=1)
-        content = time_sweep(spec, work / "sensitivity.json", args.units, args.threads)
-        write_json(args.out, {"schema_version": 1, "kind": "scale-benchmark", **content})
-        print(json.dumps(content, indent=1))
+        check_device(args.device)
+        runs: list[dict[str, Any]] = []
+        for batch_size in args.batch_sizes:
+            spec = make_spec(args, args.out.with_suffix(""), batch_size)
+            out = args.out.with_suffix("") / f"batch-{batch_size}" / "sensitivity.json"
+            runs.append(time_sweep(spec, out, args.layers, args.units, args.threads))
+            # Written after every run: a batch that does not fit the device's memory ends the command.
+            write_json(args.out, {"schema_version": 1, "kind": "scale-benchmark", "runs": runs})
+            print(json.dumps(runs[-1], indent=1), flush=True)
         return 0
 
     return run(command)

@@ -140,7 +140,9 @@ def replay_screened(spec: SweepSpec, table: Sensitivity, seeds: int, cap: float,
     """Screens the table with several seeds; the plans' exact objective above the exhaustive plan's, per target."""
     tensors = load_tensors(table, "losses")
     losses = tensors["soft_bottleneck"].astype(np.float64)
-    bits = spec.settings.bits
+    measured = dict(table.meta["identity"]["settings"])
+    bits = tuple(measured.pop("bits"))
+    spec = replace(spec, settings=SweepSettings(bits=bits, **measured))
     with Clock() as clock:
         found = first_order(spec.open(), [unit.name for unit in table.units], evidence=True)
     problem = ScreenProblem(

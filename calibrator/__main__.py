@@ -51,7 +51,7 @@ def _add_sensitivity(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--language-block", type=int, help="decoder block whose input is a boundary; default the last")
     parser.add_argument("--unnorm-key", help="action statistics, needed when the policy has several")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--device", default="cpu", help="torch device")
+    parser.add_argument("--device", default="cpu", help="where the policy runs: cpu, cuda, cuda:1, ...")
     parser.add_argument("--batch-size", type=int, default=16, help="states per pass")
     parser.add_argument("--threads", type=int, help="torch threads; default 1 below 0.1 B parameters, all cores above")
     parser.add_argument("--units", nargs="+", default=["*"], help="only layers whose names match these globs")

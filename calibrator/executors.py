@@ -48,7 +48,8 @@ def _evaluate_on_worker(spec: SweepSpec, ref: Reference, key: str, task: Task, t
         torch.set_num_threads(threads)
         _worker_sweeps.clear()
         _worker_sweeps[key] = spec.open(ref)
-    return _worker_sweeps[key].evaluate(task.unit, task.bits, task.samples)
+    with spec.arithmetic():
+        return _worker_sweeps[key].evaluate(task.unit, task.bits, task.samples)
 
 
 class RayExecutor:
@@ -67,12 +68,19 @@ class RayExecutor:
             except ConnectionError as error:
                 raise VlaError(f"Ray cluster {address!r} cannot be reached ({error}); check --ray-address") from error
         self._cpus = cpus_per_task
+        # A worker on a GPU has one to itself; Ray shows it only that one, under the name "cuda".
+        self._gpus = 1 if spec.device.startswith("cuda") else 0
+        if self._gpus > self._ray.cluster_resources().get("GPU", 0):
+            self.close()
+            raise VlaError(f"--device {spec.device}: the Ray cluster has no GPU; use --device cpu")
         self._inputs = tuple(self._ray.put(value) for value in (spec, ref))
         self._key = key
 
     def run(self, tasks: Sequence[Task]) -> Iterator[UnitLosses]:
         # Only a dead worker is retried, without limit; an error of the evaluation itself comes back and ends the sweep.
-        remote = self._ray.remote(num_cpus=self._cpus, max_retries=-1, retry_exceptions=False)(_evaluate_on_worker)
+        remote = self._ray.remote(
+            num_cpus=self._cpus, num_gpus=self._gpus, max_retries=-1, retry_exceptions=False
+        )(_evaluate_on_worker)
         waiting = [remote.remote(*self._inputs, self._key, task, self._cpus) for task in tasks]
         try:
             while waiting:

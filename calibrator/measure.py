@@ -128,12 +128,19 @@ def measure(spec: SweepSpec, out: Path, scores: ScoreSettings, options: RunOptio
     """Measures the chosen layers, exactly or screened, and writes `out` with its losses and maps.
 
     Finished layers are kept in a journal beside `out` until the artefact is written, so a killed run continues.
-    Raises ArtefactError when `out` or the journal belongs to other inputs (naming the difference).
+    Raises ArtefactError when `out` or the journal belongs to other inputs (naming the difference), PolicyError when
+    the device is not there or its memory does not suffice.
     """
     started_s = time.monotonic()
-    policy = spec.load_policy()
-    with _threads(options.threads or _usual_threads(policy)):
-        return _measure(spec, policy, out, scores, options, started_s)
+    try:
+        policy = spec.load_policy()
+        with _threads(options.threads or _usual_threads(policy)), spec.arithmetic():
+            return _measure(spec, policy, out, scores, options, started_s)
+    except torch.OutOfMemoryError as error:
+        raise PolicyError(
+            f"{spec.device}: not enough memory for the policy and {spec.batch_size} states per pass; use a smaller "
+            "--batch-size, or another device. Finished layers are kept"
+        ) from error
 
 
 def _usual_threads(policy: OpenVLA) -> int:
@@ -379,9 +386,13 @@ def _header(run: _Run, phases: np.ndarray) -> dict[str, Any]:
     }
 
 
-def _cost(run: _Run) -> dict[str, float]:
+def _cost(run: _Run) -> dict[str, Any]:
+    """What the run took. peak_device_bytes: of a GPU, allocated to tensors since the process began; else None."""
+    device = torch.device(run.spec.device)
     return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "seconds": time.monotonic() - run.started_s,
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_device_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
         "policy_bytes": sum(parameter.nbytes for parameter in run.sweep.policy.parameters()),
     }

@@ -96,7 +96,7 @@ class _Layer:
         action = (self.action * moved.square().sum(1)).sum(-1)
         mass = [(slope.float() * moved).sum((1, 2)) for slope in self.forward]
         if self.arriving is not None:
-            passed = (self.arriving @ change).float()
+            passed = nn.functional.linear(self.arriving, change.T).float()
             mass = [one + (slope.float() * passed).sum((1, 2)) for one, slope in zip(mass, self.backward, strict=True)]
         return action, torch.stack(mass, dim=1) if mass else action.new_zeros(len(action), 0)
 

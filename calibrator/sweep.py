@@ -1,5 +1,6 @@
 """What one layer's low precision does to the policy: losses per bit-width and state, Mix-QVLA Eqs. (2) to (8)."""
 
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -7,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from calibrator.arithmetic import products
 from calibrator.calibration import load_calibration
 from calibrator.evidence import (
     BOUNDARIES,
@@ -180,6 +182,10 @@ class SweepSpec:
     settings: SweepSettings
     batch_size: int = 16
     device: str = "cpu"
+
+    def arithmetic(self) -> AbstractContextManager[None]:
+        """The block that every pass of this sweep runs in."""
+        return products(self.device, _DTYPES[self.settings.dtype])
 
     def load_policy(self) -> OpenVLA:
         return load_policy(self.policy, _DTYPES[self.settings.dtype], self.device)

@@ -70,24 +70,35 @@ def empty_policy(config: PolicyConfig) -> OpenVLA:
 def load_policy(folder: Path | str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> OpenVLA:
     """The policy in `folder`, in eval mode, without gradients for its weights.
 
-    Raises ArtefactError for a missing or damaged file and PolicyError naming every missing, unexpected or wrongly
-    shaped tensor.
+    Raises ArtefactError for a missing or damaged file and PolicyError naming a missing, unexpected or wrongly shaped
+    tensor, or a device that is not there.
     """
     folder = Path(folder)
+    check_device(device)
     config = PolicyConfig.load(folder)
     policy = empty_policy(config)
     state: dict[str, Tensor] = {}
     for name, tensor in _checked_tensors(folder, policy, config):
         state[name] = tensor.to(device=device, dtype=dtype)
+    return fill_policy(policy, state, device)
+
+
+def check_device(device: str) -> None:
+    """Raises PolicyError for a device that torch does not know or this machine does not have."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise PolicyError(f"device {device!r} cannot be used ({reason}); is there such a device here?") from error
+
+
+def fill_policy(policy: OpenVLA, state: dict[str, Tensor], device: str) -> OpenVLA:
+    """The modules of `empty_policy` with their weights, which are on `device`; no gradients for them."""
     policy.load_state_dict(state, strict=True, assign=True)
-    _rebuild_buffers(policy, device)
-    return policy.requires_grad_(False)
-
-
-def _rebuild_buffers(policy: OpenVLA, device: str) -> None:
-    """Rotary frequencies are computed, not stored, so the meta device has lost them."""
+    # Rotary frequencies are computed, not stored, so the meta device has lost them.
     model = policy.language_model.model
     model.rotary_emb = LlamaRotaryEmbedding(policy.language_model.config).to(device)
+    return policy.requires_grad_(False)
 
 
 def _checked_tensors(folder: Path, policy: nn.Module, config: PolicyConfig) -> Iterator[tuple[str, Tensor]]:

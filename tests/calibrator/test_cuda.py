@@ -1,0 +1,49 @@
+"""The calibrator on a GPU gives a CPU's numbers. Skipped where there is none."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from calibrator.measure import RunOptions, measure
+from calibrator.policy import live_units
+from calibrator.proxy import first_order
+from calibrator.quantization import quantize_weight
+from calibrator.scores import ScoreSettings
+from calibrator.sweep import Sweep, SweepSettings, SweepSpec
+from vla_policy.core.formats import Format
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_codes_and_scales_are_equal(bits: int) -> None:
+    weight = torch.randn(48, 200, generator=torch.Generator().manual_seed(0))
+    on_cpu, on_gpu = (quantize_weight(weight.to(device), Format(bits, 16, 64)) for device in ("cpu", "cuda"))
+    torch.testing.assert_close(on_gpu.codes.cpu(), on_cpu.codes, rtol=0, atol=0)
+    torch.testing.assert_close(on_gpu.scales.cpu(), on_cpu.scales, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("scheme", ["weight-only", "weight-activation"])
+def test_losses_and_first_order_scores_are_equal(spec: SweepSpec, sweep: Sweep, scheme: str) -> None:
+    settings = SweepSettings(scheme=scheme, group_size=32)
+    on_cpu = Sweep(sweep.policy, sweep.states, sweep.reference, settings)
+    remote = replace(spec, settings=settings, device="cuda")
+    with remote.arithmetic():
+        on_gpu = remote.open(sweep.reference)
+        units = [unit.name for unit in live_units(on_gpu.policy)]
+        for unit in units:
+            one, other = (place.evaluate(unit, (2, 4), (0, 1, 2)) for place in (on_cpu, on_gpu))
+            np.testing.assert_allclose(other.mass, one.mass, rtol=0.02, atol=1e-4)
+            np.testing.assert_allclose(other.attribution, one.attribution, rtol=0.02, atol=1e-5)
+        for one, other in zip(first_order(on_cpu, units, True), first_order(on_gpu, units, True), strict=True):
+            np.testing.assert_allclose(other.mass, one.mass, rtol=0.02, atol=1e-4)
+
+
+def test_a_whole_run_states_its_device_memory(spec: SweepSpec, tmp_path: Path) -> None:
+    options = RunOptions(unit_globs=("projector.*",))
+    remote = replace(spec, device="cuda", settings=replace(spec.settings, dtype="bfloat16"))
+    cost = measure(remote, tmp_path / "sensitivity.json", ScoreSettings(), options).meta["cost"]
+    assert cost["peak_device_bytes"] > cost["policy_bytes"] and cost["device"] == torch.cuda.get_device_name()
