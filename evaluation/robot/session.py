@@ -47,13 +47,13 @@ def _run(arguments: argparse.Namespace) -> int:
     bag: Path | None = arguments.bag
     if bag is not None and bag.exists() and not arguments.replace:
         raise ArtefactError(f"{bag}: exists already; add --replace or choose another name")
-    recorded = None if bag is None else bag.with_name(f".{bag.name}.recording")
+    recorded = None if bag is None else bag.with_name(f".{bag.name}.recording") / bag.name
     with ExitStack() as nodes:
         if arguments.engine is not None:
             nodes.enter_context(running(_policy(arguments.engine, contract)))
         if recorded is not None:
-            shutil.rmtree(recorded, ignore_errors=True)
-            nodes.callback(shutil.rmtree, recorded, ignore_errors=True)
+            shutil.rmtree(recorded.parent, ignore_errors=True)
+            nodes.callback(shutil.rmtree, recorded.parent, ignore_errors=True)
             recorder = nodes.enter_context(running(_recorder(contract, recorded)))
         code = nodes.enter_context(running(_robot(arguments, contract))).wait()
         if code == 0 and bag is not None and recorded is not None:

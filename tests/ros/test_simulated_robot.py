@@ -33,6 +33,7 @@ def test_one_command_records_whole_episodes(
     assert session([*command, "--max-steps", "8"]) == 1
     assert "not written, an episode failed" in capfd.readouterr().err and list(tmp_path.iterdir()) == []
     assert session(command) == 0
+    assert sorted(path.name for path in bag.iterdir()) == ["bag.mcap", "metadata.yaml"]
     frames = [frame for frame in read_frames(bag, contract) if isinstance(frame, Frame)]
     assert len(frames) > 10 and {frame.episode for frame in frames} == {0}
     assert session(command) == 2
