@@ -10,15 +10,19 @@ import pytest
 from rosbags.rosbag2 import StoragePlugin
 
 from tests.core.bags import write_bag
+from tests.core.ros_messages import STORE
 from tests.core.test_bag import CONTRACT as LOADED
 from tests.core.test_bag import recording
 from tests.ros.fake_policy_node import echo
-from tests.ros.world import CONTRACT, WRIST, World, fake_engine, fresh_domain, node_command, process, two_cameras
+from tests.ros.world import CONTRACT, WRIST, World, end, fake_engine, fresh_domain, node_command, process, two_cameras
 from vla_policy.core.bag import read_frames
 from vla_policy.core.contract import load_contract
 from vla_policy.core.observe import observe
+from vla_policy.core.recording import BagWriter, recorded_qos
 from vla_policy.core.served import read_served
 from vla_policy.core.synchroniser import Frame
+
+from rclpy.qos import DurabilityPolicy, ReliabilityPolicy  # isort: skip  # after the importorskip in tests.ros.world
 
 
 def replay_command(bag: Path, **parameters: object) -> list[str]:
@@ -53,6 +57,40 @@ def test_served_actions_equal_the_in_process_ones(
         assert len(observation.images) == cameras
         np.testing.assert_array_equal(served[frame.stamp_ns].actions[0], echo(observation))
         assert served[frame.stamp_ns].instruction == frame.instruction
+
+
+def test_frames_that_are_never_answered_are_given_up_and_counted(tmp_path: Path) -> None:
+    bag = write_bag(tmp_path / "bag", recording(frames=20))
+    engine = fake_engine(tmp_path / "engine", fail_after=8)  # three warm-up decisions and five frames
+    domain, log, summary = fresh_domain(), tmp_path / "log", tmp_path / "summary.json"
+    node = node_command(engine, lossless=True, check_sources="none", use_sim_time=True)
+    replay = replay_command(bag, rate=0.0, summary=summary, answer_timeout=0.5)
+    with process(node, domain, log), process(replay, domain, log) as replaying:
+        assert replaying.wait(60) == 0, log.read_text()
+    content = json.loads(summary.read_text())
+    assert (content["frames"], content["answered"]) == (20, 5)
+
+
+def test_topics_are_offered_with_the_recorded_quality_of_service(tmp_path: Path) -> None:
+    best_effort, kept = recorded_qos(False, False, 5), recorded_qos(True, True, 1)
+    with BagWriter(tmp_path / "bag") as writer:
+        for topic, kind, time_ns, message in recording():
+            writer.add_topic(topic, kind, kept if topic == "/instruction" else best_effort)
+            writer.write(topic, time_ns, STORE.serialize_cdr(message, kind))
+    world = World(fresh_domain(), rate_hz=None)
+    try:
+        with process(replay_command(tmp_path / "bag"), world.domain, tmp_path / "log") as replaying:
+            for topic, expected, count in (  # the robot's own publishers are reliable, its instruction is kept
+                ("joint_states", (ReliabilityPolicy.BEST_EFFORT, DurabilityPolicy.VOLATILE), 1),
+                ("instruction", (ReliabilityPolicy.RELIABLE, DurabilityPolicy.TRANSIENT_LOCAL), 2),
+            ):
+                world.wait(lambda topic=topic: world.node.count_publishers(topic) == 2, "the replay's own publisher")
+                offered = [item.qos_profile for item in world.node.get_publishers_info_by_topic(topic)]
+                found = [(item.reliability, item.durability) for item in offered]
+                assert found.count(expected) == count
+            assert end(replaying, signal.SIGINT) == 0
+    finally:
+        world.close()
 
 
 def test_a_bag_that_does_not_fit_is_one_line_and_exit_code_two(tmp_path: Path) -> None:

@@ -5,8 +5,9 @@
 Bytes, quality of service and timing are the recording's; `rate` scales the timing, 0 sends as fast as the policy
 answers. `/clock` follows the recording unless `publish_clock` is false, so the policy node should `use_sim_time`.
 Starts when every topic has a subscriber. At most `max_in_flight` frames are unanswered at any time, so a policy in
-lossless mode answers every frame. The process ends when all is answered, or nothing came for `answer_timeout` seconds;
-`summary` names a JSON file for the counts, `served` a bag for the decisions.
+lossless mode answers every frame; the recording's time stands still while the replay waits for answers. The process
+ends when all is answered; frames without an answer for `answer_timeout` seconds are given up. `summary` names a JSON
+file for the counts, `served` a bag for the decisions.
 """
 
 import sys
@@ -98,6 +99,7 @@ class ReplayNode(Node):
             self._writer = BagWriter(self.settings.served, definitions=definitions).__enter__()
             self._writer.add_topic(self._chunk_topic, ACTION_CHUNK, recorded_qos(True, False, 10))
         self._clock_publisher = self.create_publisher(ClockMessage, "/clock", QoSProfile(depth=10))
+        self._unanswered: set[int] = set()  # stamps of all frames without an answer, and of those still waited for
         self._outstanding: set[int] = set()
         self._sent = self._answered = 0
         self._answers = threading.Condition()
@@ -165,15 +167,14 @@ class ReplayNode(Node):
             first_ns = time_ns if first_ns < 0 else first_ns
             self._await_time(begun_s, first_ns, time_ns)
             if connection.topic == camera:
-                self._await_window(self._stamp(connection, data))
+                begun_s += self._await_window(self._stamp(connection, data))
             if connection.topic == instruction:
-                self._await_answers()
+                begun_s += self._await_answers()
             if self._closing.is_set():
                 return
             publishers[connection.topic].publish(data)
             if connection.topic == instruction:
-                # DDS orders messages within a topic only: an image must not overtake the task it belongs to.
-                publishers[instruction].wait_for_all_acked(Duration(seconds=self.settings.answer_timeout_s))
+                begun_s += self._await_arrival(publishers[instruction])
 
     def _stamp(self, connection: Connection, data: bytes) -> int:
         stamp = deserialize_message(data, MESSAGES[connection.msgtype]).header.stamp
@@ -195,24 +196,33 @@ class ReplayNode(Node):
         if self.settings.publish_clock:
             self._clock_publisher.publish(ClockMessage(clock=to_time(time_ns)))
 
-    def _await_window(self, stamp_ns: int) -> None:
-        """Back-pressure: waits for an answer while too many frames are out; goes on when none comes in time."""
+    def _await_window(self, stamp_ns: int) -> float:
+        """Back-pressure for one more frame: waits while too many are out. Returns the seconds."""
+        waited_s = self._await_answers(self.settings.max_in_flight - 1)
         with self._answers:
-            self._answers.wait_for(
-                lambda: len(self._outstanding) < self.settings.max_in_flight or self._closing.is_set(),
-                self.settings.answer_timeout_s,
-            )
             self._outstanding.add(stamp_ns)
+            self._unanswered.add(stamp_ns)
             self._sent += 1
+        return waited_s
 
-    def _await_answers(self) -> None:
+    def _await_answers(self, left_over: int = 0) -> float:
+        """Until at most `left_over` frames are out, or none is answered in time: those are given up. In seconds."""
+        begun_s = time.monotonic()
         with self._answers:
-            self._last_answer_s = time.monotonic()
-            while self._outstanding and not self._closing.is_set():
+            self._last_answer_s = begun_s
+            while len(self._outstanding) > left_over and not self._closing.is_set():
                 left_s = self._last_answer_s + self.settings.answer_timeout_s - time.monotonic()
                 if left_s <= 0:
-                    return
+                    self._outstanding.clear()
+                    break
                 self._answers.wait(min(left_s, _POLL_S * 10))
+        return time.monotonic() - begun_s
+
+    def _await_arrival(self, publisher: Publisher) -> float:
+        """DDS orders messages within a topic only: an image must not overtake the task it belongs to. In seconds."""
+        begun_s = time.monotonic()
+        publisher.wait_for_all_acked(Duration(seconds=self.settings.answer_timeout_s))
+        return time.monotonic() - begun_s
 
     def _on_chunk(self, data: bytes) -> None:
         stamp: Time = deserialize_message(data, ActionChunk).observation_stamp
@@ -220,8 +230,9 @@ class ReplayNode(Node):
             self._writer.write(self._chunk_topic, time.time_ns(), data)
         with self._answers:
             stamp_ns = stamp.sec * 10**9 + stamp.nanosec
-            if stamp_ns in self._outstanding:
-                self._outstanding.remove(stamp_ns)
+            self._outstanding.discard(stamp_ns)
+            if stamp_ns in self._unanswered:
+                self._unanswered.remove(stamp_ns)
                 self._answered += 1
             self._last_answer_s = time.monotonic()
             self._answers.notify_all()
