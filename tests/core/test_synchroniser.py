@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.core import ros_messages as msgs
-from vla_policy.core.contract import Contract, load_contract
+from vla_policy.core.contract import POSE_STAMPED, Contract, StateTopic, StateValue, load_contract
 from vla_policy.core.errors import DataError
 from vla_policy.core.events import Event, to_event
 from vla_policy.core.synchroniser import Dropped, DropReason, Frame, Synchroniser
@@ -17,6 +17,7 @@ CONTRACT = load_contract(Path(__file__).parents[2] / "ros2_ws/src/vla_policy/con
 CAMERA, STATE, INSTRUCTION = CONTRACT.primary.topic, CONTRACT.states[0].topic, CONTRACT.instruction.topic
 START_NS = 1_000 * 10**9
 MS = 10**6
+POSE = (("Point", (1.0, 2.0, 3.0)), ("Quaternion", (0.1, 0.2, 0.3, 0.9)))
 
 
 def camera(ms: int, value: int = 0) -> Event:
@@ -141,6 +142,19 @@ def test_a_frame_keeps_the_task_under_which_it_arrived() -> None:
 def test_a_message_that_must_not_be_used_is_refused(topic: str, message: object, expected: str) -> None:
     with pytest.raises(DataError, match=expected):
         to_event(CONTRACT, topic, message, START_NS)
+
+
+def test_an_end_effector_pose_is_a_state() -> None:
+    fields = ("orientation.w", "position.x", "position.z")
+    values = tuple(StateValue(field, None, field, "1") for field in fields)
+    pose = StateTopic("tool_pose", POSE_STAMPED, values, CONTRACT.states[0].qos)
+    contract = replace(CONTRACT, states=(pose,))
+    point, turn = (msgs.make(f"geometry_msgs/msg/{kind}", *numbers) for kind, numbers in POSE)
+    message = msgs.make(POSE_STAMPED, msgs.header(START_NS), msgs.make("geometry_msgs/msg/Pose", point, turn))
+    np.testing.assert_array_equal(to_event(contract, "tool_pose", message, START_NS).payload, [0.9, 1.0, 3.0])
+    point.z = float("inf")
+    with pytest.raises(DataError, match=r"tool_pose: state position\.z is not finite"):
+        to_event(contract, "tool_pose", message, START_NS)
 
 
 def test_the_search_for_the_nearest_sample_equals_brute_force() -> None:

@@ -13,6 +13,7 @@ from evaluation.__main__ import main as evaluation
 from tests.demo.materials import tiny_bag, tiny_contract
 from tests.ros.world import CONTRACT, World, fresh_domain, process
 from tests.tiny import tiny_policy_folder
+from vla_policy.core.files import sha256_file
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,16 @@ def test_a_built_engine_serves(world: World, material: Path, tmp_path: Path) -> 
         world.instruct("pick up the red block")
         world.wait_chunks()
         assert (world.chunks[-1].action_dim, len(world.chunks[-1].tokens)) == (3, 3)
-        world.wait(lambda: float(world.diagnostics.get("latency p50 (ms)", 0)) > 0, "latencies")
+        world.wait(lambda: int(world.diagnostics.get("chunks", 0)) > 10, "diagnostics of some decisions")
+    values, camera = world.diagnostics, "camera/image_raw/compressed"
+    assert values["engine"] == sha256_file(material / "engine/manifest.json") == world.chunks[-1].engine_id
+    assert values["contract"] == sha256_file(material / "contract.yaml")
+    assert 0 < float(values[f"rate {camera} (Hz)"]) < 15 and int(values[f"received {camera}"]) >= int(values["chunks"])
+    assert 0 <= float(values[f"age {camera} (ms)"]) < 5_000 and "age joint_states (ms)" in values
+    for name in ("latency", "age", "overhead"):
+        p50, p99, most = (float(values[f"{name} {what} (ms)"]) for what in ("p50", "p99", "max"))
+        assert p50 <= p99 <= most and most > 0, name
+    assert values["latch"] == "" and values["holding"] == "disabled, not_started" and values["enabled"] == "False"
 
 
 def test_one_command_replays_live_and_finds_the_decisions_of_the_same_engine_in_process(
