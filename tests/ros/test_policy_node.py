@@ -7,15 +7,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.core.ros_messages import picture, png
-from tests.ros.world import CONTRACT, World, end, fake_engine, fresh_domain, node_command, process, two_cameras
+from tests.core.ros_messages import JOINTS, picture, png
+from tests.ros.world import CONTRACT, Sensors, World, end, fake_engine, fresh_domain, node_command, process, two_cameras
 
 from builtin_interfaces.msg import Duration  # isort: skip  # after the importorskip in tests.ros.world
 from lifecycle_msgs.msg import Transition  # isort: skip
-from rcl_interfaces.msg import SetParametersResult  # isort: skip
-from rcl_interfaces.srv import SetParameters  # isort: skip
 from rclpy.action import ActionClient  # isort: skip
-from rclpy.parameter import Parameter  # isort: skip
 from rclpy.qos import qos_profile_sensor_data  # isort: skip
 from sensor_msgs.msg import CompressedImage  # isort: skip
 from std_srvs.srv import SetBool  # isort: skip
@@ -144,17 +141,13 @@ def test_parameters_are_fixed_while_configured(world: World, tmp_path: Path) -> 
     """A value that would be accepted without any effect is refused."""
     command = node_command(fake_engine(tmp_path / "engine"), autostart=False)
 
-    def set_timeout(seconds: float) -> SetParametersResult:
-        value = Parameter("source_timeout", value=seconds).to_parameter_msg()
-        return world.call(SetParameters, "/policy/set_parameters", SetParameters.Request(parameters=[value])).results[0]
-
     with process(command, world.domain, tmp_path / "log"):
-        assert set_timeout(0.4).successful
+        assert world.set_parameters(source_timeout=0.4).successful
         assert world.change_state(Transition.TRANSITION_CONFIGURE)
-        refused = set_timeout(0.3)
+        refused = world.set_parameters(source_timeout=0.3)
         assert not refused.successful and "read at configure" in refused.reason
         assert world.change_state(Transition.TRANSITION_CLEANUP)
-        assert set_timeout(0.3).successful
+        assert world.set_parameters(source_timeout=0.3).successful
 
 
 def test_quality_of_service_given_by_parameters_counts_at_configure(world: World, tmp_path: Path) -> None:
@@ -180,49 +173,39 @@ def test_quality_of_service_given_by_parameters_counts_at_configure(world: World
         world.start_policy()
 
 
-@pytest.mark.parametrize(
-    ("parameters", "spoil", "reason"),
-    [
-        ({"engine_path": "/nowhere"}, None, "no manifest.json"),
-        ({"contract": "/nowhere.yaml"}, None, "cannot be read"),
-        ({"blending": "average"}, None, "expected one of latest, ensemble, soft_mask"),
-        ({"inference_deadline": 0.05}, {"latency_s": 0.2}, "above inference_deadline 50.0 ms"),
-        ({"source_wait": 3.0}, "camera", "no message within 3 s, though it has a publisher"),
-        ({"source_wait": 10.0}, "joint", "joint 'gripper' is missing"),
-        ({"source_wait": 10.0}, "image", "not a whole JPEG or PNG"),
-    ],
-)
-def test_configure_refuses_with_the_reason(
-    world: World, tmp_path: Path, parameters: dict[str, object], spoil: object, reason: str
-) -> None:
-    engine = fake_engine(tmp_path / "engine", **(spoil if isinstance(spoil, dict) else {}))
-    world.sensors.camera = spoil != "camera"
-    world.sensors.joints = world.sensors.joints[:3] if spoil == "joint" else world.sensors.joints
-    world.sensors.image = b"no image" if spoil == "image" else None
-    log = tmp_path / "log"
-    values = {"engine_path": engine, **parameters}
-    command = node_command(Path(str(values.pop("engine_path"))), Path(str(values.pop("contract", CONTRACT))), **values)
-    with process(command, world.domain, log):
-        world.wait(lambda: "configure refused" in log.read_text(), "the refusal")
-        assert reason in log.read_text()
-        assert world.state_label() == "unconfigured"
-
-
-def test_a_contract_that_the_policy_cannot_serve_is_refused(world: World, tmp_path: Path) -> None:
-    """A camera that the policy would not see, and a joint whose position nobody measures."""
+def test_configure_refuses_with_the_reason(world: World, tmp_path: Path) -> None:
+    """One after the other in one process: a refusal leaves nothing behind, and what is mended is accepted."""
+    engine, log = fake_engine(tmp_path / "engine"), tmp_path / "log"
     content = yaml.safe_load(CONTRACT.read_text())
     dimensions = [{"name": f"d{i}", "target": f"joint{i}", "unit": "rad"} for i in range(7)]
-    arm = tmp_path / "arm.yaml"
     action = {"command": "joint_trajectory", "topic": "arm", "dimensions": dimensions}
-    arm.write_text(yaml.safe_dump(content | {"action": action}))
-    engine, log = fake_engine(tmp_path / "engine"), tmp_path / "log"
-    for contract, reason in (
-        (two_cameras(tmp_path / "two.yaml"), "the policy takes 1, the contract gives 2 (agentview, wrist)"),
-        (arm, "no joint state names joint0, joint1"),
-    ):
-        with process(node_command(engine, contract), world.domain, log):
-            world.wait(lambda reason=reason: reason in log.read_text(), "the refusal")
-            assert world.state_label() == "unconfigured"
+    (tmp_path / "arm.yaml").write_text(yaml.safe_dump(content | {"action": action}))
+    usual = {"engine_path": str(engine), "contract": str(CONTRACT), "blending": "latest"}
+    usual |= {"inference_deadline": 0.5, "source_wait": 10.0}
+
+    def refused(reason: str, slow_s: float = 0.0, sensors: Sensors | None = None, **parameters: object) -> None:
+        fake_engine(engine, latency_s=slow_s)
+        world.sensors = sensors or Sensors()
+        assert world.set_parameters(**{**usual, **parameters}).successful
+        seen = len(log.read_text())
+        assert not world.change_state(Transition.TRANSITION_CONFIGURE)
+        said = log.read_text()[seen:]
+        assert "configure refused" in said and reason in said and world.state_label() == "unconfigured"
+
+    with process(node_command(engine, autostart=False), world.domain, log):
+        refused("no manifest.json", engine_path="/nowhere")
+        refused("cannot be read", contract="/nowhere.yaml")
+        refused("expected one of latest, ensemble, soft_mask", blending="average")
+        refused("above inference_deadline 50.0 ms", slow_s=0.2, inference_deadline=0.05)
+        refused("no message within 2 s, though it has a publisher", sensors=Sensors(camera=False), source_wait=2.0)
+        refused("joint 'gripper' is missing", sensors=Sensors(joints=JOINTS[:3]))
+        refused("not a whole JPEG or PNG", sensors=Sensors(image=b"no image"))
+        two = str(two_cameras(tmp_path / "two.yaml"))
+        refused("the policy takes 1, the contract gives 2 (agentview, wrist)", contract=two)
+        refused("no joint state names joint0, joint1", contract=str(tmp_path / "arm.yaml"))
+        world.sensors = Sensors()
+        assert world.set_parameters(**usual).successful and world.change_state(Transition.TRANSITION_CONFIGURE)
+    assert "Traceback" not in log.read_text()
 
 
 @pytest.mark.parametrize("value", [-1.0, 1, "soon"])

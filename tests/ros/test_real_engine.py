@@ -15,6 +15,8 @@ from tests.ros.world import CONTRACT, World, fresh_domain, process
 from tests.tiny import tiny_policy_folder
 from vla_policy.core.files import sha256_file
 
+from lifecycle_msgs.msg import Transition  # isort: skip  # after the importorskip in tests.ros.world
+
 
 @pytest.fixture(scope="module")
 def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -82,22 +84,35 @@ def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-@pytest.mark.parametrize(
-    ("spoil", "contract", "reason"),
-    [
-        (lambda engine: truncate(engine / "decoder.data"), None, "decoder.data"),
-        (lambda engine: truncate(engine / "manifest.json"), None, "not valid JSON"),
-        (lambda engine: (engine / "vision.onnx").unlink(), None, "vision.onnx"),
-        (lambda engine: None, CONTRACT, "the policy takes the states x, gripper_width"),
-    ],
-)
-def test_configure_refuses_a_damaged_or_foreign_engine(
-    world: World, material: Path, tmp_path: Path, spoil, contract: Path | None, reason: str
-) -> None:
-    engine, log = tmp_path / "engine", tmp_path / "log"
-    shutil.copytree(material / "engine", engine)
-    spoil(engine)
-    with process(command(engine, contract or material / "contract.yaml"), world.domain, log) as node:
-        world.wait(lambda: "configure refused" in log.read_text(), "the refusal", 60)
-        assert reason in log.read_text() and "Traceback" not in log.read_text()
-        assert world.state_label() == "unconfigured" and node.poll() is None
+def alter(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1] + b"!")
+
+
+def retarget(path: Path) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"target": "a100"}))
+
+
+def test_configure_refuses_a_damaged_or_foreign_engine(world: World, material: Path, tmp_path: Path) -> None:
+    """One after the other in one process, and the undamaged engine at the end."""
+    log, contract = tmp_path / "log", str(material / "contract.yaml")
+
+    def configured(engine: Path, contract: str) -> bool:
+        assert world.set_parameters(engine_path=str(engine), contract=contract).successful
+        return world.change_state(Transition.TRANSITION_CONFIGURE)
+
+    with process([*command(material / "engine", Path(contract)), "-p", "autostart:=false"], world.domain, log):
+        for name, spoil, reason in (
+            ("decoder.data", truncate, "decoder.data"),
+            ("decoder.data", alter, "decoder.data: sha256 differs"),
+            ("manifest.json", truncate, "not valid JSON"),
+            ("manifest.json", retarget, "target a100 runs on"),
+            ("vision.onnx", Path.unlink, "vision.onnx: missing"),
+        ):
+            engine = tmp_path / f"{spoil.__name__}_{name}"
+            shutil.copytree(material / "engine", engine)
+            spoil(engine / name)
+            assert not configured(engine, contract) and reason in log.read_text(), reason
+        assert not configured(material / "engine", str(CONTRACT))
+        assert "the policy takes the states x, gripper_width" in log.read_text()
+        assert configured(material / "engine", contract)
+    assert log.read_text().count("configure refused") == 6 and "Traceback" not in log.read_text()

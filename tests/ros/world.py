@@ -23,7 +23,10 @@ import rclpy
 from diagnostic_msgs.msg import DiagnosticArray
 from geometry_msgs.msg import TwistStamped
 from lifecycle_msgs.srv import ChangeState, GetState
+from rcl_interfaces.msg import SetParametersResult
+from rcl_interfaces.srv import SetParameters
 from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
+from rclpy.parameter import Parameter
 from rclpy.qos import DurabilityPolicy, QoSProfile
 from rclpy.time import Time
 from rosgraph_msgs.msg import Clock
@@ -290,6 +293,13 @@ class World:
         request = ChangeState.Request()
         request.transition.id = transition
         return self.call(ChangeState, "/policy/change_state", request).success
+
+    def set_parameters(self, **values: Any) -> SetParametersResult:
+        """The first refusal, or the last acceptance."""
+        parameters = [Parameter(name, value=value).to_parameter_msg() for name, value in values.items()]
+        request = SetParameters.Request(parameters=parameters)
+        results = self.call(SetParameters, "/policy/set_parameters", request).results
+        return next((result for result in results if not result.successful), results[-1])
 
     def wait_active(self) -> None:
         self.wait(lambda: self.node.count_subscribers("instruction") > 0, "the active policy node")
