@@ -13,6 +13,7 @@ from tests.ros.world import (
     CONTRACT,
     ROOT,
     WRIST,
+    Sensors,
     World,
     end,
     fake_engine,
@@ -22,6 +23,8 @@ from tests.ros.world import (
     two_cameras,
 )
 
+from lifecycle_msgs.msg import Transition  # isort: skip  # after the importorskip in tests.ros.world
+
 
 @pytest.fixture
 def world() -> Iterator[World]:
@@ -30,21 +33,35 @@ def world() -> Iterator[World]:
     made.close()
 
 
-@pytest.fixture
-def running(world: World, tmp_path: Path) -> Iterator[World]:
-    """A policy node that moves the robot, and at the end has answered or counted every image.
+@pytest.fixture(scope="module")
+def configured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    """A configured policy node for one fault after the other; its timeouts are short, the waits generous."""
+    folder = tmp_path_factory.mktemp("faults")
+    world = World(fresh_domain())
+    world.engine, world.log = fake_engine(folder / "engine"), folder / "log"
+    command = node_command(world.engine, autostart=False, source_timeout=0.5, freeze_timeout=0.6)
+    with process(command, world.domain, world.log) as node:
+        assert world.change_state(Transition.TRANSITION_CONFIGURE), world.log.read_text()
+        yield world
+        assert node.poll() is None and end(node) == 0, world.log.read_text()
+    world.close()
 
-    Waits are generous and timeouts short: the machine may be busy.
-    """
-    engine = fake_engine(tmp_path / "engine")
-    command = node_command(engine, source_timeout=0.5, freeze_timeout=0.6)
-    log = world.log = tmp_path / "log"
-    with process(command, world.domain, log) as node:
+
+@pytest.fixture
+def running(configured: World) -> Iterator[World]:
+    """The node activated anew and moving the robot; in the end it has answered or counted every image."""
+    world = configured
+    world.sensors = Sensors()
+    fake_engine(world.engine)
+    assert world.change_state(Transition.TRANSITION_ACTIVATE)
+    try:
+        assert world.trigger("reset").success  # of a latch that a failed test left
+        world.diagnostics.clear()
         world.start_policy()
         yield world
-        assert node.poll() is None, log.read_text()
         world.wait_accounted()
-        assert end(node) == 0, log.read_text()
+    finally:
+        assert world.change_state(Transition.TRANSITION_DEACTIVATE)
 
 
 def test_camera_stops_and_returns(running: World) -> None:
@@ -152,30 +169,30 @@ def test_instruction_empty_or_endless(running: World, text: str) -> None:
     assert running.chunks[-1].instruction == "pick up the butter"
 
 
-def test_inference_slower_than_its_deadline(running: World, tmp_path: Path) -> None:
-    fake_engine(tmp_path / "engine", latency_s=0.7)
+def test_inference_slower_than_its_deadline(running: World) -> None:
+    fake_engine(running.engine, latency_s=0.7)
     running.wait(lambda: int(running.diagnostics.get("decisions late", 0)) > 1, "counted late decisions")
     running.wait(lambda: "deadline_missed" in running.diagnostics["holding"], "the reason")
     running.wait(lambda: int(running.diagnostics.get("drops superseded", 0)) > 0, "counted superseded frames")
     rate = "rate camera/image_raw/compressed (Hz)"
     running.wait(lambda: float(running.diagnostics[rate]) > 10, "images taken at their rate while the engine is busy")
     running.wait(lambda: not running.moving, "a hold")
-    fake_engine(tmp_path / "engine")
+    fake_engine(running.engine)
     running.wait_moving()
 
 
-def test_action_that_is_not_finite_latches(running: World, tmp_path: Path) -> None:
-    fake_engine(tmp_path / "engine", action=[float("nan")] * 7)
+def test_action_that_is_not_finite_latches(running: World) -> None:
+    fake_engine(running.engine, action=[float("nan")] * 7)
     running.wait_holding("not finite")
-    fake_engine(tmp_path / "engine")
+    fake_engine(running.engine)
     running.wait_chunks(10)
     assert not running.moving, "only the operator takes the latch back"
     assert running.trigger("reset").success and running.trigger("start").success
     running.wait_moving()
 
 
-def test_action_beyond_the_limits_is_slowed(running: World, tmp_path: Path) -> None:
-    fake_engine(tmp_path / "engine", action=[30.0, 40.0, 0.0, 0.0, 0.0, 0.0, 1.0])
+def test_action_beyond_the_limits_is_slowed(running: World) -> None:
+    fake_engine(running.engine, action=[30.0, 40.0, 0.0, 0.0, 0.0, 0.0, 1.0])
     running.wait(lambda: 0.0 in running.gripper[-1:], "the new action")
     running.wait_moving()
     twist = running.twists[-1][1].twist.linear

@@ -116,7 +116,7 @@ class World:
     def __init__(self, domain: int, rate_hz: float | None = 20.0, use_sim_time: bool = False) -> None:
         self.domain = domain
         self.sensors = Sensors()
-        self.log = Path(os.devnull)
+        self.engine = self.log = Path(os.devnull)
         self.chunks: list[ActionChunk] = []
         self.twists: list[tuple[float, TwistStamped]] = []
         self.gripper: list[float] = []
