@@ -37,7 +37,7 @@ _KIND = "demonstrations"
 _EXPERT_SHARE = 0.25
 
 # A task's simulator takes a second to load: each task keeps it for so many episodes.
-_BLOCK = 4
+_BLOCK = 8
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def failure_path(out: Path, index: int) -> Path:
 
 
 def task_of(index: int, tasks: tuple[str, ...]) -> str:
-    """Tasks take turns in blocks of four episodes."""
+    """Tasks take turns in blocks of eight episodes."""
     return tasks[index // _BLOCK % len(tasks)]
 
 

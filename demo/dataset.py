@@ -8,7 +8,7 @@ the image the target is, `seen_at` float32 [T, I, 2]. The metadata name the I in
 
 import io
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +46,11 @@ class Demonstrations:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def to(self, device: torch.device) -> "Demonstrations":
+        """The same with all tensors on `device`."""
+        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **moved)
 
 
 def load_demonstrations(folders: list[Path]) -> Demonstrations:

@@ -10,31 +10,36 @@ published OpenVLA layout.
 import argparse
 import json
 import math
+import shutil
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from calibrator.policy.loading import save_policy
+from calibrator.policy.loading import load_policy, save_policy
 from calibrator.policy.model import OpenVLA
 from demo.dataset import Demonstrations, load_demonstrations, percentiles
 from demo.tokenizer import ACTION_BINS, save_tokenizer
 from vla_policy.core import cli
 from vla_policy.core.actions import ActionCodec
-from vla_policy.core.errors import ArtefactError
-from vla_policy.core.files import atomic_path
+from vla_policy.core.errors import ArtefactError, DataError
+from vla_policy.core.files import atomic_path, sha256_policy
 from vla_policy.core.policy_config import PolicyConfig
 from vla_policy.core.prompt import PromptTokenizer
 
+_CPU = torch.device("cpu")
+# On CPUs the fused attention's backward pass takes half of all time; at these lengths plain products do not.
+_ATTENTION = {"cpu": [SDPBackend.MATH], "cuda": [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]}
 _STATE_NAMES = ["x", "y", "z", "gripper_width", "gripper_velocity"]
 
 
@@ -43,12 +48,12 @@ class Recipe:
     """Everything that shapes the training, so that a checkpoint of another recipe is refused."""
 
     seed: int = 0
-    samples: int = 160_000
-    batch: int = 64
-    alternatives: int = 64
-    learning_rate: float = 8e-4
+    samples: int = 1_000_000
+    batch: int = 512
+    alternatives: int = 512
+    learning_rate: float = 1e-3
     weight_decay: float = 0.05
-    warmup_steps: int = 150
+    warmup_steps: int = 200
     fall_fraction: float = 0.35
     ema_decay: float = 0.998
     target_sigma_bins: float = 2.0
@@ -64,6 +69,19 @@ class Recipe:
     @property
     def steps(self) -> int:
         return self.samples // self.batch
+
+    def but(self, changes: Sequence[str]) -> "Recipe":
+        """This recipe with `changes`, each NAME=VALUE. Raises DataError naming what cannot be changed so."""
+        values: dict[str, int | float] = {}
+        for change in changes:
+            name, _, text = change.partition("=")
+            if name not in self.__dataclass_fields__:
+                raise DataError(f"--set {change}: unknown; choose from: {', '.join(self.__dataclass_fields__)}")
+            try:
+                values[name] = type(getattr(self, name))(text)
+            except ValueError as error:
+                raise DataError(f"--set {change}: expected a number like {getattr(self, name)}") from error
+        return replace(self, **values)  # type: ignore[arg-type]
 
 
 def policy_config(data: Demonstrations, recipe: Recipe, key: str, steps_per_action: int, vocab: int) -> PolicyConfig:
@@ -156,56 +174,101 @@ class Batch(NamedTuple):
     where: Tensor
 
 
-class Batches:
-    """Random augmented batches, a function of seed and step alone so that a resumed run sees the same ones."""
+@dataclass(frozen=True)
+class Prompts:
+    """Every instruction's prompt as ids [C, L], padded at the right, with `lengths` [C]; the state's places are open.
 
-    def __init__(self, data: Demonstrations, config: PolicyConfig, folder: Path, recipe: Recipe, key: str) -> None:
-        self.data, self.config, self.recipe = data, config, recipe
-        self.tokenizer = PromptTokenizer(folder, config, key)
-        self.codec = ActionCodec.of(config, key)
-        self.tokens = torch.from_numpy(self.codec.action_to_tokens(data.actions.numpy()))
-        self.aux_mean, self.aux_std = data.aux.mean(0), data.aux.std(0) + 1e-3
-        self.alternatives = recipe.alternatives if len(data.actions) > len(data) else 0
-        self.after = torch.cat([data.own[1:], torch.tensor([len(data.actions)])])
+    The prompt is the robot's own (`PromptTokenizer`), taken apart once so that a batch is filled in without a loop.
+    """
+
+    ids: Tensor
+    lengths: Tensor
+    low: Tensor
+    high: Tensor
+    edges: Tensor
+    token_vocab: int
+
+    @staticmethod
+    def of(tokenizer: PromptTokenizer, config: PolicyConfig, key: str, instructions: tuple[str, ...]) -> "Prompts":
         proprio = config.stats(key).proprio
         assert proprio is not None, "demo policies take the state"
-        self.state_span = torch.tensor(proprio.q99) - torch.tensor(proprio.q01)
-        self.statistics = [torch.tensor([v for t in config.towers for v in getattr(t, n)]) for n in ("mean", "std")]
-        asked = data.instruction[data.own]
+        low, high = (torch.tensor(limits, dtype=torch.float64) for limits in (proprio.q01, proprio.q99))
+        rows = [torch.from_numpy(tokenizer.encode(text, low.numpy())) for text in instructions]
+        return Prompts(
+            ids=nn.utils.rnn.pad_sequence(rows, batch_first=True),
+            lengths=torch.tensor([len(row) for row in rows]),
+            low=low,
+            high=high,
+            edges=torch.linspace(-1, 1, config.n_action_bins, dtype=torch.float64),
+            token_vocab=config.token_vocab,
+        )
+
+    def to(self, device: torch.device) -> "Prompts":
+        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **moved)
+
+    def encode(self, instruction: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Ids [R, L] and their lengths [R] of instructions [R] (numbers) with states [R, S]."""
+        ids, lengths = self.ids[instruction].clone(), self.lengths[instruction]
+        values = (2 * (states.double() - self.low) / (self.high - self.low) - 1).clamp(-1, 1)
+        count = states.shape[1]
+        # The state's bins stand right before the empty token that ends the prompt.
+        places = lengths[:, None] - 1 - count + torch.arange(count, device=ids.device)
+        return ids.scatter_(1, places, self.token_vocab - torch.bucketize(values, self.edges, right=True)), lengths
+
+
+class Batches:
+    """Random augmented batches, a function of seed, step and kind of device alone: a resumed run sees the same ones.
+
+    The data live on the device that trains, and batches are made there.
+    """
+
+    def __init__(
+        self,
+        data: Demonstrations,
+        config: PolicyConfig,
+        folder: Path,
+        recipe: Recipe,
+        key: str,
+        device: torch.device = _CPU,
+    ) -> None:
+        tokens = torch.from_numpy(ActionCodec.of(config, key).action_to_tokens(data.actions.numpy()))
+        self.data, self.recipe, self.device, self.tokens = data.to(device), recipe, device, tokens.to(device)
+        self.prompts = Prompts.of(PromptTokenizer(folder, config, key), config, key, data.instructions).to(device)
+        self.aux_mean, self.aux_std = self.data.aux.mean(0), self.data.aux.std(0) + 1e-3
+        self.alternatives = recipe.alternatives if len(data.actions) > len(data) else 0
+        self.after = torch.cat([data.own[1:], torch.tensor([len(data.actions)])]).to(device)
+        self.state_span = (self.prompts.high - self.prompts.low).float()
+        self.statistics = [
+            torch.tensor([v for t in config.towers for v in getattr(t, n)], device=device) for n in ("mean", "std")
+        ]
+        asked = self.data.instruction[self.data.own]
         self.weights = (1.0 / torch.bincount(asked, minlength=len(data.instructions)).double())[asked]
-        # One sequence length for all batches: compiled code is specialised for it.
-        self.length = max(len(self.tokenizer.encode(text, data.states[0].numpy())) for text in data.instructions)
 
     def __call__(self, step: int) -> Batch:
         """The batch of step `step`."""
-        random = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + step)
+        random = torch.Generator(self.device).manual_seed(self.recipe.seed * 1_000_003 + step)
         frames = torch.multinomial(self.weights, self.recipe.batch, replacement=True, generator=random)
         pixels, shift = self._augment(self.data.images[frames], random)
         side = self.recipe.image_size // self.recipe.patch_size
         where = patch_shares(self.data.seen_at[frames] - shift[:, None], side)
         answers, places = self._answers(frames, random)
-        noise = torch.randn(len(answers), len(_STATE_NAMES), generator=random) * self.recipe.state_noise
-        states = (self.data.states[frames[places]] + noise * self.state_span).numpy()
-        prompts = [
-            self.tokenizer.encode(self.data.instructions[instruction], state)
-            for instruction, state in zip(self.data.instruction[answers].tolist(), states, strict=True)
-        ]
-        lengths = torch.tensor([len(prompt) for prompt in prompts])
-        ids = torch.zeros(len(prompts), self.length, dtype=torch.long)
-        for row, prompt in zip(ids, prompts, strict=True):
-            row[: len(prompt)] = torch.from_numpy(prompt)
+        states = self.data.states[frames[places]]
+        noise = torch.randn(states.shape, generator=random, device=self.device) * self.recipe.state_noise
+        ids, lengths = self.prompts.encode(self.data.instruction[answers], states + noise * self.state_span)
         aux = (self.data.aux[answers] - self.aux_mean) / self.aux_std
         return Batch(pixels, places, ids, lengths, self.tokens[answers], aux, where)
 
     def _answers(self, frames: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
         """The frames' own answers, then others drawn from theirs; with each its place in `frames`."""
-        own, places = self.data.own[frames], torch.arange(len(frames))
+        own, places = self.data.own[frames], torch.arange(len(frames), device=self.device)
         counts = self.after[frames] - own - 1
         if not self.alternatives or not counts.any():
             return own, places
         of_others = places.repeat_interleave(counts)
-        nth = torch.arange(len(of_others)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
-        drawn = torch.randint(len(of_others), (self.alternatives,), generator=random)
+        starts = (counts.cumsum(0) - counts).repeat_interleave(counts)
+        nth = torch.arange(len(of_others), device=self.device) - starts
+        drawn = torch.randint(len(of_others), (self.alternatives,), generator=random, device=self.device)
         others = of_others[drawn]
         return torch.cat([own, own[others] + 1 + nth[drawn]]), torch.cat([places, others])
 
@@ -214,19 +277,21 @@ class Batches:
 
         Also returns the shifts [B, 2] to the left and up, as a share of the image.
         """
+
+        def uniform(*shape: int) -> Tensor:
+            return 2 * torch.rand(len(images), *shape, generator=random, device=self.device) - 1
+
         size, margin, count = images.shape[1], self.recipe.shift_pixels, len(images)
-        padded = functional.pad(images.permute(0, 3, 1, 2).float() / 255, [margin] * 4, mode="replicate")
-        offsets = torch.randint(0, 2 * margin + 1, (count, 2), generator=random)
-        shifted = torch.stack(
-            [image[:, y : y + size, x : x + size] for image, (x, y) in zip(padded, offsets.tolist(), strict=True)]
-        )
+        shift = torch.randint(-margin, margin + 1, (count, 2), generator=random, device=self.device)
+        columns, rows = ((torch.arange(size, device=self.device) + offset[:, None]).clamp(0, size - 1)
+                         for offset in shift.T)  # fmt: skip
+        each = torch.arange(count, device=self.device)[:, None, None]
+        shifted = images[each, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).float() / 255
         mean = shifted.mean((1, 2, 3), keepdim=True)
-        contrast = 1 + 0.2 * (2 * torch.rand(count, 1, 1, 1, generator=random) - 1)
-        colour = 1 + 0.1 * (2 * torch.rand(count, 3, 1, 1, generator=random) - 1)
-        brightness = 0.1 * (2 * torch.rand(count, 1, 1, 1, generator=random) - 1)
-        jittered = (((shifted - mean) * contrast + mean) * colour + brightness).clamp(0, 1)
+        contrasted = (shifted - mean) * (1 + 0.2 * uniform(1, 1, 1)) + mean
+        jittered = (contrasted * (1 + 0.1 * uniform(3, 1, 1)) + 0.1 * uniform(1, 1, 1)).clamp(0, 1)
         means, deviations = (values.view(1, 6, 1, 1) for values in self.statistics)
-        return (jittered.repeat(1, 2, 1, 1) - means) / deviations, (offsets - margin) / size
+        return (jittered.repeat(1, 2, 1, 1) - means) / deviations, shift / size
 
 
 def patch_shares(seen_at: Tensor, side: int) -> Tensor:
@@ -236,14 +301,14 @@ def patch_shares(seen_at: Tensor, side: int) -> Tensor:
     """
     known = seen_at.isfinite().all(-1)
     places = (seen_at.nan_to_num() * side - 0.5).clamp(0, side - 1)
-    hats = (1 - (places[..., None] - torch.arange(side)).abs()).clamp_min(0)  # [B, C, 2, side]
+    hats = (1 - (places[..., None] - torch.arange(side, device=places.device)).abs()).clamp_min(0)  # [B, C, 2, side]
     shares = hats[:, :, 1, :, None] * hats[:, :, 0, None, :] * known[..., None, None]
     return shares.flatten(2).transpose(1, 2)
 
 
 def soft_targets(tokens: Tensor, first: int, sigma: float) -> Tensor:
     """[B, K, 256]: a normal distribution over the action bins, centred on the label."""
-    distance = torch.arange(ACTION_BINS) - (tokens - first)[..., None]
+    distance = torch.arange(ACTION_BINS, device=tokens.device) - (tokens - first)[..., None]
     return torch.softmax(-0.5 * (distance / sigma) ** 2, dim=-1)
 
 
@@ -256,17 +321,17 @@ class Readouts(nn.Module):
         self.position = nn.Linear(width, 6)
 
 
-def loss(policy: OpenVLA, readouts: Readouts, batch: Batch, recipe: Recipe) -> tuple[Tensor, dict[str, float]]:
+def loss(policy: OpenVLA, readouts: Readouts, batch: Batch, recipe: Recipe) -> tuple[Tensor, dict[str, Tensor]]:
     """Cross-entropy over the whole vocabulary at the K predicting positions, plus the auxiliary errors."""
     count = batch.tokens.shape[1]
     # The action tokens go right after each prompt; whatever padding follows is never attended to.
-    rows = torch.arange(len(batch.ids))[:, None]
+    rows, following = torch.arange(len(batch.ids), device=batch.ids.device)[:, None], batch.lengths[:, None]
+    following = following + torch.arange(count, device=batch.ids.device)
     sequence = functional.pad(batch.ids, (0, count - 1))
-    sequence[rows, batch.lengths[:, None] + torch.arange(count - 1)] = batch.tokens[:, :-1]
+    sequence[rows, following[:, :-1]] = batch.tokens[:, :-1]
     patches = policy.patches(batch.pixels)
     hidden = policy.hidden(policy.embed(sequence, patches[batch.image]))
-    predicting = policy.config.num_patches + batch.lengths[:, None] - 1 + torch.arange(count)
-    states = hidden[rows, predicting]
+    states = hidden[rows, policy.config.num_patches + following - 1]
     log_probabilities = policy.language_model.lm_head(states).float().log_softmax(-1)
     first = policy.config.token_vocab - ACTION_BINS
     targets = soft_targets(batch.tokens, first, recipe.target_sigma_bins)
@@ -277,19 +342,21 @@ def loss(policy: OpenVLA, readouts: Readouts, batch: Batch, recipe: Recipe) -> t
     picked = log_probabilities[..., first : policy.config.token_vocab].argmax(-1) + first
     error = (picked - batch.tokens).abs().float().mean()
     return action + recipe.position_weight * position + recipe.search_weight * search, {
-        "action": action.item(),
-        "position": position.item(),
-        "search": search.item(),
-        "bins": error.item(),
+        "action": action.detach(),
+        "position": position.detach(),
+        "search": search.detach(),
+        "bins": error,
     }
 
 
 class Run:
     """Model, readouts, optimiser and averaged weights, saved and restored together."""
 
-    def __init__(self, policy: OpenVLA, recipe: Recipe, instructions: int, checkpoint: Path) -> None:
-        self.policy, self.recipe, self.checkpoint = policy, recipe, checkpoint
-        self.readouts = Readouts(recipe.width, instructions)
+    def __init__(
+        self, policy: OpenVLA, recipe: Recipe, instructions: int, checkpoint: Path, device: torch.device = _CPU
+    ) -> None:
+        self.policy, self.recipe, self.checkpoint, self.device = policy.to(device), recipe, checkpoint, device
+        self.readouts = Readouts(policy.config.text.hidden_size, instructions).to(device)
         self.modules = nn.ModuleDict({"policy": policy, "readouts": self.readouts})
         self.parameters = dict(self.modules.named_parameters())
         decayed = [p for p in self.parameters.values() if p.ndim > 1]
@@ -298,7 +365,10 @@ class Run:
             [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": plain, "weight_decay": 0.0}],
             lr=recipe.learning_rate,
             betas=(0.9, 0.95),
+            fused=True,
         )
+        # A CPU without bfloat16 products emulates them many times slower than it computes in float32.
+        self.reduced = device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
         self.average = {name: p.detach().clone() for name, p in self.parameters.items()}
         self.step = 0
 
@@ -309,12 +379,12 @@ class Run:
         fall = (recipe.steps - self.step) / (recipe.fall_fraction * recipe.steps)
         return recipe.learning_rate * max(0.02, min(1.0, warm, fall))
 
-    def advance(self, batch: Batch) -> dict[str, float]:
-        """One optimiser step; returns the losses."""
+    def advance(self, batch: Batch) -> dict[str, Tensor]:
+        """One optimiser step; returns the losses, on the device."""
         for group in self.optimiser.param_groups:
             group["lr"] = self.learning_rate()
-        # On CPUs the fused attention's backward pass takes half of all time; at these lengths plain products do not.
-        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+        arithmetic = torch.autocast(self.device.type, torch.bfloat16, enabled=self.reduced)
+        with arithmetic, sdpa_kernel(_ATTENTION[self.device.type]):
             total, figures = loss(self.policy, self.readouts, batch, self.recipe)
         total.backward()
         nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
@@ -322,9 +392,7 @@ class Run:
         self.optimiser.zero_grad(set_to_none=True)
         self.step += 1
         decay = min(self.recipe.ema_decay, self.step / (self.step + 10))
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                self.average[name].lerp_(parameter, 1 - decay)
+        get_ema_multi_avg_fn(decay)(list(self.average.values()), list(self.parameters.values()), None)
         return figures
 
     def save(self) -> None:
@@ -353,7 +421,7 @@ class Run:
             raise ArtefactError(
                 f"{self.checkpoint}: made with another recipe ({', '.join(differing)}); remove it or undo"
             )
-        tensors = load_file(self.checkpoint)
+        tensors = load_file(self.checkpoint, device=str(self.device))
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(tensors[f"weight.{name}"])
@@ -365,51 +433,91 @@ class Run:
 
     def averaged_policy(self) -> OpenVLA:
         """The policy with the averaged weights."""
-        averaged = OpenVLA(self.policy.config)
+        averaged = OpenVLA(self.policy.config).to(self.device)
         state = {n.removeprefix("policy."): t for n, t in self.average.items() if n.startswith("policy.")}
         averaged.load_state_dict(state, strict=True)
         return averaged
 
 
-def train(data_folders: list[Path], out: Path, key: str, steps_per_action: int, recipe: Recipe) -> None:
-    """Trains on all episodes in `data_folders` and writes the policy folder `out`; resumes from `out`.work."""
+def compile_blocks(policy: OpenVLA) -> None:
+    """Compiles the transformer blocks in place: equal ones share their code, so this takes seconds, not minutes."""
+    towers = (policy.vision_backbone.featurizer, policy.vision_backbone.fused_featurizer)
+    for block in [b for tower in towers for b in tower.blocks] + list(policy.language_model.model.layers):
+        block.compile(dynamic=False)
+
+
+def fresh_policy(data: Demonstrations, recipe: Recipe, key: str, steps_per_action: int, tokenizer: Path) -> OpenVLA:
+    """An untrained policy for `data`; writes its tokenizer."""
+    vocab = save_tokenizer(data.instructions, tokenizer)
+    torch.manual_seed(recipe.seed)
+    policy = OpenVLA(policy_config(data, recipe, key, steps_per_action, vocab))
+    initialise(policy)
+    return policy
+
+
+def train(
+    data_folders: list[Path],
+    out: Path,
+    key: str,
+    steps_per_action: int,
+    recipe: Recipe,
+    device: torch.device = _CPU,
+    initial: Path | None = None,
+) -> None:
+    """Trains on all episodes in `data_folders` and writes the policy folder `out`; resumes from `out`.work.
+
+    initial: a policy whose weights, statistics and tokenizer training starts from, e.g. after its own rollouts were
+    labelled (DAgger).
+    """
     work = out.with_name(out.name + ".work")
     work.mkdir(parents=True, exist_ok=True)
     data = load_demonstrations(data_folders)
-    vocab = save_tokenizer(data.instructions, work / "tokenizer.json")
-    config = policy_config(data, recipe, key, steps_per_action, vocab)
-    torch.manual_seed(recipe.seed)
-    policy = OpenVLA(config)
-    initialise(policy)
-    run = Run(policy, recipe, len(data.instructions), work / "checkpoint.safetensors")
+    tokenizer = work / "tokenizer.json"
+    if initial is None:
+        policy = fresh_policy(data, recipe, key, steps_per_action, tokenizer)
+    else:
+        policy = load_policy(initial).requires_grad_(True)
+        shutil.copyfile(initial / tokenizer.name, tokenizer)
+    run = Run(policy, recipe, len(data.instructions), work / "checkpoint.safetensors", device)
     run.restore()
-    for module in (policy.vision_backbone, policy.projector, policy.language_model.model):
-        module.compile(dynamic=False)  # 1.5 times the samples per second on one core; needs a C++ compiler
-    batches = Batches(data, config, work, recipe, key)
+    compile_blocks(policy)  # half as many samples again per second on one core; needs a C++ compiler
+    batches = Batches(data, policy.config, work, recipe, key, device)
     print(
         f"{data.episodes} episodes, {len(data)} decisions, {len(data.instructions)} tasks; "
         f"step {run.step} of {recipe.steps}"
     )
     started = time.monotonic()
-    recent: list[dict[str, float]] = []
-    progress = tqdm(total=recipe.steps, initial=run.step, unit="step", mininterval=5)
-    while run.step < recipe.steps:
-        recent = [*recent[-49:], run.advance(batches(run.step))]
-        progress.update()
-        if run.step % 50 == 0:
-            progress.set_postfix(
-                {name: f"{np.mean([r[name] for r in recent]):.3f}" for name in recent[0]}, refresh=False
-            )
-        if run.step % 250 == 0:
-            run.save()
-    run.save()
+    first = run.step
+    final = advance_to_end(run, batches)
     record = asdict(recipe) | {
-        "seconds_this_session": round(time.monotonic() - started),
-        "threads": torch.get_num_threads(),
-        "final": {name: float(np.mean([r[name] for r in recent])) for name in recent[0]} if recent else {},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads",
+        "arithmetic": "bfloat16" if run.reduced else "float32",
+        "seconds": round(time.monotonic() - started),
+        "steps_in_these_seconds": run.step - first,
+        "initial": None if initial is None else sha256_policy(initial),
+        "final": final,
     }
-    save_policy(run.averaged_policy(), out, work / "tokenizer.json", {"training": record})
+    save_policy(run.averaged_policy(), out, tokenizer, {"training": record})
     print(f"wrote {out}")
+
+
+def advance_to_end(run: Run, batches: Batches) -> dict[str, float]:
+    """The remaining steps, with a checkpoint now and then; returns the mean losses of the last ones."""
+    recent: list[dict[str, Tensor]] = []
+
+    def means() -> dict[str, float]:
+        return {name: float(torch.stack([r[name] for r in recent]).mean()) for name in recent[0]} if recent else {}
+
+    with tqdm(total=run.recipe.steps, initial=run.step, unit="step", mininterval=5) as progress:
+        while run.step < run.recipe.steps:
+            recent = [*recent[-49:], run.advance(batches(run.step))]
+            progress.update()
+            if run.step % 50 == 0:
+                progress.set_postfix({name: f"{value:.3f}" for name, value in means().items()}, refresh=False)
+            if run.step % 250 == 0:
+                run.save()
+    run.save()
+    return means()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -422,11 +530,30 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--steps-per-action", type=int, required=True, help="simulator steps for which an action is held"
     )
-    parser.add_argument("--samples", type=int, default=Recipe.samples, help="training samples seen in all")
+    parser.add_argument("--initial", type=Path, metavar="POLICY_DIR", help="policy to start from instead of afresh")
+    parser.add_argument("--samples", type=int, default=Recipe.samples, help="images seen in all")
+    parser.add_argument("--device", type=torch.device, default=_CPU, help="cpu or cuda")
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE",
+        help=f"further settings, by default {', '.join(f'{k}={v}' for k, v in asdict(Recipe()).items())}",
+    )
     parser.add_argument("--seed", type=int, default=Recipe.seed)
     arguments = parser.parse_args(argv)
-    recipe = Recipe(samples=arguments.samples, seed=arguments.seed)
-    train(arguments.data, arguments.out, arguments.key, arguments.steps_per_action, recipe)
+    if arguments.device.type == "cuda" and not torch.cuda.is_available():
+        raise DataError("--device cuda: torch sees no GPU here")
+    recipe = Recipe(samples=arguments.samples, seed=arguments.seed).but(arguments.set)
+    train(
+        arguments.data,
+        arguments.out,
+        arguments.key,
+        arguments.steps_per_action,
+        recipe,
+        arguments.device,
+        arguments.initial,
+    )
     return 0
 
 

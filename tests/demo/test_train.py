@@ -1,18 +1,23 @@
 """Training data and training: answers keep their image and instruction, runs continue exactly, instructions matter."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.numpy import save_file
+from safetensors.torch import load_file
 
 from calibrator.policy.model import OpenVLA
 from demo.dataset import encode_png, load_demonstrations
 from demo.tokenizer import save_tokenizer
-from demo.train import Batches, Recipe, Run, initialise, patch_shares, policy_config
+from demo.train import Batches, Prompts, Recipe, Run, initialise, patch_shares, policy_config, train
+from vla_policy.core.actions import ActionCodec
 from vla_policy.core.errors import ArtefactError, DataError
+from vla_policy.core.files import sha256_policy
+from vla_policy.core.prompt import PromptTokenizer
 
 RECIPE = Recipe(
     samples=960, batch=8, alternatives=8, warmup_steps=5, learning_rate=3e-3, ema_decay=0.9, shift_pixels=0,
@@ -46,6 +51,12 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def tools(folder: Path, run: Run) -> tuple[PromptTokenizer, ActionCodec]:
+    """The robot's own tokenizer and codec, which batches have to agree with."""
+    config = run.policy.config
+    return PromptTokenizer(folder, config, "toy"), ActionCodec.of(config, "toy")
+
+
 def make(folder: Path) -> tuple[Run, Batches]:
     data = load_demonstrations([folder])
     vocab = save_tokenizer(data.instructions, folder / "tokenizer.json")
@@ -69,18 +80,34 @@ def test_answers_keep_their_image_and_instruction(folder: Path) -> None:
 
 
 def test_a_batch_s_rows_say_what_the_files_say(folder: Path) -> None:
-    _, batches = make(folder)
+    run, batches = make(folder)
+    tokenizer, codec = tools(folder, run)
     batch = batches(3)
     assert batch.image[: RECIPE.batch].tolist() == list(range(RECIPE.batch)) and len(batch.ids) == 16
-    words = [batches.tokenizer.encode(text, np.zeros(5, np.float32)) for text in ASKED]
+    words = [tokenizer.encode(text, np.zeros(5, np.float32)) for text in ASKED]
     differs = int(np.flatnonzero(words[0] != words[1])[0])
     left = batch.ids[:, differs] == int(words[0][differs])
-    codes = batches.codec.action_to_tokens(np.array([[-0.8] * 4, [0.8] * 4], np.float32))
+    codes = codec.action_to_tokens(np.array([[-0.8] * 4, [0.8] * 4], np.float32))
     expected = torch.from_numpy(codes)[torch.where(left, 0, 1)]
     assert left.any() and not left.all()
     assert torch.equal(batch.tokens, expected)
     # An alternative is never the own answer of its image.
     assert (left[RECIPE.batch :] != left[batch.image[RECIPE.batch :]]).all()
+
+
+def test_prompts_are_the_robot_s_own(folder: Path) -> None:
+    """Instructions of different lengths, states inside, at the edges of and far beyond the statistics."""
+    run, _ = make(folder)
+    tokenizer, _ = tools(folder, run)
+    texts = (*ASKED, "now please push it to the very left and hold it there")
+    prompts = Prompts.of(tokenizer, run.policy.config, "toy", texts)
+    low, high = prompts.low.float(), prompts.high.float()
+    shares = torch.cat([torch.rand(40, 5, generator=torch.Generator().manual_seed(0)) * 1.4 - 0.2, torch.eye(5)])
+    states, asked = low + shares * (high - low), torch.arange(len(shares)) % 3
+    ids, lengths = prompts.encode(asked, states)
+    for row, length, text, state in zip(ids, lengths, asked, states, strict=True):
+        expected = tokenizer.encode(texts[text], state.numpy())
+        assert row[:length].tolist() == expected.tolist() and not row[length:].any()
 
 
 @pytest.mark.parametrize(("x", "y"), [(0.375, 0.625), (0.5, 0.5), (0.41, 0.83), (-0.2, 1.3), (0.01, 0.99)])
@@ -149,10 +176,40 @@ def test_the_trained_policy_obeys_the_instruction(folder: Path) -> None:
         run.advance(batches(step))
     policy, data = run.averaged_policy(), batches.data
     pixels = batches(0).pixels[:1]
+    tokenizer, codec = tools(folder, run)
     for instruction, value in zip(data.instructions, (-0.8, 0.8), strict=True):
-        ids = torch.from_numpy(batches.tokenizer.encode(instruction, data.states[0].numpy()))[None]
-        action = batches.codec.tokens_to_action(policy.generate(pixels, ids, 4)[0].numpy())
+        ids = torch.from_numpy(tokenizer.encode(instruction, data.states[0].numpy()))[None]
+        action = codec.tokens_to_action(policy.generate(pixels, ids, 4)[0].numpy())
         np.testing.assert_allclose(action, value, atol=0.1)
+
+
+def test_a_policy_s_training_goes_on_from_another_policy(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights, statistics and tokenizer are the first policy's; a learning rate of 0 leaves them as they are."""
+    monkeypatch.setattr("demo.train.compile_blocks", lambda policy: None)  # a minute of a compiler for 2 steps
+    episodes, first, second = tmp_path / "episodes", tmp_path / "first", tmp_path / "second"
+    episodes.mkdir()
+    write_episode(episodes / "000000.safetensors", 5, frames=4)
+    train([folder], first, "toy", 1, replace(RECIPE, samples=16))
+    train([episodes], second, "toy", 1, replace(RECIPE, samples=16, learning_rate=0.0), initial=first)
+    for name in ("config.json", "tokenizer.json"):
+        one, other = (json.loads((path / name).read_text()) for path in (first, second))
+        one.pop("training", None)
+        made = other.pop("training", None)
+        assert one == other
+        assert made is None or made["initial"] == sha256_policy(first)
+    before, after = (load_file(path / "model.safetensors") for path in (first, second))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"), [("depth=3", "unknown; choose from: seed, samples"), ("batch=big", "a number like 8")]
+)
+def test_bad_settings_are_named(change: str, message: str) -> None:
+    assert RECIPE.but(["batch=4", "learning_rate=1e-5"]) == replace(RECIPE, batch=4, learning_rate=1e-5)
+    with pytest.raises(DataError, match=f"{change}: .*{message}"):
+        RECIPE.but([change])
 
 
 @pytest.mark.parametrize(
