@@ -62,7 +62,8 @@ def _add_sensitivity(parser: argparse.ArgumentParser) -> None:
         help="screened: exact only where the allocation is undecided, corrected first-order scores elsewhere",
     )
     parser.add_argument("--targets", type=float, nargs="+", default=[3.0, 4.0, 6.0], help="screened: average bits")
-    parser.add_argument("--tolerance", type=float, default=0.005, help="screened: expected regret, part of the score")
+    parser.add_argument("--tolerance", type=float, default=0.01, help="screened: accepted regret, part of the score")
+    parser.add_argument("--confidence", type=float, default=0.95, help="screened: probability that it is kept")
     parser.add_argument("--pilot", type=int, default=2, help="screened: states evaluated before anything is known")
     parser.add_argument("--cap", type=float, default=0.1, help="screened: largest part of all exact evaluations")
     parser.add_argument("--executor", choices=("local", "ray"), default="local")
@@ -131,7 +132,7 @@ def _sensitivity(args: argparse.Namespace) -> int:
         unnorm_key=args.unnorm_key,
     )
     spec = SweepSpec(str(args.policy), str(args.calibration), settings, args.batch_size, args.device)
-    screen = ScreenSettings(tuple(args.targets), args.tolerance, args.pilot, args.cap)
+    screen = ScreenSettings(tuple(args.targets), args.tolerance, args.confidence, args.pilot, args.cap)
     options = RunOptions(
         executor=args.executor,
         ray_address=args.ray_address,
@@ -148,9 +149,10 @@ def _sensitivity(args: argparse.Namespace) -> int:
     print(f"most fragile at {low} bits: " + ", ".join(f"{unit.name} {unit.omega[low]:.3f}" for unit in worst))
     if args.mode == "screened":
         facts = result.meta["screening"]
-        regret = ", ".join(f"{100 * value:.2g} % at {key}" for key, value in facts["stop"]["expected_regret"].items())
+        bounds = {key: 100 * one["bound"] for key, one in facts["stop"]["regret"].items()}
+        regret = ", ".join(f"{bound:.2g} % at {key}" for key, bound in bounds.items())
         print(f"{facts['evaluations']} of {facts['exhaustive_evaluations']} evaluations; {facts['stop']['reason']}")
-        print(f"expected regret of the plan by average bits: {regret}")
+        print(f"regret of the plan by average bits, with probability {facts['confidence']:g} at most: {regret}")
     if result.meta["inversions"]:
         count = len(result.meta["inversions"])
         print(f"note: {count} times more bits scored worse than fewer; use more states if it matters")

@@ -23,10 +23,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from calibrator.evidence import BOUNDARIES, evidence_map
 from calibrator.passes import mean_log_likelihood, run_from_vision
 from calibrator.policy import OpenVLA
-from calibrator.quantization import quantize_input, quantize_weight
-from calibrator.sweep import Sweep
+from calibrator.quantization import find_layer, quantize_input, quantize_weight
+from calibrator.sweep import Sweep, macs_per_action
 from vla_policy.core.actions import ActionCodec
 from vla_policy.core.formats import Format
+
+_KEPT_BYTES = 2 << 30
 
 
 @dataclass(frozen=True)
@@ -59,12 +61,32 @@ def first_order(sweep: Sweep, units: Sequence[str], evidence: bool) -> list[Firs
     }
     for samples in sweep.states.split(range(count)):
         columns = list(samples)
-        for unit, layer in _tap(sweep, samples, units, evidence).items():
-            for row, width in enumerate(bits):
-                action, mass = layer.estimate(sweep.settings.format_of(width))
-                found[unit].action[row, columns] = action.double().cpu()
-                found[unit].mass[row, columns] = mass.double().cpu()
+        for members in _shares(sweep, units, len(samples)):
+            for unit, layer in _tap(sweep, samples, members, evidence).items():
+                for row, width in enumerate(bits):
+                    action, mass = layer.estimate(sweep.settings.format_of(width))
+                    found[unit].action[row, columns] = action.double().cpu()
+                    found[unit].mass[row, columns] = mass.double().cpu()
     return list(found.values())
+
+
+def _shares(sweep: Sweep, units: Sequence[str], states: int) -> Iterator[list[str]]:
+    """`units` in runs whose kept tensors fit `_KEPT_BYTES`: what a pass keeps must not grow with their number."""
+    policy = sweep.policy
+    macs = macs_per_action(policy, sweep.states.mean_prompt_tokens, sweep.states.codec.dim)
+    members: list[str] = []
+    kept = 0.0
+    for unit in units:
+        weight = find_layer(policy, unit).weight
+        tokens = macs[unit] / weight.numel() * states
+        # Of input and output each: the values, the gradient, and one slope per boundary.
+        size = tokens * (len(weight) + weight[0].numel()) * (2 + len(BOUNDARIES)) * weight.itemsize
+        if members and kept + size > _KEPT_BYTES:
+            yield members
+            members, kept = [], 0.0
+        members.append(unit)
+        kept += size
+    yield members
 
 
 @dataclass(frozen=True)
@@ -119,11 +141,11 @@ def _tap(sweep: Sweep, samples: tuple[int, ...], units: Sequence[str], evidence:
         vision = policy.vision_backbone(batch.pixel_values.detach().requires_grad_())
         run = run_from_vision(policy, batch, vision, sweep.block)
         points = [outputs[unit] for unit in units]
-        action = [
-            _token_rows_of_all(torch.autograd.grad(value.sum(), points, retain_graph=True))
-            for value in expected_action(run.logits, sweep.states.codec).unbind(1)
-        ]
-        gains = [sum(rows.float().square().sum(1) for rows in layer) for layer in zip(*action, strict=True)]
+        gains = [point.new_zeros((), dtype=torch.float32) for point in points]
+        for value in expected_action(run.logits, sweep.states.codec).unbind(1):
+            # Reduced at once: only one dimension's gradients are held at a time.
+            rows = _token_rows_of_all(torch.autograd.grad(value.sum(), points, retain_graph=True))
+            gains = [gain + row.float().square().sum(1) for gain, row in zip(gains, rows, strict=True)]
         arriving: dict[str, Tensor] = {}
         slopes: list[list[Tensor]] = []
         behind = [unit for unit in units if evidence and not unit.startswith("vision_backbone.")]

@@ -8,13 +8,13 @@ Exact evaluations measure what P misses,
 with ln c normal over layers, correlated over widths, and e of a variance that belongs to the width and the layer; all
 of it estimated from what has been evaluated. The posterior of a pair's phase means (Eq. (12)) is drawn: evaluated
 states are what they are, the others are predicted. Every draw gives Omega and Omega_tau and its own best plan; how
-much worse the plan in hand is there, on average over draws, is the expected regret. The pairs that cause most of it
-are evaluated on more states until it is below the tolerance at every target, or the cap on evaluations is reached;
-which of the two is recorded. States come in one order for all layers, so that they share passes.
+much worse the plan in hand is there is the regret of that draw. The pairs that cause most of it are evaluated on more
+states until the regret is within the tolerance in nearly all draws at every target, or the cap on evaluations is
+reached; which of the two is recorded. States come in one order for all layers, so that they share passes.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -32,15 +32,26 @@ _TINY = 1e-30
 
 @dataclass(frozen=True)
 class ScreenSettings:
-    """targets: average bits of the plans that must be right. tolerance: accepted expected regret, part of the plan's
-    score. pilot: states on which layers are evaluated before anything is known. cap: largest part of all evaluations.
+    """targets: average bits of the plans that must be right. tolerance: accepted regret, as a part of the plan's
+    score; confidence: probability with which it is kept. pilot: states on which layers are evaluated before anything is
+    known. cap: largest part of all evaluations. Raises BudgetError for values outside their ranges.
     """
 
     targets: tuple[float, ...] = (3.0, 4.0, 6.0)
-    tolerance: float = 0.005
+    tolerance: float = 0.01
+    confidence: float = 0.95
     pilot: int = 2
     cap: float = 0.1
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.pilot < 2:
+            raise BudgetError(f"--pilot {self.pilot}: at least 2 states are needed to see how much states differ")
+        if not (self.tolerance >= 0 and 0 < self.confidence < 1 and 0 < self.cap <= 1):
+            raise BudgetError(
+                f"--tolerance {self.tolerance}, --confidence {self.confidence}, --cap {self.cap}: expected "
+                "tolerance >= 0, confidence in (0, 1), cap in (0, 1]"
+            )
 
 
 @dataclass(frozen=True)
@@ -58,6 +69,15 @@ class ScreenProblem:
     phases: np.ndarray
     alpha: float
     beta: float
+
+
+@dataclass(frozen=True)
+class Regret:
+    """How much worse than the best the plan is, as a part of its score: the mean over draws, and what it exceeds in no
+    more draws than the confidence leaves."""
+
+    expected: float
+    bound: float
 
 
 @dataclass(frozen=True)
@@ -99,8 +119,6 @@ class Screen:
     """The evaluations so far, and what follows from them."""
 
     def __init__(self, problem: ScreenProblem, settings: ScreenSettings, evaluate: Evaluate) -> None:
-        if settings.pilot < 2:
-            raise BudgetError(f"--pilot {settings.pilot}: at least 2 states are needed to see how much states differ")
         self.problem = problem
         self.settings = settings
         self._evaluate = evaluate
@@ -145,12 +163,16 @@ class Screen:
         rounds: list[dict[str, Any]] = []
         while True:
             omega, omega_tau = self._draw()
-            regret, blame = self._regret(self.problem.alpha * omega + self.problem.beta * omega_tau)
-            rounds.append({"evaluations": self.evaluations, "expected_regret": regret})
-            if max(regret.values()) <= self.settings.tolerance:
-                reason = "expected regret within tolerance at every target"
+            scores = self.problem.alpha * omega + self.problem.beta * omega_tau
+            regret, blame = self._regret(scores)
+            shown = {key: asdict(one) for key, one in regret.items()}
+            rounds.append({"evaluations": self.evaluations, "regret": shown})
+            if max(one.bound for one in regret.values()) <= self.settings.tolerance:
+                reason = "regret within tolerance at every target"
                 break
-            wanted = self._most_blamed(blame, limit - self.evaluations, step)
+            room = limit - self.evaluations
+            # A plan may be in doubt through the multiplier alone, when no pair is to blame: then the least known ones.
+            wanted = self._most_blamed(blame, room, step) or self._most_blamed(scores.var(0), room, step)
             if not wanted:
                 reason = "cap on evaluations reached"
                 break
@@ -158,6 +180,7 @@ class Screen:
         record = {
             "targets": list(self.settings.targets),
             "tolerance": self.settings.tolerance,
+            "confidence": self.settings.confidence,
             "pilot_states": self.settings.pilot,
             "cap": self.settings.cap,
             "seed": self.settings.seed,
@@ -165,7 +188,7 @@ class Screen:
             "exhaustive_evaluations": self.losses.size,
             "rounds": rounds,
             "overdispersion": self.overdispersion,
-            "stop": {"reason": reason, "expected_regret": rounds[-1]["expected_regret"], "draws": _DRAWS},
+            "stop": {"reason": reason, "regret": shown, "draws": _DRAWS},
         }
         return ScreenResult(self.losses, omega.mean(0), omega_tau.mean(0), omega.std(0), record)
 
@@ -196,8 +219,8 @@ class Screen:
         )
         return means @ (sizes / sizes.sum()), means.max(-1)
 
-    def _regret(self, scores: np.ndarray) -> tuple[dict[str, float], np.ndarray]:
-        """Expected regret per target relative to the plan's score, and each unit's and width's part in it [U, B].
+    def _regret(self, scores: np.ndarray) -> tuple[dict[str, Regret], np.ndarray]:
+        """The regret per target relative to the plan's score, and each unit's and width's part in it [U, B].
 
         scores: [draws, U, B]. With a draw's own multiplier per bit, the reduced cost of the plan's width over the best
         one is an upper bound of what the plan loses there (Lagrangian duality); the sum over groups bounds the regret.
@@ -206,7 +229,7 @@ class Screen:
         grouped = np.einsum("tub,ug->tgb", scores, self._members)
         grouped = np.concatenate([grouped, np.zeros((*grouped.shape[:2], 1))], axis=2)
         expected, variance = grouped.mean(0), grouped.var(0)
-        regret: dict[str, float] = {}
+        regret: dict[str, Regret] = {}
         blame = np.zeros_like(expected)
         for target in self.settings.targets:
             budget = target * self.problem.params.sum()
@@ -221,12 +244,14 @@ class Screen:
             part[np.arange(len(plan)), plan] = (lost * share).mean(0)
             for column in range(part.shape[1]):
                 part[:, column] += (lost * (1 - share) * (best == column)).mean(0)
-            regret[f"{target:g}"] = float(lost.sum(1).mean() / value) if value > 0 else 0.0
+            relative = lost.sum(1) / max(value, _TINY)
+            bound = np.quantile(relative, self.settings.confidence)
+            regret[f"{target:g}"] = Regret(float(relative.mean()), float(bound))
             blame = np.maximum(blame, part / max(value, _TINY))
         return regret, blame[self._group, :-1]
 
     def _most_blamed(self, blame: np.ndarray, room: int, step: int) -> set[tuple[int, int]]:
-        """The pairs for the next round, at most a hundredth of all evaluations: the largest parts of the regret."""
+        """The pairs of the next round, those with the largest `blame` [U, B]: at most a hundredth of all evaluations."""
         states = self.losses.shape[2]
         allowed = min(room, max(step, self.losses.size // 100))
         wanted: set[tuple[int, int]] = set()

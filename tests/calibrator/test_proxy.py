@@ -1,10 +1,13 @@
 """First-order scores against exact evaluations where the perturbation is small."""
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 
+from calibrator import proxy
 from calibrator.evidence import BOUNDARIES
 from calibrator.policy import live_units
 from calibrator.proxy import first_order
@@ -49,6 +52,23 @@ def test_states_in_other_batches_give_the_same_estimates(spec: SweepSpec, sweep:
     for one, many in zip(first_order(single, UNITS, True), first_order(sweep, UNITS, True), strict=True):
         np.testing.assert_allclose(one.action, many.action, rtol=1e-3, atol=1e-9)
         np.testing.assert_allclose(one.mass, many.mass, rtol=2e-2, atol=1e-5)
+
+
+def test_what_a_pass_keeps_is_bounded_and_changes_nothing(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = first_order(sweep, UNITS, True)
+    monkeypatch.setattr("calibrator.proxy._KEPT_BYTES", 1)
+    kept: list[int] = []
+    original = proxy._tap
+
+    def counted(sweep: Sweep, samples: tuple[int, ...], units: Sequence[str], evidence: bool) -> Any:
+        kept.append(len(units))
+        return original(sweep, samples, units, evidence)
+
+    monkeypatch.setattr("calibrator.proxy._tap", counted)
+    for one, other in zip(first_order(sweep, UNITS, True), whole, strict=True):
+        np.testing.assert_allclose(one.action, other.action, rtol=1e-4)
+        np.testing.assert_allclose(one.mass, other.mass, rtol=1e-2, atol=1e-6)
+    assert set(kept) == {1} and len(kept) >= len(UNITS)
 
 
 def test_the_action_estimate_orders_widths(sweep: Sweep) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from calibrator.__main__ import main
 from calibrator.allocation import solve
 from calibrator.choices import Budget, Group, Option
-from calibrator.screening import Request, Screen, ScreenProblem, ScreenSettings, state_order
+from calibrator.screening import Request, Screen, ScreenProblem, ScreenSettings, cheapest, state_order
 from calibrator.sensitivity import Sensitivity, load_tensors
 from vla_policy.core.errors import BudgetError
 
@@ -47,14 +48,25 @@ class FakeEvaluator:
 
 
 def score_of(problem: ScreenProblem, scores: np.ndarray, truth: np.ndarray, target: float) -> float:
-    """What the certified plan of one table costs by another."""
+    """What the certified plan of one table costs by another; layers of one group share a width."""
     widths = (*BITS, 16)
-    groups = [
-        Group("", ("",), tuple(Option(bits, line[k], bits * weights, 0, 0, 0.0) for k, bits in enumerate(widths)))
-        for line, weights in zip(scores.tolist(), problem.params.tolist(), strict=True)
-    ]
+    rows = [np.flatnonzero(np.asarray(problem.groups) == name) for name in dict.fromkeys(problem.groups)]
+    groups = []
+    for members in rows:
+        line, weights = scores[members].sum(0), int(problem.params[members].sum())
+        options = (Option(bits, float(line[k]), bits * weights, 0, 0, 0.0) for k, bits in enumerate(widths))
+        groups.append(Group("", ("",), tuple(options)))
     choice = solve(groups, [Budget("code_bits", target * float(problem.params.sum()), "average bits")]).choice
-    return float(sum(truth[row, widths.index(option.bits)] for row, option in enumerate(choice)))
+    taken = zip(rows, choice, strict=True)
+    return float(sum(truth[members, widths.index(option.bits)].sum() for members, option in taken))
+
+
+def relaxed(problem: ScreenProblem, scores: np.ndarray, target: float) -> np.ndarray:
+    """The screening's own plan of a table: every group's column."""
+    names = list(dict.fromkeys(problem.groups))
+    members = np.asarray([[name == group for group in names] for name in problem.groups], float)
+    costs = (problem.params @ members)[:, None] * np.asarray([*BITS, 16.0])
+    return cheapest((members.T @ scores)[None], costs, target * problem.params.sum())[1]
 
 
 def with_full(scores: np.ndarray) -> np.ndarray:
@@ -111,20 +123,36 @@ def test_a_model_that_misses_becomes_uncertain() -> None:
 
 def test_everything_evaluated_is_exact_and_certain() -> None:
     problem, losses = made_up(units=6, states=12, seed=1)
-    settings = ScreenSettings(cap=1.0, tolerance=-1.0)
+    settings = ScreenSettings(cap=1.0, tolerance=0.0, pilot=12)
     result = Screen(problem, settings, FakeEvaluator(losses)).run()
     known = np.isfinite(result.losses).all(-1)
     assert known.any()
     np.testing.assert_allclose(result.omega[known], losses.mean(-1)[known])
     assert result.omega_deviation[known].max() < 1e-12
-    assert result.record["stop"]["reason"] == "cap on evaluations reached"
+
+
+@pytest.mark.parametrize("members", [1, 3])
+def test_without_a_cap_it_stops_only_when_the_plans_are_certain(members: int) -> None:
+    """Not everything is evaluated even then: a width that no plan takes stays an estimate."""
+    problem, losses = made_up(units=12 * members, states=24, seed=5)
+    problem = replace(problem, groups=[f"group {index // members}" for index in range(12 * members)])
+    evaluator = FakeEvaluator(losses)
+    result = Screen(problem, ScreenSettings(cap=1.0, tolerance=0.0), evaluator).run()
+    stop = result.record["stop"]
+    assert stop["reason"] == "regret within tolerance at every target"
+    assert all(one["bound"] == 0.0 for one in stop["regret"].values())
+    got = with_full(0.75 * result.omega + 0.25 * result.omega_tau)
+    truth = exhaustive(problem, losses)
+    for target in (3.0, 4.0, 6.0):
+        np.testing.assert_array_equal(relaxed(problem, got, target), relaxed(problem, truth, target))
+    assert len(evaluator.asked) < losses.size
 
 
 def test_the_reason_to_stop_and_the_way_there_are_recorded() -> None:
     problem, losses = made_up(units=20, states=100, seed=2)
     record = Screen(problem, ScreenSettings(tolerance=0.5), FakeEvaluator(losses)).run().record
-    assert record["stop"]["reason"] == "expected regret within tolerance at every target"
-    assert max(record["stop"]["expected_regret"].values()) <= 0.5
+    assert record["stop"]["reason"] == "regret within tolerance at every target"
+    assert all(one["expected"] <= one["bound"] <= 0.5 for one in record["stop"]["regret"].values())
     counts = [entry["evaluations"] for entry in record["rounds"]]
     assert counts == sorted(counts) and counts[-1] == record["evaluations"]
 
@@ -140,10 +168,12 @@ def test_the_most_harmful_states_come_first() -> None:
     assert state_order(predicted) == [2, 1, 0]
 
 
-def test_one_pilot_state_is_refused() -> None:
-    problem, losses = made_up(units=4, states=10, seed=0)
+def test_settings_out_of_range_are_refused() -> None:
     with pytest.raises(BudgetError, match="at least 2 states"):
-        Screen(problem, ScreenSettings(pilot=1), FakeEvaluator(losses))
+        ScreenSettings(pilot=1)
+    for wrong in ({"tolerance": -0.1}, {"confidence": 1.0}, {"cap": 0.0}, {"cap": 1.5}):
+        with pytest.raises(BudgetError, match=r"expected tolerance >= 0, confidence in \(0, 1\), cap in \(0, 1\]"):
+            ScreenSettings(**wrong)
 
 
 def test_a_screened_run_gives_a_table_that_allocates(
