@@ -251,7 +251,7 @@ class Screen:
         return regret, blame[self._group, :-1]
 
     def _most_blamed(self, blame: np.ndarray, room: int, step: int) -> set[tuple[int, int]]:
-        """The pairs of the next round, those with the largest `blame` [U, B]: at most a hundredth of all evaluations."""
+        """The pairs of the next round, the largest in `blame` [U, B]: at most a hundredth of all evaluations."""
         states = self.losses.shape[2]
         allowed = min(room, max(step, self.losses.size // 100))
         wanted: set[tuple[int, int]] = set()
