@@ -175,9 +175,9 @@ def _views(
         row = int((candidate.stamp_ns == item.stamp_ns).nonzero()[0][0])
         values = zip(
             (dimension.name for dimension in contract.action.dimensions),
-            reference.actions[item.index, 0].tolist(),
-            candidate.actions[row, 0].tolist(),
-            strict=True,
+            reference.actions[item.index].tolist(),
+            candidate.actions[row].tolist(),
+            strict=False,  # of a chunk, its first row
         )
         views.append(WorstView(item, pictures[item.stamp_ns], candidate.instructions[row], tuple(values)))
     return tuple(views)

@@ -57,12 +57,13 @@ def compare(reference: Answers, candidate: Answers, contract: ActionContract, bi
     shared, left, right = np.intersect1d(reference.stamp_ns, candidate.stamp_ns, return_indices=True)
     if not len(shared):
         raise DataError(f"{candidate.name} and {reference.name} answered no common frame")
-    if reference.actions.shape[1:] != candidate.actions.shape[1:]:
-        sizes = ["x".join(map(str, answers.actions.shape[1:])) for answers in (candidate, reference)]
+    if reference.actions.shape[1] != candidate.actions.shape[1]:
+        sizes = candidate.actions.shape[1], reference.actions.shape[1]
         raise DataError(f"{candidate.name} answers {sizes[0]} values per frame, {reference.name} {sizes[1]}")
     scales = np.asarray([abs(dimension.scale) for dimension in contract.dimensions])
     limits = np.asarray([dimension.limit for dimension in contract.dimensions])
-    error = np.abs(candidate.actions[right] - reference.actions[left]).max(axis=1) * scales
+    difference = np.abs(candidate.actions[right] - reference.actions[left])
+    error = difference.reshape(len(shared), -1, len(scales)).max(axis=1) * scales
     progress = reference.progress[left]
     chosen = _gripper(reference.actions[left], contract), _gripper(candidate.actions[right], contract)
     episode = reference.episode[left]
@@ -110,7 +111,7 @@ def _gripper(actions: np.ndarray, contract: ActionContract) -> np.ndarray | None
     if column is None or contract.gripper is None:
         return None
     dimension = contract.dimensions[column]
-    return actions[:, 0, column] * dimension.scale + dimension.offset > contract.gripper.threshold
+    return actions[:, column] * dimension.scale + dimension.offset > contract.gripper.threshold
 
 
 def _changes(chosen: np.ndarray, episode: np.ndarray) -> np.ndarray:

@@ -23,7 +23,7 @@ from vla_policy.core.synchroniser import Dropped, DropReason, Frame
 class Answers:
     """What one actor answered. Arrays have one row per frame, in the bag's order.
 
-    stamp_ns, episode, step: int64 [N]. tokens: int64 [N, H K]. actions: float64 [N, H, K], un-normalised, the policy's
+    stamp_ns, episode, step: int64 [N]. tokens: int64 [N, H K]. actions: float64 [N, H K], un-normalised, the policy's
     units; H is 1 unless the policy decides chunks. latency_ms: float64 [N]. drops: messages and frames that could not
     be used, by reason.
     """
@@ -79,7 +79,7 @@ def answer(bag: Path, contract: Contract, actor: Actor, name: str, namespace: st
         step=np.asarray([frame.step for frame in frames]),
         instructions=tuple(frame.instruction for frame in frames),
         tokens=np.stack([row[1].reshape(-1) for row in rows]),
-        actions=np.stack([np.atleast_2d(row[2]) for row in rows]),
+        actions=np.stack([row[2].reshape(-1) for row in rows]),
         latency_ms=np.asarray([row[3] for row in rows]),
         drops=dict(sorted(drops.items())),
     )
@@ -107,7 +107,7 @@ def recorded(served: Path, frames: Answers) -> Answers:
         step=frames.step[kept],
         instructions=tuple(action.instruction for action in chosen),
         tokens=np.stack([action.tokens for action in chosen]),
-        actions=np.stack([action.actions for action in chosen]),
+        actions=np.stack([action.actions.reshape(-1) for action in chosen]),
         latency_ms=np.asarray([action.latency_ms for action in chosen]),
         drops={"unanswered": missing} if missing else {},
     )

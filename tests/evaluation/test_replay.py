@@ -41,9 +41,9 @@ def answers(actions: list[list[float]], name: str = "a", episodes: list[int] | N
     count = len(actions)
     episode = np.asarray(episodes or [0] * count)
     step = np.asarray([int((episode[:row] == episode[row]).sum()) for row in range(count)])
-    values = np.asarray(actions)[:, None]
+    values = np.asarray(actions)
     return Answers(
-        name, np.arange(count) + 1, episode, step, ("go",) * count, np.rint(values[:, 0]), values, np.ones(count), {}
+        name, np.arange(count) + 1, episode, step, ("go",) * count, np.rint(values), values, np.ones(count), {}
     )
 
 
@@ -68,14 +68,13 @@ def test_phases_and_flips_begin_anew_with_an_episode(contract: Contract) -> None
 
 
 def test_a_chunk_s_error_is_its_largest_and_its_gripper_the_first_row_s(contract: Contract) -> None:
-    reference = answers([[0, 0, -1]] * 2)
-    rows = np.asarray([[[0.0, 0, -1], [0.25, 0, 1]], [[0, 0, -1], [0, -0.5, -1]]])
-    still = replace(reference, actions=np.repeat(reference.actions, 2, axis=1))
-    result = compare(still, replace(still, actions=rows), contract.action, bins=1, worst=1)
+    still = answers([[0, 0, -1, 0, 0, -1]] * 2)
+    moved = answers([[0, 0, -1, 0.25, 0, 1], [0, 0, -1, 0, -0.5, -1]], "b")
+    result = compare(still, moved, contract.action, bins=1, worst=1)
     assert [item.maximum for item in result.dimensions] == [0.25, 0.5, 2.0]
     assert result.gripper_disagreement == 0 and result.identical_frames == 0
-    with pytest.raises(DataError, match="a answers 2x3 values per frame, a 1x3"):
-        compare(reference, replace(still, actions=rows), contract.action, 1, 1)
+    with pytest.raises(DataError, match="b answers 6 values per frame, a 3"):
+        compare(answers([[0, 0, -1]] * 2), moved, contract.action, 1, 1)
 
 
 def test_only_common_frames_are_compared(contract: Contract) -> None:

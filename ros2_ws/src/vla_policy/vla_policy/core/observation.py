@@ -31,7 +31,10 @@ class Observation:
 
 @dataclass(frozen=True)
 class Decision:
-    """A policy's answer: action token ids int64 [K] and the action they stand for, float64 [K], un-normalised."""
+    """A policy's answer: action token ids int64 [K] and the action they stand for, float64 [K], un-normalised.
+
+    A policy that decides a chunk of H control steps at once answers with H K tokens and actions [H, K].
+    """
 
     tokens: np.ndarray
     action: np.ndarray
