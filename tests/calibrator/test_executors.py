@@ -1,5 +1,6 @@
 """The Ray executor against the local one, with a worker killed in the middle."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from deadly import DeadlySpec
 
 from calibrator.executors import LocalExecutor, RayExecutor, Task
 from calibrator.sweep import Sweep, SweepSpec
-from vla_policy.core.errors import PolicyError
+from vla_policy.core.errors import PolicyError, VlaError
 
 ray = pytest.importorskip("ray", reason="Ray is an optional extra")
 
@@ -53,3 +54,8 @@ def test_an_error_on_a_worker_is_the_users_error(cluster: Any, spec: SweepSpec, 
     executor = RayExecutor(spec, sweep.reference, "error", None, cpus_per_task=1)
     with pytest.raises(PolicyError, match="not on the path"):
         list(executor.run([Task("action_head.fc1", (2,), (0,))]))
+
+
+def test_a_cluster_without_a_gpu_is_refused(cluster: Any, spec: SweepSpec, sweep: Sweep) -> None:
+    with pytest.raises(VlaError, match="--device cuda: the Ray cluster has no GPU"):
+        RayExecutor(replace(spec, device="cuda"), sweep.reference, "gpu", None, cpus_per_task=1)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from tables import table, unit
 
 from calibrator.__main__ import main
@@ -148,6 +149,27 @@ def test_a_changed_neighbour_file_is_refused(spec: SweepSpec, tmp_path: Path) ->
         stream.write(b"x")
     with pytest.raises(ArtefactError, match=r"other\.losses\.safetensors: not the file"):
         load_tensors(result, "losses")
+
+
+def test_a_device_that_is_not_there_is_named(spec: SweepSpec, tmp_path: Path) -> None:
+    with pytest.raises(PolicyError, match=r"^device 'warp:3' cannot be used \(.*\); is there such a device here\?$"):
+        measure(replace(spec, device="warp:3"), tmp_path / "sensitivity.json", SCORES, OPTIONS)
+
+
+def test_a_device_that_is_full_keeps_what_is_finished(
+    spec: SweepSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, evaluate = tmp_path / "sensitivity.json", Sweep.evaluate
+
+    def full(self: Sweep, unit: str, bits: tuple[int, ...], samples: tuple[int, ...]) -> UnitLosses:
+        if unit == "projector.fc2":
+            raise torch.OutOfMemoryError
+        return evaluate(self, unit, bits, samples)
+
+    monkeypatch.setattr(Sweep, "evaluate", full)
+    with pytest.raises(PolicyError, match="cpu: not enough memory for the policy and 4 states per pass; use a smaller"):
+        measure(spec, out, SCORES, replace(OPTIONS, unit_globs=("projector.*",)))
+    assert len(list((journal_folder(out) / "units").iterdir())) == 1
 
 
 def test_a_glob_that_matches_nothing_is_named(spec: SweepSpec, tmp_path: Path) -> None:
