@@ -11,6 +11,8 @@ import numpy as np
 
 from vla_policy.core.contract import GRIPPER, ActionContract
 
+_ROUNDING = 1e-9
+
 
 class HoldReason(Enum):
     """Why the robot is held. The declared hold goes out instead of motion as long as any applies."""
@@ -101,7 +103,8 @@ class Limiter:
             change = motion[group] - base[group]
             motion[group] = base[group] + change * _fraction(np.abs(change), self._change[group])
         self._last = motion
-        return Command(self.targets, motion, self._opening(values), not np.allclose(motion, wanted, atol=1e-12))
+        limited = bool((np.abs(motion - wanted) > _ROUNDING).any())
+        return Command(self.targets, motion, self._opening(values), limited)
 
     def _opening(self, values: np.ndarray) -> float | None:
         gripper = self._contract.gripper
