@@ -22,8 +22,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from calibrator.calibration import load_calibration
 from calibrator.choices import Objective
 from calibrator.evidence import BOUNDARIES, evidence_map, jensen_shannon, mass_distortion, profile
+from calibrator.journal import difference
 from calibrator.passes import Signals, mean_log_likelihood
 from calibrator.planning import Limits, Planner, PlanRequest
 from calibrator.policy import live_units
@@ -34,7 +36,8 @@ from calibrator.screening import Request, Screen, ScreenProblem, ScreenResult, S
 from calibrator.sensitivity import Sensitivity, UnitScores, load_tensors
 from calibrator.sweep import Sweep, SweepSettings, SweepSpec
 from vla_policy.core.cli import run
-from vla_policy.core.files import write_json
+from vla_policy.core.errors import ArtefactError
+from vla_policy.core.files import sha256_policy, write_json
 
 TARGETS = (3.0, 4.0, 6.0)
 
@@ -181,7 +184,16 @@ class Replay:
 
 
 def load_replay(spec: SweepSpec, table: Sensitivity) -> Replay:
-    """Reads the exact losses and computes the first-order ones with the table's own settings."""
+    """Reads the exact losses and computes the first-order ones with the table's own settings.
+
+    Raises ArtefactError for a table of another policy or calibration set.
+    """
+    inputs = {
+        "policy_sha256": sha256_policy(spec.policy),
+        "calibration_sha256": load_calibration(spec.calibration).sha256,
+    }
+    if changed := difference({key: table.meta["identity"][key] for key in inputs}, inputs):
+        raise ArtefactError(f"{table.path}: was measured with other inputs ({changed}); measure it again")
     tensors = load_tensors(table, "losses")
     measured = dict(table.meta["identity"]["settings"])
     bits = tuple(measured.pop("bits"))
