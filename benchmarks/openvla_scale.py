@@ -75,12 +75,12 @@ def random_weights(config: PolicyConfig, device: str, seed: int = 0) -> Iterator
     """Every tensor of a policy, in bfloat16 on `device`, one after another."""
     generator = torch.Generator(device).manual_seed(seed)
     for name, parameter in empty_policy(config).named_parameters():
-        value = torch.empty(parameter.shape, dtype=torch.bfloat16, device=device)
         if parameter.ndim > 1:
-            value.normal_(std=0.02, generator=generator)
+            # Drawn in float32: on a CPU bfloat16 numbers are drawn one by one.
+            value = torch.randn(parameter.shape, device=device, generator=generator).mul_(0.02)
         else:
-            value.fill_(0.0 if name.endswith("bias") else 1.0)
-        yield name, value
+            value = torch.full(parameter.shape, 0.0 if name.endswith("bias") else 1.0, device=device)
+        yield name, value.to(torch.bfloat16)
 
 
 def write_config(folder: Path, raw: dict[str, Any]) -> None:
