@@ -37,6 +37,16 @@ def shared_file(name: str) -> Path:
 
 
 @contextmanager
+def ended_in_order() -> Iterator[None]:
+    """Inside, SIGTERM ends this process as an error would: what it has started is ended too."""
+    former = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, former)
+
+
+@contextmanager
 def running(command: Sequence[str]) -> Iterator["subprocess.Popen[bytes]"]:
     """Starts a node in the caller's ROS domain, or one of this process's own, and ends it when the block is left.
 

@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from evaluation.processes import node_command, running
+from evaluation.processes import ended_in_order, node_command, running
 from vla_policy.core.errors import ContractError
 
 # An engine of the full size takes minutes to load, and no replayed decision is too late to be compared.
@@ -42,6 +42,6 @@ def serve(bag: Path, contract: Path, engine: Path, namespace: str, rate: float, 
             "answer_timeout": _DEADLINE_S,
         },
     )
-    with running(policy), running(replay) as replaying:
+    with ended_in_order(), running(policy), running(replay) as replaying:
         if replaying.wait() != 0:
             raise ContractError(f"live replay ended with exit code {replaying.returncode}; its message is above")

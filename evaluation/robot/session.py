@@ -15,10 +15,11 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-from evaluation.processes import Value, end, node_command, running, shared_file
+from evaluation.processes import Value, end, ended_in_order, node_command, running, shared_file
 from vla_policy.core import cli
 from vla_policy.core.contract import load_contract
 from vla_policy.core.errors import ArtefactError
+from vla_policy.core.manifest import Manifest
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,8 +48,10 @@ def _run(arguments: argparse.Namespace) -> int:
     bag: Path | None = arguments.bag
     if bag is not None and bag.exists() and not arguments.replace:
         raise ArtefactError(f"{bag}: exists already; add --replace or choose another name")
+    if arguments.engine is not None:
+        Manifest.load(arguments.engine)  # what is no engine is refused here, before the simulator waits for its policy
     recorded = None if bag is None else bag.with_name(f".{bag.name}.recording") / bag.name
-    with ExitStack() as nodes:
+    with ended_in_order(), ExitStack() as nodes:
         if arguments.engine is not None:
             nodes.enter_context(running(_policy(arguments.engine, contract)))
         if recorded is not None:
