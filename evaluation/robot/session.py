@@ -65,7 +65,7 @@ def _run(arguments: argparse.Namespace) -> int:
             shutil.rmtree(bag, ignore_errors=True)
             recorded.replace(bag)
         elif bag is not None:
-            print(f"{bag}: not written, an episode failed", file=sys.stderr)
+            print(f"{bag}: not written, as not every episode succeeded", file=sys.stderr)
         return code
 
 
