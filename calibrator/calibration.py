@@ -77,10 +77,14 @@ class Sample:
 
 @dataclass(frozen=True)
 class CalibrationSet:
-    """States with their images (uint8 [H, W, 3], sizes may differ) and robot states (float32 [S] or None)."""
+    """States with their images (uint8 [H, W, 3], sizes may differ) and robot states (float32 [S] or None).
+
+    images: of the first camera. further: of the others, per state.
+    """
 
     samples: tuple[Sample, ...]
     images: tuple[np.ndarray, ...]
+    further: tuple[tuple[np.ndarray, ...], ...]
     states: tuple[np.ndarray | None, ...]
     sha256: str
 
@@ -98,7 +102,9 @@ class CalibrationSet:
 
     def observation(self, index: int) -> Observation:
         """State `index` as a policy sees it."""
-        return Observation(self.images[index], self.samples[index].instruction, self.states[index])
+        return Observation(
+            self.images[index], self.samples[index].instruction, self.states[index], self.further[index]
+        )
 
 
 def choose_states(trajectories: list[Trajectory], count: int, seed: int) -> list[tuple[int, int]]:
@@ -157,22 +163,28 @@ def collect(sources: list[Source], out: Path, count: int, seed: int) -> dict[str
     samples: list[Sample] = []
     tensors: dict[str, np.ndarray] = {}
     states: list[np.ndarray | None] = []
+    cameras: set[int] = set()
     bar = tqdm(total=count, desc="states", unit="state", disable=None)
     for number, source in enumerate(sources):
         steps = {name: frozenset(values) for name, values in wanted[number].items()}
         for name, step, observation in source.read(steps):
             bar.update()
-            tensors[f"image_{len(samples)}"] = np.ascontiguousarray(observation.image)
+            for camera, image in enumerate(observation.images):
+                tensors[_image_name(len(samples), camera)] = np.ascontiguousarray(image)
+            cameras.add(len(observation.images))
             samples.append(Sample(number, name, step, lengths[number, name], observation.instruction))
             states.append(observation.state)
     bar.close()
     if len(samples) != count:
         raise DataError(f"{count} states were chosen but {len(samples)} could be read; did a source change meanwhile?")
+    if len(cameras) != 1:
+        raise DataError(f"sources give different numbers of images ({cameras}); collect them into separate sets")
     tensors |= _stacked_states(states)
     content: dict[str, Any] = {
         "schema_version": 1,
         "kind": KIND,
         "seed": seed,
+        "images_per_state": cameras.pop(),
         "sources": [
             source.describe() | {"trajectories": len(index.trajectories), "left_out": dict(index.left_out)}
             for source, index in zip(sources, indices, strict=True)
@@ -184,6 +196,10 @@ def collect(sources: list[Source], out: Path, count: int, seed: int) -> dict[str
         content["tensors_sha256"] = sha256_file(folder / _TENSORS)
         write_json(folder / _INDEX, content)
     return content
+
+
+def _image_name(state: int, camera: int) -> str:
+    return f"image_{state}_{camera}" if camera else f"image_{state}"
 
 
 def _stacked_states(states: list[np.ndarray | None]) -> dict[str, np.ndarray]:
@@ -209,7 +225,11 @@ def load_calibration(folder: Path | str) -> CalibrationSet:
     states = tensors.get("states")
     return CalibrationSet(
         samples=samples,
-        images=tuple(tensors[f"image_{index}"] for index in range(len(samples))),
+        images=tuple(tensors[_image_name(index, 0)] for index in range(len(samples))),
+        further=tuple(
+            tuple(tensors[_image_name(index, camera)] for camera in range(1, content["images_per_state"]))
+            for index in range(len(samples))
+        ),
         states=tuple(states[index] if states is not None else None for index in range(len(samples))),
         sha256=sha256_folder(folder, (_INDEX, _TENSORS)),
     )

@@ -57,6 +57,8 @@ def evidence_maps(
                 attribution = jensen_shannon(reference.attribution, changed.attribution)
                 evidence[row, column, depth] = now.sum(-1)[0].cpu()
                 loss[row, column, depth] = float(mass + settings.weight * attribution)
-    grid = round(patches**0.5)
-    axes = {"units": list(units), "samples": list(samples), "bits": [16, *bits], "grid": [grid, grid]}
+    # Several images stand one above the other, as they do in `report.evidence_images.photos`.
+    side = round((patches / sweep.policy.config.num_images) ** 0.5)
+    grid = [patches // side, side]
+    axes = {"units": list(units), "samples": list(samples), "bits": [16, *bits], "grid": grid}
     return {"evidence": evidence, "loss": loss}, {"boundary": _BOUNDARY, **axes}

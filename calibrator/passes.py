@@ -8,6 +8,7 @@ taken with respect to weights, and none goes below the vision boundary.
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from calibrator.evidence import BOUNDARIES
 from calibrator.policy import OpenVLA
-from calibrator.policy.vision import VisionTower
+from calibrator.policy.vision import VisionTower, by_image, fuse
 from vla_policy.core.errors import PolicyError
 
 _TOWERS = ("featurizer", "fused_featurizer")
@@ -49,7 +50,7 @@ def place_of(unit: str) -> Place:
 class Batch:
     """Calibration states of equal prompt length.
 
-    samples: their indices in the calibration set. pixel_values: [B, 6, S, S]. input_ids: int64 [B, L].
+    samples: their indices in the calibration set. pixel_values: [B, 6 N, S, S]. input_ids: int64 [B, L].
     tokens: int64 [B, K], y* of Eq. (2): the full-precision greedy action tokens.
     """
 
@@ -129,11 +130,12 @@ class Trunk:
         self.batch = batch
         self.language_block = language_block
         with torch.no_grad():
-            channels = dict(zip(_TOWERS, batch.pixel_values.split(3, dim=1), strict=True))
+            channels = dict(zip(_TOWERS, by_image(batch.pixel_values).split(3, dim=1), strict=True))
             self.tower_inputs = {
                 tower: _tower_inputs(policy, tower, pixel_values) for tower, pixel_values in channels.items()
             }
-            vision = torch.cat([_features(policy, tower, self.tower_inputs[tower][-1]) for tower in _TOWERS], dim=2)
+            outputs = {tower: inputs[-1] for tower, inputs in self.tower_inputs.items()}
+            vision = _fused(policy, batch, outputs)
         with torch.set_grad_enabled(differentiable):
             vision.requires_grad_(differentiable)
             self.run = run_from_vision(policy, batch, vision, language_block)
@@ -160,8 +162,10 @@ def _tower_inputs(policy: OpenVLA, tower: str, pixel_values: Tensor) -> list[Ten
     return inputs
 
 
-def _features(policy: OpenVLA, tower: str, x: Tensor) -> Tensor:
-    return x[:, tower_of(policy, tower).prefix_tokens :]
+def _fused(policy: OpenVLA, batch: Batch, outputs: Mapping[str, Tensor]) -> Tensor:
+    """The vision boundary, from the towers' last outputs."""
+    patches = [outputs[tower][:, tower_of(policy, tower).prefix_tokens :] for tower in _TOWERS]
+    return fuse(patches, len(batch.pixel_values))
 
 
 def _changed_vision(policy: OpenVLA, trunk: Trunk, start: Place) -> Tensor:
@@ -175,7 +179,7 @@ def _changed_vision(policy: OpenVLA, trunk: Trunk, start: Place) -> Tensor:
         for block in module.blocks[first:]:
             x = block(x)
         outputs = {tower: inputs[-1] for tower, inputs in trunk.tower_inputs.items()} | {start.part: x}
-        return torch.cat([_features(policy, tower, outputs[tower]) for tower in _TOWERS], dim=2)
+        return _fused(policy, trunk.batch, outputs)
 
 
 def signals(policy: OpenVLA, trunk: Trunk, start: Place) -> Signals:

@@ -93,12 +93,13 @@ def _shares(sweep: Sweep, units: Sequence[str], states: int) -> Iterator[list[st
 class _Layer:
     """What one batch's passes leave of a layer.
 
-    x: its input. arriving: dJ/dX, or None where no boundary lies behind the layer. action: [B, channels], squared norms
-    of the action's gradients, summed over dimensions. forward, backward: per boundary, the gradient of ln M with
-    respect to the layer's output and to the gradient that it passes to its input.
+    states: B. x: its input. arriving: dJ/dX, or None where no boundary lies behind the layer. action: [B, channels],
+    squared norms of the action's gradients, summed over dimensions. forward, backward: per boundary, the gradient of
+    ln M with respect to the layer's output and to the gradient that it passes to its input.
     """
 
     module: nn.Linear | nn.Conv2d
+    states: int
     x: Tensor
     arriving: Tensor | None
     action: Tensor
@@ -124,8 +125,8 @@ class _Layer:
 
     def _apply(self, x: Tensor, matrix: Tensor) -> Tensor:
         if isinstance(self.module, nn.Conv2d):
-            return _token_rows(nn.functional.conv2d(x, matrix, stride=self.module.stride)).float()
-        return nn.functional.linear(x, matrix).float()
+            return _token_rows(nn.functional.conv2d(x, matrix, stride=self.module.stride), self.states).float()
+        return _token_rows(nn.functional.linear(x, matrix), self.states).float()
 
 
 def _tap(sweep: Sweep, samples: tuple[int, ...], units: Sequence[str], evidence: bool) -> dict[str, _Layer]:
@@ -144,7 +145,7 @@ def _tap(sweep: Sweep, samples: tuple[int, ...], units: Sequence[str], evidence:
         gains = [point.new_zeros((), dtype=torch.float32) for point in points]
         for value in expected_action(run.logits, sweep.states.codec).unbind(1):
             # Reduced at once: only one dimension's gradients are held at a time.
-            rows = _token_rows_of_all(torch.autograd.grad(value.sum(), points, retain_graph=True))
+            rows = _token_rows_of_all(torch.autograd.grad(value.sum(), points, retain_graph=True), len(samples))
             gains = [gain + row.float().square().sum(1) for gain, row in zip(gains, rows, strict=True)]
         arriving: dict[str, Tensor] = {}
         slopes: list[list[Tensor]] = []
@@ -161,7 +162,8 @@ def _tap(sweep: Sweep, samples: tuple[int, ...], units: Sequence[str], evidence:
                 mass = evidence_map(h, sweep.means[name], gradient).flatten(1).mean(1)
                 slopes.append(
                     _token_rows_of_all(
-                        torch.autograd.grad(mass.log().sum(), points, retain_graph=True, materialize_grads=True)
+                        torch.autograd.grad(mass.log().sum(), points, retain_graph=True, materialize_grads=True),
+                        len(samples),
                     )
                 )
     layers = {}
@@ -170,6 +172,7 @@ def _tap(sweep: Sweep, samples: tuple[int, ...], units: Sequence[str], evidence:
         assert isinstance(module, nn.Linear | nn.Conv2d)
         layers[unit] = _Layer(
             module,
+            len(samples),
             inputs[unit].detach(),
             arriving.get(unit),
             gains[index],
@@ -204,10 +207,11 @@ def _taps(policy: OpenVLA, units: Sequence[str]) -> Iterator[tuple[dict[str, Ten
             handle.remove()
 
 
-def _token_rows_of_all(tensors: Sequence[Tensor]) -> list[Tensor]:
-    return [_token_rows(tensor) for tensor in tensors]
+def _token_rows_of_all(tensors: Sequence[Tensor], states: int) -> list[Tensor]:
+    return [_token_rows(tensor, states) for tensor in tensors]
 
 
-def _token_rows(x: Tensor) -> Tensor:
-    """Layer output as [B, tokens, channels]."""
-    return x.flatten(2).transpose(1, 2) if x.ndim == 4 else x
+def _token_rows(x: Tensor, states: int) -> Tensor:
+    """Layer output as [B, tokens of all images, channels]."""
+    rows = x.flatten(2).transpose(1, 2) if x.ndim == 4 else x
+    return rows.reshape(states, -1, rows.shape[-1])

@@ -13,7 +13,7 @@ from calibrator.evidence import BOUNDARIES
 from calibrator.passes import Batch, Trunk
 from calibrator.policy import OpenVLA
 from vla_policy.core.actions import ActionCodec
-from vla_policy.core.image import preprocess
+from vla_policy.core.image import pixel_values
 from vla_policy.core.policy_config import PolicyConfig
 from vla_policy.core.prompt import PromptTokenizer
 
@@ -66,9 +66,11 @@ class States:
         ]
 
     def inputs(self, policy: OpenVLA, samples: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """pixel_values [B, 6, S, S] and input_ids [B, L] on the policy's device and in its dtype."""
+        """pixel_values [B, 6 N, S, S] and input_ids [B, L] on the policy's device and in its dtype."""
         weight = policy.projector.fc1.weight
-        pixels = np.stack([preprocess(self.calibration.images[sample], self.config) for sample in samples])
+        pixels = np.stack(
+            [pixel_values(self.calibration.observation(sample).images, self.config) for sample in samples]
+        )
         ids = np.stack([self.input_ids[sample] for sample in samples])
         return torch.from_numpy(pixels).to(weight.device, weight.dtype), torch.from_numpy(ids).to(weight.device)
 

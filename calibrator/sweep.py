@@ -216,7 +216,7 @@ def macs_per_action(policy: OpenVLA, prompt_tokens: float, action_tokens: int) -
         place = place_of(unit.name)
         if place.part in ("featurizer", "fused_featurizer"):
             prefix = tower_of(policy, place.part).prefix_tokens if place.index >= 0 else 0
-            tokens[unit.name] = patches + prefix
+            tokens[unit.name] = patches + prefix * policy.config.num_images
         else:
             tokens[unit.name] = {"projector": patches, "layers": sequence, "lm_head": action_tokens}[place.part]
     return {unit.name: round(unit.params * tokens[unit.name]) for unit in live_units(policy)}

@@ -96,12 +96,14 @@ def _figures(worker: "_Worker", path: Path, manifest: Manifest, timings: Sequenc
 
 
 def _observation(manifest: Manifest) -> Observation:
-    """A random image: the arithmetic takes the same time for any."""
+    """Random images: the arithmetic takes the same time for any."""
     config = manifest.config
     generator = np.random.default_rng(0)
     proprio = config.stats(next(iter(config.norm_stats))).proprio
-    image = generator.integers(0, 256, (config.image_size, config.image_size, 3), dtype=np.uint8)
-    return Observation(image, _INSTRUCTION, np.asarray(proprio.q01, np.float32) if proprio else None)
+    shape = (config.num_images, config.image_size, config.image_size, 3)
+    image, *further = generator.integers(0, 256, shape, dtype=np.uint8)
+    state = np.asarray(proprio.q01, np.float32) if proprio else None
+    return Observation(image, _INSTRUCTION, state, tuple(further))
 
 
 def _processor() -> str:

@@ -75,7 +75,7 @@ def passes(layer: Layer, config: PolicyConfig) -> Mapping[int, int]:
     if graph_of(layer.name) == "vision":
         tower = config.towers[0 if ".featurizer." in layer.name else 1]
         prefix = 1 + tower.registers if tower.kind == "dinov2" else 0
-        return {tower.num_patches + prefix: 1}
+        return {config.num_images * (tower.num_patches + prefix): 1}
     steps = max(len(stats.action.q01) for stats in config.norm_stats.values()) - 1
     if layer.kind == _HEAD:
         return {1: 1 + steps}

@@ -32,7 +32,7 @@ from engine_build.weights import Layer, layers_of, open_checkpoint
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.files import sha256_policy
 from vla_policy.core.formats import Format
-from vla_policy.core.image import preprocess
+from vla_policy.core.image import pixel_values
 from vla_policy.core.manifest import TOKENIZER, Manifest, UnitRecord
 from vla_policy.core.observation import Observation
 from vla_policy.core.runner import Engine, load_engine
@@ -166,12 +166,17 @@ def reference_states(engine: Engine, calibration: Path | None, samples: int, see
         chosen = np.unique(np.linspace(0, len(states) - 1, min(samples, len(states))).round().astype(int))
         return [states.observation(int(index)) for index in chosen]
     generator = np.random.default_rng(seed)
+
+    def image() -> np.ndarray:
+        return generator.integers(0, 256, _SYNTHETIC_PIXELS, dtype=np.uint8)
+
     proprio = engine.config.stats(next(iter(engine.config.norm_stats))).proprio
     return [
         Observation(
-            generator.integers(0, 256, _SYNTHETIC_PIXELS, dtype=np.uint8),
+            image(),
             _INSTRUCTION,
             generator.uniform(proprio.q01, proprio.q99).astype(np.float32) if proprio else None,
+            tuple(image() for _ in range(engine.config.num_images - 1)),
         )
         for _ in range(samples)
     ]
@@ -183,7 +188,7 @@ def compare(engine: Engine, actor: TorchActor, states: Sequence[Observation], ti
     first, end = engine.codec.first_token, engine.codec.last_token + 1
     for state in tqdm(states, desc=title, unit="state", disable=None):
         expected, got = actor.act(state), engine.act(state)
-        pixels = preprocess(state.image, engine.config)[None]
+        pixels = pixel_values(state.images, engine.config)[None]
         ids = engine.tokenizer.encode(state.instruction, state.state)[None]
         reference = _torch_logits(actor, pixels, ids, expected.tokens)[:, first:end]
         difference = engine.action_logits(pixels, ids, expected.tokens)[:, first:end] - reference

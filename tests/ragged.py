@@ -39,7 +39,7 @@ TOKEN_VOCAB = 256 + 44
 KEY = "ragged"
 
 
-def config_dict() -> dict[str, Any]:
+def config_dict(images: int = 1) -> dict[str, Any]:
     tower = {"image_size": 16, "patch_size": 4, "depth": 3, "heads": 4, "registers": 0}
     names = ["x", "y", "z"]
     return {
@@ -59,6 +59,7 @@ def config_dict() -> dict[str, Any]:
         },
         "pad_to_multiple_of": 64,
         "n_action_bins": 256,
+        "num_images_in_input": images,
         "state_in_prompt": True,
         "norm_stats": {
             KEY: {
@@ -77,9 +78,9 @@ def write_tokenizer(path: Path) -> None:
     tokenizer.save(str(path))
 
 
-def write_policy(folder: Path, seed: int = 0) -> Path:
-    """A random policy in `folder`."""
-    policy = empty_policy(PolicyConfig.from_dict(config_dict(), "ragged")).to_empty(device="cpu")
+def write_policy(folder: Path, seed: int = 0, images: int = 1) -> Path:
+    """A random policy in `folder` that looks at so many images."""
+    policy = empty_policy(PolicyConfig.from_dict(config_dict(images), "ragged")).to_empty(device="cpu")
     generator = torch.Generator().manual_seed(seed)
     for name, tensor in policy.state_dict().items():
         fan_in = tensor[0].numel() if tensor.dim() > 1 else 1
@@ -107,15 +108,15 @@ def write_plan(path: Path, policy_sha256: str, assignment: dict[str, Format]) ->
     return path
 
 
-def observation(seed: int = 0) -> Observation:
+def observation(seed: int = 0, images: int = 1) -> Observation:
     rng = np.random.default_rng(seed)
-    image = rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)
-    return Observation(image, "push the robot", rng.uniform(-1, 1, 3).astype(np.float32))
+    image, *further = rng.integers(0, 256, (images, 20, 24, 3), dtype=np.uint8)
+    return Observation(image, "push the robot", rng.uniform(-1, 1, 3).astype(np.float32), tuple(further))
 
 
-def build_engine(folder: Path, formats: list[str]) -> Path:
+def build_engine(folder: Path, formats: list[str], images: int = 1) -> Path:
     """Policy, plan (the formats in turn) and CPU engine in `folder`; returns the engine's folder."""
-    policy = write_policy(folder / "policy")
+    policy = write_policy(folder / "policy", images=images)
     assignment = mixed_assignment(list(layers_of(PolicyConfig.load(policy))), formats)
     plan = write_plan(folder / "plan.json", sha256_policy(policy), assignment)
     build(Request(policy, find_target("cpu"), folder / "engine", plan=plan))

@@ -12,8 +12,8 @@ from vla_policy.core.policy_config import PolicyConfig
 INSTRUCTIONS = ("pick up the red block", "open the drawer", "push the button")
 
 
-def tiny_config(vocab: int) -> dict[str, Any]:
-    """config.json of the tiny policy: 32 px images, 4 patches, 3 action dimensions, 2 state values."""
+def tiny_config(vocab: int, images: int = 1) -> dict[str, Any]:
+    """config.json of the tiny policy: 32 px images, 4 patches each, 3 action dimensions, 2 state values."""
     tower = {"image_size": 32, "patch_size": 16, "width": 64, "depth": 3, "heads": 2, "mlp_width": 128}
     return {
         "model_type": "openvla",
@@ -28,6 +28,7 @@ def tiny_config(vocab: int) -> dict[str, Any]:
             "num_attention_heads": 2,
             "vocab_size": vocab + 64,
         },
+        "num_images_in_input": images,
         "state_in_prompt": True,
         "steps_per_action": 2,
         "norm_stats": {
@@ -39,13 +40,13 @@ def tiny_config(vocab: int) -> dict[str, Any]:
     }
 
 
-def tiny_policy_folder(folder: Path, seed: int = 0) -> Path:
+def tiny_policy_folder(folder: Path, seed: int = 0, images: int = 1) -> Path:
     """Writes the tiny policy with random weights of trained-like scale; returns `folder`."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     tokenizer = folder.parent / f"{folder.name}.tokenizer.json"
     vocab = save_tokenizer(INSTRUCTIONS, tokenizer)
     torch.manual_seed(seed)
-    policy = OpenVLA(PolicyConfig.from_dict(tiny_config(vocab), "config.json"))
+    policy = OpenVLA(PolicyConfig.from_dict(tiny_config(vocab, images), "config.json"))
     with torch.no_grad():
         for name, parameter in policy.named_parameters():
             if parameter.ndim > 1:

@@ -7,7 +7,7 @@ import torch
 from calibrator.policy.loading import load_policy
 from calibrator.policy.model import OpenVLA
 from vla_policy.core.actions import ActionCodec
-from vla_policy.core.image import preprocess
+from vla_policy.core.image import pixel_values
 from vla_policy.core.observation import Decision, Observation
 from vla_policy.core.policy_config import PolicyConfig
 from vla_policy.core.prompt import PromptTokenizer
@@ -35,7 +35,7 @@ class TorchActor:
 
     def act(self, observation: Observation) -> Decision:
         weight = self.policy.projector.fc1.weight
-        pixels = torch.from_numpy(preprocess(observation.image, self.config))
+        pixels = torch.from_numpy(pixel_values(observation.images, self.config))
         ids = torch.from_numpy(self.tokenizer.encode(observation.instruction, observation.state))
         tokens = self.policy.generate(
             pixels[None].to(weight.device, weight.dtype), ids[None].to(weight.device), self.codec.dim

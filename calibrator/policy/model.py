@@ -40,7 +40,7 @@ class OpenVLA(nn.Module):
         self.language_model = LlamaForCausalLM(llama_config(config.text))
 
     def patches(self, pixel_values: Tensor) -> Tensor:
-        """Projected patch embeddings: [B, 6, S, S] -> [B, P, hidden]."""
+        """Projected patch embeddings: [B, 6 N, S, S] of N images -> [B, N P, hidden]."""
         return self.projector(self.vision_backbone(pixel_values))
 
     def embed(self, input_ids: Tensor, patches: Tensor) -> Tensor:

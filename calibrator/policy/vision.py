@@ -1,8 +1,11 @@
 """The two vision transformers of OpenVLA and their fusion by channels.
 
 Parameter names are the published checkpoint's. Features are the output of the block before the last, patches only,
-not normalised, so the last block, the final norm and SigLIP's attention pool never run and are not built.
+not normalised, so the last block, the final norm and SigLIP's attention pool never run and are not built. A policy of N
+images passes each through the same towers; their patches follow each other.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -114,8 +117,18 @@ class VisionTower(nn.Module):
         return x[:, self.prefix_tokens :]
 
 
+def by_image(pixel_values: Tensor) -> Tensor:
+    """[B, 6 N, S, S] -> [B N, 6, S, S]: every image of every state by itself."""
+    return pixel_values.unflatten(1, (-1, 6)).flatten(0, 1)
+
+
+def fuse(features: Sequence[Tensor], states: int) -> Tensor:
+    """Both towers' features [B N, P, width] side by side, image after image of each state: [B, N P, width of both]."""
+    return torch.cat(tuple(features), dim=2).unflatten(0, (states, -1)).flatten(1, 2)
+
+
 class VisionBackbone(nn.Module):
-    """DINOv2 and SigLIP side by side: [B, 6, S, S] -> [B, P, width of both]."""
+    """DINOv2 and SigLIP side by side: [B, 6 N, S, S] -> [B, N P, width of both]."""
 
     def __init__(self, towers: tuple[TowerSpec, TowerSpec]) -> None:
         super().__init__()
@@ -123,7 +136,8 @@ class VisionBackbone(nn.Module):
         self.fused_featurizer = VisionTower(towers[1])
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        return torch.cat([self.featurizer(pixel_values[:, :3]), self.fused_featurizer(pixel_values[:, 3:])], dim=2)
+        images = by_image(pixel_values)
+        return fuse([self.featurizer(images[:, :3]), self.fused_featurizer(images[:, 3:])], len(pixel_values))
 
 
 class Projector(nn.Module):

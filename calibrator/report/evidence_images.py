@@ -2,6 +2,7 @@
 
 import base64
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -127,8 +128,17 @@ def _change(values: np.ndarray) -> str:
 
 
 def photos(maps: Maps, calibration: CalibrationSet) -> tuple[str, ...]:
-    """The camera images of the maps as data URIs; a row's `photo` counts them, so that each is embedded once."""
-    return tuple(_data_uri(Image.fromarray(calibration.images[sample]), "PNG") for sample in maps.samples)
+    """The camera images of the maps as data URIs; a row's `photo` counts them, so that each is embedded once.
+
+    Several cameras' images stand one above the other, in the size of the first.
+    """
+    return tuple(_data_uri(_stacked(calibration.observation(sample).images), "PNG") for sample in maps.samples)
+
+
+def _stacked(images: Sequence[np.ndarray]) -> Image.Image:
+    height, width = images[0].shape[:2]
+    pictures = [Image.fromarray(image).resize((width, height)) for image in images]
+    return Image.fromarray(np.concatenate([np.asarray(picture) for picture in pictures]))
 
 
 def _data_uri(picture: Image.Image, kind: str, **options: object) -> str:

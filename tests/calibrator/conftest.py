@@ -30,3 +30,12 @@ def spec(policy_folder: Path, calibration_folder: Path) -> SweepSpec:
 @pytest.fixture(scope="session")
 def sweep(spec: SweepSpec) -> Sweep:
     return spec.open()
+
+
+@pytest.fixture(scope="session")
+def two_images(tmp_path_factory: pytest.TempPathFactory) -> SweepSpec:
+    """A policy that looks at two images, and a calibration set of such states."""
+    folder = tmp_path_factory.mktemp("two_images")
+    policy = tiny_policy_folder(folder / "policy", images=2)
+    collect([FakeSource((5, 4), images=2)], folder / "calibration", count=4, seed=0)
+    return SweepSpec(str(policy), str(folder / "calibration"), SweepSettings(group_size=32), batch_size=3)

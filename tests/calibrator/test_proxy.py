@@ -54,6 +54,13 @@ def test_states_in_other_batches_give_the_same_estimates(spec: SweepSpec, sweep:
         np.testing.assert_allclose(one.mass, many.mass, rtol=2e-2, atol=1e-5)
 
 
+def test_states_of_two_images_are_kept_apart(two_images: SweepSpec) -> None:
+    together, single = two_images.open(), replace(two_images, batch_size=1).open()
+    for one, many in zip(first_order(single, UNITS, True), first_order(together, UNITS, True), strict=True):
+        np.testing.assert_allclose(one.action, many.action, rtol=1e-3, atol=1e-9)
+        np.testing.assert_allclose(one.mass, many.mass, rtol=2e-2, atol=1e-5)
+
+
 def test_what_a_pass_keeps_is_bounded_and_changes_nothing(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = first_order(sweep, UNITS, True)
     monkeypatch.setattr("calibrator.proxy._KEPT_BYTES", 1)

@@ -109,6 +109,28 @@ def test_losses_equal_a_naive_recomputation(sweep: Sweep, unit: str) -> None:
     assert losses.mass[0].max() > 1e-3, "the comparison would say nothing if two bits changed nothing"
 
 
+@pytest.mark.parametrize("unit", UNITS[:3])
+def test_losses_over_two_images_equal_a_naive_recomputation(two_images: SweepSpec, unit: str) -> None:
+    sweep = two_images.open()
+    losses = sweep.evaluate(unit, (2,), tuple(range(4)))
+    expected = np.asarray(naive_losses(sweep, unit, 2))
+    np.testing.assert_allclose(losses.mass[0], expected[..., 0], rtol=2e-3, atol=2e-5)
+    np.testing.assert_allclose(losses.attribution[0], expected[..., 1], rtol=2e-3, atol=1e-7)
+
+
+def test_each_image_has_its_own_patches(two_images: SweepSpec) -> None:
+    """The patches of both images are those of each alone, first image first; a decision depends on the order."""
+    sweep = two_images.open()
+    policy, (pixels, ids) = sweep.policy, sweep.states.inputs(sweep.policy, (0, 1))
+    assert pixels.shape == (2, 12, 32, 32) and policy.config.num_patches == 8
+    alone = [policy.patches(pixels[:, 6 * image : 6 * image + 6]) for image in range(2)]
+    torch.testing.assert_close(policy.patches(pixels), torch.cat(alone, dim=1))
+    tokens = policy.generate(pixels, ids, 3)
+    swapped = torch.cat([pixels[:, 6:], pixels[:, :6]], dim=1)
+    before, after = (policy.action_logits(image, ids, tokens) for image in (pixels, swapped))
+    assert (before - after).abs().max() > 1e-2
+
+
 @pytest.mark.parametrize("unit", UNITS)
 def test_every_entry_gives_the_full_precision_signals(sweep: Sweep, unit: str) -> None:
     trunk, reference = sweep.full_precision(sweep.states.split(range(8))[0])

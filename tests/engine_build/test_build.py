@@ -17,10 +17,10 @@ from engine_build.graph.builder import GraphBuilder
 from engine_build.graph.linear_onnxruntime import linear
 from engine_build.plan import load_plan
 from engine_build.weights import LayerWeights, layers_of
-from vla_policy.core.errors import ArtefactError, VlaError
+from vla_policy.core.errors import ArtefactError, DataError, VlaError
 from vla_policy.core.files import sha256_policy
 from vla_policy.core.formats import Format
-from vla_policy.core.image import preprocess
+from vla_policy.core.image import pixel_values, preprocess
 from vla_policy.core.manifest import Manifest
 from vla_policy.core.runner import load_engine
 from vla_policy.core.targets import find_target
@@ -67,6 +67,22 @@ def test_engine_equals_the_torch_policy(formats: list[str], tolerance: float, tm
             served = engine.act(seen)
             np.testing.assert_array_equal(served.tokens, decision.tokens)
             np.testing.assert_array_equal(served.action, decision.action)
+
+
+def test_an_engine_of_two_images_equals_the_torch_policy(tmp_path: Path) -> None:
+    engine = load_engine(build_engine(tmp_path, ["w4a16_g32", "w8a16_g32", "w16a16"], images=2), threads=1)
+    actor = simulated(tmp_path)
+    for seed in range(2):
+        seen = observation(seed, images=2)
+        decision = actor.act(seen)
+        pixels = pixel_values(seen.images, engine.config)[None]
+        ids = engine.tokenizer.encode(seen.instruction, seen.state)[None]
+        got = engine.action_logits(pixels, ids, decision.tokens)
+        expected = actor.policy.action_logits(*map(torch.from_numpy, (pixels, ids, decision.tokens[None])))[0].numpy()
+        np.testing.assert_allclose(got, expected, atol=1e-5)
+        np.testing.assert_array_equal(engine.act(seen).tokens, decision.tokens)
+    with pytest.raises(DataError, match="the policy looks at 2, got 1"):
+        engine.act(observation())
 
 
 def test_same_inputs_give_the_same_bytes(workshop: Path, tmp_path: Path) -> None:

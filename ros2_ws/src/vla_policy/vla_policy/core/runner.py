@@ -9,7 +9,7 @@ import numpy as np
 
 from vla_policy.core.actions import ActionCodec
 from vla_policy.core.errors import ArtefactError
-from vla_policy.core.image import preprocess
+from vla_policy.core.image import pixel_values
 from vla_policy.core.manifest import Manifest
 from vla_policy.core.observation import Decision, Observation
 from vla_policy.core.policy_config import PolicyConfig
@@ -80,10 +80,10 @@ class Engine:
     def decide(self, observation: Observation) -> tuple[Decision, Timings]:
         """`act`, and where its time went."""
         clock = _Clock()
-        pixel_values = preprocess(observation.image, self._config)[None]
+        pixels = pixel_values(observation.images, self._config)[None]
         input_ids = self.tokenizer.encode(observation.instruction, observation.state)[None]
         preprocess_ms = clock.lap()
-        patches = self._backend.encode(pixel_values)
+        patches = self._backend.encode(pixels)
         vision_ms = clock.lap()
         tokens = [self._choose(self._backend.prefill(input_ids, patches))]
         prefill_ms = clock.lap()
@@ -95,9 +95,9 @@ class Engine:
         timings = Timings(preprocess_ms, vision_ms, prefill_ms, tuple(decode_ms))
         return Decision(chosen, self.codec.tokens_to_action(chosen)), timings
 
-    def action_logits(self, pixel_values: np.ndarray, input_ids: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-        """Teacher-forced logits float32 [K, vocab] for one sample: [1, 6, S, S], [1, L] and action `tokens` [K]."""
-        logits = [self._backend.prefill(input_ids, self._backend.encode(pixel_values))]
+    def action_logits(self, pixels: np.ndarray, input_ids: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        """Teacher-forced logits float32 [K, vocab] for one sample: [1, 6 N, S, S], [1, L] and action `tokens` [K]."""
+        logits = [self._backend.prefill(input_ids, self._backend.encode(pixels))]
         logits += [self._backend.step(int(token)) for token in tokens[:-1]]
         return np.stack(logits)
 
