@@ -45,11 +45,11 @@ _SWEPT: list[Few | Many] = [
     Few(warps, ahead, f"few_w{warps}_a{ahead}")
     for warps in (4, 8, 16)
     for ahead in (1, 2, 4)
-    if (warps, ahead) != (8, 4)
+    if (warps, ahead) != (16, 1)
 ]
 _SWEPT += [
     Many(tiles, slabs, warps, f"many_t{tiles}_s{slabs}_w{warps}")
-    for tiles, slabs, warps in ((4, 1, 4), (4, 1, 8), (4, 2, 4), (4, 2, 8), (8, 1, 8), (4, 4, 4), (12, 1, 4))
+    for tiles, slabs, warps in ((4, 1, 4), (4, 1, 8), (4, 2, 8), (8, 1, 4), (8, 1, 8), (4, 4, 4), (12, 1, 4))
 ]
 
 

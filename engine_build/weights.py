@@ -18,6 +18,8 @@ from vla_policy.core.formats import FULL_PRECISION, Format
 from vla_policy.core.policy_config import PolicyConfig
 from vla_policy.core.targets import LayerKind
 
+_AT_ONCE = 1 << 22  # weights
+
 
 class Tensors(Protocol):
     """Tensors by the published names."""
@@ -130,7 +132,15 @@ def layer_weights(tensors: Tensors, layer: Layer, fmt: Format, input_peak: float
     bias = as_float32(tensors.tensor(f"{layer.name}.bias")) if layer.bias else None
     if fmt.weight_bits == FULL_PRECISION.weight_bits:
         return LayerWeights(layer, fmt, None, weight.flatten(1), bias)
-    return LayerWeights(layer, fmt, quantize_weight(weight, fmt), None, bias, input_peak)
+    return LayerWeights(layer, fmt, _quantized(weight, fmt), None, bias, input_peak)
+
+
+def _quantized(weight: torch.Tensor, fmt: Format) -> QuantizedWeight:
+    """`quantize_weight` of some rows at a time: its temporaries then stay in the processor's cache."""
+    rows = max(1, _AT_ONCE * len(weight) // weight.numel())
+    parts = [quantize_weight(part, fmt) for part in weight.split(rows)]
+    codes, scales = torch.cat([part.codes for part in parts]), torch.cat([part.scales for part in parts])
+    return QuantizedWeight(codes, scales, fmt, tuple(weight.shape))
 
 
 def as_float32(tensor: torch.Tensor) -> np.ndarray:

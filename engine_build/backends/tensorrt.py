@@ -82,7 +82,11 @@ def build_engines(
 
 
 def decoder_profiles(spec: GraphSpec, config: PolicyConfig) -> list[Profile]:
-    """Smallest, typical and largest shape of each input: first for the prefill, then for a decode step."""
+    """Smallest, typical and largest shape of each input: first for the prefill, then for a decode step.
+
+    A step has no patches, but its profile admits one: from 8 heads on, TensorRT-RTX 1.7 crashes where it knows ahead
+    that a tensor is empty.
+    """
     longest = config.num_patches + PROMPT_LIMIT + max(len(stats.action.q01) for stats in config.norm_stats.values())
     prefill: Profile = {}
     step: Profile = {}
@@ -93,7 +97,7 @@ def decoder_profiles(spec: GraphSpec, config: PolicyConfig) -> list[Profile]:
         elif tensor.name == "patches":
             hidden = config.text.hidden_size
             prefill[tensor.name] = _fixed((1, config.num_patches, hidden))
-            step[tensor.name] = _fixed((1, 0, hidden))
+            step[tensor.name] = ((1, 0, hidden), (1, 0, hidden), (1, 1, hidden))
         else:
             heads, width = config.text.num_key_value_heads, config.text.head_dim
             typical = config.num_patches + _TYPICAL_PROMPT

@@ -17,7 +17,7 @@ import torch
 from onnx import TensorProto
 
 from engine_build.graph.builder import GraphBuilder
-from engine_build.packing import pack, pack_nbits, pad_groups
+from engine_build.packing import pack, pack_nbits, pad_groups, turned
 from engine_build.weights import LayerWeights
 
 _CODE_TYPES = {2: TensorProto.INT2, 4: TensorProto.INT4, 8: TensorProto.INT8}
@@ -64,7 +64,7 @@ def _codes(builder: GraphBuilder, weights: LayerWeights, codes: np.ndarray) -> s
 
 
 def _blocked(builder: GraphBuilder, weights: LayerWeights) -> str:
-    codes, scales = _codes(builder, weights, weights.codes.T), _scales(builder, weights, weights.scales.T)
+    codes, scales = _codes(builder, weights, turned(weights.codes)), _scales(builder, weights, weights.scales.T)
     return builder.node(
         "DequantizeLinear",
         [codes, scales],

@@ -15,7 +15,7 @@ import numpy as np
 from onnx import TensorProto
 
 from engine_build.graph.builder import GraphBuilder
-from engine_build.packing import pack, pad_groups
+from engine_build.packing import pack, pad_groups, turned
 from engine_build.weights import LayerWeights
 from vla_policy.core.formats import Format
 
@@ -67,7 +67,7 @@ def padded(builder: GraphBuilder, x: str, missing: int) -> str:
 
 def _columns(weights: LayerWeights, group: int) -> np.ndarray:
     """Codes [in, out], filled up to whole groups."""
-    return np.ascontiguousarray(pad_groups(weights.codes, group).reshape(weights.layer.outputs, -1).T)
+    return turned(pad_groups(weights.codes, group).reshape(weights.layer.outputs, -1))
 
 
 def _eight_bit(builder: GraphBuilder, weights: LayerWeights, group: int) -> str:

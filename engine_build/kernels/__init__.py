@@ -64,8 +64,8 @@ class Many:
         return {"MANY": 1, "TILES": self.tiles, "SLABS": self.slabs}
 
 
-FEW = Few(warps=8, ahead=4)
-MANY = Many(tiles=8, slabs=1, warps=4)
+FEW = Few(warps=16, ahead=1)
+MANY = Many(tiles=4, slabs=2, warps=4)
 CUTS: tuple[Few | Many, ...] = (FEW, MANY)
 """TensorRT times both on the device, for each optimisation profile, and keeps the faster."""
 

@@ -325,13 +325,13 @@ __device__ void many_tokens(typename Format::Input const* __restrict__ x, float 
 #endif
 
 #if defined(W2A16)
-extern "C" __global__ void __launch_bounds__(THREADS) NAME(half const* x, uint4 const* codes, uint32_t const* scales,
+extern "C" __global__ void __launch_bounds__(THREADS, 1) NAME(half const* x, uint4 const* codes, uint32_t const* scales,
     int tokens, int outputs, int inputs, int groups, half* y)
 {
     CUT(TwoBit)(x, nullptr, codes, scales, tokens, outputs, inputs, groups, y);
 }
 #else
-extern "C" __global__ void __launch_bounds__(THREADS) NAME(int8_t const* x, float const* token_scales,
+extern "C" __global__ void __launch_bounds__(THREADS, 1) NAME(int8_t const* x, float const* token_scales,
     uint4 const* codes, uint32_t const* scales, int tokens, int outputs, int inputs, int groups, half* y)
 {
     CUT(FourBit)(x, token_scales, codes, scales, tokens, outputs, inputs, groups, y);

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from engine_build.packing import pack, pack_nbits, pad_groups, unpack
+from engine_build.packing import pack, pack_nbits, pad_groups, transpose, unpack
 
 
 def test_first_code_sits_in_the_lowest_bits() -> None:
@@ -19,6 +19,13 @@ def test_unpack_inverts_pack(bits: int, count: int) -> None:
     content = pack(codes, bits)
     assert len(content) == -(-count * bits // 8)
     np.testing.assert_array_equal(unpack(content, bits, count), codes)
+
+
+@pytest.mark.parametrize(("bits", "rows", "columns"), [(8, 3, 5), (4, 6, 4), (4, 5, 6), (4, 1, 2)])
+def test_packed_bytes_are_transposed(bits: int, rows: int, columns: int) -> None:
+    codes = np.random.default_rng(rows).integers(-(2 ** (bits - 1)), 2 ** (bits - 1), (rows, columns)).astype(np.int8)
+    stored = np.frombuffer(pack(codes, bits), np.uint8).reshape(rows, -1)
+    assert transpose(stored.copy(), bits, columns) == pack(np.ascontiguousarray(codes.T), bits)
 
 
 def test_groups_are_filled_up_with_zeros() -> None:

@@ -20,6 +20,7 @@ from engine_build.backends.tensorrt import decoder_profiles, load_module
 from engine_build.build import Request, build
 from engine_build.graph.builder import GraphBuilder
 from engine_build.graph.linear_tensorrt import linear
+from engine_build.packing import pack
 from engine_build.plan import Plan, check_legal, legalize, uniform_plan
 from engine_build.ranges import input_peaks
 from engine_build.verify import verify_formats
@@ -123,6 +124,25 @@ def test_codes_are_found_wherever_they_stand_and_missed_when_altered(fmt: Format
         readback_tensorrt.read_back(graph, engine, {LAYER.name: LAYER}, {LAYER.name: fmt})
 
 
+def test_layers_of_one_input_are_found_side_by_side(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    codes = {name: rng.integers(-8, 8, (24, 32)).astype(np.int8) for name in "qkv"}
+    layers = {name: Layer(name, "linear", "qkv", 32, 24, bias=False) for name in codes}
+    with GraphBuilder(tmp_path / "rows.onnx", TensorProto.FLOAT16, 21) as builder:
+        for name, values in codes.items():
+            builder.raw(f"{name}.codes", TensorProto.INT4, values.shape, pack(values, 4))
+        builder.save([], [])
+    engine, planned = tmp_path / "rows.engine", dict.fromkeys(layers, Format(4, 16))
+    beside = np.hstack(list(codes.values()))
+    engine.write_bytes(bytes(20) + pack(beside, 4))
+    found = readback_tensorrt.read_back(tmp_path / "rows.onnx", engine, layers, planned)
+    assert {realised.format for realised in found.values()} == {Format(4, 16)}
+    beside[23, 95] ^= 1
+    engine.write_bytes(bytes(20) + pack(beside, 4))
+    with pytest.raises(ArtefactError, match=r"codes of 1 layers are not in the engine, e.g. v, planned"):
+        readback_tensorrt.read_back(tmp_path / "rows.onnx", engine, layers, planned)
+
+
 def test_an_a100_engine_is_built_without_a_gpu(workshop: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX builds sm_80 engines anywhere once it is installed")
     request = Request(workshop / "policy", A100, tmp_path / "engine", plan=workshop / "plan.json", legalize=True)
@@ -185,7 +205,7 @@ def test_profiles_cover_prefill_and_decode(workshop: Path) -> None:
     manifest = Manifest.load(workshop / "engine")
     prefill, step = decoder_profiles(manifest.graphs["decoder"], manifest.config)
     assert prefill["patches"] == ((1, 16, 64),) * 3
-    assert step["patches"] == ((1, 0, 64),) * 3
+    assert step["patches"] == ((1, 0, 64), (1, 0, 64), (1, 1, 64))
     assert step["input_ids"] == ((1, 1),) * 3
     assert prefill["past_key_0"] == ((1, 2, 0, 16),) * 3
     smallest, typical, largest = step["past_value_1"]
