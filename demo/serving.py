@@ -29,7 +29,7 @@ from sensor_msgs.msg import CompressedImage, Image
 from tqdm import tqdm
 from vla_policy_interfaces.msg import ActionChunk
 
-from demo.processes import last_words, running
+from evaluation.processes import running
 from vla_policy.core import cli
 from vla_policy.core.bag import read_frames
 from vla_policy.core.contract import IMAGE, CameraTopic, Contract, load_contract
@@ -122,6 +122,13 @@ class Recorder(Node):
     def settled(self) -> bool:
         """Whether the diagnostics are as new as the decisions."""
         return self.diagnostics.get("chunks") == str(len(self.decisions))
+
+
+def last_words(log: Path) -> str:
+    """The last line that a process wrote, preferring one that names an error; empty when it wrote nothing."""
+    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    errors = [line for line in lines if "error" in line.lower()]
+    return (errors or lines or [""])[-1]
 
 
 def _to_ns(stamp: Any) -> int:

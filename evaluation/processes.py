@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from vla_policy.core.errors import ArtefactError
@@ -47,17 +47,27 @@ def ended_in_order() -> Iterator[None]:
 
 
 @contextmanager
-def running(command: Sequence[str]) -> Iterator["subprocess.Popen[bytes]"]:
+def running(
+    command: Sequence[str], log: Path | None = None, environment: Mapping[str, str] | None = None
+) -> Iterator["subprocess.Popen[bytes]"]:
     """Starts a node in the caller's ROS domain, or one of this process's own, and ends it when the block is left.
 
+    log: where its output goes; by default where this process's goes. environment: what it sees beside this process's.
     In a session of its own, so that an interrupt from the keyboard reaches it once, from here.
     """
-    environment = {
+    defaults = {
         "ROS_DOMAIN_ID": str(1 + os.getpid() % 100),
         "ROS_AUTOMATIC_DISCOVERY_RANGE": "LOCALHOST",
         "FASTRTPS_DEFAULT_PROFILES_FILE": str(shared_file("fastdds_large_images.xml")),
     }
-    process = subprocess.Popen(command, env=environment | os.environ, start_new_session=True)
+    with log.open("wb") if log else nullcontext() as stream:
+        process = subprocess.Popen(
+            command,
+            stdout=stream,
+            stderr=stream,
+            env=defaults | os.environ | (environment or {}),
+            start_new_session=True,
+        )
     try:
         yield process
     finally:
