@@ -106,13 +106,18 @@ Evaluate = Callable[[Sequence[Request]], Sequence[np.ndarray]]
 """Exact losses [columns, states] of every request, in their order."""
 
 
-def state_order(predicted: np.ndarray) -> list[int]:
-    """States from the largest loss, relative to its pair's mean and averaged over pairs [U, B, N], to the smallest.
+def state_order(predicted: np.ndarray, seed: int) -> list[int]:
+    """All states, in turn the one with the largest loss that is left and a random one.
 
-    A sum is known best when its largest terms are measured and the small ones predicted.
+    Loss is relative to its pair's mean and averaged over pairs [U, B, N]. A sum is known best when its largest terms
+    are measured and the small ones predicted; but a prediction is also large by chance, so the ratio of exact to
+    predicted losses would come out too small from these states alone. Random ones show it as it is.
     """
     relative = predicted / (predicted.mean(-1, keepdims=True) + _TINY)
-    return [int(state) for state in np.argsort(-relative.mean((0, 1)), kind="stable")]
+    largest = np.argsort(-relative.mean((0, 1)), kind="stable")
+    random = np.random.default_rng(seed).permutation(len(largest))
+    both = np.stack([largest, random], axis=1).ravel()
+    return [int(state) for state in both[np.sort(np.unique(both, return_index=True)[1])]]
 
 
 class Screen:
@@ -126,7 +131,7 @@ class Screen:
         # A first-order loss can vanish where the real one cannot; a part of the pair's typical size is added to it.
         typical = problem.predicted.mean(-1, keepdims=True) + _TINY
         self._predicted = np.hypot(problem.predicted, _FLOOR * typical)
-        self._order = state_order(self._predicted)
+        self._order = state_order(self._predicted, settings.seed)
         self._count = np.zeros(self.losses.shape[:2], np.int64)
         self._model: _Ratios | None = None
         self._misses: list[float] = []

@@ -19,16 +19,20 @@ BITS = (2, 4, 8)
 
 
 def made_up(units: int, states: int, seed: int, spread: float = 0.2) -> tuple[ScreenProblem, np.ndarray]:
-    """Losses that are `spread` (in logarithms) away from their prediction per layer, width and state each."""
+    """Losses and their predictions, `spread` (in logarithms) apart per layer and width, and per state.
+
+    What differs per state is the prediction's error: the largest predictions are large by chance too, as in reality.
+    """
     generator = np.random.default_rng(seed)
     fragility = generator.normal(0, 2, (units, 1, 1))
     levels = fragility + np.asarray([0.0, -2.0, -5.0])[:, None]
-    predicted = np.exp(levels + generator.normal(0, 0.8, (units, 3, states)))
-    misses = generator.normal(0, spread, (units, 3, 1)) + generator.normal(0, spread, (units, 3, states))
+    losses = np.exp(levels + generator.normal(0, 0.8, (units, 3, states)))
+    predicted = losses * np.exp(generator.normal(0, spread, (units, 3, states)))
+    losses *= np.exp(generator.normal(0, spread, (units, 3, 1)))
     names = [str(index) for index in range(units)]
     params = generator.integers(10, 100, units).astype(float)
     problem = ScreenProblem(params, names, BITS, predicted, np.arange(states) % 10, 0.75, 0.25)
-    return problem, predicted * np.exp(misses)
+    return problem, losses
 
 
 class FakeEvaluator:
@@ -78,17 +82,20 @@ def exhaustive(problem: ScreenProblem, losses: np.ndarray) -> np.ndarray:
     return with_full(0.75 * losses.mean(-1) + 0.25 * phases.max(0))
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_ten_times_fewer_evaluations_give_nearly_the_exhaustive_plan(seed: int) -> None:
-    problem, losses = made_up(units=30, states=200, seed=seed)
-    evaluator = FakeEvaluator(losses)
-    result = Screen(problem, ScreenSettings(), evaluator).run()
-    assert len(evaluator.asked) == result.record["evaluations"] <= losses.size / 10
-    truth = exhaustive(problem, losses)
-    got = with_full(0.75 * result.omega + 0.25 * result.omega_tau)
-    for target in (3.0, 4.0, 6.0):
-        best = score_of(problem, truth, truth, target)
-        assert score_of(problem, got, truth, target) <= best * 1.01
+def test_ten_times_fewer_evaluations_give_nearly_the_exhaustive_plan() -> None:
+    within: list[bool] = []
+    for seed in range(3):
+        problem, losses = made_up(units=30, states=200, seed=seed)
+        evaluator = FakeEvaluator(losses)
+        result = Screen(problem, ScreenSettings(), evaluator).run()
+        assert len(evaluator.asked) == result.record["evaluations"] <= losses.size / 10
+        truth = exhaustive(problem, losses)
+        got = with_full(0.75 * result.omega + 0.25 * result.omega_tau)
+        for target in (3.0, 4.0, 6.0):
+            above = score_of(problem, got, truth, target) / score_of(problem, truth, truth, target) - 1
+            assert above <= 0.03
+            within.append(above <= 0.01)
+    assert np.mean(within) > 0.85, "a confidence of 95 % is no certainty"
 
 
 def test_screening_beats_the_predictions_alone() -> None:
@@ -114,7 +121,7 @@ def test_a_model_that_misses_becomes_uncertain() -> None:
     honest = Screen(problem, ScreenSettings(tolerance=0.0), FakeEvaluator(losses))
     # The states that are evaluated first behave as predicted; a trend along the order breaks what they promised.
     trend = np.empty(200)
-    trend[state_order(problem.predicted)] = np.exp(np.linspace(0, 3, 200))
+    trend[state_order(problem.predicted, 0)] = np.exp(np.linspace(0, 3, 200))
     misled = Screen(problem, ScreenSettings(tolerance=0.0), FakeEvaluator(losses * trend))
     honest.run()
     misled.run()
@@ -163,9 +170,13 @@ def test_the_same_seed_gives_the_same_table() -> None:
     np.testing.assert_array_equal(one.omega, other.omega)
 
 
-def test_the_most_harmful_states_come_first() -> None:
-    predicted = np.asarray([[[1.0, 5.0, 3.0]], [[10.0, 30.0, 90.0]]])
-    assert state_order(predicted) == [2, 1, 0]
+def test_harmful_and_random_states_come_in_turn() -> None:
+    predicted = np.asarray([[np.arange(1.0, 41.0)], [10 * np.arange(1.0, 41.0)]])
+    order = state_order(predicted, seed=0)
+    assert sorted(order) == list(range(40))
+    first = order[:20]
+    assert set(range(31, 40)) < set(first), "every second state is the most harmful one that is left"
+    assert any(state < 20 for state in first), "and the others are any"
 
 
 def test_settings_out_of_range_are_refused() -> None:
