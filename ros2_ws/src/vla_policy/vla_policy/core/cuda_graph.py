@@ -1,7 +1,7 @@
 """CUDA graphs on pycuda's streams: what was enqueued once is launched again as one piece, without the cost per kernel.
 
 pycuda has memory, streams and contexts but no capture, so four functions of the driver, which every machine with a GPU
-has, are called directly. Tested with a stand-in for the driver; not yet run on a GPU.
+has, are called directly. Run on an H100 on torch's streams, with pycuda's only against a stand-in for the driver.
 """
 
 import ctypes
