@@ -204,7 +204,9 @@ class Prompts:
         )
 
     def to(self, device: torch.device) -> "Prompts":
-        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        moved: dict[str, Any] = {
+            name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
         return replace(self, **moved)
 
     def encode(self, instruction: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:

@@ -65,7 +65,7 @@ def running(
             command,
             stdout=stream,
             stderr=stream,
-            env=defaults | os.environ | (environment or {}),
+            env={**defaults, **os.environ, **(environment or {})},
             start_new_session=True,
         )
     try:
