@@ -12,10 +12,9 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -28,60 +27,19 @@ from tqdm import tqdm
 
 from calibrator.policy.loading import load_policy, save_policy
 from calibrator.policy.model import OpenVLA
+from demo.batches import Batch, Batches
 from demo.dataset import Demonstrations, load_demonstrations, percentiles
+from demo.recipe import Recipe
 from demo.tokenizer import ACTION_BINS, save_tokenizer
 from vla_policy.core import cli
-from vla_policy.core.actions import ActionCodec
 from vla_policy.core.errors import ArtefactError, DataError
 from vla_policy.core.files import atomic_path, sha256_policy
 from vla_policy.core.policy_config import PolicyConfig
-from vla_policy.core.prompt import PromptTokenizer
 
 _CPU = torch.device("cpu")
 # On CPUs the fused attention's backward pass takes half of all time; at these lengths plain products do not.
 _ATTENTION = {"cpu": [SDPBackend.MATH], "cuda": [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]}
 _STATE_NAMES = ["x", "y", "z", "gripper_width", "gripper_velocity"]
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Everything that shapes the training, so that a checkpoint of another recipe is refused."""
-
-    seed: int = 0
-    samples: int = 1_000_000
-    batch: int = 512
-    alternatives: int = 512
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.05
-    warmup_steps: int = 200
-    fall_fraction: float = 0.35
-    ema_decay: float = 0.998
-    target_sigma_bins: float = 2.0
-    position_weight: float = 0.5
-    search_weight: float = 0.3
-    shift_pixels: int = 3
-    state_noise: float = 0.01
-    width: int = 192
-    layers: int = 4
-    image_size: int = 112
-    patch_size: int = 16
-
-    @property
-    def steps(self) -> int:
-        return self.samples // self.batch
-
-    def but(self, changes: Sequence[str]) -> "Recipe":
-        """This recipe with `changes`, each NAME=VALUE. Raises DataError naming what cannot be changed so."""
-        values: dict[str, int | float] = {}
-        for change in changes:
-            name, _, text = change.partition("=")
-            if name not in self.__dataclass_fields__:
-                raise DataError(f"--set {change}: unknown; choose from: {', '.join(self.__dataclass_fields__)}")
-            try:
-                values[name] = type(getattr(self, name))(text)
-            except ValueError as error:
-                raise DataError(f"--set {change}: expected a number like {getattr(self, name)}") from error
-        return replace(self, **values)  # type: ignore[arg-type]
 
 
 def policy_config(data: Demonstrations, recipe: Recipe, key: str, steps_per_action: int, vocab: int) -> PolicyConfig:
@@ -155,157 +113,6 @@ def initialise(policy: OpenVLA) -> None:
     positions = torch.linspace(0, 1, ACTION_BINS)[:, None]
     with torch.no_grad():
         embedding[first : first + ACTION_BINS] = 0.05 * torch.cos(positions * frequencies + torch.rand(width) * 6.28)
-
-
-class Batch(NamedTuple):
-    """B images with R answers.
-
-    pixels: [B, 6, S, S]. image: [R] into them. ids: [R, L], prompts padded at the right. lengths: [R], the prompts'.
-    tokens: [R, K], the action. aux: [R, 6], standardised. where: [B, P, C], the share of each patch in where the target
-    of each instruction is; all zero where the scene has none.
-    """
-
-    pixels: Tensor
-    image: Tensor
-    ids: Tensor
-    lengths: Tensor
-    tokens: Tensor
-    aux: Tensor
-    where: Tensor
-
-
-@dataclass(frozen=True)
-class Prompts:
-    """Every instruction's prompt as ids [C, L], padded at the right, with `lengths` [C]; the state's places are open.
-
-    The prompt is the robot's own (`PromptTokenizer`), taken apart once so that a batch is filled in without a loop.
-    """
-
-    ids: Tensor
-    lengths: Tensor
-    low: Tensor
-    high: Tensor
-    edges: Tensor
-    token_vocab: int
-
-    @staticmethod
-    def of(tokenizer: PromptTokenizer, config: PolicyConfig, key: str, instructions: tuple[str, ...]) -> "Prompts":
-        proprio = config.stats(key).proprio
-        assert proprio is not None, "demo policies take the state"
-        low, high = (torch.tensor(limits, dtype=torch.float64) for limits in (proprio.q01, proprio.q99))
-        rows = [torch.from_numpy(tokenizer.encode(text, low.numpy())) for text in instructions]
-        return Prompts(
-            ids=nn.utils.rnn.pad_sequence(rows, batch_first=True),
-            lengths=torch.tensor([len(row) for row in rows]),
-            low=low,
-            high=high,
-            edges=torch.linspace(-1, 1, config.n_action_bins, dtype=torch.float64),
-            token_vocab=config.token_vocab,
-        )
-
-    def to(self, device: torch.device) -> "Prompts":
-        moved: dict[str, Any] = {
-            name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
-        }
-        return replace(self, **moved)
-
-    def encode(self, instruction: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
-        """Ids [R, L] and their lengths [R] of instructions [R] (numbers) with states [R, S]."""
-        ids, lengths = self.ids[instruction].clone(), self.lengths[instruction]
-        values = (2 * (states.double() - self.low) / (self.high - self.low) - 1).clamp(-1, 1)
-        count = states.shape[1]
-        # The state's bins stand right before the empty token that ends the prompt.
-        places = lengths[:, None] - 1 - count + torch.arange(count, device=ids.device)
-        return ids.scatter_(1, places, self.token_vocab - torch.bucketize(values, self.edges, right=True)), lengths
-
-
-class Batches:
-    """Random augmented batches, a function of seed, step and kind of device alone: a resumed run sees the same ones.
-
-    The data live on the device that trains, and batches are made there.
-    """
-
-    def __init__(
-        self,
-        data: Demonstrations,
-        config: PolicyConfig,
-        folder: Path,
-        recipe: Recipe,
-        key: str,
-        device: torch.device = _CPU,
-    ) -> None:
-        tokens = torch.from_numpy(ActionCodec.of(config, key).action_to_tokens(data.actions.numpy()))
-        self.data, self.recipe, self.device, self.tokens = data.to(device), recipe, device, tokens.to(device)
-        self.prompts = Prompts.of(PromptTokenizer(folder, config, key), config, key, data.instructions).to(device)
-        self.aux_mean, self.aux_std = self.data.aux.mean(0), self.data.aux.std(0) + 1e-3
-        self.alternatives = recipe.alternatives if len(data.actions) > len(data) else 0
-        self.after = torch.cat([data.own[1:], torch.tensor([len(data.actions)])]).to(device)
-        self.state_span = (self.prompts.high - self.prompts.low).float()
-        self.statistics = [
-            torch.tensor([v for t in config.towers for v in getattr(t, n)], device=device) for n in ("mean", "std")
-        ]
-        asked = self.data.instruction[self.data.own]
-        self.weights = (1.0 / torch.bincount(asked, minlength=len(data.instructions)).double())[asked]
-
-    def __call__(self, step: int) -> Batch:
-        """The batch of step `step`."""
-        random = torch.Generator(self.device).manual_seed(self.recipe.seed * 1_000_003 + step)
-        frames = torch.multinomial(self.weights, self.recipe.batch, replacement=True, generator=random)
-        pixels, shift = self._augment(self.data.images[frames], random)
-        side = self.recipe.image_size // self.recipe.patch_size
-        where = patch_shares(self.data.seen_at[frames] - shift[:, None], side)
-        answers, places = self._answers(frames, random)
-        states = self.data.states[frames[places]]
-        noise = torch.randn(states.shape, generator=random, device=self.device) * self.recipe.state_noise
-        ids, lengths = self.prompts.encode(self.data.instruction[answers], states + noise * self.state_span)
-        aux = (self.data.aux[answers] - self.aux_mean) / self.aux_std
-        return Batch(pixels, places, ids, lengths, self.tokens[answers], aux, where)
-
-    def _answers(self, frames: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
-        """The frames' own answers, then others drawn from theirs; with each its place in `frames`."""
-        own, places = self.data.own[frames], torch.arange(len(frames), device=self.device)
-        counts = self.after[frames] - own - 1
-        if not self.alternatives or not counts.any():
-            return own, places
-        of_others = places.repeat_interleave(counts)
-        starts = (counts.cumsum(0) - counts).repeat_interleave(counts)
-        nth = torch.arange(len(of_others), device=self.device) - starts
-        drawn = torch.randint(len(of_others), (self.alternatives,), generator=random, device=self.device)
-        others = of_others[drawn]
-        return torch.cat([own, own[others] + 1 + nth[drawn]]), torch.cat([places, others])
-
-    def _augment(self, images: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Shifts by a few pixels (edges repeated), brightness, contrast and colour, then both normalisations.
-
-        Also returns the shifts [B, 2] to the left and up, as a share of the image.
-        """
-
-        def uniform(*shape: int) -> Tensor:
-            return 2 * torch.rand(len(images), *shape, generator=random, device=self.device) - 1
-
-        size, margin, count = images.shape[1], self.recipe.shift_pixels, len(images)
-        shift = torch.randint(-margin, margin + 1, (count, 2), generator=random, device=self.device)
-        columns, rows = ((torch.arange(size, device=self.device) + offset[:, None]).clamp(0, size - 1)
-                         for offset in shift.T)  # fmt: skip
-        each = torch.arange(count, device=self.device)[:, None, None]
-        shifted = images[each, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).float() / 255
-        mean = shifted.mean((1, 2, 3), keepdim=True)
-        contrasted = (shifted - mean) * (1 + 0.2 * uniform(1, 1, 1)) + mean
-        jittered = (contrasted * (1 + 0.1 * uniform(3, 1, 1)) + 0.1 * uniform(1, 1, 1)).clamp(0, 1)
-        means, deviations = (values.view(1, 6, 1, 1) for values in self.statistics)
-        return (jittered.repeat(1, 2, 1, 1) - means) / deviations, shift / size
-
-
-def patch_shares(seen_at: Tensor, side: int) -> Tensor:
-    """[B, C, 2] -> [B, side * side, C]: bilinear shares of the patches, row by row, whose centres surround each point.
-
-    Points outside the image count at its edge; a NaN point gets all zeros.
-    """
-    known = seen_at.isfinite().all(-1)
-    places = (seen_at.nan_to_num() * side - 0.5).clamp(0, side - 1)
-    hats = (1 - (places[..., None] - torch.arange(side, device=places.device)).abs()).clamp_min(0)  # [B, C, 2, side]
-    shares = hats[:, :, 1, :, None] * hats[:, :, 0, None, :] * known[..., None, None]
-    return shares.flatten(2).transpose(1, 2)
 
 
 def soft_targets(tokens: Tensor, first: int, sigma: float) -> Tensor:

@@ -11,9 +11,11 @@ from safetensors.numpy import save_file
 from safetensors.torch import load_file
 
 from calibrator.policy.model import OpenVLA
+from demo.batches import Batches, Prompts, patch_shares
 from demo.dataset import encode_png, load_demonstrations
+from demo.recipe import Recipe
 from demo.tokenizer import save_tokenizer
-from demo.train import Batches, Prompts, Recipe, Run, initialise, patch_shares, policy_config, train
+from demo.train import Run, initialise, policy_config, train
 from vla_policy.core.actions import ActionCodec
 from vla_policy.core.errors import ArtefactError, DataError
 from vla_policy.core.files import sha256_policy
