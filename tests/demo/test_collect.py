@@ -70,6 +70,7 @@ class FakeActor:
 @pytest.fixture
 def teacher(monkeypatch: pytest.MonkeyPatch) -> FakeTeacher:
     fake = FakeTeacher()
+    monkeypatch.setattr(collecting, "_BLOCK", 4)  # few episodes reach the second task
     monkeypatch.setattr(collecting, "_tools", lambda job: (fake, None if job.driver == "expert" else FakeActor()))
     return fake
 
@@ -79,7 +80,7 @@ def job_in(out: Path, driver: str = "expert", seed: int = 3) -> Job:
 
 
 def test_tasks_take_turns_in_blocks() -> None:
-    assert "".join(task_of(index, ("a", "b", "c")) for index in range(14)) == "aaaabbbbccccaa"
+    assert "".join(task_of(index, ("a", "b", "c")) for index in range(26)) == "aaaaaaaabbbbbbbbccccccccaa"
 
 
 def test_episodes_hold_clean_labels_and_failures_are_dropped(tmp_path: Path, teacher: FakeTeacher) -> None:
