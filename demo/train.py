@@ -289,7 +289,7 @@ def train(
         shutil.copyfile(initial / tokenizer.name, tokenizer)
     run = Run(policy, recipe, len(data.instructions), work / "checkpoint.safetensors", device)
     run.restore()
-    compile_blocks(policy)  # half as many samples again per second on one core; needs a C++ compiler
+    compile_blocks(policy)  # needs a C++ compiler
     batches = Batches(data, policy.config, work, recipe, key, device)
     print(
         f"{data.episodes} episodes, {len(data)} decisions, {len(data.instructions)} tasks; "
