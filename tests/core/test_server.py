@@ -4,6 +4,7 @@ import math
 import resource
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from vla_policy.core.errors import DataError
 from vla_policy.core.observation import Decision, Observation
 from vla_policy.core.policy_config import ActionStats, NormStats, PolicyConfig, TextSpec, TowerSpec
 from vla_policy.core.safety import HoldReason
-from vla_policy.core.server import Latch, PolicyServer, ServedChunk, ServerSettings
+from vla_policy.core.server import Latch, PolicyServer, ServedChunk, ServerSettings, Status
 from vla_policy.core.synchroniser import Dropped, DropReason
 
 CONTRACT = load_contract(Path(__file__).parents[2] / "ros2_ws/src/vla_policy/config/libero.yaml")
@@ -362,6 +363,26 @@ def test_deactivate_reports_what_was_waiting() -> None:
     assert bench.server.deactivate()
     assert [dropped.reason for dropped in bench.drops] == [DropReason.STOPPED]
     assert HoldReason.INACTIVE in bench.reasons()
+
+
+def test_silence_is_never_seen_as_a_mere_disabling(bench: Bench) -> None:
+    """Whoever polls while the server ends must find the cause, not only that output is off."""
+    bench.moving()
+    seen: list[Status] = []
+    done = threading.Event()
+
+    def poll() -> None:
+        while not done.is_set():
+            seen.append(bench.server.status())
+
+    with ThreadPoolExecutor(1) as pool:
+        polling = pool.submit(poll)
+        bench.server.silence()
+        assert bench.server.tick().command is None
+        done.set()
+        polling.result(TIMEOUT_S)
+    assert all(status.active == status.enabled for status in [*seen, bench.server.status()])
+    assert not bench.server.status().active
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

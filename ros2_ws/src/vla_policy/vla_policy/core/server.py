@@ -169,10 +169,15 @@ class PolicyServer:
             self._active = True
         self._worker.start()
 
-    def deactivate(self) -> bool:
-        """Ends the worker. False when the engine did not come back in time."""
+    def silence(self) -> None:
+        """Forbids motion for good. Inactive and disabled at once: nobody sees the consequence without the cause."""
         with self._lock:
-            self._active = False
+            self._active = self._enabled = self._started = False
+            self._chunks.clear()
+
+    def deactivate(self) -> bool:
+        """Silences and ends the worker. False when the engine did not come back in time."""
+        self.silence()
         for dropped in self._worker.discard():
             self._drop(dropped)
         return self._worker.stop(_JOIN_TIMEOUT_S)

@@ -212,9 +212,10 @@ class PolicyNode(LifecycleNode):
         self._inputs, self._periodic = [], []
         self._latch = server.status().latch
         with self._output_lock:
-            # Disabled first: a decision that arrives now must not command after the hold.
-            if server.enabled and self._outputs is not None:
-                server.enable(False)
+            # Silenced first: a decision that arrives now must not command after the hold.
+            enabled = server.enabled
+            server.silence()
+            if enabled and self._outputs is not None:
                 self._outputs.hold()
         if self._watchdog is not None:
             self._watchdog.close()
