@@ -20,8 +20,9 @@ class Batch(NamedTuple):
     """B images with R answers.
 
     pixels: [B, 6, S, S]. image: [R] into them. ids: [R, L], prompts padded at the right. lengths: [R], the prompts'.
-    tokens: [R, K], the action. aux: [R, 6], standardised. where: [B, P, C], the share of each patch in where the target
-    of each instruction is; all zero where the scene has none.
+    tokens: [R, K], the action. positions: [R, 6 or 11], standardised: of target and goal and, where the prompt does not
+    tell it, the robot's state. where: [B, P, C], the share of each patch in where the target of each instruction is;
+    all zero where the scene has none.
     """
 
     pixels: Tensor
@@ -29,13 +30,15 @@ class Batch(NamedTuple):
     ids: Tensor
     lengths: Tensor
     tokens: Tensor
-    aux: Tensor
+    positions: Tensor
     where: Tensor
 
 
 @dataclass(frozen=True)
 class Prompts:
     """Every instruction's prompt as ids [C, L], padded at the right, with `lengths` [C]; the state's places are open.
+
+    low, high: float64 [S], where the state's bins begin and end; S is 0 for a policy that takes no state.
 
     The prompt is the robot's own (`PromptTokenizer`), taken apart once so that a batch is filled in without a loop.
     """
@@ -50,8 +53,8 @@ class Prompts:
     @staticmethod
     def of(tokenizer: PromptTokenizer, config: PolicyConfig, key: str, instructions: tuple[str, ...]) -> "Prompts":
         proprio = config.stats(key).proprio
-        assert proprio is not None, "demo policies take the state"
-        low, high = (torch.tensor(limits, dtype=torch.float64) for limits in (proprio.q01, proprio.q99))
+        limits = (proprio.q01, proprio.q99) if proprio is not None and config.state_in_prompt else ((), ())
+        low, high = (torch.tensor(values, dtype=torch.float64) for values in limits)
         rows = [torch.from_numpy(tokenizer.encode(text, low.numpy())) for text in instructions]
         return Prompts(
             ids=nn.utils.rnn.pad_sequence(rows, batch_first=True),
@@ -96,7 +99,10 @@ class Batches:
         tokens = torch.from_numpy(ActionCodec.of(config, key).action_to_tokens(data.actions.numpy()))
         self.data, self.recipe, self.device, self.tokens = data.to(device), recipe, device, tokens.to(device)
         self.prompts = Prompts.of(PromptTokenizer(folder, config, key), config, key, data.instructions).to(device)
-        self.aux_mean, self.aux_std = self.data.aux.mean(0), self.data.aux.std(0) + 1e-3
+        told = self.data.states[self.data.image]
+        positions = self.data.aux if config.state_in_prompt else torch.cat([self.data.aux, told], 1)
+        self.positions = (positions - positions.mean(0)) / (positions.std(0) + 1e-3)
+        self.states = self.data.states[:, : len(self.prompts.low)]
         self.alternatives = recipe.alternatives if len(data.actions) > len(data) else 0
         self.after = torch.cat([data.own[1:], torch.tensor([len(data.actions)])]).to(device)
         self.state_span = (self.prompts.high - self.prompts.low).float()
@@ -114,11 +120,10 @@ class Batches:
         side = self.recipe.image_size // self.recipe.patch_size
         where = patch_shares(self.data.seen_at[frames] - shift[:, None], side)
         answers, places = self._answers(frames, random)
-        states = self.data.states[frames[places]]
+        states = self.states[frames[places]]
         noise = torch.randn(states.shape, generator=random, device=self.device) * self.recipe.state_noise
         ids, lengths = self.prompts.encode(self.data.instruction[answers], states + noise * self.state_span)
-        aux = (self.data.aux[answers] - self.aux_mean) / self.aux_std
-        return Batch(pixels, places, ids, lengths, self.tokens[answers], aux, where)
+        return Batch(pixels, places, ids, lengths, self.tokens[answers], self.positions[answers], where)
 
     def _answers(self, frames: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
         """The frames' own answers, then others drawn from theirs; with each its place in `frames`."""

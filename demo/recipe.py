@@ -1,5 +1,6 @@
 """The settings of a demo policy's training."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -29,6 +30,7 @@ class Recipe:
     layers: int = 4
     image_size: int = 112
     patch_size: int = 16
+    state_in_prompt: bool = True
 
     @property
     def steps(self) -> int:
@@ -41,8 +43,12 @@ class Recipe:
             name, _, text = change.partition("=")
             if name not in self.__dataclass_fields__:
                 raise DataError(f"--set {change}: unknown; choose from: {', '.join(self.__dataclass_fields__)}")
+            usual = getattr(self, name)
             try:
-                values[name] = type(getattr(self, name))(text)
-            except ValueError as error:
-                raise DataError(f"--set {change}: expected a number like {getattr(self, name)}") from error
+                value = json.loads(text)
+            except ValueError:
+                value = None
+            if type(value) is not type(usual) and not (isinstance(usual, float) and type(value) is int):
+                raise DataError(f"--set {change}: expected a value like {json.dumps(usual)}")
+            values[name] = type(usual)(value)
         return replace(self, **values)

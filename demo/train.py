@@ -3,8 +3,8 @@
 Targets are the expert's actions as bins, smoothed over neighbouring bins. Beside the answer to its own instruction an
 image may have answers to others; they share the vision towers' pass over it. Two auxiliary readouts, used in training
 only, teach the policy where to look: the patches say where in the image every known object is, and the prompt's last
-position says where object and goal are in space. The exponential average of the weights is what is saved, in the
-published OpenVLA layout.
+position says where object and goal (and, unless the prompt tells it, the hand) are in space. The exponential average of
+the weights is what is saved, in the published OpenVLA layout.
 """
 
 import argparse
@@ -78,7 +78,7 @@ def policy_config(data: Demonstrations, recipe: Recipe, key: str, steps_per_acti
         "text_config": text,
         "use_fused_vision_backbone": True,
         "vision_towers": [{"kind": "dinov2", "registers": 4, **tower}, {"kind": "siglip", "registers": 0, **tower}],
-        "state_in_prompt": True,
+        "state_in_prompt": recipe.state_in_prompt,
         "steps_per_action": steps_per_action,
         "norm_stats": {
             key: {
@@ -124,10 +124,10 @@ def soft_targets(tokens: Tensor, first: int, sigma: float) -> Tensor:
 class Readouts(nn.Module):
     """What training reads besides actions: `search` the objects in the patches, `position` in the prompt's end."""
 
-    def __init__(self, width: int, instructions: int) -> None:
+    def __init__(self, width: int, instructions: int, positions: int) -> None:
         super().__init__()
         self.search = nn.Linear(width, instructions)
-        self.position = nn.Linear(width, 6)
+        self.position = nn.Linear(width, positions)
 
 
 def loss(policy: OpenVLA, readouts: Readouts, batch: Batch, recipe: Recipe) -> tuple[Tensor, dict[str, Tensor]]:
@@ -145,7 +145,7 @@ def loss(policy: OpenVLA, readouts: Readouts, batch: Batch, recipe: Recipe) -> t
     first = policy.config.token_vocab - ACTION_BINS
     targets = soft_targets(batch.tokens, first, recipe.target_sigma_bins)
     action = -(targets * log_probabilities[..., first : policy.config.token_vocab]).sum(-1).mean()
-    position = functional.smooth_l1_loss(readouts.position(states[:, 0]).float(), batch.aux)
+    position = functional.smooth_l1_loss(readouts.position(states[:, 0]).float(), batch.positions)
     found = readouts.search(patches).float().log_softmax(1)
     search = -(batch.where * found).sum() / batch.where.sum()
     picked = log_probabilities[..., first : policy.config.token_vocab].argmax(-1) + first
@@ -162,10 +162,11 @@ class Run:
     """Model, readouts, optimiser and averaged weights, saved and restored together."""
 
     def __init__(
-        self, policy: OpenVLA, recipe: Recipe, instructions: int, checkpoint: Path, device: torch.device = _CPU
+        self, policy: OpenVLA, recipe: Recipe, batches: Batches, checkpoint: Path, device: torch.device = _CPU
     ) -> None:
         self.policy, self.recipe, self.checkpoint, self.device = policy.to(device), recipe, checkpoint, device
-        self.readouts = Readouts(policy.config.text.hidden_size, instructions).to(device)
+        instructions, positions = len(batches.data.instructions), batches.positions.shape[1]
+        self.readouts = Readouts(policy.config.text.hidden_size, instructions, positions).to(device)
         self.modules = nn.ModuleDict({"policy": policy, "readouts": self.readouts})
         self.parameters = dict(self.modules.named_parameters())
         decayed = [p for p in self.parameters.values() if p.ndim > 1]
@@ -264,6 +265,16 @@ def fresh_policy(data: Demonstrations, recipe: Recipe, key: str, steps_per_actio
     return policy
 
 
+def continued_policy(initial: Path, recipe: Recipe, tokenizer: Path) -> OpenVLA:
+    """The policy in `initial`, with or without the state in its prompt as the recipe says; copies its tokenizer."""
+    trained = load_policy(initial)
+    shutil.copyfile(initial / "tokenizer.json", tokenizer)
+    raw = trained.config.raw | {"state_in_prompt": recipe.state_in_prompt}
+    policy = OpenVLA(PolicyConfig.from_dict(raw, str(initial / "config.json")))
+    policy.load_state_dict(trained.state_dict(), strict=True)
+    return policy
+
+
 def train(
     data_folders: list[Path],
     out: Path,
@@ -285,12 +296,11 @@ def train(
     if initial is None:
         policy = fresh_policy(data, recipe, key, steps_per_action, tokenizer)
     else:
-        policy = load_policy(initial).requires_grad_(True)
-        shutil.copyfile(initial / tokenizer.name, tokenizer)
-    run = Run(policy, recipe, len(data.instructions), work / "checkpoint.safetensors", device)
+        policy = continued_policy(initial, recipe, tokenizer)
+    batches = Batches(data, policy.config, work, recipe, key, device)
+    run = Run(policy, recipe, batches, work / "checkpoint.safetensors", device)
     run.restore()
     compile_blocks(policy)  # needs a C++ compiler
-    batches = Batches(data, policy.config, work, recipe, key, device)
     print(
         f"{data.episodes} episodes, {len(data)} decisions, {len(data.instructions)} tasks; "
         f"step {run.step} of {recipe.steps}"

@@ -19,6 +19,7 @@ from demo.train import Run, initialise, policy_config, train
 from vla_policy.core.actions import ActionCodec
 from vla_policy.core.errors import ArtefactError, DataError
 from vla_policy.core.files import sha256_policy
+from vla_policy.core.policy_config import PolicyConfig
 from vla_policy.core.prompt import PromptTokenizer
 
 RECIPE = Recipe(
@@ -59,14 +60,15 @@ def tools(folder: Path, run: Run) -> tuple[PromptTokenizer, ActionCodec]:
     return PromptTokenizer(folder, config, "toy"), ActionCodec.of(config, "toy")
 
 
-def make(folder: Path) -> tuple[Run, Batches]:
+def make(folder: Path, recipe: Recipe = RECIPE) -> tuple[Run, Batches]:
     data = load_demonstrations([folder])
     vocab = save_tokenizer(data.instructions, folder / "tokenizer.json")
-    config = policy_config(data, RECIPE, "toy", 1, vocab)
+    config = policy_config(data, recipe, "toy", 1, vocab)
     torch.manual_seed(0)
     policy = OpenVLA(config)
     initialise(policy)
-    return Run(policy, RECIPE, 2, folder / "checkpoint.bin"), Batches(data, config, folder, RECIPE, "toy")
+    batches = Batches(data, config, folder, recipe, "toy")
+    return Run(policy, recipe, batches, folder / "checkpoint.bin"), batches
 
 
 def test_answers_keep_their_image_and_instruction(folder: Path) -> None:
@@ -110,6 +112,20 @@ def test_prompts_are_the_robot_s_own(folder: Path) -> None:
     for row, length, text, state in zip(ids, lengths, asked, states, strict=True):
         expected = tokenizer.encode(texts[text], state.numpy())
         assert row[:length].tolist() == expected.tolist() and not row[length:].any()
+
+
+def test_a_policy_without_the_state_reads_it_off_the_image(folder: Path) -> None:
+    """The prompt is the robot's own, without state; the state becomes a position to be read from the image."""
+    with_state, without = make(folder)[1], make(folder, replace(RECIPE, state_in_prompt=False))
+    run, batches = without
+    tokenizer, _ = tools(folder, run)
+    batch = batches(3)
+    expected = {tuple(tokenizer.encode(text).tolist()) for text in ASKED}
+    assert {tuple(row[:length].tolist()) for row, length in zip(batch.ids, batch.lengths, strict=True)} == expected
+    assert (with_state(3).positions.shape, batch.positions.shape) == ((16, 6), (16, 11))
+    states = batches.data.states[batches.data.image]
+    torch.testing.assert_close(batches.positions[:, 6:] * (states.std(0) + 1e-3) + states.mean(0), states)
+    run.advance(batch)
 
 
 @pytest.mark.parametrize(("x", "y"), [(0.375, 0.625), (0.5, 0.5), (0.41, 0.83), (-0.2, 1.3), (0.01, 0.99)])
@@ -166,7 +182,7 @@ def test_another_recipe_s_checkpoint_is_refused(folder: Path) -> None:
     run, batches = make(folder)
     run.advance(batches(0))
     run.save()
-    other = Run(run.policy, Recipe(**{**vars(RECIPE), "batch": 4}), 2, run.checkpoint)
+    other = Run(run.policy, replace(RECIPE, batch=4), batches, run.checkpoint)
     with pytest.raises(ArtefactError, match="batch 8 -> 4"):
         other.restore()
 
@@ -203,13 +219,23 @@ def test_a_policy_s_training_goes_on_from_another_policy(
         assert made is None or made["initial"] == sha256_policy(first)
     before, after = (load_file(path / "model.safetensors") for path in (first, second))
     assert all(torch.equal(before[name], after[name]) for name in before)
+    third = tmp_path / "third"
+    train([episodes], third, "toy", 1, replace(RECIPE, samples=16, state_in_prompt=False), initial=second)
+    assert not PolicyConfig.load(third).state_in_prompt
 
 
 @pytest.mark.parametrize(
-    ("change", "message"), [("depth=3", "unknown; choose from: seed, samples"), ("batch=big", "a number like 8")]
+    ("change", "message"),
+    [
+        ("depth=3", "unknown; choose from: seed, samples"),
+        ("batch=big", "a value like 8"),
+        ("batch=4.5", "a value like 8"),
+        ("state_in_prompt=1", "a value like true"),
+    ],
 )
 def test_bad_settings_are_named(change: str, message: str) -> None:
-    assert RECIPE.but(["batch=4", "learning_rate=1e-5"]) == replace(RECIPE, batch=4, learning_rate=1e-5)
+    changed = RECIPE.but(["batch=4", "learning_rate=1", "state_in_prompt=false"])
+    assert changed == replace(RECIPE, batch=4, learning_rate=1.0, state_in_prompt=False)
     with pytest.raises(DataError, match=f"{change}: .*{message}"):
         RECIPE.but([change])
 
