@@ -36,7 +36,7 @@ from calibrator.passes import place_of
 from calibrator.policy import OpenVLA, live_units
 from calibrator.policy.loading import check_device, empty_policy, fill_policy
 from calibrator.scores import ScoreSettings
-from calibrator.sweep import SweepSettings, SweepSpec, macs_per_action
+from calibrator.sweep import SweepSettings, SweepSpec, macs_per_decision
 from demo.tokenizer import build_tokenizer
 from vla_policy.core.cli import run
 from vla_policy.core.files import atomic_folder, write_json
@@ -219,7 +219,7 @@ class Costs:
     @staticmethod
     def of(policy: OpenVLA, spec: SweepSpec) -> "Costs":
         states = spec.load_states(policy)
-        macs = macs_per_action(policy, states.mean_prompt_tokens, states.codec.dim)
+        macs = macs_per_decision(policy, states.mean_prompt_tokens, states.decisions.size)
         return Costs({name: evaluation_macs(policy, macs, name) for name in macs}, full_precision_macs(policy, macs))
 
     @property

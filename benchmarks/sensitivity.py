@@ -26,7 +26,7 @@ from calibrator.calibration import load_calibration
 from calibrator.choices import Objective
 from calibrator.evidence import BOUNDARIES, evidence_map, jensen_shannon, mass_distortion, profile
 from calibrator.journal import difference
-from calibrator.passes import Signals, mean_log_likelihood
+from calibrator.passes import Signals
 from calibrator.planning import Limits, Planner, PlanRequest
 from calibrator.policy import live_units
 from calibrator.proxy import first_order
@@ -45,7 +45,7 @@ TARGETS = (3.0, 4.0, 6.0)
 def naive_signals(sweep: Sweep, state: int) -> Signals:
     """One state's boundaries by one full forward pass and one full backward pass of the policy as it is."""
     policy = sweep.policy
-    batch = sweep.states.batch(policy, (state,), sweep.reference.tokens)
+    batch = sweep.states.batch(policy, (state,), sweep.reference.decided)
     points: dict[str, torch.Tensor] = {}
     model = policy.language_model.model
     handles = [
@@ -55,19 +55,20 @@ def naive_signals(sweep: Sweep, state: int) -> Signals:
         model.norm.register_forward_hook(lambda _m, _a, out: points.__setitem__("head", out)),
     ]
     try:
-        pixels = batch.pixel_values.detach().requires_grad_()
+        pixels = batch.inputs.pixel_values.detach().requires_grad_()
         with torch.enable_grad():
-            logits = policy.action_logits(pixels, batch.input_ids, batch.tokens)
-            objective = mean_log_likelihood(logits, batch.tokens)
+            embeddings = policy.sequence(batch.inputs, policy.patches(pixels), batch.decided)
+            output = policy.readout(policy.predicting(policy.hidden(embeddings), batch.decided))
+            objective = batch.objective(output)
             wanted = [pixels, *(points[name] for name in BOUNDARIES)]
             _, *gradients = torch.autograd.grad(objective.sum(), wanted)
     finally:
         for handle in handles:
             handle.remove()
-    tail = slice(-batch.tokens.shape[1], None)
     found = dict(zip(BOUNDARIES, gradients, strict=True))
-    points["head"], found["head"] = points["head"][:, tail], found["head"][:, tail]
-    return Signals({k: v.detach() for k, v in points.items()}, found, objective.detach(), logits.detach())
+    for part in (points, found):
+        part["head"] = policy.predicting(part["head"], batch.decided)
+    return Signals({k: v.detach() for k, v in points.items()}, found, objective.detach(), output.detach())
 
 
 def naive_unit(sweep: Sweep, unit: str, bits: Sequence[int], states: int) -> np.ndarray:

@@ -18,6 +18,9 @@ def _parser() -> argparse.ArgumentParser:
         commands.add_parser("sensitivity", help="policy + calibration set -> scores", formatter_class=formatter)
     )
     _add_allocate(commands.add_parser("allocate", help="scores + budget -> bit plan", formatter_class=formatter))
+    _add_import_oft(
+        commands.add_parser("import-oft", help="OpenVLA-OFT checkpoint -> policy folder", formatter_class=formatter)
+    )
     # The report's options belong to its own module; `report --help` is answered there.
     commands.add_parser("report", help="scores + plan -> one HTML file", add_help=False)
     return parser
@@ -99,6 +102,26 @@ def _add_allocate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", help="name of the device the plan is for")
     parser.add_argument("--frontier", type=Path, help="also write the whole trade-off curve to this JSON")
     parser.add_argument("--frontier-points", type=int, default=33, help="sizes on the curve")
+
+
+def _add_import_oft(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", type=Path, required=True, help="folder as published, LoRA weights merged")
+    parser.add_argument("--out", type=Path, required=True, help="policy folder to write")
+    parser.add_argument("--chunk", type=int, default=8, help="actions that one decision holds")
+    parser.add_argument("--images", type=int, default=2, help="images that one decision looks at")
+    parser.add_argument(
+        "--state-names", nargs="+", metavar="NAME", help="names of the state's values; default: the LIBERO policies'"
+    )
+
+
+def _import_oft(args: argparse.Namespace) -> int:
+    from calibrator.published_oft import LIBERO_STATE, OftSettings, import_oft
+
+    settings = OftSettings(args.chunk, args.images, tuple(args.state_names or LIBERO_STATE))
+    config = import_oft(args.checkpoint, args.out, settings)
+    state = f"a state of {config.state_dim} values" if config.use_proprio else "no state"
+    print(f"{args.out}: {config.chunk} actions of {config.action_dim} values, {config.num_images} images, {state}")
+    return 0
 
 
 def _collect(args: argparse.Namespace) -> int:
@@ -195,7 +218,12 @@ def _allocate(args: argparse.Namespace) -> int:
     return 0
 
 
-_COMMANDS = {"collect": _collect, "sensitivity": _sensitivity, "allocate": _allocate}
+_COMMANDS = {
+    "import-oft": _import_oft,
+    "collect": _collect,
+    "sensitivity": _sensitivity,
+    "allocate": _allocate,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

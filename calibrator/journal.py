@@ -80,7 +80,7 @@ class Journal:
     def write_reference(self, ref: Reference) -> None:
         with atomic_path(self.folder / _REFERENCE) as temporary:
             means = {f"mean.{name}": mean for name, mean in ref.means.items()}
-            save_tensors(temporary, {"tokens": ref.tokens} | means)
+            save_tensors(temporary, {"decided": ref.decided} | means)
 
     def read_reference(self) -> Reference | None:
         """The reference of the earlier start, or None when it had not got that far."""
@@ -88,8 +88,8 @@ class Journal:
         if not path.is_file():
             return None
         tensors = _load(path)
-        means = {name.removeprefix("mean."): value for name, value in tensors.items() if name != "tokens"}
-        return Reference(tensors["tokens"], means)
+        means = {name.removeprefix("mean."): value for name, value in tensors.items() if name != "decided"}
+        return Reference(tensors["decided"], means)
 
     @staticmethod
     def discard(folder: Path) -> None:

@@ -36,7 +36,7 @@ from calibrator.sensitivity import (
     write_tensors,
 )
 from calibrator.states import States, reference
-from calibrator.sweep import Sweep, SweepSpec, UnitLosses, language_block, macs_per_action
+from calibrator.sweep import Sweep, SweepSpec, UnitLosses, language_block, macs_per_decision
 from vla_policy.core.errors import ArtefactError, PolicyError
 from vla_policy.core.files import read_json, sha256_policy, write_json
 
@@ -63,7 +63,7 @@ class RunOptions:
 
 def unit_shapes(policy: OpenVLA, states: States) -> list[UnitShape]:
     """Every live layer with its cost per action on these states."""
-    macs = macs_per_action(policy, states.mean_prompt_tokens, states.codec.dim)
+    macs = macs_per_decision(policy, states.mean_prompt_tokens, states.decisions.size)
     return [
         UnitShape(
             unit.name,

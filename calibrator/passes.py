@@ -15,24 +15,29 @@ import torch
 from torch import Tensor
 
 from calibrator.evidence import BOUNDARIES
-from calibrator.policy import OpenVLA
+from calibrator.policy import Decisions, Inputs, OpenVLA, OpenVLAOFT
 from calibrator.policy.vision import VisionTower, by_image, fuse
 from vla_policy.core.errors import PolicyError
 
 _TOWERS = ("featurizer", "fused_featurizer")
 _PATCH_EMBED = -1
-_PLACES = (
-    (re.compile(r"vision_backbone\.(featurizer|fused_featurizer)\.patch_embed\."), _PATCH_EMBED),
-    (re.compile(r"vision_backbone\.(featurizer|fused_featurizer)\.blocks\.(\d+)\."), None),
-    (re.compile(r"(projector)\."), 0),
-    (re.compile(r"language_model\.model\.(layers)\.(\d+)\."), None),
-    (re.compile(r"language_model\.(lm_head)$"), 0),
+# Pattern of a layer's name, part and index; a group of the pattern takes precedence.
+_PLACES: tuple[tuple[re.Pattern[str], str, int], ...] = (
+    (re.compile(r"vision_backbone\.(?P<part>featurizer|fused_featurizer)\.patch_embed\."), "", _PATCH_EMBED),
+    (re.compile(r"vision_backbone\.(?P<part>featurizer|fused_featurizer)\.blocks\.(?P<index>\d+)\."), "", 0),
+    (re.compile(r"projector\."), "projector", 0),
+    (re.compile(r"proprio_projector\."), "state", 0),
+    (re.compile(r"language_model\.model\.layers\.(?P<index>\d+)\."), "layers", 0),
+    (re.compile(r"language_model\.lm_head$|action_head\.model\."), "head", 0),
 )
 
 
 @dataclass(frozen=True)
 class Place:
-    """The block of the chain that holds a layer: a tower's name, "projector", "layers" or "lm_head", and its index."""
+    """The block of the chain that holds a layer, and its index.
+
+    part: a tower's name, "projector", "state" (OpenVLA-OFT's state projector, beside the chain), "layers" or "head".
+    """
 
     part: str
     index: int
@@ -40,9 +45,10 @@ class Place:
 
 def place_of(unit: str) -> Place:
     """Where the layer called `unit` sits. Raises PolicyError for a layer that is not on the path to the action."""
-    for pattern, index in _PLACES:
+    for pattern, part, index in _PLACES:
         if match := pattern.match(unit):
-            return Place(match[1], int(match[2]) if index is None else index)
+            found = match.groupdict()
+            return Place(found.get("part", part), int(found.get("index", index)))
     raise PolicyError(f"layer {unit!r} is not on the path from image to action")
 
 
@@ -50,33 +56,36 @@ def place_of(unit: str) -> Place:
 class Batch:
     """Calibration states of equal prompt length.
 
-    samples: their indices in the calibration set. pixel_values: [B, 6 N, S, S]. input_ids: int64 [B, L].
-    tokens: int64 [B, K], y* of Eq. (2): the full-precision greedy action tokens.
+    samples: their indices in the calibration set. decided: [B, D], y* of Eq. (2): the full-precision decision.
     """
 
     samples: tuple[int, ...]
-    pixel_values: Tensor
-    input_ids: Tensor
-    tokens: Tensor
+    inputs: Inputs
+    decided: Tensor
+    decisions: Decisions
+
+    def objective(self, output: Tensor) -> Tensor:
+        """J of Eq. (2), float32 [B], of a policy's output for these states."""
+        return self.decisions.objective(output, self.decided)
 
 
 @dataclass(frozen=True)
 class Signals:
-    """What a pass gives: per boundary H and dJ/dH [B, tokens, channels]; J [B]; logits [B, K, vocab], float32."""
+    """What a pass gives: per boundary H and dJ/dH [B, tokens, channels]; J [B]; the policy's output, float32."""
 
     hidden: dict[str, Tensor]
     gradients: dict[str, Tensor]
     objective: Tensor
-    logits: Tensor
+    output: Tensor
 
 
 @dataclass(frozen=True)
 class Run:
-    """One forward pass: H per boundary that it went through, the input of every block, logits [B, K, vocab] float32."""
+    """One forward pass: H per boundary that it went through, the input of every block, and the output, float32."""
 
     boundaries: dict[str, Tensor]
     entries: dict[Place, Tensor]
-    logits: Tensor
+    output: Tensor
 
 
 def tower_of(policy: OpenVLA, name: str) -> VisionTower:
@@ -85,26 +94,21 @@ def tower_of(policy: OpenVLA, name: str) -> VisionTower:
     return backbone.featurizer if name == "featurizer" else backbone.fused_featurizer
 
 
-def mean_log_likelihood(logits: Tensor, tokens: Tensor) -> Tensor:
-    """J of Eq. (2), float32 [B], from the K positions' logits [B, K, vocab]."""
-    return logits.float().log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1).mean(-1)
-
-
 def last_block(policy: OpenVLA) -> int:
     """Index of the last decoder block, whose input is the default language boundary."""
     return len(policy.language_model.model.layers) - 1
 
 
 def _run(policy: OpenVLA, batch: Batch, start: Place, x: Tensor, language_block: int) -> Run:
-    """The chain from `start` to the logits; `x` is that block's input."""
+    """The chain from `start` to the output; `x` is that block's input."""
     model = policy.language_model.model
     boundaries: dict[str, Tensor] = {}
     entries: dict[Place, Tensor] = {start: x}
     if start.part == "projector":
         boundaries["vision"] = x
         boundaries["projector"] = x = policy.projector(x)
-        x = policy.embed(torch.cat([batch.input_ids, batch.tokens[:, :-1]], dim=1), x)
-    if start.part != "lm_head":
+        x = policy.sequence(batch.inputs, x, batch.decided)
+    if start.part != "head":
         rotary = model.rotary_emb(x, torch.arange(x.shape[1], device=x.device)[None])
         first = start.index if start.part == "layers" else 0
         for index in range(first, len(model.layers)):
@@ -112,14 +116,14 @@ def _run(policy: OpenVLA, batch: Batch, start: Place, x: Tensor, language_block:
             if index == language_block:
                 boundaries["language"] = x
             x = model.layers[index](x, position_embeddings=rotary)
-        x = model.norm(x)[:, -batch.tokens.shape[1] :]
-        entries[Place("lm_head", 0)] = x
+        x = policy.predicting(model.norm(x), batch.decided)
+        entries[Place("head", 0)] = x
     boundaries["head"] = x
-    return Run(boundaries, entries, policy.language_model.lm_head(x).float())
+    return Run(boundaries, entries, policy.readout(x))
 
 
 def run_from_vision(policy: OpenVLA, batch: Batch, vision: Tensor, language_block: int) -> Run:
-    """The chain from the fused vision features [B, patches, channels] to the logits."""
+    """The chain from the fused vision features [B, patches, channels] to the output."""
     return _run(policy, batch, Place("projector", 0), vision, language_block)
 
 
@@ -130,7 +134,8 @@ class Trunk:
         self.batch = batch
         self.language_block = language_block
         with torch.no_grad():
-            channels = dict(zip(_TOWERS, by_image(batch.pixel_values).split(3, dim=1), strict=True))
+            images = by_image(batch.inputs.pixel_values)
+            channels = dict(zip(_TOWERS, images.split(3, dim=1), strict=True))
             self.tower_inputs = {
                 tower: _tower_inputs(policy, tower, pixel_values) for tower, pixel_values in channels.items()
             }
@@ -143,12 +148,12 @@ class Trunk:
     def signals(self) -> Signals:
         """The full-precision signals, by one backward pass through the graph."""
         with torch.enable_grad():
-            objective = mean_log_likelihood(self.run.logits, self.batch.tokens)
+            objective = self.batch.objective(self.run.output)
             boundaries = self.run.boundaries
             found = torch.autograd.grad(objective.sum(), list(boundaries.values()), retain_graph=True)
         hidden = {name: tensor.detach() for name, tensor in boundaries.items()}
         gradients = dict(zip(boundaries, found, strict=True))
-        return Signals(hidden, gradients, objective.detach(), self.run.logits.detach())
+        return Signals(hidden, gradients, objective.detach(), self.run.output.detach())
 
 
 def _tower_inputs(policy: OpenVLA, tower: str, pixel_values: Tensor) -> list[Tensor]:
@@ -165,7 +170,7 @@ def _tower_inputs(policy: OpenVLA, tower: str, pixel_values: Tensor) -> list[Ten
 def _fused(policy: OpenVLA, batch: Batch, outputs: Mapping[str, Tensor]) -> Tensor:
     """The vision boundary, from the towers' last outputs."""
     patches = [outputs[tower][:, tower_of(policy, tower).prefix_tokens :] for tower in _TOWERS]
-    return fuse(patches, len(batch.pixel_values))
+    return fuse(patches, len(batch.inputs.pixel_values))
 
 
 def _changed_vision(policy: OpenVLA, trunk: Trunk, start: Place) -> Tensor:
@@ -182,6 +187,17 @@ def _changed_vision(policy: OpenVLA, trunk: Trunk, start: Place) -> Tensor:
         return _fused(policy, trunk.batch, outputs)
 
 
+def _changed_state(policy: OpenVLA, trunk: Trunk) -> Tensor:
+    """The decoder's input when a layer of the state's projector is quantized: one embedding, after the patches."""
+    state = trunk.batch.inputs.state
+    assert isinstance(policy, OpenVLAOFT) and state is not None
+    with torch.no_grad():
+        x = trunk.run.entries[Place("layers", 0)].detach().clone()
+        place = 1 + policy.config.num_patches
+        x[:, place : place + 1] = policy.state_embedding(state)
+    return x
+
+
 def signals(policy: OpenVLA, trunk: Trunk, start: Place) -> Signals:
     """Activations and gradients at the four boundaries with the policy as it is now.
 
@@ -190,12 +206,14 @@ def signals(policy: OpenVLA, trunk: Trunk, start: Place) -> Signals:
     """
     if start.part in _TOWERS:
         x, start = _changed_vision(policy, trunk, start), Place("projector", 0)
+    elif start.part == "state":
+        x, start = _changed_state(policy, trunk), Place("layers", 0)
     else:
         x = trunk.run.entries[start].detach()
     with torch.enable_grad():
         x.requires_grad_()
         run = _run(policy, trunk.batch, start, x, trunk.language_block)
-        objective = mean_log_likelihood(run.logits, trunk.batch.tokens)
+        objective = trunk.batch.objective(run.output)
         arriving, *rest = torch.autograd.grad(objective.sum(), [x, *run.boundaries.values()])
     gradients = dict(zip(run.boundaries, rest, strict=True))
     earlier = [name for name in BOUNDARIES if name not in run.boundaries]
@@ -208,4 +226,4 @@ def signals(policy: OpenVLA, trunk: Trunk, start: Place) -> Signals:
         )
         gradients |= dict(zip(earlier, reached, strict=True))
     hidden = {name: run.boundaries.get(name, trunk.run.boundaries[name]).detach() for name in BOUNDARIES}
-    return Signals(hidden, gradients, objective.detach(), run.logits.detach())
+    return Signals(hidden, gradients, objective.detach(), run.output.detach())

@@ -21,11 +21,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from calibrator.evidence import BOUNDARIES, evidence_map
-from calibrator.passes import mean_log_likelihood, run_from_vision
+from calibrator.passes import run_from_vision
 from calibrator.policy import OpenVLA
 from calibrator.quantization import find_layer, quantize_input, quantize_weight
-from calibrator.sweep import Sweep, macs_per_action
-from vla_policy.core.actions import ActionCodec
+from calibrator.sweep import Sweep, macs_per_decision
 from vla_policy.core.formats import Format
 
 _KEPT_BYTES = 2 << 30
@@ -41,13 +40,6 @@ class FirstOrder:
 
     action: np.ndarray
     mass: np.ndarray
-
-
-def expected_action(logits: Tensor, codec: ActionCodec) -> Tensor:
-    """[B, K]: mean of the normalised action under the distribution over action bins; logits [B, K, vocab]."""
-    ids = np.arange(codec.first_token, codec.last_token + 1)
-    values = torch.from_numpy(codec.tokens_to_normalised(ids)).to(logits.device, torch.float32)
-    return logits[..., codec.first_token : codec.last_token + 1].float().softmax(-1) @ values
 
 
 def first_order(sweep: Sweep, units: Sequence[str], evidence: bool) -> list[FirstOrder]:
@@ -73,7 +65,7 @@ def first_order(sweep: Sweep, units: Sequence[str], evidence: bool) -> list[Firs
 def _shares(sweep: Sweep, units: Sequence[str], states: int) -> Iterator[list[str]]:
     """`units` in runs whose kept tensors fit `_KEPT_BYTES`: what a pass keeps must not grow with their number."""
     policy = sweep.policy
-    macs = macs_per_action(policy, sweep.states.mean_prompt_tokens, sweep.states.codec.dim)
+    macs = macs_per_decision(policy, sweep.states.mean_prompt_tokens, sweep.states.decisions.size)
     members: list[str] = []
     kept = 0.0
     for unit in units:
@@ -131,19 +123,21 @@ class _Layer:
 
 def _tap(sweep: Sweep, samples: tuple[int, ...], units: Sequence[str], evidence: bool) -> dict[str, _Layer]:
     """One full-precision pass of a batch and the backward passes through it."""
-    policy, batch = sweep.policy, sweep.states.batch(sweep.policy, samples, sweep.reference.tokens)
+    policy, batch = sweep.policy, sweep.states.batch(sweep.policy, samples, sweep.reference.decided)
     with ExitStack() as stack:
         inputs, outputs = stack.enter_context(_taps(policy, units))
         stack.enter_context(torch.enable_grad())
         if evidence:
             # Only the plain formula of attention can be differentiated twice.
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        # Weights are constants: the pixels' gradient is what makes every layer's output differentiable.
-        vision = policy.vision_backbone(batch.pixel_values.detach().requires_grad_())
+        # Weights are constants: the inputs' gradients are what makes every layer's output differentiable.
+        vision = policy.vision_backbone(batch.inputs.pixel_values.detach().requires_grad_())
+        if batch.inputs.state is not None:
+            batch.inputs.state.requires_grad_()
         run = run_from_vision(policy, batch, vision, sweep.block)
         points = [outputs[unit] for unit in units]
         gains = [point.new_zeros((), dtype=torch.float32) for point in points]
-        for value in expected_action(run.logits, sweep.states.codec).unbind(1):
+        for value in batch.decisions.expected(run.output).unbind(1):
             # Reduced at once: only one dimension's gradients are held at a time.
             rows = _token_rows_of_all(torch.autograd.grad(value.sum(), points, retain_graph=True), len(samples))
             gains = [gain + row.float().square().sum(1) for gain, row in zip(gains, rows, strict=True)]
@@ -151,7 +145,7 @@ def _tap(sweep: Sweep, samples: tuple[int, ...], units: Sequence[str], evidence:
         slopes: list[list[Tensor]] = []
         behind = [unit for unit in units if evidence and not unit.startswith("vision_backbone.")]
         if evidence:
-            objective = mean_log_likelihood(run.logits, batch.tokens).sum()
+            objective = batch.objective(run.output).sum()
             hidden = [run.boundaries[name] for name in BOUNDARIES]
             wanted = [*hidden, *(outputs[unit] for unit in behind), *(inputs[unit] for unit in behind)]
             found = torch.autograd.grad(objective, wanted, create_graph=True)

@@ -11,9 +11,8 @@ from torch import Tensor
 from calibrator.calibration import CalibrationSet
 from calibrator.evidence import BOUNDARIES
 from calibrator.passes import Batch, Trunk
-from calibrator.policy import OpenVLA
-from vla_policy.core.actions import ActionCodec
-from vla_policy.core.image import pixel_values
+from calibrator.policy import Inputs, OpenVLA, decisions_of
+from calibrator.policy.actor import stack_inputs
 from vla_policy.core.policy_config import PolicyConfig
 from vla_policy.core.prompt import PromptTokenizer
 
@@ -22,10 +21,11 @@ from vla_policy.core.prompt import PromptTokenizer
 class Reference:
     """The full-precision decision and statistics, computed once and kept fixed.
 
-    tokens: int64 [N, K], y* of Mix-QVLA Eq. (2). means: float32 [channels] per boundary, Eq. (3).
+    decided: y* of Mix-QVLA Eq. (2), [N, D]: tokens, int64, or OpenVLA-OFT's normalised actions, float32. means: float32
+    [channels] per boundary, Eq. (3).
     """
 
-    tokens: np.ndarray
+    decided: np.ndarray
     means: dict[str, np.ndarray]
 
 
@@ -37,8 +37,8 @@ class States:
     ) -> None:
         tokenizer = PromptTokenizer(folder, config, unnorm_key)
         self.calibration = calibration
-        self.config = config
-        self.codec = ActionCodec.of(config, unnorm_key)
+        self.unnorm_key = config.unnorm_key(unnorm_key)
+        self.decisions = decisions_of(config, unnorm_key)
         self.batch_size = batch
         self.input_ids = [
             tokenizer.encode(calibration.samples[index].instruction, calibration.states[index])
@@ -65,33 +65,31 @@ class States:
             for start in range(0, len(members), size)
         ]
 
-    def inputs(self, policy: OpenVLA, samples: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """pixel_values [B, 6 N, S, S] and input_ids [B, L] on the policy's device and in its dtype."""
-        weight = policy.projector.fc1.weight
-        pixels = np.stack(
-            [pixel_values(self.calibration.observation(sample).images, self.config) for sample in samples]
-        )
+    def inputs(self, policy: OpenVLA, samples: tuple[int, ...]) -> Inputs:
+        """States of equal prompt length on the policy's device and in its dtype."""
         ids = np.stack([self.input_ids[sample] for sample in samples])
-        return torch.from_numpy(pixels).to(weight.device, weight.dtype), torch.from_numpy(ids).to(weight.device)
+        return stack_inputs(policy, self.unnorm_key, [self.calibration.observation(sample) for sample in samples], ids)
 
-    def batch(self, policy: OpenVLA, samples: tuple[int, ...], tokens: np.ndarray) -> Batch:
-        """The states as one batch; `tokens` int64 [N, K] are the reference decisions of all states."""
-        pixels, ids = self.inputs(policy, samples)
-        return Batch(samples, pixels, ids, torch.from_numpy(tokens[list(samples)]).to(ids.device))
+    def batch(self, policy: OpenVLA, samples: tuple[int, ...], decided: np.ndarray) -> Batch:
+        """The states as one batch; `decided` [N, D] are the reference decisions of all states."""
+        inputs = self.inputs(policy, samples)
+        wanted = torch.from_numpy(decided[list(samples)]).to(inputs.input_ids.device)
+        return Batch(samples, inputs, wanted, self.decisions)
 
 
 def reference(policy: OpenVLA, states: States, language_block: int) -> Reference:
     """y* of Eq. (2) and the mean per channel of Eq. (3), by one greedy decision and one pass per state."""
-    tokens = np.zeros((len(states), states.codec.dim), np.int64)
+    decided: dict[int, np.ndarray] = {}
     sums: dict[str, Tensor] = {}
     counts = dict.fromkeys(BOUNDARIES, 0)
     for samples in states.split(range(len(states))):
-        pixels, ids = states.inputs(policy, samples)
-        chosen = policy.generate(pixels, ids, states.codec.dim)
-        tokens[list(samples)] = chosen.cpu().numpy()
-        trunk = Trunk(policy, Batch(samples, pixels, ids, chosen), language_block, differentiable=False)
+        inputs = states.inputs(policy, samples)
+        chosen = policy.decide(inputs, states.decisions.size)
+        decided |= zip(samples, chosen.cpu().numpy(), strict=True)
+        trunk = Trunk(policy, Batch(samples, inputs, chosen, states.decisions), language_block, differentiable=False)
         for name in BOUNDARIES:
             hidden = trunk.run.boundaries[name].double().flatten(0, 1)
             sums[name] = sums.get(name, 0) + hidden.sum(0)
             counts[name] += len(hidden)
-    return Reference(tokens, {name: (sums[name] / counts[name]).float().cpu().numpy() for name in BOUNDARIES})
+    rows = np.stack([decided[index] for index in range(len(states))])
+    return Reference(rows, {name: (sums[name] / counts[name]).float().cpu().numpy() for name in BOUNDARIES})

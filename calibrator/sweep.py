@@ -106,10 +106,6 @@ class Sweep:
         self.block = language_block(policy, settings)
         device = policy.projector.fc1.weight.device
         self.means = {name: torch.from_numpy(mean).to(device) for name, mean in ref.means.items()}
-        codec = states.codec
-        ids = np.arange(codec.first_token, codec.last_token + 1)
-        self._values = torch.from_numpy(codec.tokens_to_normalised(ids)).to(device)
-        self._first_token = codec.first_token
         self._last: tuple[tuple[int, ...], _FullPrecision] | None = None
 
     def evaluate(self, unit: str, bits: tuple[int, ...], samples: tuple[int, ...]) -> UnitLosses:
@@ -134,7 +130,8 @@ class Sweep:
                     before = full.profiles[name]
                     mass[row, columns, column] = mass_distortion(before, now, self.settings.epsilon).cpu()
                     attribution[row, columns, column] = jensen_shannon(before.attribution, now.attribution).cpu()
-                action_error[row, columns] = self._action_error(changed.logits, members).cpu()
+                batch = full.trunk.batch
+                action_error[row, columns] = batch.decisions.error(changed.output, batch.decided).cpu()
                 likelihood[row, columns] = (changed.objective - full.objective).cpu()
         check_finite(mass + attribution, unit, bits, samples, BOUNDARIES)
         return UnitLosses(unit, bits, samples, mass, attribution, action_error, likelihood)
@@ -145,7 +142,7 @@ class Sweep:
 
     def full_precision(self, samples: tuple[int, ...]) -> tuple[Trunk, Signals]:
         """The reference pass of states with equal prompt length, and its signals."""
-        trunk = Trunk(self.policy, self.states.batch(self.policy, samples, self.reference.tokens), self.block)
+        trunk = Trunk(self.policy, self.states.batch(self.policy, samples, self.reference.decided), self.block)
         return trunk, trunk.signals()
 
     def _full_precision(self, samples: tuple[int, ...]) -> _FullPrecision:
@@ -155,13 +152,6 @@ class Sweep:
             profiles = {name: profile(self.evidence(measured, name), self.settings.epsilon) for name in BOUNDARIES}
             self._last = samples, _FullPrecision(trunk, profiles, measured.objective)
         return self._last[1]
-
-    def _action_error(self, logits: Tensor, samples: tuple[int, ...]) -> Tensor:
-        """QVLA Eq. (4) per state [B]: squared distance in normalised action units, under teacher forcing."""
-        first = self._first_token
-        chosen = logits[..., first : first + len(self._values)].argmax(-1)
-        wanted = torch.from_numpy(self.reference.tokens[list(samples)] - first).to(chosen.device)
-        return (self._values[chosen] - self._values[wanted]).square().sum(-1)
 
 
 def language_block(policy: OpenVLA, settings: SweepSettings) -> int:
@@ -203,14 +193,19 @@ class SweepSpec:
         return Sweep(policy, states, ref, self.settings)
 
 
-def macs_per_action(policy: OpenVLA, prompt_tokens: float, action_tokens: int) -> dict[str, int]:
-    """Multiply-accumulates of every live layer for one action: weights times the tokens that pass through it.
+def macs_per_decision(policy: OpenVLA, prompt_tokens: float, decided: int) -> dict[str, int]:
+    """Multiply-accumulates of every live layer for one decision of so many values: weights times the tokens that pass.
 
-    Patches (and prefix tokens) in the towers, patches in the projector, the whole sequence and the fed-back action
-    tokens in the decoder, and in the head the K positions that predict an action token.
+    Patches (and prefix tokens) in the towers, patches in the projector, the whole sequence with the fed-back action
+    tokens in the decoder, and in the head the rows that become the action.
     """
     patches = policy.config.num_patches
-    sequence = patches + prompt_tokens + action_tokens - 1
+    rows = {
+        "projector": patches,
+        "state": 1,
+        "layers": policy.sequence_length(prompt_tokens, decided),
+        "head": policy.readout_rows(decided),
+    }
     tokens: dict[str, float] = {}
     for unit in live_units(policy):
         place = place_of(unit.name)
@@ -218,5 +213,5 @@ def macs_per_action(policy: OpenVLA, prompt_tokens: float, action_tokens: int) -
             prefix = tower_of(policy, place.part).prefix_tokens if place.index >= 0 else 0
             tokens[unit.name] = patches + prefix * policy.config.num_images
         else:
-            tokens[unit.name] = {"projector": patches, "layers": sequence, "lm_head": action_tokens}[place.part]
+            tokens[unit.name] = rows[place.part]
     return {unit.name: round(unit.params * tokens[unit.name]) for unit in live_units(policy)}

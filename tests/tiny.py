@@ -5,16 +5,21 @@ from typing import Any
 
 import torch
 
-from calibrator.policy import OpenVLA, save_policy
+from calibrator.policy import OpenVLA, OpenVLAOFT, save_policy
 from demo.tokenizer import save_tokenizer
 from vla_policy.core.policy_config import PolicyConfig
 
 INSTRUCTIONS = ("pick up the red block", "open the drawer", "push the button")
 
 
-def tiny_config(vocab: int, images: int = 1) -> dict[str, Any]:
-    """config.json of the tiny policy: 32 px images, 4 patches each, 3 action dimensions, 2 state values."""
+def tiny_config(vocab: int, images: int = 1, chunk: int | None = None) -> dict[str, Any]:
+    """config.json of the tiny policy: 32 px images, 4 patches each, 3 action dimensions, 2 state values.
+
+    chunk: actions per decision of an OpenVLA-OFT policy, None for one that decides tokens.
+    """
     tower = {"image_size": 32, "patch_size": 16, "width": 64, "depth": 3, "heads": 2, "mlp_width": 128}
+    oft = {} if chunk is None else {"num_actions_chunk": chunk, "use_proprio": True, "state_in_prompt": False}
+    action = {"q01": [-1.0, -0.5, -1.0], "q99": [1.0, 0.5, 1.0], "mask": [True, True, False]}
     return {
         "model_type": "openvla",
         "pad_to_multiple_of": 64,
@@ -33,20 +38,21 @@ def tiny_config(vocab: int, images: int = 1) -> dict[str, Any]:
         "steps_per_action": 2,
         "norm_stats": {
             "tiny": {
-                "action": {"q01": [-1.0, -0.5, -1.0], "q99": [1.0, 0.5, 1.0], "mask": [True, True, False]},
+                "action": action | {"mean": [0.1, -0.05, 0.4], "std": [0.4, 0.2, 0.5]},
                 "proprio": {"names": ["x", "gripper_width"], "q01": [-1.0, 0.0], "q99": [1.0, 0.1]},
             }
         },
-    }
+    } | oft
 
 
-def tiny_policy_folder(folder: Path, seed: int = 0, images: int = 1) -> Path:
+def tiny_policy_folder(folder: Path, seed: int = 0, images: int = 1, chunk: int | None = None) -> Path:
     """Writes the tiny policy with random weights of trained-like scale; returns `folder`."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     tokenizer = folder.parent / f"{folder.name}.tokenizer.json"
     vocab = save_tokenizer(INSTRUCTIONS, tokenizer)
     torch.manual_seed(seed)
-    policy = OpenVLA(PolicyConfig.from_dict(tiny_config(vocab, images), "config.json"))
+    config = PolicyConfig.from_dict(tiny_config(vocab, images, chunk), "config.json")
+    policy = (OpenVLA if chunk is None else OpenVLAOFT)(config)
     with torch.no_grad():
         for name, parameter in policy.named_parameters():
             if parameter.ndim > 1:

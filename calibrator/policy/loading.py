@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from calibrator.policy.model import OpenVLA
+from calibrator.policy.oft import OpenVLAOFT
 from vla_policy.core.errors import ArtefactError, PolicyError
 from vla_policy.core.files import atomic_folder, read_json
 from vla_policy.core.policy_config import PolicyConfig, TowerSpec
@@ -27,6 +28,8 @@ def dead_tensors(config: PolicyConfig) -> dict[str, tuple[int, ...]]:
     for tower, spec in zip(_TOWERS, config.towers, strict=True):
         prefix = f"vision_backbone.{tower}."
         shapes |= {prefix + name: shape for name, shape in _dead_tower_tensors(spec).items()}
+    if config.chunk is not None:
+        shapes["language_model.lm_head.weight"] = (config.text.vocab_size, config.text.hidden_size)
     return shapes
 
 
@@ -64,7 +67,7 @@ def _dead_tower_tensors(spec: TowerSpec) -> dict[str, tuple[int, ...]]:
 def empty_policy(config: PolicyConfig) -> OpenVLA:
     """The policy's modules without memory (meta device): shapes and names only."""
     with torch.device("meta"):
-        return OpenVLA(config).eval()
+        return (OpenVLA if config.chunk is None else OpenVLAOFT)(config).eval()
 
 
 def load_policy(folder: Path | str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> OpenVLA:

@@ -1,5 +1,7 @@
 """OpenVLA: vision backbone, projector, Llama decoder; greedy decisions and their teacher-forced likelihood."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
@@ -23,6 +25,19 @@ def llama_config(text: TextSpec) -> LlamaConfig:
         tie_word_embeddings=False,
         attn_implementation="sdpa",
     )
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What B states of equal prompt length give a policy.
+
+    pixel_values: [B, 6 N, S, S] of N images. input_ids: int64 [B, L]. state: [B, S], normalised, of a policy that takes
+    it as an embedding; None otherwise.
+    """
+
+    pixel_values: Tensor
+    input_ids: Tensor
+    state: Tensor | None = None
 
 
 class OpenVLA(nn.Module):
@@ -55,13 +70,32 @@ class OpenVLA(nn.Module):
 
     def action_logits(self, pixel_values: Tensor, input_ids: Tensor, tokens: Tensor) -> Tensor:
         """Teacher-forced logits [B, K, vocab] at the K positions that predict the action `tokens` [B, K]."""
-        embeddings = self.embed(torch.cat([input_ids, tokens[:, :-1]], dim=1), self.patches(pixel_values))
-        return self.language_model.lm_head(self.hidden(embeddings)[:, -tokens.shape[1] :])
+        embeddings = self.sequence(Inputs(pixel_values, input_ids), self.patches(pixel_values), tokens)
+        return self.readout(self.predicting(self.hidden(embeddings), tokens))
 
-    def log_likelihood(self, pixel_values: Tensor, input_ids: Tensor, tokens: Tensor) -> Tensor:
-        """J of Mix-QVLA Eq. (2), [B]: mean log-probability of `tokens` [B, K] given image, prompt and prefix."""
-        log_probabilities = self.action_logits(pixel_values, input_ids, tokens).float().log_softmax(-1)
-        return log_probabilities.gather(-1, tokens[..., None]).squeeze(-1).mean(-1)
+    def sequence(self, inputs: Inputs, patches: Tensor, decided: Tensor) -> Tensor:
+        """Embeddings [B, T, hidden] of the one pass that scores what was decided, tokens [B, K]."""
+        return self.embed(torch.cat([inputs.input_ids, decided[:, :-1]], dim=1), patches)
+
+    def sequence_length(self, prompt_tokens: float, decided: int) -> float:
+        """T of `sequence` for a prompt of so many tokens and a decision of so many values."""
+        return self.config.num_patches + prompt_tokens + decided - 1
+
+    def predicting(self, hidden: Tensor, decided: Tensor) -> Tensor:
+        """The head's input: of final-norm states [B, T, hidden], those that predict `decided` [B, D]."""
+        return hidden[:, -decided.shape[1] :]
+
+    def readout(self, states: Tensor) -> Tensor:
+        """The policy's output for `predicting` states: logits [B, K, vocab], float32."""
+        return self.language_model.lm_head(states).float()
+
+    def readout_rows(self, decided: int) -> int:
+        """Rows that pass through the head for one decision."""
+        return decided
+
+    def decide(self, inputs: Inputs, size: int) -> Tensor:
+        """The greedy decision: action tokens, int64 [B, size]."""
+        return self.generate(inputs.pixel_values, inputs.input_ids, size)
 
     @torch.no_grad()
     def generate(self, pixel_values: Tensor, input_ids: Tensor, count: int) -> Tensor:

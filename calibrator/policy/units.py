@@ -31,9 +31,9 @@ class Unit:
 def _stage(name: str) -> Stage:
     if name.startswith("vision_backbone."):
         return "vision"
-    if name.startswith("projector."):
+    if name.startswith(("projector.", "proprio_projector.")):
         return "projector"
-    return "head" if name == "language_model.lm_head" else "language"
+    return "head" if name.startswith(("language_model.lm_head", "action_head.")) else "language"
 
 
 def _group(name: str) -> str:

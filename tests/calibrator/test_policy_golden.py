@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from calibrator.policy import OpenVLA, live_units, load_policy
+from calibrator.policy.decisions import mean_log_likelihood
 from calibrator.policy.loading import dead_tensors, empty_policy
 from vla_policy.core.image import preprocess
 from vla_policy.core.policy_config import PolicyConfig
@@ -79,7 +80,7 @@ def test_every_stage_matches_the_published_code(policy: OpenVLA, inputs: tuple[T
     logits = policy.action_logits(pixels, ids, tokens)[0]
     assert_matches(logits, GOLDEN["teacher_forced_logits"])
     assert logits.argmax(-1).tolist() == GOLDEN["teacher_forced_logits_argmax"]
-    assert policy.log_likelihood(pixels, ids, tokens).item() == pytest.approx(GOLDEN["J_of_action_tokens"], rel=1e-3)
+    assert mean_log_likelihood(logits[None], tokens).item() == pytest.approx(GOLDEN["J_of_action_tokens"], rel=1e-3)
 
 
 def test_cached_greedy_decoding_gives_exactly_the_published_tokens(

@@ -1,18 +1,19 @@
 """The sweep against an independent recomputation, and the identities that its shortcuts rest on."""
 
-import math
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from naive import naive_losses
 from torch import Tensor
 
-from calibrator.evidence import BOUNDARIES, EPSILON
+from calibrator.evidence import BOUNDARIES
 from calibrator.passes import Place, Signals, Trunk, place_of, signals
 from calibrator.policy import OpenVLA, live_units
+from calibrator.policy.decisions import TokenDecisions
 from calibrator.quantization import quantized
-from calibrator.sweep import Sweep, SweepSettings, SweepSpec, macs_per_action
+from calibrator.sweep import Sweep, SweepSettings, SweepSpec, macs_per_decision
 from vla_policy.core.errors import DataError, PolicyError
 from vla_policy.core.formats import Format
 
@@ -27,83 +28,26 @@ UNITS = (
 )
 
 
-def naive_points(policy: OpenVLA, pixels: Tensor, ids: Tensor, tokens: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    """Boundaries by hooks on the policy's own forward pass, one state, and J by an explicit sum."""
-    points: dict[str, Tensor] = {}
+def losses_by_loops(sweep: Sweep, unit: str, bits: int) -> list[list[tuple[float, float]]]:
+    """(mass, attribution) per state and boundary, with J by an explicit sum over the action tokens."""
+    count = sweep.states.decisions.size
 
-    def keep(name: str, tensor: Tensor) -> None:
-        tensor.retain_grad()
-        points[name] = tensor
+    def objective_of(policy: OpenVLA, index: int) -> Tensor:
+        inputs, tokens = sweep.states.inputs(policy, (index,)), torch.from_numpy(sweep.reference.decided[index])
+        logits = policy.action_logits(inputs.pixel_values, inputs.input_ids, tokens[None])
+        objective = torch.zeros(())
+        for k in range(count):
+            objective = objective + torch.log(torch.softmax(logits[0, k], 0)[tokens[k]]) / count
+        return objective
 
-    model = policy.language_model.model
-    count = tokens.shape[1]
-    handles = [
-        policy.vision_backbone.register_forward_hook(lambda _m, _a, out: keep("vision", out)),
-        policy.projector.register_forward_hook(lambda _m, _a, out: keep("projector", out)),
-        model.layers[-1].register_forward_pre_hook(lambda _m, args: keep("language", args[0])),
-        model.norm.register_forward_hook(lambda _m, _a, out: keep("head", out)),
-    ]
-    try:
-        logits = policy.action_logits(pixels, ids, tokens)
-    finally:
-        for handle in handles:
-            handle.remove()
-    objective = torch.zeros(())
-    for k in range(count):
-        objective = objective + torch.log(torch.softmax(logits[0, k], 0)[tokens[0, k]]) / count
-    objective.backward()
-    return points, objective
-
-
-def naive_losses(sweep: Sweep, unit: str, bits: int) -> list[list[tuple[float, float]]]:
-    """(mass, attribution) distortion per state and boundary of Eqs. (3) to (7), with loops over elements."""
-    policy, states, tokens = sweep.policy, sweep.states, torch.from_numpy(sweep.reference.tokens)
-    policy.requires_grad_(True)  # so that a graph exists from the pixels on, as in a plain implementation
-    try:
-        full, changed = [], []
-        for index in range(len(states)):
-            pixels, ids = states.inputs(policy, (index,))
-            full.append(naive_points(policy, pixels, ids, tokens[index][None])[0])
-            with quantized(policy, unit, sweep.settings.format_of(bits)):
-                changed.append(naive_points(policy, pixels, ids, tokens[index][None])[0])
-    finally:
-        policy.requires_grad_(False)
-    count = states.codec.dim
-    result: list[list[tuple[float, float]]] = [[] for _ in full]
-    for name in BOUNDARIES:
-        crop = -count if name == "head" else 0
-        rows = torch.cat([item[name].detach()[0, crop:] for item in full]).double()
-        mean, deviation = rows.mean(0), rows.std(0)
-        for sample, (before, after) in enumerate(zip(full, changed, strict=True)):
-            evidence = []
-            for item in (before, after):
-                gradient = item[name].grad
-                assert gradient is not None
-                hidden, gradient = item[name].detach()[0, crop:].double(), gradient[0, crop:].double()
-                normalised = (hidden - mean) / (deviation + 1e-6)
-                evidence.append((normalised * gradient * (deviation + 1e-6)).abs().flatten().tolist())
-            result[sample].append(compare(*evidence))
-    return result
-
-
-def compare(before: list[float], after: list[float]) -> tuple[float, float]:
-    """Eqs. (5) to (7) with plain sums."""
-    mass = abs(math.log((sum(after) / len(after) + EPSILON) / (sum(before) / len(before) + EPSILON)))
-    p = [value + EPSILON for value in before]
-    q = [value + EPSILON for value in after]
-    p, q = [value / sum(p) for value in p], [value / sum(q) for value in q]
-    divergence = 0.0
-    for one, other in zip(p, q, strict=True):
-        middle = (one + other) / 2
-        divergence += one / 2 * math.log(one / middle) + other / 2 * math.log(other / middle)
-    return mass, divergence
+    return naive_losses(sweep, unit, bits, objective_of, slice(-count, None))
 
 
 @pytest.mark.parametrize("unit", UNITS)
 def test_losses_equal_a_naive_recomputation(sweep: Sweep, unit: str) -> None:
     losses = sweep.evaluate(unit, (2, 8), tuple(range(8)))
     for row, bits in enumerate((2, 8)):
-        expected = np.asarray(naive_losses(sweep, unit, bits))
+        expected = np.asarray(losses_by_loops(sweep, unit, bits))
         np.testing.assert_allclose(losses.mass[row], expected[..., 0], rtol=2e-3, atol=2e-5)
         np.testing.assert_allclose(losses.attribution[row], expected[..., 1], rtol=2e-3, atol=1e-7)
     assert losses.mass[0].max() > 1e-3, "the comparison would say nothing if two bits changed nothing"
@@ -113,7 +57,7 @@ def test_losses_equal_a_naive_recomputation(sweep: Sweep, unit: str) -> None:
 def test_losses_over_two_images_equal_a_naive_recomputation(two_images: SweepSpec, unit: str) -> None:
     sweep = two_images.open()
     losses = sweep.evaluate(unit, (2,), tuple(range(4)))
-    expected = np.asarray(naive_losses(sweep, unit, 2))
+    expected = np.asarray(losses_by_loops(sweep, unit, 2))
     np.testing.assert_allclose(losses.mass[0], expected[..., 0], rtol=2e-3, atol=2e-5)
     np.testing.assert_allclose(losses.attribution[0], expected[..., 1], rtol=2e-3, atol=1e-7)
 
@@ -121,7 +65,8 @@ def test_losses_over_two_images_equal_a_naive_recomputation(two_images: SweepSpe
 def test_each_image_has_its_own_patches(two_images: SweepSpec) -> None:
     """The patches of both images are those of each alone, first image first; a decision depends on the order."""
     sweep = two_images.open()
-    policy, (pixels, ids) = sweep.policy, sweep.states.inputs(sweep.policy, (0, 1))
+    policy, inputs = sweep.policy, sweep.states.inputs(sweep.policy, (0, 1))
+    pixels, ids = inputs.pixel_values, inputs.input_ids
     assert pixels.shape == (2, 12, 32, 32) and policy.config.num_patches == 8
     alone = [policy.patches(pixels[:, 6 * image : 6 * image + 6]) for image in range(2)]
     torch.testing.assert_close(policy.patches(pixels), torch.cat(alone, dim=1))
@@ -143,7 +88,7 @@ def test_every_entry_gives_the_full_precision_signals(sweep: Sweep, unit: str) -
 
 @pytest.mark.parametrize(
     ("start", "name"),
-    [(Place("projector", 0), "vision"), (Place("layers", 1), "language"), (Place("lm_head", 0), "head")],
+    [(Place("projector", 0), "vision"), (Place("layers", 1), "language"), (Place("head", 0), "head")],
 )
 def test_gradients_equal_finite_differences(sweep: Sweep, start: Place, name: str) -> None:
     trunk, measured = sweep.full_precision((0,))
@@ -166,15 +111,15 @@ def objective_from(policy: OpenVLA, trunk: Trunk, start: Place, x: Tensor) -> Te
     batch = trunk.batch
     model = policy.language_model.model
     if start.part == "projector":
-        hidden = policy.hidden(policy.embed(torch.cat([batch.input_ids, batch.tokens[:, :-1]], 1), policy.projector(x)))
-        x = hidden[:, -batch.tokens.shape[1] :]
+        ids = torch.cat([batch.inputs.input_ids, batch.decided[:, :-1]], 1)
+        x = policy.hidden(policy.embed(ids, policy.projector(x)))[:, -batch.decided.shape[1] :]
     elif start.part == "layers":
         rotary = model.rotary_emb(x, torch.arange(x.shape[1])[None])
         for layer in model.layers[start.index :]:
             x = layer(x, position_embeddings=rotary)
-        x = model.norm(x)[:, -batch.tokens.shape[1] :]
+        x = model.norm(x)[:, -batch.decided.shape[1] :]
     logits = policy.language_model.lm_head(x)
-    return logits.log_softmax(-1).gather(-1, batch.tokens[..., None]).mean()
+    return logits.log_softmax(-1).gather(-1, batch.decided[..., None]).mean()
 
 
 def test_full_precision_scores_exactly_zero(sweep: Sweep) -> None:
@@ -228,12 +173,14 @@ def test_weights_are_restored(sweep: Sweep) -> None:
 def test_action_error_is_the_squared_distance_of_decoded_actions(sweep: Sweep) -> None:
     unit, fmt = "language_model.lm_head", Format(2, 16, 32)
     losses = sweep.evaluate(unit, (2,), tuple(range(8)))
-    codec = sweep.states.codec
+    assert isinstance(sweep.states.decisions, TokenDecisions)
+    codec = sweep.states.decisions.codec
     for index in range(8):
-        pixels, ids = sweep.states.inputs(sweep.policy, (index,))
-        tokens = sweep.reference.tokens[index]
+        inputs = sweep.states.inputs(sweep.policy, (index,))
+        tokens = sweep.reference.decided[index]
         with quantized(sweep.policy, unit, fmt), torch.no_grad():
-            logits = sweep.policy.action_logits(pixels, ids, torch.from_numpy(tokens)[None])[0]
+            wanted = torch.from_numpy(tokens)[None]
+            logits = sweep.policy.action_logits(inputs.pixel_values, inputs.input_ids, wanted)[0]
         chosen = codec.first_token + logits[:, codec.first_token : codec.last_token + 1].argmax(-1).numpy()
         distance = codec.tokens_to_normalised(chosen) - codec.tokens_to_normalised(tokens)
         assert losses.action_error[0, index] == pytest.approx(float((distance**2).sum()))
@@ -245,7 +192,7 @@ def test_weight_activation_scheme_changes_more_than_weights_alone(spec: SweepSpe
     unit = "language_model.model.layers.0.self_attn.v_proj"
     weights, with_activations = (item.evaluate(unit, (8,), tuple(range(8))) for item in (sweep, both))
     assert not np.array_equal(weights.mass, with_activations.mass)
-    expected = np.asarray(naive_losses(both, unit, 8))
+    expected = np.asarray(losses_by_loops(both, unit, 8))
     np.testing.assert_allclose(with_activations.attribution[0], expected[..., 1], rtol=2e-3, atol=1e-6)
 
 
@@ -265,7 +212,7 @@ def test_unknown_layers_and_blocks_are_refused(sweep: Sweep, spec: SweepSpec) ->
 
 
 def test_macs_count_the_tokens_that_pass(sweep: Sweep) -> None:
-    macs = macs_per_action(sweep.policy, prompt_tokens=10, action_tokens=3)
+    macs = macs_per_decision(sweep.policy, prompt_tokens=10, decided=3)
     params = {unit.name: unit.params for unit in live_units(sweep.policy)}
     tokens = {name: macs[name] / params[name] for name in macs}
     assert tokens["vision_backbone.featurizer.patch_embed.proj"] == 4

@@ -34,7 +34,7 @@ def check_contract(contract: Contract, config: PolicyConfig, unnorm_key: str | N
     """Raises ContractError unless cameras, states and action dimensions are those of the policy, in its order."""
     _check_cameras(contract, config)
     stats = config.stats(unnorm_key)
-    wanted = stats.proprio.names if config.state_in_prompt and stats.proprio else ()
+    wanted = stats.proprio.names if config.takes_state and stats.proprio else ()
     if wanted and contract.state_names != wanted:
         got = ", ".join(contract.state_names) or "none"
         raise ContractError(

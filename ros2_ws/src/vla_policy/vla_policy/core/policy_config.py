@@ -2,15 +2,19 @@
 
 Optional keys let other policies of the same architecture be described without a fork of the code: `vision_towers` (the
 sizes that the published models imply by `timm_model_ids`), `state_in_prompt` (the robot state as bin tokens after
-"Out:"), `steps_per_action` (control steps for which an action is held) and `num_images_in_input` (images per decision,
-by OpenVLA-OFT's name; their patches follow each other). The published OpenVLA checkpoints have none of them.
+"Out:"), `steps_per_action` (control steps for which an action is held) and, by OpenVLA-OFT's names,
+`num_images_in_input` (images per decision; their patches follow each other), `num_actions_chunk` (an L1 head decides so
+many actions in one pass, instead of tokens one after another) and `use_proprio` (the robot state as an embedding after
+the patches). The published OpenVLA checkpoints have none of them.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from vla_policy.core.errors import PolicyError
+import numpy as np
+
+from vla_policy.core.errors import DataError, PolicyError
 from vla_policy.core.files import read_json
 
 # DINOv2's statistics are bf16-rounded in the published checkpoints' preprocessor; SigLIP's are exact.
@@ -76,11 +80,16 @@ class TextSpec:
 
 @dataclass(frozen=True)
 class ActionStats:
-    """1st and 99th percentile per action dimension; where `mask` is False the value is used as it is."""
+    """1st and 99th percentile per action dimension; where `mask` is False the value is used as it is.
+
+    mean, std: of the training actions, None where the checkpoint does not tell.
+    """
 
     q01: tuple[float, ...]
     q99: tuple[float, ...]
     mask: tuple[bool, ...]
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -90,6 +99,12 @@ class ProprioStats:
     names: tuple[str, ...]
     q01: tuple[float, ...]
     q99: tuple[float, ...]
+
+    def checked(self, state: np.ndarray | None) -> np.ndarray:
+        """float64 [S]. Raises DataError for a state that is missing, of another length or not finite."""
+        if state is None or np.shape(state) != (len(self.q01),) or not np.isfinite(state).all():
+            raise DataError(f"state: expected {len(self.q01)} finite values {list(self.names)}, got {state}")
+        return np.asarray(state, np.float64)
 
 
 @dataclass(frozen=True)
@@ -102,7 +117,10 @@ class NormStats:
 
 @dataclass(frozen=True)
 class PolicyConfig:
-    """A policy's architecture, tokens and statistics."""
+    """A policy's architecture, tokens and statistics.
+
+    chunk: actions that one pass decides, None for a policy that decides token after token.
+    """
 
     towers: tuple[TowerSpec, TowerSpec]
     text: TextSpec
@@ -113,6 +131,24 @@ class PolicyConfig:
     steps_per_action: int
     raw: dict[str, Any]
     num_images: int = 1
+    chunk: int | None = None
+    use_proprio: bool = False
+
+    @property
+    def takes_state(self) -> bool:
+        """Whether a decision needs the robot's state."""
+        return self.state_in_prompt or self.use_proprio
+
+    @property
+    def action_dim(self) -> int:
+        """Values of an action; the same in all statistics."""
+        return len(next(iter(self.norm_stats.values())).action.q01)
+
+    @property
+    def state_dim(self) -> int:
+        """Values of the robot's state; the same in all statistics, 0 where none names it."""
+        proprio = next(iter(self.norm_stats.values())).proprio
+        return len(proprio.names) if proprio else 0
 
     @property
     def token_vocab(self) -> int:
@@ -169,6 +205,8 @@ class PolicyConfig:
             norm_stats = {
                 key: _norm_stats(value, f"{source}: norm_stats.{key}") for key, value in raw["norm_stats"].items()
             }
+            if raw.get("use_proprio") and any(stats.proprio is None for stats in norm_stats.values()):
+                raise PolicyError(f"{source}: use_proprio is set but norm_stats has no named proprio statistics")
             return PolicyConfig(
                 towers=towers,
                 text=text,
@@ -178,7 +216,9 @@ class PolicyConfig:
                 state_in_prompt=bool(raw.get("state_in_prompt", False)),
                 steps_per_action=int(raw.get("steps_per_action", 1)),
                 raw=raw,
-                num_images=_num_images(raw, source),
+                num_images=_count(raw, "num_images_in_input", source) or 1,
+                chunk=_count(raw, "num_actions_chunk", source),
+                use_proprio=bool(raw.get("use_proprio", False)),
             )
         except KeyError as error:
             raise PolicyError(f"{source}: key {error} is missing; is this an OpenVLA checkpoint?") from error
@@ -186,10 +226,10 @@ class PolicyConfig:
             raise PolicyError(f"{source}: {error}") from error
 
 
-def _num_images(raw: dict[str, Any], source: str) -> int:
-    number = raw.get("num_images_in_input", 1)
-    if not isinstance(number, int) or number < 1:
-        raise PolicyError(f"{source}: num_images_in_input: expected an integer of at least 1, got {number!r}")
+def _count(raw: dict[str, Any], name: str, source: str) -> int | None:
+    number = raw.get(name)
+    if number is not None and (not isinstance(number, int) or number < 1):
+        raise PolicyError(f"{source}: {name}: expected an integer of at least 1, got {number!r}")
     return number
 
 
@@ -216,9 +256,12 @@ def _norm_stats(raw: dict[str, Any], source: str) -> NormStats:
         q01=tuple(map(float, action["q01"])),
         q99=tuple(map(float, action["q99"])),
         mask=tuple(map(bool, action.get("mask", [True] * len(action["q01"])))),
+        mean=tuple(map(float, action["mean"])) if "mean" in action else None,
+        std=tuple(map(float, action["std"])) if "std" in action else None,
     )
-    if not len(stats.q01) == len(stats.q99) == len(stats.mask):
-        raise PolicyError(f"{source}.action: q01, q99 and mask have different lengths")
+    columns = (stats.q01, stats.q99, stats.mask, stats.mean, stats.std)
+    if len({len(values) for values in columns if values is not None}) != 1:
+        raise PolicyError(f"{source}.action: q01, q99, mask, mean and std have different lengths")
     proprio = raw.get("proprio")
     if not proprio or "names" not in proprio:  # the published statistics hold an unnamed proprio that OpenVLA ignores
         return NormStats(stats, None)

@@ -52,7 +52,5 @@ class PromptTokenizer:
         if not self._config.state_in_prompt or self._proprio is None:
             return []
         q01, q99 = np.asarray(self._proprio.q01), np.asarray(self._proprio.q99)
-        if state is None or np.shape(state) != q01.shape or not np.isfinite(state).all():
-            raise DataError(f"state: expected {len(q01)} finite values {list(self._proprio.names)}, got {state}")
-        values = 2 * (np.asarray(state, np.float64) - q01) / (q99 - q01) - 1
+        values = 2 * (self._proprio.checked(state) - q01) / (q99 - q01) - 1
         return value_to_tokens(values, self._config.token_vocab, self._config.n_action_bins).tolist()
