@@ -63,14 +63,19 @@ class _Widened(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 matrices itself, so that they are worth having."""
+    return device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 @contextmanager
 def products(device: str, dtype: torch.dtype) -> Iterator[None]:
     """Inside the block, products on `device` have the precision of `dtype`, at a speed worth having."""
-    kind, before = torch.device(device).type, torch.backends.cudnn.allow_tf32
+    before = torch.backends.cudnn.allow_tf32
     # float32 means float32: a GPU's convolutions would otherwise round their operands to 10 bits (TF32).
     torch.backends.cudnn.allow_tf32 = False
     try:
-        if kind == "cpu" and dtype is torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        if dtype is torch.bfloat16 and not multiplies_bfloat16(torch.device(device)):
             with _Widened():
                 yield
         else:

@@ -25,6 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
+from calibrator.arithmetic import multiplies_bfloat16
 from calibrator.policy.loading import load_policy, save_policy
 from calibrator.policy.model import OpenVLA
 from demo.batches import Batch, Batches
@@ -177,8 +178,7 @@ class Run:
             betas=(0.9, 0.95),
             fused=True,
         )
-        # A CPU without bfloat16 products emulates them many times slower than it computes in float32.
-        self.reduced = device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        self.reduced = multiplies_bfloat16(device)
         self.average = {name: p.detach().clone() for name, p in self.parameters.items()}
         self.step = 0
 
