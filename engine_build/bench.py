@@ -63,7 +63,7 @@ def report(result: Bench) -> str:
     """The figures side by side."""
     lines = [f"{'':24}{'engine':>16}{'16-bit':>16}", f"{result.machine}, {result.threads} threads"]
     sides = (result.engine, result.reference)
-    for stage in _STAGES:
+    for stage in (name for name in _STAGES if name in result.engine.stages):
         for name in ("median_ms", "p90_ms", "p99_ms"):
             values = [getattr(side.stages[stage], name) for side in sides]
             lines.append(f"{stage + ' ' + name:24}" + "".join(f"{value:16.3f}" for value in values))
@@ -91,7 +91,7 @@ def _figures(worker: "_Worker", path: Path, manifest: Manifest, timings: Sequenc
         load_s=worker.load_s,
         idle_bytes=worker.idle_bytes,
         peak_bytes=worker.peak_bytes(),
-        stages={name: Quantiles.of(values) for name, values in laps.items()},
+        stages={name: Quantiles.of(values) for name, values in laps.items() if values},  # one pass has no decode steps
     )
 
 

@@ -23,7 +23,7 @@ from engine_build.plan import Plan, check_legal, legalize, load_plan, uniform_pl
 from engine_build.ranges import input_peaks
 from engine_build.readback import Realised, canonical
 from engine_build.weights import Layer, Tensors, layers_of, open_checkpoint
-from vla_policy.core.errors import ArtefactError, PolicyError
+from vla_policy.core.errors import ArtefactError
 from vla_policy.core.files import atomic_folder, sha256_policy
 from vla_policy.core.formats import FULL_PRECISION, Format
 from vla_policy.core.manifest import TOKENIZER, GraphSpec, Manifest, UnitRecord, file_records
@@ -85,8 +85,6 @@ def build(request: Request) -> Manifest:
     backend that is not installed, and a realised format that differs from the plan's.
     """
     config = PolicyConfig.load(request.policy)
-    if config.chunk is not None:
-        raise PolicyError(f"{request.policy}: an OpenVLA-OFT policy can be measured and planned, but not built yet")
     layers = layers_of(config)
     policy_sha256 = sha256_policy(request.policy)
     target = request.target.on(request.backend)

@@ -72,10 +72,15 @@ def passes(layer: Layer, config: PolicyConfig) -> Mapping[int, int]:
     """How often per action the layer runs, by number of tokens."""
     if layer.kind == "patch_embed" or layer.name.startswith("projector."):
         return {config.num_patches: 1}
+    if layer.name.startswith("proprio_projector."):
+        return {1: 1}
     if graph_of(layer.name) == "vision":
         tower = config.towers[0 if ".featurizer." in layer.name else 1]
         prefix = 1 + tower.registers if tower.kind == "dinov2" else 0
         return {config.num_images * (tower.num_patches + prefix): 1}
+    if config.chunk is not None:
+        sequence = config.num_patches + config.use_proprio + PROMPT_TOKENS + config.chunk * config.action_dim + 1
+        return {config.chunk if layer.kind == _HEAD else sequence: 1}
     steps = max(len(stats.action.q01) for stats in config.norm_stats.values()) - 1
     if layer.kind == _HEAD:
         return {1: 1 + steps}

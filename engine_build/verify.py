@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from calibrator.calibration import load_calibration
@@ -32,7 +31,6 @@ from engine_build.weights import Layer, layers_of, open_checkpoint
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.files import sha256_policy
 from vla_policy.core.formats import Format
-from vla_policy.core.image import pixel_values
 from vla_policy.core.manifest import TOKENIZER, Manifest, UnitRecord
 from vla_policy.core.observation import Observation
 from vla_policy.core.runner import Engine, load_engine
@@ -53,13 +51,15 @@ class Comparison:
     cosine: smallest cosine between the two logit vectors of a position, means removed.
     equal_tokens: share of action tokens that are equal. equal_decisions: share of states with all tokens equal.
     action_max_abs: largest difference of an action value, in the action's units, both deciding freely.
+
+    An OpenVLA-OFT policy's normalised actions stand in the logits' place; without tokens the shares are None.
     """
 
     logits_error: float
     logits_max_abs: float
     cosine: float
-    equal_tokens: float
-    equal_decisions: float
+    equal_tokens: float | None
+    equal_decisions: float | None
     action_max_abs: float
 
 
@@ -133,9 +133,10 @@ def reference_check(
     quantize_policy(actor.policy, assignment)
     against_same = compare(engine, actor, states, "against the same formats in torch")
     tolerance = tolerance_of(manifest)
+    what = "logits" if manifest.config.chunk is None else "normalised actions"
     if not against_same.logits_error <= tolerance:
         raise ArtefactError(
-            f"{engine_folder}: logits differ from the torch policy with the same formats by "
+            f"{engine_folder}: {what} differ from the torch policy with the same formats by "
             f"{against_same.logits_error:.2e} of their standard deviation, allowed {tolerance:.0e}; build it again"
         )
     return {
@@ -145,11 +146,15 @@ def reference_check(
         "tolerance_logits_error": tolerance,
         "same_formats_in_torch": asdict(against_same),
         "full_precision_torch": asdict(against_full),
-        "summary": f"{len(states)} states; torch with the same formats: logits differ by "
-        f"{against_same.logits_error:.1e} of their standard deviation (allowed {tolerance:g}), "
-        f"{against_same.equal_tokens:.1%} equal tokens; torch in full precision: {against_full.equal_tokens:.1%} equal "
-        f"tokens, actions differ by up to {against_full.action_max_abs:.3g}",
+        "summary": f"{len(states)} states; torch with the same formats: {what} differ by "
+        f"{against_same.logits_error:.1e} of their standard deviation (allowed {tolerance:g})"
+        f"{_equal(against_same)}; torch in full precision: actions differ by up to {against_full.action_max_abs:.3g}"
+        f"{_equal(against_full)}",
     }
+
+
+def _equal(comparison: Comparison) -> str:
+    return "" if comparison.equal_tokens is None else f", {comparison.equal_tokens:.1%} equal tokens"
 
 
 def tolerance_of(manifest: Manifest) -> float:
@@ -185,13 +190,10 @@ def reference_states(engine: Engine, calibration: Path | None, samples: int, see
 def compare(engine: Engine, actor: TorchActor, states: Sequence[Observation], title: str) -> Comparison:
     """Teacher-forced on the torch policy's tokens for the logits, each deciding freely for tokens and actions."""
     errors, largest, cosines, equal, actions = [], [], [], [], []
-    first, end = engine.codec.first_token, engine.codec.last_token + 1
     for state in tqdm(states, desc=title, unit="state", disable=None):
         expected, got = actor.act(state), engine.act(state)
-        pixels = pixel_values(state.images, engine.config)[None]
-        ids = engine.tokenizer.encode(state.instruction, state.state)[None]
-        reference = _torch_logits(actor, pixels, ids, expected.tokens)[:, first:end]
-        difference = engine.action_logits(pixels, ids, expected.tokens)[:, first:end] - reference
+        reference = actor.scores(state, expected.tokens)
+        difference = engine.scores(state, expected.tokens) - reference
         errors.append(float(np.sqrt((difference**2).mean()) / reference.std()))
         largest.append(float(np.abs(difference).max()))
         cosines.append(_smallest_cosine(reference, reference + difference))
@@ -201,17 +203,10 @@ def compare(engine: Engine, actor: TorchActor, states: Sequence[Observation], ti
         logits_error=max(errors),
         logits_max_abs=max(largest),
         cosine=min(cosines),
-        equal_tokens=float(np.mean(equal)),
-        equal_decisions=float(np.mean([row.all() for row in equal])),
+        equal_tokens=None if engine.config.chunk else float(np.mean(equal)),
+        equal_decisions=None if engine.config.chunk else float(np.mean([row.all() for row in equal])),
         action_max_abs=max(actions),
     )
-
-
-@torch.no_grad()
-def _torch_logits(actor: TorchActor, pixels: np.ndarray, ids: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-    logits = actor.policy.action_logits(torch.from_numpy(pixels), torch.from_numpy(ids), torch.from_numpy(tokens)[None])
-    values: np.ndarray = logits[0].float().numpy()
-    return values
 
 
 def _smallest_cosine(left: np.ndarray, right: np.ndarray) -> float:

@@ -102,12 +102,16 @@ def run_episode(env: BenchmarkEnv, actor: Actor, rollout: Rollout, job: Job) -> 
     frames: list[np.ndarray] = []
     spent_ns = 0
     while True:
-        image = np.full_like(seen.image, 128) if rollout.control == "blind" else seen.image
-        frames.append(image)
+        images = [np.full_like(image, 128) for image in seen.images] if rollout.control == "blind" else seen.images
+        frames.append(images[0])
         started_ns = time.perf_counter_ns()
-        decision = actor.act(Observation(image, instruction, seen.state))
+        decision = actor.act(Observation(images[0], instruction, seen.state, tuple(images[1:])))
         spent_ns += time.perf_counter_ns() - started_ns
-        result = env.step(decision.action)
+        # A chunk is carried out to its end before the next look, as OpenVLA-OFT is evaluated.
+        for action in np.atleast_2d(decision.action):
+            result = env.step(action)
+            if result.done:
+                break
         if result.done:
             break
         seen = result.observation

@@ -93,12 +93,15 @@ class FakeActor:
         self._acts += 1
         self._recipe.maybe_kill(self._acts)
         number = int(observation.image[0, 0, 0])
-        return Decision(np.zeros(1, np.int64), np.array([float(_ANSWERS[observation.instruction](number))]))
+        answer = np.array([float(_ANSWERS[observation.instruction](number))])
+        if self._recipe.chunk > 1:  # the right answer comes last
+            answer = np.stack([*np.zeros((self._recipe.chunk - 1, 1)), answer])
+        return Decision(np.zeros(1, np.int64), answer)
 
 
 @dataclass(frozen=True)
 class FakeRecipe:
-    """victim: who is hit at the `fatal_act`-th decision, once (`fired` records that it has happened).
+    """chunk: actions per decision. victim: who is hit at the `fatal_act`-th decision, once (`fired` records it).
 
     "self" and "parent" get SIGKILL; "interrupt" is a Ctrl-C for the parent.
     """
@@ -107,6 +110,7 @@ class FakeRecipe:
     victim: str | None = None
     fatal_act: int = 0
     fired: Path | None = None
+    chunk: int = 1
 
     def settings(self) -> dict[str, Any]:
         return {"kind": "fake", "name": self.name}

@@ -9,7 +9,6 @@ import torch
 from calibrator.policy.decisions import Decisions, decisions_of
 from calibrator.policy.loading import load_policy
 from calibrator.policy.model import Inputs, OpenVLA
-from calibrator.policy.oft import normalised_state
 from vla_policy.core.image import pixel_values
 from vla_policy.core.observation import Decision, Observation
 from vla_policy.core.policy_config import PolicyConfig
@@ -39,9 +38,25 @@ class TorchActor:
         return self.policy.config
 
     def act(self, observation: Observation) -> Decision:
-        ids = self.tokenizer.encode(observation.instruction, observation.state)
-        inputs = stack_inputs(self.policy, self.unnorm_key, [observation], ids[None])
+        inputs = self._inputs(observation)
         return self.decisions.decision(self.policy.decide(inputs, self.decisions.size)[0].cpu().numpy())
+
+    @torch.no_grad()
+    def scores(self, observation: Observation, tokens: np.ndarray) -> np.ndarray:
+        """float32 [K, bins]: the action tokens' logits along `tokens` [K]; of a policy without tokens its normalised
+        actions [H, K]."""
+        inputs = self._inputs(observation)
+        if self.config.chunk is not None:
+            decided = self.policy.decide(inputs, self.decisions.size)
+            return decided.cpu().numpy().reshape(self.config.chunk, -1)
+        wanted = torch.from_numpy(tokens)[None].to(inputs.input_ids.device)
+        logits = self.policy.action_logits(inputs.pixel_values, inputs.input_ids, wanted)[0]
+        first = self.config.token_vocab - self.config.n_action_bins
+        return logits[:, first : self.config.token_vocab].cpu().numpy()
+
+    def _inputs(self, observation: Observation) -> Inputs:
+        ids = self.tokenizer.encode(observation.instruction, observation.state)
+        return stack_inputs(self.policy, self.unnorm_key, [observation], ids[None])
 
 
 def stack_inputs(
@@ -53,7 +68,7 @@ def stack_inputs(
     state = None
     proprio = policy.config.stats(unnorm_key).proprio
     if policy.config.use_proprio and proprio is not None:
-        rows = np.stack([normalised_state(proprio, observation.state) for observation in observations])
+        rows = np.stack([proprio.normalised(observation.state) for observation in observations])
         state = torch.from_numpy(rows).to(weight.device, weight.dtype)
     ids = torch.from_numpy(input_ids).to(weight.device)
     return Inputs(torch.from_numpy(pixels).to(weight.device, weight.dtype), ids, state)

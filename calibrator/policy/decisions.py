@@ -11,13 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vla_policy.core.actions import ActionCodec
+from vla_policy.core.actions import ActionCodec, ChunkCodec
 from vla_policy.core.errors import PolicyError
 from vla_policy.core.observation import Decision
 from vla_policy.core.policy_config import PolicyConfig
 
-# OpenVLA-OFT adds it where it un-normalises.
-_SPAN_EPSILON = 1e-8
 _GRIPPER_THRESHOLD = 0.5
 
 
@@ -88,14 +86,12 @@ class ChunkDecisions:
     """OpenVLA-OFT: `output` and `decided` are normalised actions, float32 [B, H K], of H control steps.
 
     mean, deviation: float64 [K], of the training actions in normalised units; a gripper command that is not normalised
-    has the threshold between its two meanings in place of its mean. low, span: un-normalisation.
+    has the threshold between its two meanings in place of its mean.
     """
 
-    chunk: int
+    codec: ChunkCodec
     mean: np.ndarray
     deviation: np.ndarray
-    low: np.ndarray
-    span: np.ndarray
 
     @staticmethod
     def of(config: PolicyConfig, unnorm_key: str | None) -> "ChunkDecisions":
@@ -104,18 +100,16 @@ class ChunkDecisions:
         if stats.mean is None or stats.std is None:
             key = config.unnorm_key(unnorm_key)
             raise PolicyError(f"norm_stats.{key}.action: mean and std are missing; OpenVLA-OFT's objective needs them")
-        mask, low, high = np.asarray(stats.mask), np.asarray(stats.q01), np.asarray(stats.q99)
-        span = np.where(mask, high - low + _SPAN_EPSILON, 2.0)
-        low = np.where(mask, low, -1.0)
-        mean = np.where(mask, 2 * (np.asarray(stats.mean) - low) / span - 1, _GRIPPER_THRESHOLD)
-        deviation = 2 * np.asarray(stats.std) / span
+        codec = ChunkCodec(stats, config.chunk or 1)
+        mean = np.where(stats.mask, 2 * (np.asarray(stats.mean) - codec.low) / codec.span - 1, _GRIPPER_THRESHOLD)
+        deviation = 2 * np.asarray(stats.std) / codec.span
         if not (deviation > 0).all():
             raise PolicyError(f"norm_stats: the actions' std {list(stats.std)} must be above zero")
-        return ChunkDecisions(config.chunk or 1, mean, deviation, low, span)
+        return ChunkDecisions(codec, mean, deviation)
 
     @property
     def size(self) -> int:
-        return self.chunk * len(self.mean)
+        return self.codec.size
 
     def objective(self, output: Tensor, decided: Tensor) -> Tensor:
         """<v, a - mean> / <v, a* - mean> with v = (a* - mean) / deviation^2: 1 for the decision itself.
@@ -125,7 +119,7 @@ class ChunkDecisions:
         it is the signed margin about the threshold.
         """
         mean, deviation = (
-            torch.from_numpy(np.tile(values, self.chunk)).to(output.device, torch.float32)
+            torch.from_numpy(np.tile(values, self.codec.chunk)).to(output.device, torch.float32)
             for values in (self.mean, self.deviation)
         )
         direction = (decided.float() - mean) / deviation.square()
@@ -140,8 +134,7 @@ class ChunkDecisions:
 
     def decision(self, decided: np.ndarray) -> Decision:
         """Actions [H, K]; there are no tokens."""
-        actions = 0.5 * (decided.reshape(self.chunk, -1).astype(np.float64) + 1) * self.span + self.low
-        return Decision(np.zeros(0, np.int64), actions)
+        return Decision(np.zeros(0, np.int64), self.codec.to_actions(decided))
 
 
 def decisions_of(config: PolicyConfig, unnorm_key: str | None) -> Decisions:

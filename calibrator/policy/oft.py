@@ -4,24 +4,17 @@ All positions see each other. A head of its own reads the states that, in a caus
 tokens, K of them for each of the chunk's control steps.
 """
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from calibrator.policy.model import Inputs, OpenVLA
-from vla_policy.core.policy_config import PolicyConfig, ProprioStats
+from vla_policy.core.policy_config import PolicyConfig
 
-_EOS = 2
-_SPAN_EPSILON = 1e-8
-_HEAD_BLOCKS = 2
+EOS = 2
+"""The id that ends every sequence; with attention to both sides it counts."""
 
-
-def normalised_state(proprio: ProprioStats, state: np.ndarray | None) -> np.ndarray:
-    """float32 [S] in [-1, 1]. Raises DataError for a state that is missing, of another length or not finite."""
-    q01, q99 = np.asarray(proprio.q01), np.asarray(proprio.q99)
-    values = 2 * (proprio.checked(state) - q01) / (q99 - q01 + _SPAN_EPSILON) - 1
-    return np.clip(values, -1.0, 1.0).astype(np.float32)
+HEAD_BLOCKS = 2
 
 
 class StateProjector(nn.Module):
@@ -54,7 +47,7 @@ class HeadMlp(nn.Module):
         super().__init__()
         self.layer_norm1 = nn.LayerNorm(inputs)
         self.fc1 = nn.Linear(inputs, width)
-        self.mlp_resnet_blocks = nn.ModuleList(HeadBlock(width) for _ in range(_HEAD_BLOCKS))
+        self.mlp_resnet_blocks = nn.ModuleList(HeadBlock(width) for _ in range(HEAD_BLOCKS))
         self.layer_norm2 = nn.LayerNorm(width)
         self.fc2 = nn.Linear(width, outputs)
 
@@ -103,7 +96,7 @@ class OpenVLAOFT(OpenVLA):
     def sequence(self, inputs: Inputs, patches: Tensor, decided: Tensor) -> Tensor:
         """Embeddings [B, P + S + L + D + 1, hidden]; of the decision [B, D] only its size matters."""
         words = self.language_model.model.embed_tokens(inputs.input_ids)
-        end = self.language_model.model.embed_tokens(inputs.input_ids.new_full((len(words), 1), _EOS))
+        end = self.language_model.model.embed_tokens(inputs.input_ids.new_full((len(words), 1), EOS))
         state = [self.state_embedding(inputs.state)] if inputs.state is not None else []
         empty = words.new_zeros(len(words), decided.shape[1], words.shape[2])
         return torch.cat([words[:, :1], patches, *state, words[:, 1:], empty, end], dim=1)

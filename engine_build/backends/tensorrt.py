@@ -82,7 +82,7 @@ def build_engines(
 
 
 def decoder_profiles(spec: GraphSpec, config: PolicyConfig) -> list[Profile]:
-    """Smallest, typical and largest shape of each input: first for the prefill, then for a decode step.
+    """Smallest, typical and largest shape of each input: first for the prefill, then for a decode step if there is one.
 
     A step has no patches, but its profile admits one: from 8 heads on, TensorRT-RTX 1.7 crashes where it knows ahead
     that a tensor is empty.
@@ -98,12 +98,14 @@ def decoder_profiles(spec: GraphSpec, config: PolicyConfig) -> list[Profile]:
             hidden = config.text.hidden_size
             prefill[tensor.name] = _fixed((1, config.num_patches, hidden))
             step[tensor.name] = ((1, 0, hidden), (1, 0, hidden), (1, 1, hidden))
+        elif tensor.name == "state":
+            prefill[tensor.name] = _fixed((1, config.state_dim))
         else:
             heads, width = config.text.num_key_value_heads, config.text.head_dim
             typical = config.num_patches + _TYPICAL_PROMPT
             prefill[tensor.name] = _fixed((1, heads, 0, width))
             step[tensor.name] = ((1, heads, 1, width), (1, heads, typical, width), (1, heads, longest, width))
-    return [prefill, step]
+    return [prefill] if config.chunk is not None else [prefill, step]
 
 
 def _fixed(shape: Shape) -> tuple[Shape, Shape, Shape]:

@@ -1,24 +1,33 @@
-"""The Llama decoder with a key/value cache: prefill and decode step are one graph on one copy of the weights.
+"""The Llama decoder.
 
-The input embeddings are [first id][patches][other ids]. Prefill passes BOS, P patches and the prompt; a decode step
-passes one id and zero patches. Position and causal mask follow from the length of the cache.
+OpenVLA's has a key/value cache: prefill and decode step are one graph on one copy of the weights. The input embeddings
+are [first id][patches][other ids]. Prefill passes BOS, P patches and the prompt; a decode step passes one id and zero
+patches. Position and causal mask follow from the length of the cache.
+
+OpenVLA-OFT's decides in one pass over [BOS][patches][state][prompt][empty actions][EOS], without cache or mask, and
+ends with the head that reads the actions.
 """
 
 import numpy as np
 import torch
 from onnx import TensorProto
 
+from calibrator.policy.oft import EOS, HEAD_BLOCKS
 from engine_build.graph.context import GraphContext
 from vla_policy.core.manifest import TensorSpec
 from vla_policy.core.policy_config import PolicyConfig, TextSpec
 
 _LAST = np.iinfo(np.int64).max
+_LAYER_NORM_EPS = 1e-5
 
 
 def build(graph: GraphContext, config: PolicyConfig) -> tuple[list[TensorSpec], list[TensorSpec]]:
     """Writes the graph; returns its inputs and outputs."""
+    if config.chunk is not None:
+        return _build_chunk(graph, config, config.chunk)
     b, text = graph.builder, config.text
-    x = _embed(graph)
+    words = _words(graph, "input_ids")
+    x = b.concat([b.slice(words, 0, 1, 1), "patches", b.slice(words, 1, _LAST, 1)], axis=1)
     positions, total = _positions(graph, x)
     rotation, mask = _rotation(graph, positions, text), _causal_mask(graph, positions, total)
     for index in range(text.num_hidden_layers):
@@ -27,6 +36,57 @@ def build(graph: GraphContext, config: PolicyConfig) -> tuple[list[TensorSpec], 
     logits = b.reshape(graph.linear(last, "language_model.lm_head"), 1, text.vocab_size)
     b.rename(b.cast(logits, TensorProto.FLOAT) if b.float_type != TensorProto.FLOAT else logits, "logits")
     return _inputs(graph, config), _outputs(graph, config)
+
+
+def _build_chunk(graph: GraphContext, config: PolicyConfig, chunk: int) -> tuple[list[TensorSpec], list[TensorSpec]]:
+    b, text, values = graph.builder, config.text, chunk * config.action_dim
+    ids = b.concat(["input_ids", b.constant([[EOS]], np.int64)], axis=1)
+    words = _words(graph, ids)
+    state = [_state(graph, config)] if config.use_proprio else []
+    empty = b.tensor("empty_actions", np.zeros((1, values, text.hidden_size), b.float_dtype))
+    first, prompt, end = (b.slice(words, *ends, 1) for ends in ((0, 1), (1, -1), (-1, _LAST)))
+    x = b.concat([first, "patches", *state, prompt, empty, end], axis=1)
+    length = b.node("Squeeze", [b.node("Shape", [x], start=1, end=2), b.ints(0)])
+    places = b.node("Range", [b.constant(0, np.int64), length, b.constant(1, np.int64)])
+    rotation = _rotation(graph, places, text)
+    for index in range(text.num_hidden_layers):
+        x = _layer(graph, x, rotation, None, text, index)
+    x = _rms_norm(graph, b.slice(x, -values - 2, -2, 1), "language_model.model.norm.weight", text.rms_norm_eps)
+    x = _head(graph, b.reshape(x, 1, chunk, config.action_dim * text.hidden_size))
+    b.rename(b.cast(x, TensorProto.FLOAT) if b.float_type != TensorProto.FLOAT else x, "actions")
+    float_name = b.float_dtype.__name__
+    inputs = [
+        TensorSpec("input_ids", "int64", (1, "ids"), "token ids: the prompt from BOS on"),
+        TensorSpec("patches", float_name, (1, config.num_patches, text.hidden_size), "from the vision graph"),
+    ]
+    if config.use_proprio:
+        inputs.append(TensorSpec("state", float_name, (1, config.state_dim), "the robot's, normalised to [-1, 1]"))
+    actions = TensorSpec("actions", "float32", (1, chunk, config.action_dim), "of the next control steps, normalised")
+    return inputs, [actions]
+
+
+def _state(graph: GraphContext, config: PolicyConfig) -> str:
+    """The robot's state as one embedding [1, 1, hidden]."""
+    b = graph.builder
+    x = b.reshape("state", 1, 1, config.state_dim)
+    x = b.node("Gelu", [graph.linear(x, "proprio_projector.fc1")])
+    return graph.linear(x, "proprio_projector.fc2")
+
+
+def _head(graph: GraphContext, x: str) -> str:
+    """The L1 head: [1, H, K hidden] -> [1, H, K]."""
+    b, name = graph.builder, "action_head.model"
+    x = b.node("Relu", [graph.linear(_layer_norm(graph, x, f"{name}.layer_norm1"), f"{name}.fc1")])
+    for index in range(HEAD_BLOCKS):
+        block = f"{name}.mlp_resnet_blocks.{index}.ffn"
+        inner = graph.linear(_layer_norm(graph, x, f"{block}.0"), f"{block}.1")
+        x = b.add(x, b.node("Relu", [inner]))
+    return graph.linear(_layer_norm(graph, x, f"{name}.layer_norm2"), f"{name}.fc2")
+
+
+def _layer_norm(graph: GraphContext, x: str, name: str) -> str:
+    weight, bias = graph.parameter(f"{name}.weight"), graph.parameter(f"{name}.bias")
+    return graph.builder.node("LayerNormalization", [x, weight, bias], name, axis=-1, epsilon=_LAYER_NORM_EPS)
 
 
 def _cache_specs(graph: GraphContext, text: TextSpec, state: str, length: str) -> list[TensorSpec]:
@@ -63,13 +123,13 @@ def _outputs(graph: GraphContext, config: PolicyConfig) -> list[TensorSpec]:
     ]
 
 
-def _embed(graph: GraphContext) -> str:
+def _words(graph: GraphContext, ids: str) -> str:
+    """Embeddings [1, L, hidden] of ids [1, L]."""
     b = graph.builder
     table = graph.tensors.tensor("language_model.model.embed_tokens.weight").to(torch.bfloat16)
     content = table.contiguous().view(torch.uint8).numpy().tobytes()
     name = b.raw("language_model.model.embed_tokens.weight", TensorProto.BFLOAT16, tuple(table.shape), content)
-    words = b.cast(b.node("Gather", [name, "input_ids"], axis=0), b.float_type)
-    return b.concat([b.slice(words, 0, 1, 1), "patches", b.slice(words, 1, _LAST, 1)], axis=1)
+    return b.cast(b.node("Gather", [name, ids], axis=0), b.float_type)
 
 
 def _positions(graph: GraphContext, x: str) -> tuple[str, str]:
@@ -113,7 +173,10 @@ def _rms_norm(graph: GraphContext, x: str, name: str, eps: float) -> str:
     return b.cast(scaled, b.float_type) if b.float_type != TensorProto.FLOAT else scaled
 
 
-def _layer(graph: GraphContext, x: str, rotation: tuple[str, str], mask: str, text: TextSpec, index: int) -> str:
+def _layer(
+    graph: GraphContext, x: str, rotation: tuple[str, str], mask: str | None, text: TextSpec, index: int
+) -> str:
+    """One block. mask: of a pass that reads and extends the cache; None where every position sees every other."""
     b, name = graph.builder, f"language_model.model.layers.{index}"
     attended = _attention(graph, _rms_norm(graph, x, f"{name}.input_layernorm.weight", text.rms_norm_eps),
                           rotation, mask, text, index)  # fmt: skip
@@ -124,15 +187,20 @@ def _layer(graph: GraphContext, x: str, rotation: tuple[str, str], mask: str, te
     return b.add(x, graph.linear(gated, f"{name}.mlp.down_proj"))
 
 
-def _attention(graph: GraphContext, x: str, rotation: tuple[str, str], mask: str, text: TextSpec, index: int) -> str:
+def _attention(
+    graph: GraphContext, x: str, rotation: tuple[str, str], mask: str | None, text: TextSpec, index: int
+) -> str:
     b, name = graph.builder, f"language_model.model.layers.{index}.self_attn"
     query = _rotate(graph, _heads(graph, x, f"{name}.q_proj", text.num_attention_heads, text), rotation)
     key = _rotate(graph, _heads(graph, x, f"{name}.k_proj", text.num_key_value_heads, text), rotation)
     value = _heads(graph, x, f"{name}.v_proj", text.num_key_value_heads, text)
-    key = b.concat([f"past_key_{index}", key], axis=2, name=f"present_key_{index}")
-    value = b.concat([f"past_value_{index}", value], axis=2, name=f"present_value_{index}")
+    if mask is not None:
+        key = b.concat([f"past_key_{index}", key], axis=2, name=f"present_key_{index}")
+        value = b.concat([f"past_value_{index}", value], axis=2, name=f"present_value_{index}")
     key, value = _shared(graph, key, text), _shared(graph, value, text)
-    scores = b.add(b.matmul(b.mul(query, b.scalar(text.head_dim**-0.5)), b.transpose(key, 0, 1, 3, 2)), mask)
+    scores = b.matmul(b.mul(query, b.scalar(text.head_dim**-0.5)), b.transpose(key, 0, 1, 3, 2))
+    if mask is not None:
+        scores = b.add(scores, mask)
     mixed = b.transpose(b.matmul(b.node("Softmax", [scores], axis=-1), value), 0, 2, 1, 3)
     return graph.linear(b.reshape(mixed, 1, -1, text.num_attention_heads * text.head_dim), f"{name}.o_proj")
 

@@ -23,8 +23,8 @@ class StepResult:
 class BenchmarkEnv(Protocol):
     """One benchmark in one process with one renderer, so that images stay trustworthy.
 
-    Observations carry upright uint8 RGB images and float32 [5] states: end-effector x, y, z (m), gripper width (m)
-    and gripper velocity (m/s).
+    Observations carry upright uint8 RGB images and, unless the policy wants another, float32 [5] states: end-effector
+    x, y, z (m), gripper width (m) and gripper velocity (m/s).
     """
 
     @property

@@ -29,7 +29,7 @@ CONTROL_HZ = 20.0
 STATE_NAMES = ("x", "y", "z", "gripper_width", "gripper_velocity")
 ACTION_SIZE = 7
 _WAIT_ACTION = np.array([0, 0, 0, 0, 0, 0, -1.0])
-_CAMERA = "agentview"
+_CAMERA, _WRIST_CAMERA = "agentview", "robot0_eye_in_hand"
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,8 @@ class LiberoProtocol:
     image_size: rendered pixels a side. steps_per_action: control steps (1/20 s) for which one action is held.
     wait_steps: control steps after the reset, while objects fall. crop_area: centre crop by this share of the area,
     None for the whole image. gripper: "environment" means -1 open, +1 close, continuous; "openvla" means 0 close,
-    1 open, binarised at 0.5.
+    1 open, binarised at 0.5. state: "hand" as `_Scene.robot_state` gives it, "full" as `_Scene.full_state` does.
+    wrist: the hand's camera as a second image.
     """
 
     image_size: int
@@ -47,10 +48,12 @@ class LiberoProtocol:
     wait_steps: int
     crop_area: float | None
     gripper: Literal["environment", "openvla"]
+    state: Literal["hand", "full"] = "hand"
+    wrist: bool = False
 
 
 OPENVLA_PROTOCOL = LiberoProtocol(256, 1, 10, 0.9, "openvla")
-"""As OpenVLA's published LIBERO evaluation."""
+"""As OpenVLA's published LIBERO evaluation. OpenVLA-OFT's adds the full state and the wrist camera."""
 
 DEMO_PROTOCOL = LiberoProtocol(224, 4, 10, None, "environment")
 """The demo policies': slower decisions, the whole image, the simulator's own gripper sign."""
@@ -117,10 +120,11 @@ class LiberoEnv:
     def observe(self) -> Observation:
         """Renders the present state."""
         scene = self._require_scene()
-        image = scene.render()
+        images = [scene.render(camera) for camera in (_CAMERA, _WRIST_CAMERA)[: 1 + self.protocol.wrist]]
         if self.protocol.crop_area is not None:
-            image = centre_crop(image, self.protocol.crop_area)
-        return Observation(image, self.instruction(self._task), scene.robot_state())
+            images = [centre_crop(image, self.protocol.crop_area) for image in images]
+        state = scene.full_state() if self.protocol.state == "full" else scene.robot_state()
+        return Observation(images[0], self.instruction(self._task), state, tuple(images[1:]))
 
     def aux(self) -> np.ndarray:
         """float32 [6]: positions of the task's object and of its goal, metres."""
@@ -205,9 +209,9 @@ class _Scene:
         """`steps` control steps of `command`, fewer once the task is done; True if it is."""
         return any(self._control.step(command)[2] for _ in range(steps))
 
-    def render(self) -> np.ndarray:
+    def render(self, camera: str = _CAMERA) -> np.ndarray:
         """uint8 [S, S, 3], upright and mirrored."""
-        self._renderer.update_scene(self._data, camera=_CAMERA, scene_option=self._visible)
+        self._renderer.update_scene(self._data, camera=camera, scene_option=self._visible)
         return np.ascontiguousarray(self._renderer.render()[:, ::-1])
 
     def in_image(self, points: np.ndarray) -> np.ndarray:
@@ -220,6 +224,13 @@ class _Scene:
         width = np.subtract(*self._data.qpos[self._fingers])
         velocity = np.subtract(*self._data.qvel[self._finger_velocities])
         return np.array([*self._data.site_xpos[self._hand], width, velocity], np.float32)
+
+    def full_state(self) -> np.ndarray:
+        """float32 [8], OpenVLA-OFT's: hand x, y, z (m), its attitude as axis times angle (rad), both fingers (m)."""
+        w, *axis = self._data.body(self._control.robots[0].robot_model.eef_name).xquat
+        sine = np.sqrt(max(0.0, 1.0 - w * w))
+        turn = np.asarray(axis) * (2 * np.arccos(np.clip(w, -1.0, 1.0)) / sine) if sine > 0 else np.zeros(3)
+        return np.array([*self._data.site_xpos[self._hand], *turn, *self._data.qpos[self._fingers]], np.float32)
 
     def objects(self) -> tuple[str, ...]:
         """Names of the movable objects."""

@@ -15,8 +15,9 @@ BENCHMARKS = (*SUITES, *SWAPPED_SUITES, MetaWorldEnv.name)
 def make_env(benchmark: str, config: PolicyConfig) -> BenchmarkEnv:
     """The benchmark for the policy with `config`; nothing is simulated before the first reset.
 
-    On LIBERO a policy that takes no state is one of the published kind and gets the official protocol; one that takes
-    the state gets the demo's. Raises DataError for an unknown name or an extra that is not installed.
+    On LIBERO a policy whose prompt has no state is one of the published kind and gets the official protocol,
+    OpenVLA-OFT's with its state and wrist camera; one with the state in its prompt gets the demo's. Raises DataError
+    for an unknown name or an extra that is not installed.
     """
     if benchmark not in BENCHMARKS:
         raise DataError(f"benchmark {benchmark!r} is unknown; choose from: {', '.join(BENCHMARKS)}")
@@ -26,7 +27,9 @@ def make_env(benchmark: str, config: PolicyConfig) -> BenchmarkEnv:
                 raise ModuleNotFoundError(name="metaworld")
             return MetaWorldEnv(config.steps_per_action)
         protocol = DEMO_PROTOCOL if config.state_in_prompt else OPENVLA_PROTOCOL
-        return LiberoEnv(benchmark, replace(protocol, steps_per_action=config.steps_per_action))
+        state, wrist = "full" if config.use_proprio else protocol.state, config.num_images == 2
+        protocol = replace(protocol, steps_per_action=config.steps_per_action, state=state, wrist=wrist)
+        return LiberoEnv(benchmark, protocol)
     except ModuleNotFoundError as error:
         extra = benchmark.partition("_")[0]
         raise DataError(

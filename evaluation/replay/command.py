@@ -188,10 +188,10 @@ def _print(
 ) -> None:
     print(f"{candidate.name}: {len(candidate.stamp_ns)} frames answered, drops {candidate.drops or 'none'}")
     if comparison is not None and reference is not None:
-        print(
-            f"against {reference.name}: {comparison.identical_frames} of {comparison.frames} frames identical, "
-            f"{100 * comparison.token_agreement:.2f} % of the tokens agree"
-        )
+        share = comparison.token_agreement
+        tokens = "" if share is None else f", {100 * share:.2f} % of the tokens agree"
+        same = f"{comparison.identical_frames} of {comparison.frames}"
+        print(f"against {reference.name}: {same} frames identical{tokens}")
     for item in checks:
         print(f"{'pass' if item.passed else 'FAIL'}  {item.name}: {item.detail}")
     print(f"report: {out / 'replay.html'}")

@@ -40,11 +40,14 @@ class WorstFrame:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Candidate against reference. Phases are cut where the reference's gripper changes its mind, first is phase 0."""
+    """Candidate against reference. Phases are cut where the reference's gripper changes its mind, first is phase 0.
+
+    token_agreement: None where the engines decide no tokens.
+    """
 
     frames: int
     identical_frames: int
-    token_agreement: float
+    token_agreement: float | None
     dimensions: tuple[DimensionError, ...]
     phases: tuple[int, ...]
     gripper_disagreement: float | None
@@ -69,13 +72,13 @@ def compare(reference: Answers, candidate: Answers, contract: ActionContract, bi
     episode = reference.episode[left]
     phase = _phases(chosen[0], episode)
     binned = np.minimum((progress * bins).astype(int), bins - 1)
-    same = (reference.tokens[left] == candidate.tokens[right]).mean()
+    same = reference.tokens[left] == candidate.tokens[right]
     relative = error / limits
     order = np.argsort(-relative.max(axis=1), kind="stable")[:worst]
     return Comparison(
         frames=len(shared),
         identical_frames=int((error == 0).all(axis=1).sum()),
-        token_agreement=float(same),
+        token_agreement=float(same.mean()) if same.size else None,
         dimensions=tuple(
             DimensionError(
                 name=dimension.name,

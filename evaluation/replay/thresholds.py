@@ -81,6 +81,8 @@ def check(thresholds: Thresholds, candidate: Answers, comparison: Comparison | N
                 checks.append(_at_most(f"{name} error {dimension.name}", found, limits[dimension.name], dimension.unit))
     if thresholds.min_token_agreement is not None:
         found, least = comparison.token_agreement, thresholds.min_token_agreement
+        if found is None:
+            raise ContractError("min_token_agreement: these engines decide no tokens; bound their errors instead")
         checks.append(Check("token agreement", found >= least, f"{found:.4f}, at least {least}"))
     if thresholds.max_gripper_disagreement is not None and comparison.gripper_disagreement is not None:
         limit = thresholds.max_gripper_disagreement

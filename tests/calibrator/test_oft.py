@@ -245,8 +245,8 @@ def test_layers_and_their_cost(sweep: Sweep) -> None:
     assert (stages["proprio_projector.fc2"], stages["action_head.model.fc2"]) == ("projector", "head")
 
 
-def test_from_the_published_files_to_a_plan(spec: SweepSpec, tmp_path: Path) -> None:
-    """import-oft, sensitivity and allocate as a user calls them; the engine says that it is not there yet."""
+def test_from_the_published_files_to_an_engine(spec: SweepSpec, tmp_path: Path) -> None:
+    """import-oft, sensitivity, allocate, build and verify as a user calls them."""
     published = publish(Path(spec.policy), tmp_path / "published")
     policy, scores, plan = tmp_path / "policy", tmp_path / "sensitivity.json", tmp_path / "plan.json"
     options = ["--chunk", "4", "--images", "2", "--state-names", "x", "gripper_width"]
@@ -261,9 +261,8 @@ def test_from_the_published_files_to_a_plan(spec: SweepSpec, tmp_path: Path) -> 
     assert main(["allocate", "--sensitivity", str(scores), "--average-bits", "4", "--out", str(plan)]) == 0
     engine = tmp_path / "engine"
     build = ["build", "--policy", str(policy), "--plan", str(plan), "--target", "cpu", "--out", str(engine)]
-    with pytest.raises(PolicyError, match="measured and planned, but not built yet"):
-        engine_main(build)
-    assert not engine.exists()
+    assert engine_main(build) == 0
+    assert engine_main(["verify", str(engine), "--policy", str(policy), "--calibration", spec.calibration]) == 0
 
 
 def publish(policy: Path, folder: Path) -> Path:

@@ -9,18 +9,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-from ragged import observation, write_policy
+from ragged import KEY, observation, write_policy
+from tiny import INSTRUCTIONS, tiny_policy_folder
 
 from calibrator.policy import TorchActor
 from engine_build.backends.tensorrt import decoder_profiles
 from engine_build.build import Policy, export_graphs
 from engine_build.weights import layers_of, open_checkpoint
-from vla_policy.core.actions import ActionCodec
 from vla_policy.core.backend_onnxruntime import open_session, session_options
 from vla_policy.core.backend_tensorrt import Modules, TensorRtBackend, load_modules
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.formats import FULL_PRECISION
 from vla_policy.core.manifest import GraphSpec, Manifest
+from vla_policy.core.observation import Observation
 from vla_policy.core.policy_config import PolicyConfig
 from vla_policy.core.prompt import PromptTokenizer
 from vla_policy.core.runner import Engine
@@ -191,22 +192,27 @@ def fake_modules(folder: Path, manifest: Manifest, capability: tuple[int, int], 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest]:
-    """A 16-bit policy, its graphs in TensorRT's dialect, and the manifest that an A100 engine of it would have."""
+    """A 16-bit policy in a folder with its graphs, and their manifest."""
     folder = tmp_path_factory.mktemp("tensorrt")
-    config = PolicyConfig.load(write_policy(folder / "policy"))
+    write_policy(folder / "policy")
+    return folder, export(folder)
+
+
+def export(folder: Path) -> Manifest:
+    """Writes the graphs of `folder/policy` in TensorRT's dialect; the manifest that an A100 engine would have."""
+    config = PolicyConfig.load(folder / "policy")
     layers = layers_of(config)
     with open_checkpoint(folder / "policy", config) as checkpoint:
         policy = Policy(config, checkpoint, folder / "policy" / "tokenizer.json", "0")
         graphs = export_graphs(folder, policy, layers, dict.fromkeys(layers, FULL_PRECISION), "tensorrt_rtx")
-    manifest = Manifest("a100", "tensorrt_rtx", VERSION, "0", graphs, (), {}, {"policy": "0"}, config.raw, 0)
-    return folder, manifest
+    return Manifest("a100", "tensorrt_rtx", VERSION, "0", graphs, (), {}, {"policy": "0"}, config.raw, 0)
 
 
 def test_decisions_equal_the_torch_policy_over_several_states(exported: tuple[Path, Manifest]) -> None:
     folder, manifest = exported
     modules = fake_modules(folder, manifest, (8, 0))
     backend, config = TensorRtBackend(folder, manifest, modules), manifest.config
-    engine = Engine(manifest, backend, PromptTokenizer(folder / "policy", config), ActionCodec.of(config))
+    engine = Engine(manifest, backend, PromptTokenizer(folder / "policy", config), KEY)
     actor = TorchActor.load(folder / "policy")
     steps = engine.codec.dim - 1
     graphs = []
@@ -220,11 +226,27 @@ def test_decisions_equal_the_torch_policy_over_several_states(exported: tuple[Pa
     assert graphs == [plain, captured, (steps, 2 * steps, 0), (steps, 3 * steps, 0), changed, changed]
 
 
+def test_a_chunk_is_decided_in_one_pass(tmp_path: Path) -> None:
+    """OpenVLA-OFT: no cache, the state beside the ids, prompts of changing length."""
+    tiny_policy_folder(tmp_path / "policy", images=2, chunk=4)
+    manifest = export(tmp_path)
+    backend = TensorRtBackend(tmp_path, manifest, fake_modules(tmp_path, manifest, (8, 0)))
+    engine = Engine(manifest, backend, PromptTokenizer(tmp_path / "policy", manifest.config), "tiny")
+    actor = TorchActor.load(tmp_path / "policy")
+    for seed, instruction in enumerate(INSTRUCTIONS):
+        image, wrist = np.random.default_rng(seed).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
+        state = Observation(image, instruction, np.array([0.3 * seed, 0.05], np.float32), (wrist,))
+        expected = actor.act(state).action
+        np.testing.assert_allclose(engine.act(state).action, expected, atol=0.02 * np.abs(expected).max())
+    with pytest.raises(ArtefactError, match="shorten the instruction"):
+        backend.prefill(np.ones((1, 500), np.int64), 0, np.zeros((1, 2), np.float32))
+
+
 def test_a_graph_that_cannot_be_captured_is_named(exported: tuple[Path, Manifest]) -> None:
     folder, manifest = exported
     backend = TensorRtBackend(folder, manifest, fake_modules(folder, manifest, (8, 0), refuses="capture"))
     config = manifest.config
-    engine = Engine(manifest, backend, PromptTokenizer(folder / "policy", config), ActionCodec.of(config))
+    engine = Engine(manifest, backend, PromptTokenizer(folder / "policy", config), KEY)
     engine.act(observation(0))
     with pytest.raises(ArtefactError, match=r"CUDA could not end capture \(CUresult 901\)"):
         engine.act(observation(0))

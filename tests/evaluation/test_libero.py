@@ -122,16 +122,17 @@ def test_images_and_motion_are_those_of_the_official_environment() -> None:
     pytest.importorskip("libero", reason="LIBERO is an optional extra")
     from libero.libero import get_libero_path
     from libero.libero.envs import OffScreenRenderEnv
+    from robosuite.utils.transform_utils import quat2axisangle
 
     actions = np.random.default_rng(0).uniform(-0.5, 0.5, (4, 7))
-    ours = LiberoEnv("libero_object", replace(OPENVLA_PROTOCOL, crop_area=None))
+    ours = LiberoEnv("libero_object", replace(OPENVLA_PROTOCOL, crop_area=None, state="full", wrist=True))
     initial_state = ours.initial_states(MILK)[2]
     ours.reset(MILK, 2, 0)
     seen = [ours.step(action).observation for action in actions][-1]
     ours.close()  # robosuite draws into whatever context is current, so one renderer at a time
     official = OffScreenRenderEnv(
         bddl_file_name=str(Path(get_libero_path("bddl_files")) / "libero_object" / f"{MILK}.bddl"),
-        camera_names=["agentview"],
+        camera_names=["agentview", "robot0_eye_in_hand"],
         camera_heights=256,
         camera_widths=256,
     )
@@ -140,10 +141,15 @@ def test_images_and_motion_are_those_of_the_official_environment() -> None:
     for _ in range(10):
         official.step([0, 0, 0, 0, 0, 0, -1])
     expected = [official.step([*a[:6], -np.sign(2 * a[6] - 1)])[0] for a in actions][-1]
-    image = expected["agentview_image"][::-1, ::-1].astype(int)
     official.close()
-    assert image.std() > 25
-    assert np.abs(image - seen.image).mean() < 3  # edges differ: no multisampling
-    assert np.abs(image[:, ::-1] - seen.image).mean() > 10
+    for name, own in zip(("agentview", "robot0_eye_in_hand"), seen.images, strict=True):
+        image = expected[f"{name}_image"][::-1, ::-1].astype(int)
+        assert image.std() > 25
+        assert np.abs(image - own).mean() < 3  # edges differ: no multisampling
+        assert np.abs(image[:, ::-1] - own).mean() > 10
     assert seen.state is not None
     np.testing.assert_allclose(seen.state[:3], expected["robot0_eef_pos"], atol=2e-3)
+    attitude = quat2axisangle(expected["robot0_eef_quat"])
+    assert np.linalg.norm(attitude) > 1
+    np.testing.assert_allclose(seen.state[3:6], attitude, atol=5e-3)
+    np.testing.assert_allclose(seen.state[6:], expected["robot0_gripper_qpos"], atol=1e-3)

@@ -116,6 +116,16 @@ def test_each_threshold_can_pass_and_fail(tmp_path: Path, contract: Contract) ->
             assert [item.passed for item in checks] == ([] if value == "false" else [passed]), (name, value)
 
 
+def test_chunks_without_tokens_are_compared_by_their_actions(tmp_path: Path, contract: Contract) -> None:
+    one, other = (replace(answers([[0.0, 0, 1], [value, 0, 1]]), tokens=np.zeros((2, 0))) for value in (0, 0.5))
+    comparison = compare(one, other, contract.action, 2, 1)
+    assert comparison.token_agreement is None and comparison.dimensions[0].maximum == 0.5
+    path = tmp_path / "thresholds.yaml"
+    path.write_text("kind: replay_thresholds\nschema_version: 1\nmin_token_agreement: 0.9\n")
+    with pytest.raises(ContractError, match="these engines decide no tokens"):
+        check(load_thresholds(path, ("dx", "dy", "gripper")), other, comparison)
+
+
 def test_the_demo_s_thresholds_bite(tmp_path: Path) -> None:
     """The shipped file, for the shipped contract: what it lets pass, and each thing that it must not."""
     shipped = load_contract(ROOT / "ros2_ws/src/vla_policy/config/libero.yaml")

@@ -47,6 +47,13 @@ def test_counts_successes_and_writes_wilson_intervals(tmp_path: Path, workers: i
     assert RolloutResult.read(out) == result
 
 
+def test_a_chunk_is_carried_out_to_its_end_or_the_episode_s(tmp_path: Path) -> None:
+    done = run(replace(FAKE, actor=FakeRecipe(chunk=3)), TASKS, 4, tmp_path / "done.json")
+    assert done.successes == 7 and {episode.decisions for episode in done.episodes} == {1}
+    cut = run(replace(FAKE, actor=FakeRecipe(chunk=4)), TASKS, 4, tmp_path / "cut.json")
+    assert cut.successes == 0, "the episode allows three steps"
+
+
 def test_controls_destroy_success(tmp_path: Path) -> None:
     blind = run(replace(FAKE, control="blind"), TASKS, 4, tmp_path / "blind.json")
     wrong = run(replace(FAKE, control="wrong_instruction"), TASKS, 4, tmp_path / "wrong.json")

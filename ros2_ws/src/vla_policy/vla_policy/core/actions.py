@@ -1,4 +1,7 @@
-"""Action tokens: 256 edges on [-1, 1], 255 bin centres, percentile un-normalisation (OpenVLA's action tokenizer)."""
+"""From what a policy decides to actions: OpenVLA's tokens and OpenVLA-OFT's chunks of normalised values.
+
+Tokens: 256 edges on [-1, 1], 255 bin centres. Both are un-normalised by percentiles.
+"""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -6,7 +9,7 @@ from functools import cached_property
 import numpy as np
 
 from vla_policy.core.errors import DataError
-from vla_policy.core.policy_config import ActionStats, PolicyConfig
+from vla_policy.core.policy_config import SPAN_EPSILON, ActionStats, PolicyConfig
 
 
 def value_to_tokens(values: np.ndarray, token_vocab: int, bins: int) -> np.ndarray:
@@ -65,3 +68,32 @@ class ActionCodec:
         span = np.where(q99 > q01, q99 - q01, 1.0)
         values = np.where(self.stats.mask, 2 * (action - q01) / span - 1, action)
         return value_to_tokens(values, self.token_vocab, self.bins)
+
+
+@dataclass(frozen=True)
+class ChunkCodec:
+    """Normalised values of an action chunk to actions, for one policy and one set of statistics."""
+
+    stats: ActionStats
+    chunk: int
+
+    @property
+    def size(self) -> int:
+        """H K: values of one decision."""
+        return self.chunk * len(self.stats.q01)
+
+    @cached_property
+    def span(self) -> np.ndarray:
+        """float64 [K]: what the normalised 2 is in the action's unit; 2 where values are used as they are."""
+        q01, q99 = np.asarray(self.stats.q01), np.asarray(self.stats.q99)
+        return np.where(self.stats.mask, q99 - q01 + SPAN_EPSILON, 2.0)
+
+    @cached_property
+    def low(self) -> np.ndarray:
+        """float64 [K]: what the normalised -1 is; -1 where values are used as they are."""
+        return np.where(self.stats.mask, self.stats.q01, -1.0)
+
+    def to_actions(self, values: np.ndarray) -> np.ndarray:
+        """float64 [H, K] of the H K normalised `values`."""
+        rows = np.asarray(values, np.float64).reshape(self.chunk, -1)
+        return np.where(self.stats.mask, 0.5 * (rows + 1) * self.span + self.low, rows)

@@ -59,7 +59,7 @@ class OnnxRuntimeBackend:
         self._empty = np.zeros((1, text.num_key_value_heads, 0, text.head_dim), np.float32)
         self._vision = open_session(folder / manifest.graphs["vision"].file, session_options(threads))
         self._decoder = open_session(folder / manifest.graphs["decoder"].file, session_options(threads))
-        self._past = [spec.name for spec in manifest.graphs["decoder"].inputs[2:]]
+        self._past = [spec.name for spec in manifest.graphs["decoder"].inputs if spec.name.startswith("past_")]
         self._outputs = [spec.name for spec in manifest.graphs["decoder"].outputs]
         self._cache: list[ort.OrtValue] = []
 
@@ -67,22 +67,24 @@ class OnnxRuntimeBackend:
         patches: np.ndarray = self._vision.run(None, {"pixel_values": pixel_values})[0]
         return patches
 
-    def prefill(self, input_ids: np.ndarray, patches: np.ndarray) -> np.ndarray:
+    def prefill(self, input_ids: np.ndarray, patches: np.ndarray, state: np.ndarray | None = None) -> np.ndarray:
         empty = ort.OrtValue.ortvalue_from_numpy(self._empty)
         self._cache = [empty] * len(self._past)
-        return self._run(input_ids, patches)
+        return self._run(input_ids, patches, state)
 
     def step(self, token: int) -> np.ndarray:
         return self._run(np.asarray([[token]], np.int64), np.zeros((1, 0, self._hidden), np.float32))
 
-    def _run(self, input_ids: np.ndarray, patches: np.ndarray) -> np.ndarray:
+    def _run(self, input_ids: np.ndarray, patches: np.ndarray, state: np.ndarray | None = None) -> np.ndarray:
         feeds = {
             "input_ids": ort.OrtValue.ortvalue_from_numpy(input_ids),
             "patches": ort.OrtValue.ortvalue_from_numpy(patches),
             **dict(zip(self._past, self._cache, strict=True)),
         }
-        logits, *self._cache = self._decoder.run_with_ort_values(self._outputs, feeds)
-        values: np.ndarray = logits.numpy()[0]
+        if state is not None:
+            feeds["state"] = ort.OrtValue.ortvalue_from_numpy(state)
+        result, *self._cache = self._decoder.run_with_ort_values(self._outputs, feeds)
+        values: np.ndarray = result.numpy()[0]
         return values
 
 

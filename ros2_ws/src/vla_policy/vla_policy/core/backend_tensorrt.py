@@ -75,8 +75,10 @@ class TensorRtBackend:
         self._device = self._cuda.Device(0).retain_primary_context()
         self._config = manifest.config
         decoder = manifest.graphs["decoder"]
-        self._past = [spec.name for spec in decoder.inputs[2:]]
-        self._present = [spec.name for spec in decoder.outputs[1:]]
+        self._past = [spec.name for spec in decoder.inputs if spec.name.startswith("past_")]
+        self._result, *present = decoder.outputs
+        self._present = [spec.name for spec in present]
+        self._state = next((spec for spec in decoder.inputs if spec.name == "state"), None)
         self._filled = 0
         self._turn = 0
         self._steps: dict[int, _Step] = {}
@@ -99,19 +101,22 @@ class TensorRtBackend:
             self._execute(self._vision)
             return int(self._buffers["patches"])
 
-    def prefill(self, input_ids: np.ndarray, patches: int) -> np.ndarray:
+    def prefill(self, input_ids: np.ndarray, patches: int, state: np.ndarray | None = None) -> np.ndarray:
         self._filled = self._turn = 0
         count = self._config.num_patches
         self._check_length(input_ids.shape[1] + count)
         with self._current():
             self._upload("input_ids", input_ids)
+            if state is not None and self._state is not None:
+                self._upload("state", state.astype(self._state.dtype))
+                self._prefill.set_tensor_address("state", int(self._buffers["state"]))
             self._bind(self._prefill, input_ids.shape[1], count, patches)
             self._execute(self._prefill)
-            logits = self._logits()
+            result = self._read_result()
             self._filled = input_ids.shape[1] + count
             if self._steps_of != self._filled:
                 self._forget_steps()
-        return logits
+        return result
 
     def step(self, token: int) -> np.ndarray:
         self._check_length(self._filled + 1)
@@ -121,9 +126,9 @@ class TensorRtBackend:
                 self._steps[self._filled] = _Step(self._context(_STEP))
                 self._bind(self._steps[self._filled].context, 1, 0, int(self._buffers["patches"]))
             self._run_step(self._steps[self._filled])
-            logits = self._logits()
+            result = self._read_result()
         self._filled += 1
-        return logits
+        return result
 
     def _run_step(self, step: _Step) -> None:
         """Plainly at first, then as a graph."""
@@ -183,12 +188,15 @@ class TensorRtBackend:
         longest: dict[str, tuple[int, ...]] = {
             name: tuple(self._engine.get_tensor_profile_shape(name, _STEP)[2]) for name in self._past
         }
-        self._capacity = int(next(iter(longest.values()))[2])
         ids = int(self._engine.get_tensor_profile_shape("input_ids", _PREFILL)[2][1])
+        # One place less than the cache with the step's own: `_check_length`.
+        cached = [int(shape[2]) for shape in longest.values()]
+        self._capacity = cached[0] if cached else self._config.num_patches + ids - 1
         sizes: dict[str, int] = {"input_ids": ids * np.dtype(np.int64).itemsize}
         for spec in (*manifest.graphs["vision"].inputs, *manifest.graphs["vision"].outputs):
             sizes[spec.name] = _bytes(spec)
-        sizes["logits"] = _bytes(manifest.graphs["decoder"].outputs[0])
+        for fixed in (self._result, *([self._state] if self._state else [])):
+            sizes[fixed.name] = _bytes(fixed)
         dtypes = {spec.name: spec.dtype for spec in manifest.graphs["decoder"].inputs}
         for past, present in zip(self._past, self._present, strict=True):
             one_more = int(np.prod(longest[past])) // self._capacity + int(np.prod(longest[past]))
@@ -208,7 +216,7 @@ class TensorRtBackend:
         context.set_input_shape("input_ids", (1, ids))
         context.set_input_shape("patches", (1, count, text.hidden_size))
         context.set_tensor_address("patches", patches)
-        for name in ("input_ids", "logits"):
+        for name in ("input_ids", self._result.name):
             context.set_tensor_address(name, int(self._buffers[name]))
         for past, present in zip(self._past, self._present, strict=True):
             read, written = (past, present) if self._turn % 2 == 0 else (present, past)
@@ -216,13 +224,13 @@ class TensorRtBackend:
             context.set_tensor_address(past, int(self._buffers[read]))
             context.set_tensor_address(present, int(self._buffers[written]))
 
-    def _logits(self) -> np.ndarray:
+    def _read_result(self) -> np.ndarray:
         """What the decoder wrote, once it has; the next call reads the cache that this one wrote."""
-        logits = np.empty(self._config.text.vocab_size, np.float32)
-        self._cuda.memcpy_dtoh_async(logits, self._buffers["logits"], self._stream)
+        result: np.ndarray = np.empty([int(size) for size in self._result.shape[1:]], np.float32)
+        self._cuda.memcpy_dtoh_async(result, self._buffers[self._result.name], self._stream)
         self._stream.synchronize()
         self._turn += 1
-        return logits
+        return result
 
     def _upload(self, name: str, values: np.ndarray) -> None:
         self._cuda.memcpy_htod_async(self._buffers[name], np.ascontiguousarray(values), self._stream)

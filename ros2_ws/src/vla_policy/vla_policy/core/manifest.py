@@ -7,7 +7,7 @@ from typing import Any
 
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.files import read_json, sha256_file, write_json
-from vla_policy.core.policy_config import PolicyConfig
+from vla_policy.core.policy_config import SPAN_EPSILON, PolicyConfig
 from vla_policy.core.targets import Backend
 
 MANIFEST = "manifest.json"
@@ -199,18 +199,27 @@ def _preprocessing(config: PolicyConfig) -> dict[str, Any]:
         "towers": [{"kind": tower.kind, "mean": tower.mean, "std": tower.std} for tower in config.towers],
         "prompt": "In: What action should the robot take to {instruction, lower case}?\\nOut:",
         "state_in_prompt": config.state_in_prompt,
+        "state_embedded": config.use_proprio,  # clip(2 (x - q01) / (q99 - q01 + 1e-8) - 1, -1, 1)
     }
 
 
 def _action_layout(config: PolicyConfig, key: str) -> dict[str, Any]:
     stats = config.stats(key)
-    return {
+    if config.chunk is None:
+        form: dict[str, Any] = {
+            "bins": config.n_action_bins,
+            "first_token": config.token_vocab - config.n_action_bins,
+            "last_token": config.token_vocab - 1,
+            "un_normalise": "0.5 (x + 1)(q99 - q01) + q01 where mask, x elsewhere",
+        }
+    else:
+        form = {
+            "chunk": config.chunk,
+            "un_normalise": f"0.5 (x + 1)(q99 - q01 + {SPAN_EPSILON:g}) + q01 where mask, x elsewhere",
+        }
+    return form | {
         "dimensions": len(stats.action.q01),
-        "bins": config.n_action_bins,
-        "first_token": config.token_vocab - config.n_action_bins,
-        "last_token": config.token_vocab - 1,
         "steps_per_action": config.steps_per_action,
-        "un_normalise": "0.5 (x + 1)(q99 - q01) + q01 where mask, x elsewhere",
         "action": asdict(stats.action),
         "proprio": asdict(stats.proprio) if stats.proprio else None,
     }

@@ -17,6 +17,9 @@ import numpy as np
 from vla_policy.core.errors import DataError, PolicyError
 from vla_policy.core.files import read_json
 
+SPAN_EPSILON = 1e-8
+"""OpenVLA-OFT adds it to the span between percentiles where it normalises and un-normalises."""
+
 # DINOv2's statistics are bf16-rounded in the published checkpoints' preprocessor; SigLIP's are exact.
 _PIXEL_STATISTICS = {
     "dinov2": ((0.484375, 0.455078125, 0.40625), (0.228515625, 0.2236328125, 0.224609375)),
@@ -105,6 +108,12 @@ class ProprioStats:
         if state is None or np.shape(state) != (len(self.q01),) or not np.isfinite(state).all():
             raise DataError(f"state: expected {len(self.q01)} finite values {list(self.names)}, got {state}")
         return np.asarray(state, np.float64)
+
+    def normalised(self, state: np.ndarray | None) -> np.ndarray:
+        """float32 [S] in [-1, 1], as OpenVLA-OFT does it; raises as `checked`."""
+        q01, q99 = np.asarray(self.q01), np.asarray(self.q99)
+        values = 2 * (self.checked(state) - q01) / (q99 - q01 + SPAN_EPSILON) - 1
+        return np.clip(values, -1.0, 1.0).astype(np.float32)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from vla_policy.core.actions import ActionCodec
+from vla_policy.core.actions import ActionCodec, ChunkCodec
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.image import pixel_values
 from vla_policy.core.manifest import Manifest
@@ -24,8 +24,11 @@ class Backend(Protocol):
         """Patch embeddings of float32 [1, 6, S, S], in whatever form `prefill` takes them."""
         ...
 
-    def prefill(self, input_ids: np.ndarray, patches: Any) -> np.ndarray:
-        """Forgets the cache, reads int64 [1, L] and the patches; float32 logits [vocab] of the last position."""
+    def prefill(self, input_ids: np.ndarray, patches: Any, state: np.ndarray | None = None) -> np.ndarray:
+        """Forgets the cache, reads int64 [1, L], the patches and, where the policy embeds it, the state [1, S].
+
+        Returns float32 logits [vocab] of the last position, or an OpenVLA-OFT policy's normalised actions [H, K].
+        """
         ...
 
     def step(self, token: int) -> np.ndarray:
@@ -62,12 +65,15 @@ class _Clock:
 class Engine:
     """An Actor that decides with a built engine. One decision at a time: it owns one key/value cache."""
 
-    def __init__(self, manifest: Manifest, backend: Backend, tokenizer: PromptTokenizer, codec: ActionCodec) -> None:
+    def __init__(self, manifest: Manifest, backend: Backend, tokenizer: PromptTokenizer, unnorm_key: str) -> None:
         self.manifest = manifest
-        self.codec = codec
         self.tokenizer = tokenizer
         self._backend = backend
         self._config = manifest.config
+        stats = self._config.stats(unnorm_key)
+        self.codec = ActionCodec.of(self._config, unnorm_key)
+        self._chunk = None if self._config.chunk is None else ChunkCodec(stats.action, self._config.chunk)
+        self._proprio = stats.proprio if self._config.use_proprio else None
 
     @property
     def config(self) -> PolicyConfig:
@@ -80,13 +86,16 @@ class Engine:
     def decide(self, observation: Observation) -> tuple[Decision, Timings]:
         """`act`, and where its time went."""
         clock = _Clock()
-        pixels = pixel_values(observation.images, self._config)[None]
-        input_ids = self.tokenizer.encode(observation.instruction, observation.state)[None]
+        pixels, input_ids, state = self._inputs(observation)
         preprocess_ms = clock.lap()
         patches = self._backend.encode(pixels)
         vision_ms = clock.lap()
-        tokens = [self._choose(self._backend.prefill(input_ids, patches))]
+        first = self._backend.prefill(input_ids, patches, state)
         prefill_ms = clock.lap()
+        if self._chunk is not None:
+            timings = Timings(preprocess_ms, vision_ms, prefill_ms, ())
+            return Decision(np.zeros(0, np.int64), self._chunk.to_actions(first)), timings
+        tokens = [self._choose(first)]
         decode_ms = []
         while len(tokens) < self.codec.dim:
             tokens.append(self._choose(self._backend.step(tokens[-1])))
@@ -95,11 +104,24 @@ class Engine:
         timings = Timings(preprocess_ms, vision_ms, prefill_ms, tuple(decode_ms))
         return Decision(chosen, self.codec.tokens_to_action(chosen)), timings
 
+    def scores(self, observation: Observation, tokens: np.ndarray) -> np.ndarray:
+        """float32 [K, bins]: the action tokens' logits along `tokens` [K]; of a policy without tokens its normalised
+        actions [H, K]."""
+        pixels, input_ids, state = self._inputs(observation)
+        if self._chunk is not None:
+            return self._backend.prefill(input_ids, self._backend.encode(pixels), state)
+        return self.action_logits(pixels, input_ids, tokens)[:, self.codec.first_token : self.codec.last_token + 1]
+
     def action_logits(self, pixels: np.ndarray, input_ids: np.ndarray, tokens: np.ndarray) -> np.ndarray:
         """Teacher-forced logits float32 [K, vocab] for one sample: [1, 6 N, S, S], [1, L] and action `tokens` [K]."""
         logits = [self._backend.prefill(input_ids, self._backend.encode(pixels))]
         logits += [self._backend.step(int(token)) for token in tokens[:-1]]
         return np.stack(logits)
+
+    def _inputs(self, observation: Observation) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        pixels = pixel_values(observation.images, self._config)[None]
+        input_ids = self.tokenizer.encode(observation.instruction, observation.state)[None]
+        return pixels, input_ids, None if self._proprio is None else self._proprio.normalised(observation.state)[None]
 
     def _choose(self, logits: np.ndarray) -> int:
         first = self.codec.first_token
@@ -126,7 +148,7 @@ def load_engine(folder: Path | str, unnorm_key: str | None = None, threads: int 
     manifest.check_files(folder)
     config = manifest.config
     tokenizer = PromptTokenizer(folder, config, unnorm_key)
-    return Engine(manifest, _backend(folder, manifest, threads), tokenizer, ActionCodec.of(config, unnorm_key))
+    return Engine(manifest, _backend(folder, manifest, threads), tokenizer, config.unnorm_key(unnorm_key))
 
 
 def _backend(folder: Path, manifest: Manifest, threads: int | None) -> Backend:

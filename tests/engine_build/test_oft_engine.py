@@ -1,0 +1,92 @@
+"""Engines of an OpenVLA-OFT policy: one pass, a chunk of actions, the same numbers as torch."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ragged import mixed_assignment, write_plan
+from tiny import INSTRUCTIONS, tiny_policy_folder
+
+from calibrator.policy import TorchActor
+from calibrator.quantization import quantize_policy
+from engine_build.backends.tensorrt import decoder_profiles
+from engine_build.bench import bench, report
+from engine_build.build import Request, build
+from engine_build.costs import PROMPT_TOKENS, passes
+from engine_build.verify import verify, verify_formats
+from engine_build.weights import layers_of
+from vla_policy.core.errors import DataError
+from vla_policy.core.files import sha256_policy
+from vla_policy.core.formats import Format
+from vla_policy.core.manifest import Manifest
+from vla_policy.core.observation import Observation
+from vla_policy.core.policy_config import PolicyConfig
+from vla_policy.core.runner import load_engine
+from vla_policy.core.targets import find_target
+
+CHUNK, DIM = 4, 3
+FORMATS = ["w2a16_g32", "w4a16_g32", "w8a16_g32", "w16a16"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`policy` of two images and a state, `plan.json`, and the engines `engine` and `engine16`."""
+    made = tmp_path_factory.mktemp("oft_engine")
+    policy = tiny_policy_folder(made / "policy", images=2, chunk=CHUNK)
+    assignment = mixed_assignment(list(layers_of(PolicyConfig.load(policy))), FORMATS)
+    plan = write_plan(made / "plan.json", sha256_policy(policy), assignment)
+    build(Request(policy, find_target("cpu"), made / "engine", plan=plan))
+    build(Request(policy, find_target("cpu"), made / "engine16", uniform=Format(16, 16)))
+    return made
+
+
+def observation(seed: int) -> Observation:
+    rng = np.random.default_rng(seed)
+    image, wrist = rng.integers(0, 256, (2, 40, 30, 3), dtype=np.uint8)
+    return Observation(image, INSTRUCTIONS[seed % 3], rng.uniform(0, 0.1, 2).astype(np.float32), (wrist,))
+
+
+def test_actions_equal_the_torch_policy_s(folder: Path) -> None:
+    engine, actor = load_engine(folder / "engine", threads=1), TorchActor.load(folder / "policy")
+    names = list(layers_of(engine.config))
+    quantize_policy(actor.policy, mixed_assignment(names, FORMATS))
+    for seed in range(4):
+        expected, (got, timings) = actor.act(observation(seed)), engine.decide(observation(seed))
+        assert got.action.shape == (CHUNK, DIM) and got.tokens.size == 0 and timings.decode_ms == ()
+        np.testing.assert_allclose(got.action, expected.action, atol=1e-5)
+    moved = Observation(*vars(observation(0)).values())
+    other = Observation(moved.image, moved.instruction, np.array([0.9, 0.09], np.float32), moved.further)
+    assert np.abs(engine.act(other).action - engine.act(moved).action).max() > 1e-3, "the state matters"
+    with pytest.raises(DataError, match="state: expected 2 finite values"):
+        engine.act(Observation(moved.image, moved.instruction, None, moved.further))
+
+
+def test_it_is_verified_and_measured_like_any_other(folder: Path) -> None:
+    outcome = verify(folder / "engine", folder / "policy", None, samples=2).reference_check
+    assert outcome is not None
+    same = outcome["same_formats_in_torch"]
+    assert same["equal_tokens"] is None and same["logits_error"] < 1e-5
+    assert "normalised actions differ by" in outcome["summary"] and "tokens" not in outcome["summary"]
+    manifest = Manifest.load(folder / "engine")
+    assert manifest.to_json()["actions"]["tiny"]["chunk"] == CHUNK
+    figures = bench(folder / "engine", folder / "engine16", repeats=2, threads=1)
+    assert "decode_step" not in figures.engine.stages and "decode_step" not in report(figures)
+    assert figures.engine.stages["action"].count == 2
+
+
+def test_the_cost_of_a_layer_is_that_of_its_one_pass(folder: Path) -> None:
+    config = PolicyConfig.load(folder / "policy")
+    runs = {name: passes(layer, config) for name, layer in layers_of(config).items()}
+    assert runs["proprio_projector.fc2"] == {1: 1}
+    assert runs["action_head.model.fc1"] == {CHUNK: 1}
+    sequence = 2 * 4 + 1 + PROMPT_TOKENS + CHUNK * DIM + 1
+    assert runs["language_model.model.layers.1.mlp.up_proj"] == {sequence: 1}
+
+
+def test_an_a100_engine_is_built_without_a_gpu(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX builds sm_80 engines anywhere once it is installed")
+    out, four = tmp_path / "engine", Format(4, 16, 64)
+    manifest = build(Request(folder / "policy", find_target("a100"), out, uniform=four, legalize=True))
+    assert verify_formats(tmp_path / "engine", folder / "policy") == manifest
+    (profile,) = decoder_profiles(manifest.graphs["decoder"], manifest.config)
+    assert profile["state"] == ((1, 2),) * 3
