@@ -71,7 +71,7 @@ class UnitLosses:
 
     mass, attribution: Delta^mass and Delta^attr of Eqs. (6), (7). action_error: QVLA Eq. (4) per state, squared
     distance of the teacher-forced action from the reference in normalised units ([-1, 1] per dimension).
-    likelihood: J of Eq. (2) minus its full-precision value, in nats.
+    likelihood: J of Eq. (2) minus its full-precision value; in nats where J is a mean log-probability.
     """
 
     unit: str

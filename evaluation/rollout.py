@@ -80,25 +80,29 @@ class Job:
     trial: int
 
 
-def spoken_instruction(env: BenchmarkEnv, task: str, control: Control) -> str:
-    """The task's words or, for the control, those of the task half the benchmark away that has other words."""
+def spoken_instruction(env: BenchmarkEnv, task: str, trial: int, control: Control) -> str:
+    """The task's words or, for the control, another task's.
+
+    Every trial takes the words of another task, beginning half the benchmark away: some wrong words ask for the right
+    motion by chance, as to turn a faucet where a window's handle is to be pushed.
+    """
     right = env.instruction(task)
     if control != "wrong_instruction":
         return right
     tasks = env.tasks
     start = tasks.index(task) + len(tasks) // 2
-    for offset in range(len(tasks)):
-        words = env.instruction(tasks[(start + offset) % len(tasks)])
-        if words != right:
-            return words
-    raise DataError("wrong instruction: every task of the benchmark has the same words")
+    around = [env.instruction(tasks[(start + offset) % len(tasks)]) for offset in range(len(tasks))]
+    wrong = [words for words in around if words != right]
+    if not wrong:
+        raise DataError("wrong instruction: every task of the benchmark has the same words")
+    return wrong[trial % len(wrong)]
 
 
 def run_episode(env: BenchmarkEnv, actor: Actor, rollout: Rollout, job: Job) -> tuple[Episode, list[np.ndarray]]:
     """Plays one episode; also returns the frames that the policy saw, one per decision."""
     seen = env.reset(job.task, job.trial, rollout.seed)
     initial_state = env.initial_state()
-    instruction = spoken_instruction(env, job.task, rollout.control)
+    instruction = spoken_instruction(env, job.task, job.trial, rollout.control)
     frames: list[np.ndarray] = []
     spent_ns = 0
     while True:

@@ -15,7 +15,7 @@ from evaluation.actors import ActorSpec
 from evaluation.benchmarks.libero import DEMO_PROTOCOL, OPENVLA_PROTOCOL, LiberoEnv
 from evaluation.benchmarks.registry import make_env
 from evaluation.results import RolloutResult
-from evaluation.rollout import Rollout, run
+from evaluation.rollout import Rollout, run, spoken_instruction
 from evaluation.statistics import wilson_interval
 from vla_policy.core.errors import ArtefactError, DataError, VlaError
 from vla_policy.core.formats import Format
@@ -58,6 +58,13 @@ def test_controls_destroy_success(tmp_path: Path) -> None:
     blind = run(replace(FAKE, control="blind"), TASKS, 4, tmp_path / "blind.json")
     wrong = run(replace(FAKE, control="wrong_instruction"), TASKS, 4, tmp_path / "wrong.json")
     assert blind.successes == wrong.successes == 0
+
+
+def test_a_wrong_instruction_is_another_one_in_each_trial() -> None:
+    env = FakeEnv("fake", FakeRecipe().config())
+    words = [spoken_instruction(env, "read", trial, "wrong_instruction") for trial in range(3)]
+    assert words == ["say twice the number", "say minus the number", "say twice the number"]
+    assert spoken_instruction(env, "read", 1, "none") == "say the number"
 
 
 def test_another_run_plays_only_what_is_missing(tmp_path: Path) -> None:
@@ -107,7 +114,7 @@ import sys
 from pathlib import Path
 sys.path[:0] = {paths!r}
 from fake_world import FakeEnv, FakeRecipe
-from evaluation.rollout import Rollout, run
+from evaluation.rollout import Rollout, run, spoken_instruction
 from vla_policy.core import cli
 if __name__ == "__main__":
     folder = Path({folder!r})
