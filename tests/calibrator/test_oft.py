@@ -293,13 +293,16 @@ class Harmful:
         return Path, ("executed",)
 
 
+HARMFUL = pickle.dumps(Harmful(), protocol=2)
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (lambda folder: next(folder.glob("action_head*")).unlink(), "no action_head--*_checkpoint.pt"),
         (lambda folder: (folder / "action_head--9_checkpoint.pt").touch(), "several action_head files"),
         (lambda folder: next(folder.glob("action_head*")).write_bytes(b"no pickle"), "damaged, or holds more than"),
-        (lambda folder: next(folder.glob("action_head*")).write_bytes(pickle.dumps(Harmful(), protocol=2)), "more than tensors"),
+        (lambda folder: next(folder.glob("action_head*")).write_bytes(HARMFUL), "more than tensors"),
         (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json: no such file"),
         (lambda folder: None, "norm_stats.tiny.proprio has 2 values, but 8 names are given"),
     ],
