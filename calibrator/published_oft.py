@@ -7,7 +7,7 @@ together once, on a workstation; whatever loads the folder afterwards meets no p
 
 import json
 import os
-import pickle
+import pickle  # for the name of the error only
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -46,9 +46,11 @@ def import_oft(checkpoint: Path, out: Path, settings: OftSettings) -> PolicyConf
     Raises ArtefactError for a file that is missing, ambiguous, damaged or more than tensors, and PolicyError for
     statistics that do not fit.
     """
-    head = _tensors(_component(checkpoint, "action_head"), "action_head.")
-    projector_path = _component(checkpoint, "proprio_projector", required=False)
-    projector = _tensors(projector_path, "proprio_projector.") if projector_path else {}
+    head, projector = _part(checkpoint, "action_head"), _part(checkpoint, "proprio_projector")
+    if not head:
+        raise ArtefactError(
+            f"{checkpoint}: no action_head--*_checkpoint.pt; is this an OpenVLA-OFT policy with an L1 head?"
+        )
     raw: dict[str, Any] = read_json(checkpoint / "config.json") | {
         "num_actions_chunk": settings.chunk,
         "num_images_in_input": settings.images,
@@ -77,20 +79,17 @@ def import_oft(checkpoint: Path, out: Path, settings: OftSettings) -> PolicyConf
     return config
 
 
-def _component(checkpoint: Path, name: str, required: bool = True) -> Path | None:
-    """The newest-looking would be a guess: exactly one `NAME--STEP_checkpoint.pt` is expected."""
+def _part(checkpoint: Path, name: str) -> dict[str, Tensor]:
+    """The tensors of `NAME--STEP_checkpoint.pt`, none where there is no such file; of several, any would be a guess."""
     found = sorted(checkpoint.glob(f"{name}--*_checkpoint.pt"))
     if len(found) > 1:
         names = ", ".join(path.name for path in found)
         raise ArtefactError(f"{checkpoint}: several {name} files ({names}); keep the one of the merged model")
-    if not found and required:
-        raise ArtefactError(f"{checkpoint}: no {name}--*_checkpoint.pt; is this an OpenVLA-OFT policy with an L1 head?")
-    return found[0] if found else None
+    return _tensors(found[0], f"{name}.") if found else {}
 
 
-def _tensors(path: Path | None, prefix: str) -> dict[str, Tensor]:
-    """A pickled state dict's tensors; nothing else in the file is ever executed."""
-    assert path is not None
+def _tensors(path: Path, prefix: str) -> dict[str, Tensor]:
+    """A pickled state dict's tensors; `weights_only` never executes anything else in the file."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:

@@ -9,24 +9,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from calibrator.policy.model import Inputs, OpenVLA
+from calibrator.policy.vision import Mlp
 from vla_policy.core.policy_config import PolicyConfig
 
 EOS = 2
 """The id that ends every sequence; with attention to both sides it counts."""
 
 HEAD_BLOCKS = 2
-
-
-class StateProjector(nn.Module):
-    """The robot's state as one embedding: [B, S] -> [B, hidden]."""
-
-    def __init__(self, state_dim: int, hidden_size: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(state_dim, hidden_size)
-        self.fc2 = nn.Linear(hidden_size, hidden_size)
-
-    def forward(self, state: Tensor) -> Tensor:
-        return self.fc2(functional.gelu(self.fc1(state)))
 
 
 class HeadBlock(nn.Module):
@@ -83,7 +72,7 @@ class OpenVLAOFT(OpenVLA):
             layer.self_attn.is_causal = False
         self.action_head = ActionHead(width, config.chunk, config.action_dim)
         if config.use_proprio:
-            self.proprio_projector = StateProjector(config.state_dim, width)
+            self.proprio_projector = Mlp(config.state_dim, width, width)
 
     def hidden(self, embeddings: Tensor, cache: object = None) -> Tensor:
         """Final-norm states [B, T, hidden]. Block by block: transformers' own loop would mask what comes later."""

@@ -44,12 +44,12 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two layers with exact (erf) GELU."""
+    """Two layers with exact (erf) GELU: [.., inputs] -> [.., outputs]."""
 
-    def __init__(self, width: int, hidden: int) -> None:
+    def __init__(self, inputs: int, hidden: int, outputs: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
+        self.fc1 = nn.Linear(inputs, hidden)
+        self.fc2 = nn.Linear(hidden, outputs)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(functional.gelu(self.fc1(x)))
@@ -76,7 +76,7 @@ class Block(nn.Module):
         self.attn = Attention(spec.width, spec.heads)
         self.ls1 = LayerScale(spec.width) if scaled else nn.Identity()
         self.norm2 = nn.LayerNorm(spec.width, eps=_NORM_EPS)
-        self.mlp = Mlp(spec.width, spec.mlp_width)
+        self.mlp = Mlp(spec.width, spec.mlp_width, spec.width)
         self.ls2 = LayerScale(spec.width) if scaled else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:

@@ -39,6 +39,11 @@ class GraphContext:
         self.on_layer(layer)
         return result
 
+    def layer_norm(self, x: str, name: str, eps: float) -> str:
+        """LayerNorm over the last axis with the checkpoint's weight and bias."""
+        weight, bias = self.parameter(f"{name}.weight"), self.parameter(f"{name}.bias")
+        return self.builder.node("LayerNormalization", [x, weight, bias], name, axis=-1, epsilon=eps)
+
     def parameter(self, name: str, dtype: type | None = None) -> str:
         """A small tensor of the checkpoint (norm, position, bias), in the activations' type unless `dtype` is given."""
         values = as_float32(self.tensors.tensor(name))

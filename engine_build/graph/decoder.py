@@ -76,17 +76,12 @@ def _state(graph: GraphContext, config: PolicyConfig) -> str:
 def _head(graph: GraphContext, x: str) -> str:
     """The L1 head: [1, H, K hidden] -> [1, H, K]."""
     b, name = graph.builder, "action_head.model"
-    x = b.node("Relu", [graph.linear(_layer_norm(graph, x, f"{name}.layer_norm1"), f"{name}.fc1")])
+    x = b.node("Relu", [graph.linear(graph.layer_norm(x, f"{name}.layer_norm1", _LAYER_NORM_EPS), f"{name}.fc1")])
     for index in range(HEAD_BLOCKS):
         block = f"{name}.mlp_resnet_blocks.{index}.ffn"
-        inner = graph.linear(_layer_norm(graph, x, f"{block}.0"), f"{block}.1")
+        inner = graph.linear(graph.layer_norm(x, f"{block}.0", _LAYER_NORM_EPS), f"{block}.1")
         x = b.add(x, b.node("Relu", [inner]))
-    return graph.linear(_layer_norm(graph, x, f"{name}.layer_norm2"), f"{name}.fc2")
-
-
-def _layer_norm(graph: GraphContext, x: str, name: str) -> str:
-    weight, bias = graph.parameter(f"{name}.weight"), graph.parameter(f"{name}.bias")
-    return graph.builder.node("LayerNormalization", [x, weight, bias], name, axis=-1, epsilon=_LAYER_NORM_EPS)
+    return graph.linear(graph.layer_norm(x, f"{name}.layer_norm2", _LAYER_NORM_EPS), f"{name}.fc2")
 
 
 def _cache_specs(graph: GraphContext, text: TextSpec, state: str, length: str) -> list[TensorSpec]:

@@ -71,15 +71,10 @@ def _patch_embed(graph: GraphContext, pixels: str, images: int, spec: TowerSpec,
 
 def _block(graph: GraphContext, x: str, images: int, spec: TowerSpec, name: str) -> str:
     b = graph.builder
-    mixed = _attention(graph, _layer_norm(graph, x, f"{name}.norm1"), images, spec, f"{name}.attn")
+    mixed = _attention(graph, graph.layer_norm(x, f"{name}.norm1", _NORM_EPS), images, spec, f"{name}.attn")
     x = b.add(x, _layer_scale(graph, mixed, spec, f"{name}.ls1"))
-    inner = b.node("Gelu", [graph.linear(_layer_norm(graph, x, f"{name}.norm2"), f"{name}.mlp.fc1")])
+    inner = b.node("Gelu", [graph.linear(graph.layer_norm(x, f"{name}.norm2", _NORM_EPS), f"{name}.mlp.fc1")])
     return b.add(x, _layer_scale(graph, graph.linear(inner, f"{name}.mlp.fc2"), spec, f"{name}.ls2"))
-
-
-def _layer_norm(graph: GraphContext, x: str, name: str) -> str:
-    weight, bias = graph.parameter(f"{name}.weight"), graph.parameter(f"{name}.bias")
-    return graph.builder.node("LayerNormalization", [x, weight, bias], name, axis=-1, epsilon=_NORM_EPS)
 
 
 def _layer_scale(graph: GraphContext, x: str, spec: TowerSpec, name: str) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -308,10 +309,10 @@ HARMFUL = pickle.dumps(Harmful(), protocol=2)
     ],
 )
 def test_an_import_refuses_with_the_reason(
-    spec: SweepSpec, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: object, message: str
+    spec: SweepSpec, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], object], message: str
 ) -> None:
     published = publish(Path(spec.policy), tmp_path / "published")
-    damage(published)  # type: ignore[operator]
+    damage(published)
     names = [] if "8 names" in message else ["--state-names", "x", "gripper_width"]
     command = ["import-oft", "--checkpoint", str(published), "--out", str(tmp_path / "policy"), "--chunk", "4", *names]
     assert main(command) == 2
