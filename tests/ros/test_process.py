@@ -53,6 +53,15 @@ def test_signals_end_in_order(tmp_path: Path, signals: tuple[int, ...]) -> None:
     assert (status, output.count("closed after None"), output.count("done")) == (0, 1, 1), output
 
 
+def test_signals_in_quick_succession_never_block_the_end(tmp_path: Path) -> None:
+    """The second comes while the main thread deals with the first; several tries, for it is a matter of timing."""
+    for attempt in range(6):
+        folder = tmp_path / str(attempt)
+        folder.mkdir()
+        status, output = run(folder, signals=(signal.SIGINT, signal.SIGINT, signal.SIGTERM))
+        assert (status, output.count("closed after None")) == (0, 1), output
+
+
 def test_an_error_in_a_callback_closes_and_ends_with_its_traceback(tmp_path: Path) -> None:
     status, output = run(tmp_path, work="raise RuntimeError('defect')")
     assert status == 1 and "closed after RuntimeError('defect')" in output

@@ -1,10 +1,10 @@
 """How a node's process lives and ends: clean on SIGTERM and on any number of SIGINTs."""
 
+import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from types import FrameType
 
 import rclpy
 from rclpy.exceptions import ParameterException
@@ -32,12 +32,7 @@ def run_node(
     SIGINT (terminal plus launch) would interrupt the clean-up. So the signals only set the event here.
     """
     ending = threading.Event()
-
-    def end(number: int, frame: FrameType | None) -> None:
-        ending.set()
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, end)
+    _set_by_signals(ending)
     try:
         rclpy.init(args=None if args is None else list(args), signal_handler_options=SignalHandlerOptions.NO)
     except RuntimeError as error:  # the command line's ROS arguments cannot be read
@@ -51,6 +46,26 @@ def run_node(
     finally:
         rclpy.try_shutdown()
     return 0
+
+
+def _set_by_signals(ending: threading.Event) -> None:
+    """From here on SIGINT and SIGTERM set `ending` and do nothing else.
+
+    Not from Python's handler: the main thread runs it only once it is awake, and a signal that another thread of the
+    middleware gets does not wake it; and a handler that comes while the main thread is inside the event would wait for
+    the event's lock for ever. What the interpreter writes to a pipe is safe in any thread and at any time.
+    """
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: None)
+
+    def wait() -> None:
+        os.read(reading, 1)
+        ending.set()
+
+    threading.Thread(target=wait, name="signals", daemon=True).start()
 
 
 def _live(node: Node, close: Callable[[Node, BaseException | None], None], ending: threading.Event) -> None:
