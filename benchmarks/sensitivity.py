@@ -163,6 +163,7 @@ class Replay:
     def screen(self, settings: ScreenSettings) -> tuple[Screen, ScreenResult]:
         problem = ScreenProblem(
             params=np.asarray([unit.params for unit in self.table.units], float),
+            stages=[unit.stage for unit in self.table.units],
             groups=[unit.group for unit in self.table.units],
             bits=self.bits,
             predicted=self.predicted,

@@ -302,6 +302,7 @@ def _screen_problem(run: _Run, proxies: Sequence[FirstOrder]) -> ScreenProblem:
     objective = Objective()
     return ScreenProblem(
         params=np.asarray([shape.inputs * shape.outputs for shape in run.chosen], float),
+        stages=[shape.stage for shape in run.chosen],
         groups=[shape.group for shape in run.chosen],
         bits=run.spec.settings.bits,
         predicted=np.stack([soft_bottleneck(np.abs(proxy.mass), run.scores.kappa) for proxy in proxies]),

@@ -31,7 +31,7 @@ def made_up(units: int, states: int, seed: int, spread: float = 0.2) -> tuple[Sc
     losses *= np.exp(generator.normal(0, spread, (units, 3, 1)))
     names = [str(index) for index in range(units)]
     params = generator.integers(10, 100, units).astype(float)
-    problem = ScreenProblem(params, names, BITS, predicted, np.arange(states) % 10, 0.75, 0.25)
+    problem = ScreenProblem(params, ["language"] * units, names, BITS, predicted, np.arange(states) % 10, 0.75, 0.25)
     return problem, losses
 
 
@@ -114,6 +114,21 @@ def test_a_layer_that_the_prediction_misses_by_far_is_found() -> None:
     result = Screen(problem, ScreenSettings(), FakeEvaluator(losses)).run()
     truth = losses.mean(-1)
     np.testing.assert_allclose(result.omega[5, :2], truth[5, :2], rtol=0.3)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_only_layer_of_its_stage_does_not_take_the_level_of_the_others(seed: int) -> None:
+    """Layers that agree closely say nothing of another stage: its layer is evaluated until it is known itself."""
+    problem, losses = made_up(units=40, states=64, seed=seed, spread=0.05)
+    alone = int(np.argsort(losses[:, 1].mean(-1))[-4])  # its width matters
+    losses[alone] *= np.asarray([2.0, 3.0, 1.0])[:, None]
+    stages = ["head" if unit == alone else "language" for unit in range(40)]
+    result = Screen(replace(problem, stages=stages), ScreenSettings(), FakeEvaluator(losses)).run()
+    got = with_full(0.75 * result.omega + 0.25 * result.omega_tau)
+    truth = exhaustive(problem, losses)
+    for target in (3.0, 4.0, 6.0):
+        best = score_of(problem, truth, truth, target)
+        assert score_of(problem, got, truth, target) <= 1.01 * best, target
 
 
 def test_a_model_that_misses_becomes_uncertain() -> None:
