@@ -32,11 +32,11 @@ from safetensors.torch import save_file
 
 from calibrator.calibration import SourceIndex, Trajectory, collect
 from calibrator.measure import RunOptions, measure
-from calibrator.passes import place_of
+from calibrator.passes import macs_per_decision, place_of
 from calibrator.policy import OpenVLA, live_units
 from calibrator.policy.loading import check_device, empty_policy, fill_policy
 from calibrator.scores import ScoreSettings
-from calibrator.sweep import SweepSettings, SweepSpec, macs_per_decision
+from calibrator.sweep import SweepSettings, SweepSpec
 from demo.tokenizer import build_tokenizer
 from vla_policy.core.cli import run
 from vla_policy.core.files import atomic_folder, write_json

@@ -20,6 +20,7 @@ from calibrator.evidence import BOUNDARIES
 from calibrator.executors import Executor, LocalExecutor, RayExecutor, Task
 from calibrator.journal import Journal, difference
 from calibrator.maps import evidence_maps, pick_samples, pick_units
+from calibrator.passes import macs_per_decision
 from calibrator.policy import OpenVLA, live_units
 from calibrator.proxy import FirstOrder, first_order
 from calibrator.scores import ScoreSettings, evidence_loss, phase_of, soft_bottleneck
@@ -36,7 +37,7 @@ from calibrator.sensitivity import (
     write_tensors,
 )
 from calibrator.states import States, reference
-from calibrator.sweep import Sweep, SweepSpec, UnitLosses, language_block, macs_per_decision
+from calibrator.sweep import Sweep, SweepSpec, UnitLosses, language_block
 from vla_policy.core.errors import ArtefactError, PolicyError
 from vla_policy.core.files import read_json, sha256_policy, write_json
 

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from calibrator.evidence import BOUNDARIES
-from calibrator.policy import Decisions, Inputs, OpenVLA, OpenVLAOFT
+from calibrator.policy import Decisions, Inputs, OpenVLA, OpenVLAOFT, live_units
 from calibrator.policy.vision import VisionTower, by_image, fuse
 from vla_policy.core.errors import PolicyError
+from vla_policy.core.policy_config import PolicyConfig
 
 _TOWERS = ("featurizer", "fused_featurizer")
 _PATCH_EMBED = -1
@@ -50,6 +51,42 @@ def place_of(unit: str) -> Place:
             found = match.groupdict()
             return Place(found.get("part", part), int(found.get("index", index)))
     raise PolicyError(f"layer {unit!r} is not on the path from image to action")
+
+
+def token_counts(config: PolicyConfig, unit: str, prompt_tokens: float, decided: int) -> dict[float, int]:
+    """How often a layer runs for one decision of so many values, by the number of tokens that pass through it.
+
+    A tower sees all images' patches with its prefix tokens, the projector the patches, the decoder the whole sequence
+    once and then a token per value that is still to be decided; OpenVLA-OFT decides in one pass, with an empty token
+    per value and its head on one row per step of the chunk. Raises PolicyError as `place_of`.
+    """
+    place = place_of(unit)
+    if place.part in _TOWERS:
+        tower = config.towers[_TOWERS.index(place.part)]
+        prefix = tower.prefix_tokens if place.index != _PATCH_EMBED else 0
+        return {config.num_images * (tower.num_patches + prefix): 1}
+    if place.part == "projector":
+        return {config.num_patches: 1}
+    if place.part == "state":
+        return {1: 1}
+    prompt = config.num_patches + prompt_tokens
+    if config.chunk is not None:
+        return {config.chunk if place.part == "head" else config.use_proprio + prompt + decided + 1: 1}
+    return {1: decided} if place.part == "head" else {prompt: 1, 1: decided - 1}
+
+
+def macs_per_decision(policy: OpenVLA, prompt_tokens: float, decided: int) -> dict[str, int]:
+    """Multiply-accumulates of every live layer for one decision: weights times the tokens that pass."""
+    return {
+        unit.name: round(
+            unit.params
+            * sum(
+                tokens * times
+                for tokens, times in token_counts(policy.config, unit.name, prompt_tokens, decided).items()
+            )
+        )
+        for unit in live_units(policy)
+    }
 
 
 @dataclass(frozen=True)
@@ -169,7 +206,7 @@ def _tower_inputs(policy: OpenVLA, tower: str, pixel_values: Tensor) -> list[Ten
 
 def _fused(policy: OpenVLA, batch: Batch, outputs: Mapping[str, Tensor]) -> Tensor:
     """The vision boundary, from the towers' last outputs."""
-    patches = [outputs[tower][:, tower_of(policy, tower).prefix_tokens :] for tower in _TOWERS]
+    patches = [outputs[tower][:, tower_of(policy, tower).spec.prefix_tokens :] for tower in _TOWERS]
     return fuse(patches, len(batch.inputs.pixel_values))
 
 

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from calibrator.evidence import BOUNDARIES, evidence_map
-from calibrator.passes import run_from_vision
+from calibrator.passes import macs_per_decision, run_from_vision
 from calibrator.policy import OpenVLA
 from calibrator.quantization import find_layer, quantize_input, quantize_weight
-from calibrator.sweep import Sweep, macs_per_decision
+from calibrator.sweep import Sweep
 from vla_policy.core.formats import Format
 
 _KEPT_BYTES = 2 << 30

@@ -19,8 +19,8 @@ from calibrator.evidence import (
     mass_distortion,
     profile,
 )
-from calibrator.passes import Signals, Trunk, last_block, place_of, signals, tower_of
-from calibrator.policy import OpenVLA, live_units, load_policy
+from calibrator.passes import Signals, Trunk, last_block, place_of, signals
+from calibrator.policy import OpenVLA, load_policy
 from calibrator.quantization import levels, quantized
 from calibrator.scores import check_finite
 from calibrator.states import Reference, States, reference
@@ -191,27 +191,3 @@ class SweepSpec:
         if ref is None:
             ref = reference(policy, states, language_block(policy, self.settings))
         return Sweep(policy, states, ref, self.settings)
-
-
-def macs_per_decision(policy: OpenVLA, prompt_tokens: float, decided: int) -> dict[str, int]:
-    """Multiply-accumulates of every live layer for one decision of so many values: weights times the tokens that pass.
-
-    Patches (and prefix tokens) in the towers, patches in the projector, the whole sequence with the fed-back action
-    tokens in the decoder, and in the head the rows that become the action.
-    """
-    patches = policy.config.num_patches
-    rows = {
-        "projector": patches,
-        "state": 1,
-        "layers": policy.sequence_length(prompt_tokens, decided),
-        "head": policy.readout_rows(decided),
-    }
-    tokens: dict[str, float] = {}
-    for unit in live_units(policy):
-        place = place_of(unit.name)
-        if place.part in ("featurizer", "fused_featurizer"):
-            prefix = tower_of(policy, place.part).prefix_tokens if place.index >= 0 else 0
-            tokens[unit.name] = patches + prefix * policy.config.num_images
-        else:
-            tokens[unit.name] = rows[place.part]
-    return {unit.name: round(unit.params * tokens[unit.name]) for unit in live_units(policy)}

@@ -16,8 +16,8 @@ import torch
 from onnx import TensorProto, helper
 from tqdm import tqdm
 
+from calibrator.passes import token_counts
 from calibrator.quantization import quantize_weight
-from engine_build.build import graph_of
 from engine_build.graph.builder import GraphBuilder
 from engine_build.graph.linear_onnxruntime import linear
 from engine_build.weights import Layer, LayerWeights, layers_of
@@ -29,7 +29,6 @@ from vla_policy.core.policy_config import PolicyConfig
 
 KIND = "cost_table"
 PROMPT_TOKENS = 30
-_HEAD = "head"
 
 
 def cost_table(
@@ -69,22 +68,10 @@ def cost_table(
 
 
 def passes(layer: Layer, config: PolicyConfig) -> Mapping[int, int]:
-    """How often per action the layer runs, by number of tokens."""
-    if layer.kind == "patch_embed" or layer.name.startswith("projector."):
-        return {config.num_patches: 1}
-    if layer.name.startswith("proprio_projector."):
-        return {1: 1}
-    if graph_of(layer.name) == "vision":
-        tower = config.towers[0 if ".featurizer." in layer.name else 1]
-        prefix = 1 + tower.registers if tower.kind == "dinov2" else 0
-        return {config.num_images * (tower.num_patches + prefix): 1}
-    if config.chunk is not None:
-        sequence = config.num_patches + config.use_proprio + PROMPT_TOKENS + config.chunk * config.action_dim + 1
-        return {config.chunk if layer.kind == _HEAD else sequence: 1}
-    steps = max(len(stats.action.q01) for stats in config.norm_stats.values()) - 1
-    if layer.kind == _HEAD:
-        return {1: 1 + steps}
-    return {config.num_patches + PROMPT_TOKENS: 1, 1: steps}
+    """How often per action the layer runs, by number of tokens, with a prompt of `PROMPT_TOKENS`."""
+    dimensions = max(len(stats.action.q01) for stats in config.norm_stats.values())
+    counts = token_counts(config, layer.name, PROMPT_TOKENS, dimensions * (config.chunk or 1))
+    return {int(tokens): times for tokens, times in counts.items()}
 
 
 def _costs(

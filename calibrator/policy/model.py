@@ -77,10 +77,6 @@ class OpenVLA(nn.Module):
         """Embeddings [B, T, hidden] of the one pass that scores what was decided, tokens [B, K]."""
         return self.embed(torch.cat([inputs.input_ids, decided[:, :-1]], dim=1), patches)
 
-    def sequence_length(self, prompt_tokens: float, decided: int) -> float:
-        """T of `sequence` for a prompt of so many tokens and a decision of so many values."""
-        return self.config.num_patches + prompt_tokens + decided - 1
-
     def predicting(self, hidden: Tensor, decided: Tensor) -> Tensor:
         """The head's input: of final-norm states [B, T, hidden], those that predict `decided` [B, D]."""
         return hidden[:, -decided.shape[1] :]
@@ -88,10 +84,6 @@ class OpenVLA(nn.Module):
     def readout(self, states: Tensor) -> Tensor:
         """The policy's output for `predicting` states: logits [B, K, vocab], float32."""
         return self.language_model.lm_head(states).float()
-
-    def readout_rows(self, decided: int) -> int:
-        """Rows that pass through the head for one decision."""
-        return decided
 
     def decide(self, inputs: Inputs, size: int) -> Tensor:
         """The greedy decision: action tokens, int64 [B, size]."""

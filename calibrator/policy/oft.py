@@ -94,9 +94,6 @@ class OpenVLAOFT(OpenVLA):
         """[B, 1, hidden]: the embedding that follows the patches."""
         return self.proprio_projector(state)[:, None]
 
-    def sequence_length(self, prompt_tokens: float, decided: int) -> float:
-        return self.config.num_patches + self.config.use_proprio + prompt_tokens + decided + 1
-
     def predicting(self, hidden: Tensor, decided: Tensor) -> Tensor:
         """As if the empty actions were predicted from what precedes them: one position earlier each."""
         return hidden[:, -decided.shape[1] - 2 : -2]
@@ -104,9 +101,6 @@ class OpenVLAOFT(OpenVLA):
     def readout(self, states: Tensor) -> Tensor:
         """Normalised actions, float32 [B, H K]."""
         return self.action_head(states).float().flatten(1)
-
-    def readout_rows(self, decided: int) -> int:
-        return self.action_head.chunk
 
     @torch.no_grad()
     def decide(self, inputs: Inputs, size: int) -> Tensor:

@@ -97,11 +97,6 @@ class VisionTower(nn.Module):
             self.reg_token = nn.Parameter(torch.zeros(1, spec.registers, spec.width))
         self.blocks = nn.ModuleList(Block(spec) for _ in range(spec.live_blocks))
 
-    @property
-    def prefix_tokens(self) -> int:
-        """Class and register tokens before the patches; they have no position embedding."""
-        return 1 + self.spec.registers if self.spec.kind == "dinov2" else 0
-
     def tokens(self, pixel_values: Tensor) -> Tensor:
         """What enters the first block: [B, prefix + P, width]."""
         x = self.patch_embed(pixel_values) + self.pos_embed
@@ -114,7 +109,7 @@ class VisionTower(nn.Module):
         x = self.tokens(pixel_values)
         for block in self.blocks:
             x = block(x)
-        return x[:, self.prefix_tokens :]
+        return x[:, self.spec.prefix_tokens :]
 
 
 def by_image(pixel_values: Tensor) -> Tensor:

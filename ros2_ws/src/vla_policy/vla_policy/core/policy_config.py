@@ -49,6 +49,11 @@ class TowerSpec:
         return (self.image_size // self.patch_size) ** 2
 
     @property
+    def prefix_tokens(self) -> int:
+        """Class and register tokens before the patches; they have no position embedding."""
+        return 1 + self.registers if self.kind == "dinov2" else 0
+
+    @property
     def mean(self) -> tuple[float, float, float]:
         return _PIXEL_STATISTICS[self.kind][0]
 
