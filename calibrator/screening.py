@@ -3,12 +3,14 @@
 Very few passes predict the loss L of Eq. (9) of every layer, width and state to first order (`calibrator.proxy`): P.
 Exact evaluations measure what P misses,
 
-    L[unit, bits, state] = c[unit, bits] (P[unit, bits, state] + e),    Var(e) = s[unit, bits] P mean(P),
+    L[unit, bits, state] = c[unit, bits] (Q[unit, bits, state] + e),    Var(e) = s[unit, bits] Q mean(Q),
+    Q = P^g[stage, bits], scaled to the mean of P.
 
-ln c = a level of the layer's stage + a deviation of the layer, both normal and correlated over widths. Layers of one
-stage differ little (0.01 at 8 bits, 0.05 at 4, 0.1 to 0.2 at 2); the head, the only layer of its kind, may lie far from
-the others, so a stage's level is believed only as far as its own layers were evaluated. With a variance that grows as
-P, the ratio of the sums of L and P is the best linear estimate of c (the ratio estimator of survey sampling).
+g is below 1 where losses saturate, as at 2 bits. ln c = a level of the layer's stage + a deviation of the layer, both
+normal and correlated over widths. Layers of one stage differ little (0.01 at 8 bits, 0.05 at 4, 0.1 to 0.2 at 2); the
+head, the only layer of its kind, may lie far from the others, so a stage is believed only as far as its own layers
+were evaluated. With a variance that grows as Q, the ratio of the sums of L and Q is the best linear estimate of c (the
+ratio estimator of survey sampling).
 
 The posterior of a pair's phase means (Eq. (12)) is drawn: evaluated states are what they are, the others are predicted.
 Every draw gives Omega and Omega_tau and its own best plan; how much worse the plan in hand is there is the regret of
@@ -32,7 +34,9 @@ _PRIOR_FREEDOM = 4.0
 _EM_STEPS = 30
 _STAGE_DEVIATION = 0.5
 _LAYER_DEVIATION = 0.2
+_NOISE = 0.25
 _NOTHING_KNOWN = 1e6
+_SLOPE_PRIOR = 4.0
 _FLOOR = 0.05
 _TINY = 1e-30
 
@@ -116,7 +120,7 @@ Evaluate = Callable[[Sequence[Request]], Sequence[np.ndarray]]
 
 
 def state_order(predicted: np.ndarray, seed: int) -> list[int]:
-    """All states, in turn the one with the largest loss that is left and a random one.
+    """All states, in turn the two with the largest loss that are left and a random one.
 
     Loss is relative to its pair's mean and averaged over pairs [U, B, N]. A sum is known best when its largest terms
     are measured and the small ones predicted; but a prediction is also large by chance, so the ratio of exact to
@@ -124,9 +128,15 @@ def state_order(predicted: np.ndarray, seed: int) -> list[int]:
     """
     relative = predicted / (predicted.mean(-1, keepdims=True) + _TINY)
     largest = np.argsort(-relative.mean((0, 1)), kind="stable")
-    random = np.random.default_rng(seed).permutation(len(largest))
-    both = np.stack([largest, random], axis=1).ravel()
-    return [int(state) for state in both[np.sort(np.unique(both, return_index=True)[1])]]
+    left = {int(state): None for state in largest}
+    random = iter(np.random.default_rng(seed).permutation(len(largest)).tolist())
+    order: list[int] = []
+    while left:
+        by_chance = len(order) % 3 == 2
+        state = next(one for one in random if one in left) if by_chance else next(iter(left))
+        del left[state]
+        order.append(state)
+    return order
 
 
 class Screen:
@@ -139,8 +149,8 @@ class Screen:
         self.losses: np.ndarray = np.full(problem.predicted.shape, np.nan)
         # A first-order loss can vanish where the real one cannot; a part of the pair's typical size is added to it.
         typical = problem.predicted.mean(-1, keepdims=True) + _TINY
-        self._predicted = np.hypot(problem.predicted, _FLOOR * typical)
-        self._order = state_order(self._predicted, settings.seed)
+        self._first_order = np.hypot(problem.predicted, _FLOOR * typical)
+        self._order = state_order(self._first_order, settings.seed)
         self._stage = np.unique(problem.stages, return_inverse=True)[1]
         self._count = np.zeros(self.losses.shape[:2], np.int64)
         self._model: _Ratios | None = None
@@ -220,18 +230,15 @@ class Screen:
         ]
         for request, losses in zip(requests, self._evaluate(requests), strict=True):
             if self._model is not None:
-                predicted = self._predicted[request.unit][np.ix_(request.columns, request.states)]
-                self._misses.extend(self._model.miss(request.unit, request.columns, predicted, losses))
+                self._misses.extend(self._model.miss(request, losses))
             self.losses[request.unit][np.ix_(request.columns, request.states)] = losses
             self._count[request.unit, list(request.columns)] += len(request.states)
 
     def _draw(self) -> tuple[np.ndarray, np.ndarray]:
         """Draws of Omega and Omega_tau, [draws, U, B] each."""
         sizes = np.unique(self.problem.phases, return_counts=True)[1]
-        self._model = _Ratios.fit(self.losses, self._predicted, self._stage)
-        means = self._model.draw(
-            self.losses, self._predicted, self.problem.phases, self.overdispersion, self._generator
-        )
+        self._model = _Ratios.fit(self.losses, self._first_order, self._stage)
+        means = self._model.draw(self.losses, self.problem.phases, self.overdispersion, self._generator)
         return means @ (sizes / sizes.sum()), means.max(-1)
 
     def _regret(self, scores: np.ndarray) -> tuple[dict[str, Regret], np.ndarray]:
@@ -382,40 +389,42 @@ def _normal(covariance: np.ndarray, generator: np.random.Generator) -> np.ndarra
 
 @dataclass(frozen=True)
 class _Ratios:
-    """Posterior of c and s in L = c (P + e), Var(e) = s P mean(P).
+    """Posterior of c and s in L = c (Q + e), Var(e) = s Q mean(Q).
 
-    scale: [U, B], s mean(P). freedom: [U, B], degrees of freedom that s is known with.
+    predicted: [U, B, N], Q. scale: [U, B], s mean(Q). freedom: [U, B], degrees of freedom that s is known with.
     """
 
+    predicted: np.ndarray
     levels: _Levels
     scale: np.ndarray
     freedom: np.ndarray
 
     @staticmethod
-    def fit(losses: np.ndarray, predicted: np.ndarray, stage: np.ndarray) -> "_Ratios":
-        """losses: [U, B, N], NaN where not evaluated. predicted: [U, B, N]. stage: [U], indices."""
+    def fit(losses: np.ndarray, first_order: np.ndarray, stage: np.ndarray) -> "_Ratios":
+        """losses: [U, B, N], NaN where not evaluated. first_order: [U, B, N], P. stage: [U], indices."""
         seen = np.isfinite(losses)
+        predicted = _bent(losses, first_order, stage)
         count = seen.sum(-1)
         weight = np.where(seen, predicted, 0.0).sum(-1)
         ratio = np.where(count > 0, np.nansum(losses, -1), 1.0) / np.where(count > 0, weight, 1.0)
         ratio = np.maximum(ratio, _TINY)
         typical = predicted.mean(-1)
         squares = (losses / ratio[..., None] - predicted) ** 2 / (predicted * typical[..., None])
-        noise, freedom = _noise(squares, count)
+        noise, freedom = _noise(squares, count, stage)
         error = np.where(count > 0, noise * typical / np.maximum(weight, _TINY), _NOTHING_KNOWN)
-        return _Ratios(_Levels.fit(np.log(ratio), error, stage), noise * typical, freedom)
+        return _Ratios(predicted, _Levels.fit(np.log(ratio), error, stage), noise * typical, freedom)
 
-    def miss(self, unit: int, columns: Sequence[int], predicted: np.ndarray, losses: np.ndarray) -> list[float]:
+    def miss(self, request: Request, losses: np.ndarray) -> list[float]:
         """Squared errors of the sums of `losses` [columns, states] in units of the variances that were expected."""
-        mean, variance = (each[unit, list(columns)] for each in self.levels.moments())
-        total = predicted.sum(-1)
-        expected = variance * total**2 + self.scale[unit, list(columns)] * total
+        columns = list(request.columns)
+        mean, variance = (each[request.unit, columns] for each in self.levels.moments())
+        total = self.predicted[request.unit][np.ix_(columns, request.states)].sum(-1)
+        expected = variance * total**2 + self.scale[request.unit, columns] * total
         return list((losses.sum(-1) / np.exp(mean) - total) ** 2 / expected)
 
     def draw(
         self,
         losses: np.ndarray,
-        predicted: np.ndarray,
         phases: np.ndarray,
         overdispersion: float,
         generator: np.random.Generator,
@@ -431,18 +440,41 @@ class _Ratios:
         means = []
         for phase in np.unique(phases):
             here = losses[..., phases == phase]
-            unseen = np.where(np.isnan(here), predicted[..., phases == phase], 0.0).sum(-1)
+            unseen = np.where(np.isnan(here), self.predicted[..., phases == phase], 0.0).sum(-1)
             rest = ratio * scale * generator.gamma(unseen / scale)
             means.append((np.nansum(here, -1) + rest) / here.shape[-1])
         return np.stack(means, -1)
 
 
-def _noise(squares: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """s by unit and width, and its degrees of freedom: the width's, times a factor of the layer that is shrunk to 1.
-    squares: [U, B, N], squared residuals in units of P mean(P), NaN where not evaluated."""
+def _bent(losses: np.ndarray, first_order: np.ndarray, stage: np.ndarray) -> np.ndarray:
+    """Q: P^g scaled to the mean of P, with one g per stage and width from all its layers' evaluated states: the slope
+    of ln L over ln P within a layer, shrunk to 1. All arrays as in `_Ratios.fit`."""
+    seen = np.isfinite(losses)
+    count = np.maximum(seen.sum(-1, keepdims=True), 1)
+    typical = first_order.mean(-1, keepdims=True)
+    size = np.log(first_order / typical)
+    ratio = np.log(np.where(seen, np.maximum(losses, _TINY), first_order) / first_order)
+    size_here = np.where(seen, size - np.where(seen, size, 0.0).sum(-1, keepdims=True) / count, 0.0)
+    slope = _by_stage((size_here * ratio).sum(-1), stage) / (_by_stage((size_here**2).sum(-1), stage) + _SLOPE_PRIOR)
+    bent = np.exp((1 + slope)[..., None] * size)
+    return bent * typical / bent.mean(-1, keepdims=True)
+
+
+def _by_stage(values: np.ndarray, stage: np.ndarray) -> np.ndarray:
+    """`values` [U, B] summed over the layers of each layer's stage: [U, B]."""
+    member = (stage[:, None] == stage).astype(float)
+    return member @ values
+
+
+def _noise(squares: np.ndarray, count: np.ndarray, stage: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """s by unit and width, and its degrees of freedom: that of the stage and width, times a factor of the layer that is
+    shrunk to 1. A stage is only believed to be predicted well as far as its own layers have shown it.
+
+    squares: [U, B, N], squared residuals in units of Q mean(Q), NaN where not evaluated.
+    """
     freedom = np.maximum(count - 1, 0)
     squares = np.where(freedom > 0, np.nansum(squares, -1), 0.0)
-    of_width = squares.sum(0) / np.maximum(freedom.sum(0), 1) + _TINY
+    expected = (_by_stage(squares, stage) + _PRIOR_FREEDOM * _NOISE) / (_by_stage(freedom, stage) + _PRIOR_FREEDOM)
     of_unit = freedom.sum(1) + _PRIOR_FREEDOM
-    factor = ((squares / of_width).sum(1) + _PRIOR_FREEDOM) / of_unit
-    return factor[:, None] * of_width, np.repeat(of_unit[:, None].astype(float), squares.shape[1], 1)
+    factor = ((squares / expected).sum(1) + _PRIOR_FREEDOM) / of_unit
+    return factor[:, None] * expected, np.repeat(of_unit[:, None].astype(float), squares.shape[1], 1)
