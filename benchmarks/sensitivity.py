@@ -4,8 +4,8 @@
 
 Naive is one full forward and one full backward pass per layer, width and state, states one by one. Naive and exact are
 timed on the same layers and states (wall and CPU time, in turns) and their losses compared. Screened is replayed on the
-table of a finished exact run (`--table sensitivity.json`): its evaluations are looked up there, so many calibration
-sets (random halves of the states) can be tried, and its plans are priced by that table beside the exhaustive plans.
+table of a finished exact run (`--table sensitivity.json`): its evaluations are looked up there, so many seeds and
+calibration sets (random halves of the states) can be tried, and its plans are priced beside the exhaustive plans.
 """
 
 import argparse
