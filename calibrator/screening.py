@@ -30,14 +30,18 @@ from vla_policy.core.errors import BudgetError
 _DRAWS = 256
 _HALVINGS = 40
 _PILOT_EVERY = 4
-_PRIOR_FREEDOM = 4.0
 _EM_STEPS = 30
+# What is believed of a stage before any of its layers is evaluated, as much as this many evaluations would tell: that
+# predictions are off by a half and by 0.2 more from layer to layer (standard deviations of ln c), by a half from state
+# to state (variance 0.25), and in proportion (a slope of 1, with this sum of squares behind it).
+_PRIOR_FREEDOM = 4.0
 _STAGE_DEVIATION = 0.5
 _LAYER_DEVIATION = 0.2
 _NOISE = 0.25
-_NOTHING_KNOWN = 1e6
 _SLOPE_PRIOR = 4.0
 _FLOOR = 0.05
+_LEAST_RATIO = 1e-3
+_NOTHING_KNOWN = 1e6
 _TINY = 1e-30
 
 
@@ -406,8 +410,7 @@ class _Ratios:
         predicted = _bent(losses, first_order, stage)
         count = seen.sum(-1)
         weight = np.where(seen, predicted, 0.0).sum(-1)
-        ratio = np.where(count > 0, np.nansum(losses, -1), 1.0) / np.where(count > 0, weight, 1.0)
-        ratio = np.maximum(ratio, _TINY)
+        ratio = np.maximum((np.nansum(losses, -1) + _TINY) / (weight + _TINY), _LEAST_RATIO)
         typical = predicted.mean(-1)
         squares = (losses / ratio[..., None] - predicted) ** 2 / (predicted * typical[..., None])
         noise, freedom = _noise(squares, count, stage)
@@ -453,7 +456,7 @@ def _bent(losses: np.ndarray, first_order: np.ndarray, stage: np.ndarray) -> np.
     count = np.maximum(seen.sum(-1, keepdims=True), 1)
     typical = first_order.mean(-1, keepdims=True)
     size = np.log(first_order / typical)
-    ratio = np.log(np.where(seen, np.maximum(losses, _TINY), first_order) / first_order)
+    ratio = np.log(np.where(seen, np.maximum(losses / first_order, _LEAST_RATIO), 1.0))
     size_here = np.where(seen, size - np.where(seen, size, 0.0).sum(-1, keepdims=True) / count, 0.0)
     slope = _by_stage((size_here * ratio).sum(-1), stage) / (_by_stage((size_here**2).sum(-1), stage) + _SLOPE_PRIOR)
     bent = np.exp((1 + slope)[..., None] * size)

@@ -6,14 +6,19 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+import yaml
 
 from engine_build.__main__ import main as engine_build
 from evaluation.__main__ import main as evaluation
+from tests.core.ros_messages import picture
 from tests.demo.materials import tiny_bag, tiny_contract
-from tests.ros.world import CONTRACT, World, fresh_domain, process
+from tests.ros.world import CONTRACT, WRIST, World, fresh_domain, process
 from tests.tiny import tiny_policy_folder
 from vla_policy.core.files import sha256_file
+from vla_policy.core.observation import Observation
+from vla_policy.core.runner import load_engine
 
 from lifecycle_msgs.msg import Transition  # isort: skip  # after the importorskip in tests.ros.world
 
@@ -62,6 +67,26 @@ def test_a_built_engine_serves(world: World, material: Path, tmp_path: Path) -> 
         p50, p99, most = (float(values[f"{name} {what} (ms)"]) for what in ("p50", "p99", "max"))
         assert p50 <= p99 <= most and most > 0, name
     assert values["latch"] == "" and values["holding"] == "disabled, not_started" and values["enabled"] == "False"
+
+
+def test_an_oft_engine_serves_chunks_from_two_cameras(world: World, tmp_path: Path) -> None:
+    """Frozen sensors: every chunk must be what the engine decides in this process from the same pictures."""
+    policy, engine = tiny_policy_folder(tmp_path / "policy", images=2, chunk=4), tmp_path / "engine"
+    assert engine_build(["build", "--policy", str(policy), "--uniform", "w4a16_g32", "--out", str(engine)]) == 0
+    content = yaml.safe_load(tiny_contract(tmp_path / "contract.yaml").read_text())
+    content["cameras"].append(WRIST)
+    (tmp_path / "contract.yaml").write_text(yaml.safe_dump(content))
+    world.sensors.frozen = True
+    with process(command(engine, tmp_path / "contract.yaml"), world.domain, tmp_path / "log"):
+        world.wait(lambda: world.node.count_subscribers("instruction") > 0, "the active policy node", 60)
+        world.instruct("pick up the red block")
+        world.wait_chunks()
+    state = np.asarray(world.sensors.position, np.float32)
+    seen = Observation(picture(0, 16), "pick up the red block", state, (picture(0, 8),))
+    expected = load_engine(engine, threads=1).act(seen).action
+    for chunk in world.chunks:
+        assert (chunk.horizon, chunk.action_dim, len(chunk.tokens)) == (4, 3, 0)
+        np.testing.assert_array_equal(np.reshape(chunk.actions, (4, 3)), expected)
 
 
 def test_one_command_replays_live_and_finds_the_decisions_of_the_same_engine_in_process(
