@@ -1,5 +1,6 @@
 """Where calibration states come from: rosbag2 recordings, LIBERO's HDF5 demonstrations, episode files."""
 
+import io
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,6 +11,7 @@ from typing import Any
 
 import h5py
 import numpy as np
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 
 from calibrator.calibration import Source, SourceIndex, Trajectory
@@ -177,7 +179,11 @@ def _dataset(demo: h5py.Group, key: str, path: str) -> h5py.Dataset:
 
 
 class EpisodeSource:
-    """A folder of recorded episodes: one safetensors file each with `image`, `state` and an `instruction`."""
+    """A folder of episodes as `demo.collect` writes them, one safetensors file each.
+
+    `png` holds the T images one after another, `png_end` [T] where each ends, `state` [T, S] the robot's, and the
+    metadata the `instructions` (JSON), the episode's own first.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = str(path)
@@ -187,7 +193,7 @@ class EpisodeSource:
         left_out: Counter[str] = Counter()
         for path in self._files():
             with _open_episode(path) as stream:
-                length = int(stream.get_slice("image").get_shape()[0])
+                length = int(stream.get_slice("png_end").get_shape()[0])
                 state = stream.get_tensor("state")
             if len(state) != length:
                 left_out["trajectory with tensors of different lengths"] += 1
@@ -202,13 +208,14 @@ class EpisodeSource:
             if path.stem not in wanted:
                 continue
             with _open_episode(path) as stream:
-                images, states = stream.get_tensor("image"), stream.get_tensor("state")
-                instruction = (stream.metadata() or {}).get("instruction", "")
-            if not instruction:
-                raise DataError(f"{path}: its metadata has no instruction; record the episode again")
+                png, ends, states = (stream.get_tensor(name) for name in ("png", "png_end", "state"))
+                instructions = json.loads((stream.metadata() or {}).get("instructions", "[]"))
+            if not instructions:
+                raise DataError(f"{path}: its metadata has no instructions; collect the episode again")
             for step in sorted(wanted[path.stem]):
-                check_image(images[step])
-                yield path.stem, step, Observation(images[step], instruction, states[step].astype(np.float32))
+                start = int(ends[step - 1]) if step else 0
+                image = _picture(png[start : int(ends[step])].tobytes(), f"{path}: image {step}")
+                yield path.stem, step, Observation(image, instructions[0], states[step].astype(np.float32))
 
     def describe(self) -> dict[str, Any]:
         digest = sha256_folder(self.path, ("*.safetensors",))
@@ -224,7 +231,16 @@ def _open_episode(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="numpy") as stream:
             yield stream
     except (SafetensorError, OSError) as error:
-        raise DataError(f"{path}: not a readable episode with image and state ({error}); record it again") from error
+        raise DataError(f"{path}: not a readable episode with png and state ({error}); collect it again") from error
+
+
+def _picture(encoded: bytes, where: str) -> np.ndarray:
+    try:
+        image = np.asarray(Image.open(io.BytesIO(encoded)))
+    except OSError as error:
+        raise DataError(f"{where} is damaged ({error}); collect the episode again") from error
+    check_image(image)
+    return image
 
 
 def open_sources(

@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 from calibrator.__main__ import main
 from calibrator.calibration import collect, load_calibration
 from calibrator.sources import BagSource, EpisodeSource, Hdf5Layout, Hdf5Source, open_sources
+from demo.dataset import encode_png, load_demonstrations
 from tests.core import ros_messages as msgs
 from tests.core.bags import Message, write_bag
 from vla_policy.core.contract import COMPRESSED_IMAGE, IMAGE, JOINT_STATE, STRING, load_contract
@@ -145,9 +146,11 @@ def test_files_that_are_not_what_they_should_be_are_named(tmp_path: Path) -> Non
 def episode_folder(folder: Path, lengths: tuple[int, ...] = (4, 6)) -> Path:
     folder.mkdir()
     for number, length in enumerate(lengths):
-        images = np.stack([msgs.picture(10 * number + step) for step in range(length)])
-        tensors = {"image": images, "state": np.ones((length, 5), np.float32) * number}
-        save_file(tensors, folder / f"{number:03d}.safetensors", metadata={"instruction": "lift the lid"})
+        pictures = [encode_png(msgs.picture(10 * number + step)) for step in range(length)]
+        tensors = {"png": np.concatenate(pictures), "png_end": np.cumsum([len(one) for one in pictures])}
+        tensors["state"] = np.ones((length, 5), np.float32) * number
+        instructions = json.dumps(["lift the lid", "turn the dial"])
+        save_file(tensors, folder / f"{number:03d}.safetensors", metadata={"instructions": instructions})
     return folder
 
 
@@ -162,8 +165,30 @@ def test_episode_files_are_read(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="not a readable episode"):
         source.index()
     save_file({"picture": np.zeros((2, 4, 4, 3), np.uint8)}, bad)
-    with pytest.raises(DataError, match=r"002\.safetensors: not a readable episode with image and state"):
+    with pytest.raises(DataError, match=r"002\.safetensors: not a readable episode with png and state"):
         source.index()
+    tensors = {"png": np.zeros(9, np.uint8), "png_end": np.asarray([9]), "state": np.ones((1, 5), np.float32)}
+    save_file(tensors, bad)
+    with pytest.raises(DataError, match=r"002\.safetensors: its metadata has no instructions"):
+        list(source.read({"002": frozenset({0})}))
+    save_file(tensors, bad, metadata={"instructions": '["lift the lid"]'})
+    with pytest.raises(DataError, match=r"002\.safetensors: image 0 is damaged"):
+        list(source.read({"002": frozenset({0})}))
+
+
+def test_the_demonstrations_of_the_demo_can_be_calibrated_from(tmp_path: Path) -> None:
+    """The same pictures, states and instructions as training reads from the same files."""
+    folder = Path(__file__).parents[2] / "demo/episodes/metaworld"
+    trained = load_demonstrations([folder])
+    source = EpisodeSource(folder)
+    trajectories = source.index().trajectories
+    assert sum(item.length for item in trajectories) == len(trained)
+    first, last = trajectories[0], trajectories[-1]
+    wanted = {first.name: frozenset({0, 7}), last.name: frozenset({last.length - 1})}
+    for (_, _, observation), row in zip(source.read(wanted), (0, 7, len(trained) - 1), strict=True):
+        np.testing.assert_array_equal(observation.image, trained.images[row])
+        np.testing.assert_array_equal(observation.state, trained.states[row])
+        assert observation.instruction == trained.instructions[trained.instruction[trained.own[row]]]
 
 
 def test_sources_are_told_apart_and_others_refused(tmp_path: Path) -> None:
