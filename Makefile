@@ -1,6 +1,6 @@
 # Two commands on a fresh machine: `make demo` and `make test`. Both first create .venv and build the ROS workspace.
 PYTHON ?= python3
-SOURCES := calibrator engine_build evaluation demo tools ros2_ws/src/vla_policy/vla_policy
+SOURCES := calibrator engine_build evaluation demo tools benchmarks ros2_ws/src/vla_policy/vla_policy
 
 .PHONY: help build demo test lint types unit clean
 

@@ -184,7 +184,8 @@ class Product:
 
     def kernel(self, cut: Few | Many) -> Kernel:
         """The kernel that a layer of these shapes gets."""
-        return product_kernel(self.bits, cut, tuple(self.words[0].shape), tuple(self.packed[0].shape))
+        (rows, words), (_, groups) = self.words[0].shape, self.packed[0].shape
+        return product_kernel(self.bits, cut, (rows, words), (rows, groups))
 
     @property
     def moved_bytes(self) -> int:
@@ -194,7 +195,7 @@ class Product:
 
     def quantize(self, capability: tuple[int, int]) -> None:
         """Rounds the tokens to 8 bits, for 4-bit weights."""
-        arguments = [self.x, self.case.inputs, self.x_codes, self.x_scales]
+        arguments: list[torch.Tensor | int] = [self.x, self.case.inputs, self.x_codes, self.x_scales]
         self.gpu.launch(Kernel("QUANTIZE_ROWS"), capability, (self.case.tokens, 1), arguments)
 
     def multiply(self, cut: Few | Many, capability: tuple[int, int], copy: int = 0) -> None:
@@ -202,7 +203,8 @@ class Product:
         x = [self.x] if self.bits == 2 else [self.x_codes, self.x_scales]
         (tokens, outputs), inputs, groups = self.y.shape, x[0].shape[1], self.packed[copy].shape[1]
         grid = (-(-outputs // cut.outputs), -(-tokens // cut.tokens))
-        arguments = [*x, self.words[copy], self.packed[copy], tokens, outputs, inputs, groups, self.y]
+        arguments: list[torch.Tensor | int] = [*x]
+        arguments += [self.words[copy], self.packed[copy], tokens, outputs, inputs, groups, self.y]
         self.gpu.launch(self.kernel(cut), capability, grid, arguments)
 
     def worst(self, cut: Few | Many, capability: tuple[int, int]) -> float:
@@ -280,12 +282,17 @@ def time_products(gpu: Gpu, capability: tuple[int, int], cuts: Sequence[Few | Ma
             product = Product(gpu, case, family, copies)
             quantize = None
             if bits == 4:
-                quantize = gpu.microseconds(lambda _, product=product: product.quantize(capability), 32)
+                quantize = gpu.microseconds(functools.partial(_quantize, product, capability), 32)
             for cut in cuts:
-                us = gpu.microseconds(lambda copy, p=product, c=cut: p.multiply(c, capability, copy), copies)
+                us = gpu.microseconds(functools.partial(product.multiply, cut, capability), copies)
                 bandwidth = product.moved_bytes / us / 1e3
                 rows.append(Row(product.kernel(cut).name, str(case), us, plain, bandwidth, quantize))
     return rows
+
+
+def _quantize(product: Product, capability: tuple[int, int], copy: int) -> None:
+    """The tokens have one copy only."""
+    product.quantize(capability)
 
 
 def _copies(gpu: Gpu, weight_bytes: int) -> int:
@@ -295,12 +302,18 @@ def _copies(gpu: Gpu, weight_bytes: int) -> int:
 def _bf16_microseconds(gpu: Gpu, case: Case) -> float:
     """torch's product of the same shape."""
     copies = _copies(gpu, 2 * case.outputs * case.inputs)
-    like = {"device": gpu.device, "dtype": torch.bfloat16}
-    x = torch.randn(case.tokens, case.inputs, **like)
-    weights = [torch.randn(case.outputs, case.inputs, **like) for _ in range(copies)]
-    y = torch.empty(case.tokens, case.outputs, **like)
+
+    def random(rows: int) -> torch.Tensor:
+        return torch.randn(rows, case.inputs, device=gpu.device, dtype=torch.bfloat16)
+
+    x, weights = random(case.tokens), [random(case.outputs) for _ in range(copies)]
+    y = torch.empty(case.tokens, case.outputs, device=gpu.device, dtype=torch.bfloat16)
+
+    def multiply(copy: int) -> None:
+        torch.matmul(x, weights[copy].T, out=y)
+
     gpu.synchronize()
-    return gpu.microseconds(lambda copy: torch.matmul(x, weights[copy].T, out=y), copies)
+    return gpu.microseconds(multiply, copies)
 
 
 def table(rows: Sequence[Row]) -> str:

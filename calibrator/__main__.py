@@ -27,7 +27,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_collect(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("sources", nargs="+", type=Path, help="rosbag2 folders, LIBERO HDF5 files, folders of demo.collect")
+    parser.add_argument("sources", nargs="+", type=Path, help="rosbag2 folders, LIBERO HDF5, folders of demo.collect")
     parser.add_argument("--out", type=Path, required=True, help="folder of the calibration set")
     parser.add_argument("--samples", type=int, default=32, help="number of states")
     parser.add_argument("--seed", type=int, default=0, help="seed of the choice")
