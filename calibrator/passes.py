@@ -75,16 +75,15 @@ def token_counts(config: PolicyConfig, unit: str, prompt_tokens: float, decided:
     return {1: decided} if place.part == "head" else {prompt: 1, 1: decided - 1}
 
 
+def tokens_per_decision(config: PolicyConfig, unit: str, prompt_tokens: float, decided: int) -> float:
+    """How many tokens pass through a layer for one decision, all its runs together."""
+    return sum(tokens * times for tokens, times in token_counts(config, unit, prompt_tokens, decided).items())
+
+
 def macs_per_decision(policy: OpenVLA, prompt_tokens: float, decided: int) -> dict[str, int]:
     """Multiply-accumulates of every live layer for one decision: weights times the tokens that pass."""
     return {
-        unit.name: round(
-            unit.params
-            * sum(
-                tokens * times
-                for tokens, times in token_counts(policy.config, unit.name, prompt_tokens, decided).items()
-            )
-        )
+        unit.name: round(unit.params * tokens_per_decision(policy.config, unit.name, prompt_tokens, decided))
         for unit in live_units(policy)
     }
 

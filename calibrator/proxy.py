@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from calibrator.evidence import BOUNDARIES, evidence_map
-from calibrator.passes import macs_per_decision, run_from_vision
+from calibrator.passes import run_from_vision, tokens_per_decision
 from calibrator.policy import OpenVLA
 from calibrator.quantization import find_layer, quantize_input, quantize_weight
 from calibrator.sweep import Sweep
@@ -64,13 +64,12 @@ def first_order(sweep: Sweep, units: Sequence[str], evidence: bool) -> list[Firs
 
 def _shares(sweep: Sweep, units: Sequence[str], states: int) -> Iterator[list[str]]:
     """`units` in runs whose kept tensors fit `_KEPT_BYTES`: what a pass keeps must not grow with their number."""
-    policy = sweep.policy
-    macs = macs_per_decision(policy, sweep.states.mean_prompt_tokens, sweep.states.decisions.size)
+    policy, prompt, decided = sweep.policy, sweep.states.mean_prompt_tokens, sweep.states.decisions.size
     members: list[str] = []
     kept = 0.0
     for unit in units:
         weight = find_layer(policy, unit).weight
-        tokens = macs[unit] / weight.numel() * states
+        tokens = states * tokens_per_decision(policy.config, unit, prompt, decided)
         # Of input and output each: the values, the gradient, and one slope per boundary.
         size = tokens * (len(weight) + weight[0].numel()) * (2 + len(BOUNDARIES)) * weight.itemsize
         if members and kept + size > _KEPT_BYTES:

@@ -1,16 +1,7 @@
 """Screened sensitivity: exact evaluation only where it can still change the allocation.
 
 Very few passes predict the loss L of Eq. (9) of every layer, width and state to first order (`calibrator.proxy`): P.
-Exact evaluations measure what P misses,
-
-    L[unit, bits, state] = c[unit, bits] (Q[unit, bits, state] + e),    Var(e) = s[unit, bits] Q mean(Q),
-    Q = P^g[stage, bits], scaled to the mean of P.
-
-g is below 1 where losses saturate, as at 2 bits. ln c = a level of the layer's stage + a deviation of the layer, both
-normal and correlated over widths. Layers of one stage differ little (0.01 at 8 bits, 0.05 at 4, 0.1 to 0.2 at 2); the
-head, the only layer of its kind, may lie far from the others, so a stage is believed only as far as its own layers
-were evaluated. With a variance that grows as Q, the ratio of the sums of L and Q is the best linear estimate of c (the
-ratio estimator of survey sampling).
+What exact evaluations tell beyond it is in `calibrator.loss_model`.
 
 The posterior of a pair's phase means (Eq. (12)) is drawn: evaluated states are what they are, the others are predicted.
 Every draw gives Omega and Omega_tau and its own best plan; how much worse the plan in hand is there is the regret of
@@ -25,23 +16,12 @@ from typing import Any
 
 import numpy as np
 
+from calibrator.loss_model import DRAWS, LossModel, members
 from vla_policy.core.errors import BudgetError
 
-_DRAWS = 256
 _HALVINGS = 40
 _PILOT_EVERY = 4
-_EM_STEPS = 30
-# What is believed of a stage before any of its layers is evaluated, as much as this many evaluations would tell: that
-# predictions are off by a half and by 0.2 more from layer to layer (standard deviations of ln c), by a half from state
-# to state (variance 0.25), and in proportion (a slope of 1, with this sum of squares behind it).
-_PRIOR_FREEDOM = 4.0
-_STAGE_DEVIATION = 0.5
-_LAYER_DEVIATION = 0.2
-_NOISE = 0.25
-_SLOPE_PRIOR = 4.0
 _FLOOR = 0.05
-_LEAST_RATIO = 1e-3
-_NOTHING_KNOWN = 1e6
 _TINY = 1e-30
 
 
@@ -157,11 +137,11 @@ class Screen:
         self._order = state_order(self._first_order, settings.seed)
         self._stage = np.unique(problem.stages, return_inverse=True)[1]
         self._count = np.zeros(self.losses.shape[:2], np.int64)
-        self._model: _Ratios | None = None
+        self._model: LossModel | None = None
         self._misses: list[float] = []
         self._generator = np.random.default_rng(settings.seed)
-        names, self._group = np.unique(problem.groups, return_inverse=True)
-        self._members = (self._group[:, None] == np.arange(len(names))).astype(float)
+        self._group = np.unique(problem.groups, return_inverse=True)[1]
+        self._members = members(self._group)
         self._costs = (problem.params @ self._members)[:, None] * np.asarray([*problem.bits, 16.0])
 
     @property
@@ -217,7 +197,7 @@ class Screen:
             "exhaustive_evaluations": self.losses.size,
             "rounds": rounds,
             "overdispersion": self.overdispersion,
-            "stop": {"reason": reason, "regret": shown, "draws": _DRAWS},
+            "stop": {"reason": reason, "regret": shown, "draws": DRAWS},
         }
         return ScreenResult(self.losses, omega.mean(0), omega_tau.mean(0), omega.std(0), record)
 
@@ -234,14 +214,14 @@ class Screen:
         ]
         for request, losses in zip(requests, self._evaluate(requests), strict=True):
             if self._model is not None:
-                self._misses.extend(self._model.miss(request, losses))
+                self._misses.extend(self._model.miss(request.unit, request.columns, request.states, losses))
             self.losses[request.unit][np.ix_(request.columns, request.states)] = losses
             self._count[request.unit, list(request.columns)] += len(request.states)
 
     def _draw(self) -> tuple[np.ndarray, np.ndarray]:
         """Draws of Omega and Omega_tau, [draws, U, B] each."""
         sizes = np.unique(self.problem.phases, return_counts=True)[1]
-        self._model = _Ratios.fit(self.losses, self._first_order, self._stage)
+        self._model = LossModel.fit(self.losses, self._first_order, self._stage)
         means = self._model.draw(self.losses, self.problem.phases, self.overdispersion, self._generator)
         return means @ (sizes / sizes.sum()), means.max(-1)
 
@@ -320,164 +300,3 @@ def _rows(table: np.ndarray) -> np.ndarray:
 def _pick(table: np.ndarray, columns: np.ndarray) -> np.ndarray:
     """The entry of every group at its column: `table` [..., groups, widths], `columns` [..., groups]."""
     return np.take_along_axis(table, columns[..., None], axis=-1)[..., 0]
-
-
-@dataclass(frozen=True)
-class _Levels:
-    """Posterior of ln c of U layers in S stages at B widths.
-
-    A layer's ln c, given its stage's level m, is normal with mean m + gain (observed - m) and covariance `own`; the
-    levels are normal with mean `centre` and covariance `doubt`.
-
-    stage: [U], index of the layer's stage. observed: [U, B], any where nothing is known. gain, own: [U, B, B].
-    centre: [S, B]. doubt: [S, B, B].
-    """
-
-    stage: np.ndarray
-    observed: np.ndarray
-    gain: np.ndarray
-    own: np.ndarray
-    centre: np.ndarray
-    doubt: np.ndarray
-
-    @staticmethod
-    def fit(observed: np.ndarray, error: np.ndarray, stage: np.ndarray) -> "_Levels":
-        """EM: the layers' covariance that explains what was observed, and the levels under it.
-
-        observed: [U, B], ln c. error: [U, B], its variance; `_NOTHING_KNOWN` where it was not observed.
-        """
-        units, widths = observed.shape
-        known = error < _NOTHING_KNOWN
-        usual = np.asarray([np.median(observed[known[:, column], column]) for column in range(widths)])
-        member = (stage[:, None] == np.arange(stage.max() + 1)).astype(float)
-        stage_precision = np.linalg.inv(_alike(_STAGE_DEVIATION, widths))
-        prior = spread = _alike(_LAYER_DEVIATION, widths)
-        for _ in range(_EM_STEPS):
-            precision = np.linalg.inv(spread + error[..., None] * np.eye(widths))
-            doubt = np.linalg.inv(stage_precision + np.einsum("us,ubc->sbc", member, precision))
-            pull = np.einsum("us,ubc,uc->sb", member, precision, observed - usual)
-            centre = usual + np.einsum("sbc,sc->sb", doubt, pull)
-            gain = spread @ precision
-            own = spread - gain @ spread
-            mean = np.einsum("ubc,uc->ub", gain, observed - centre[stage])
-            moment = own + gain @ doubt[stage] @ gain.swapaxes(1, 2) + mean[:, :, None] * mean[:, None, :]
-            spread = (_PRIOR_FREEDOM * prior + moment.sum(0)) / (_PRIOR_FREEDOM + units)
-        return _Levels(stage, observed, gain, own, centre, doubt)
-
-    def moments(self) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and variance of every ln c, [U, B] each."""
-        centre = self.centre[self.stage]
-        mean = centre + np.einsum("ubc,uc->ub", self.gain, self.observed - centre)
-        rest = np.eye(centre.shape[1]) - self.gain
-        covariance = self.own + rest @ self.doubt[self.stage] @ rest.swapaxes(1, 2)
-        return mean, np.diagonal(covariance, axis1=1, axis2=2)
-
-    def draw(self, overdispersion: float, generator: np.random.Generator) -> np.ndarray:
-        """Draws of ln c, [draws, U, B]. overdispersion: factor of all variances."""
-        centre = (self.centre + _normal(overdispersion * self.doubt, generator))[:, self.stage]
-        pull = np.einsum("ubc,tuc->tub", self.gain, self.observed - centre)
-        return centre + pull + _normal(overdispersion * self.own, generator)
-
-
-def _alike(deviation: float, widths: int) -> np.ndarray:
-    """Covariance [B, B] of a quantity with this standard deviation that is half the same at all widths."""
-    return deviation**2 * (np.eye(widths) + 1) / 2
-
-
-def _normal(covariance: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """Draws around 0, [draws, K, B], of K normals with `covariance` [K, B, B]."""
-    count, widths, _ = covariance.shape
-    roots = np.linalg.cholesky(covariance + 1e-9 * np.eye(widths))
-    return np.einsum("kbc,tkc->tkb", roots, generator.standard_normal((_DRAWS, count, widths)))
-
-
-@dataclass(frozen=True)
-class _Ratios:
-    """Posterior of c and s in L = c (Q + e), Var(e) = s Q mean(Q).
-
-    predicted: [U, B, N], Q. scale: [U, B], s mean(Q). freedom: [U, B], degrees of freedom that s is known with.
-    """
-
-    predicted: np.ndarray
-    levels: _Levels
-    scale: np.ndarray
-    freedom: np.ndarray
-
-    @staticmethod
-    def fit(losses: np.ndarray, first_order: np.ndarray, stage: np.ndarray) -> "_Ratios":
-        """losses: [U, B, N], NaN where not evaluated. first_order: [U, B, N], P. stage: [U], indices."""
-        seen = np.isfinite(losses)
-        predicted = _bent(losses, first_order, stage)
-        count = seen.sum(-1)
-        weight = np.where(seen, predicted, 0.0).sum(-1)
-        ratio = np.maximum((np.nansum(losses, -1) + _TINY) / (weight + _TINY), _LEAST_RATIO)
-        typical = predicted.mean(-1)
-        squares = (losses / ratio[..., None] - predicted) ** 2 / (predicted * typical[..., None])
-        noise, freedom = _noise(squares, count, stage)
-        error = np.where(count > 0, noise * typical / np.maximum(weight, _TINY), _NOTHING_KNOWN)
-        return _Ratios(predicted, _Levels.fit(np.log(ratio), error, stage), noise * typical, freedom)
-
-    def miss(self, request: Request, losses: np.ndarray) -> list[float]:
-        """Squared errors of the sums of `losses` [columns, states] in units of the variances that were expected."""
-        columns = list(request.columns)
-        mean, variance = (each[request.unit, columns] for each in self.levels.moments())
-        total = self.predicted[request.unit][np.ix_(columns, request.states)].sum(-1)
-        expected = variance * total**2 + self.scale[request.unit, columns] * total
-        return list((losses.sum(-1) / np.exp(mean) - total) ** 2 / expected)
-
-    def draw(
-        self,
-        losses: np.ndarray,
-        phases: np.ndarray,
-        overdispersion: float,
-        generator: np.random.Generator,
-    ) -> np.ndarray:
-        """Every pair's mean loss per phase, [draws, U, B, phases that have states]: evaluated states as they are.
-
-        The sum over the others is gamma: never negative, with the model's mean and variance. overdispersion: factor of
-        all variances.
-        """
-        ratio = np.exp(self.levels.draw(overdispersion, generator))
-        freedom = np.broadcast_to(self.freedom, ratio.shape)
-        scale = overdispersion * self.scale * freedom / generator.chisquare(freedom)
-        means = []
-        for phase in np.unique(phases):
-            here = losses[..., phases == phase]
-            unseen = np.where(np.isnan(here), self.predicted[..., phases == phase], 0.0).sum(-1)
-            rest = ratio * scale * generator.gamma(unseen / scale)
-            means.append((np.nansum(here, -1) + rest) / here.shape[-1])
-        return np.stack(means, -1)
-
-
-def _bent(losses: np.ndarray, first_order: np.ndarray, stage: np.ndarray) -> np.ndarray:
-    """Q: P^g scaled to the mean of P, with one g per stage and width from all its layers' evaluated states: the slope
-    of ln L over ln P within a layer, shrunk to 1. All arrays as in `_Ratios.fit`."""
-    seen = np.isfinite(losses)
-    count = np.maximum(seen.sum(-1, keepdims=True), 1)
-    typical = first_order.mean(-1, keepdims=True)
-    size = np.log(first_order / typical)
-    ratio = np.log(np.where(seen, np.maximum(losses / first_order, _LEAST_RATIO), 1.0))
-    size_here = np.where(seen, size - np.where(seen, size, 0.0).sum(-1, keepdims=True) / count, 0.0)
-    slope = _by_stage((size_here * ratio).sum(-1), stage) / (_by_stage((size_here**2).sum(-1), stage) + _SLOPE_PRIOR)
-    bent = np.exp((1 + slope)[..., None] * size)
-    return bent * typical / bent.mean(-1, keepdims=True)
-
-
-def _by_stage(values: np.ndarray, stage: np.ndarray) -> np.ndarray:
-    """`values` [U, B] summed over the layers of each layer's stage: [U, B]."""
-    member = (stage[:, None] == stage).astype(float)
-    return member @ values
-
-
-def _noise(squares: np.ndarray, count: np.ndarray, stage: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """s by unit and width, and its degrees of freedom: that of the stage and width, times a factor of the layer that is
-    shrunk to 1. A stage is only believed to be predicted well as far as its own layers have shown it.
-
-    squares: [U, B, N], squared residuals in units of Q mean(Q), NaN where not evaluated.
-    """
-    freedom = np.maximum(count - 1, 0)
-    squares = np.where(freedom > 0, np.nansum(squares, -1), 0.0)
-    expected = (_by_stage(squares, stage) + _PRIOR_FREEDOM * _NOISE) / (_by_stage(freedom, stage) + _PRIOR_FREEDOM)
-    of_unit = freedom.sum(1) + _PRIOR_FREEDOM
-    factor = ((squares / expected).sum(1) + _PRIOR_FREEDOM) / of_unit
-    return factor[:, None] * expected, np.repeat(of_unit[:, None].astype(float), squares.shape[1], 1)

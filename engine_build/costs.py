@@ -69,8 +69,7 @@ def cost_table(
 
 def passes(layer: Layer, config: PolicyConfig) -> Mapping[int, int]:
     """How often per action the layer runs, by number of tokens, with a prompt of `PROMPT_TOKENS`."""
-    dimensions = max(len(stats.action.q01) for stats in config.norm_stats.values())
-    counts = token_counts(config, layer.name, PROMPT_TOKENS, dimensions * (config.chunk or 1))
+    counts = token_counts(config, layer.name, PROMPT_TOKENS, config.action_dim * (config.chunk or 1))
     return {int(tokens): times for tokens, times in counts.items()}
 
 
