@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from calibrator.policy.loading import empty_policy
+from calibrator.families.loading import empty_policy
 from engine_build.bench import bench, peak_bytes, report
 from engine_build.build import Policy, build_engine
 from engine_build.inspect import summary

@@ -9,10 +9,11 @@ Times and memory do not depend on the weights' values. Without --checkpoint they
 a checkpoint folder that does not exist is filled with them (15 GB), and on a CPU its weights stay in the page cache,
 mapped from the file: memory that the kernel can take back. `peak_anonymous_bytes` is what it cannot.
 
-What is timed is `calibrator.measure`, the command `python -m calibrator sensitivity --dtype bfloat16 --units ...`, on
-layers evenly spaced in the order of execution. The extrapolation to all layers counts multiply-accumulates of every
-evaluation (suffix forward, backward down to the vision boundary) and of one full-precision pass per state, and divides
-by the measured rate; an A100 is taken to reach the same part of its peak as the GPU that was measured.
+What is timed is `calibrator.sensitivity.measure`, the command `python -m calibrator sensitivity --dtype bfloat16
+--units ...`, on layers evenly spaced in the order of execution. The extrapolation to all layers counts
+multiply-accumulates of every evaluation (suffix forward, backward down to the vision boundary) and of one
+full-precision pass per state, and divides by the measured rate; an A100 is taken to reach the same part of its peak as
+the GPU that was measured.
 """
 
 import argparse
@@ -30,13 +31,13 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from calibrator.calibration import SourceIndex, Trajectory, collect
-from calibrator.measure import RunOptions, measure
-from calibrator.passes import macs_per_decision, place_of
-from calibrator.policy import OpenVLA, live_units
-from calibrator.policy.loading import check_device, empty_policy, fill_policy
-from calibrator.scores import ScoreSettings
-from calibrator.sweep import SweepSettings, SweepSpec
+from calibrator.data.calibration import SourceIndex, Trajectory, collect
+from calibrator.families import OpenVLA, live_units
+from calibrator.families.loading import check_device, empty_policy, fill_policy
+from calibrator.sensitivity.measure import RunOptions, measure
+from calibrator.sensitivity.passes import macs_per_decision, place_of
+from calibrator.sensitivity.scores import ScoreSettings
+from calibrator.sensitivity.sweep import SweepSettings, SweepSpec
 from demo.tokenizer import build_tokenizer
 from vla_policy.core.cli import run
 from vla_policy.core.files import atomic_folder, write_json

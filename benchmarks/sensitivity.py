@@ -22,19 +22,18 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from calibrator.calibration import load_calibration
-from calibrator.choices import Objective
-from calibrator.evidence import BOUNDARIES, evidence_map, jensen_shannon, mass_distortion, profile
-from calibrator.journal import difference
-from calibrator.passes import Signals
-from calibrator.planning import Limits, Planner, PlanRequest
-from calibrator.policy import live_units
-from calibrator.proxy import first_order
-from calibrator.quantization import quantized
-from calibrator.scores import phase_of, soft_bottleneck, temporal_score
-from calibrator.screening import Request, Screen, ScreenProblem, ScreenResult, ScreenSettings
-from calibrator.sensitivity import Sensitivity, UnitScores, load_tensors
-from calibrator.sweep import Sweep, SweepSettings, SweepSpec
+from calibrator.allocation.planning import Limits, Planner, PlanRequest
+from calibrator.data.calibration import load_calibration
+from calibrator.families import live_units
+from calibrator.quantizers.quantization import quantized
+from calibrator.sensitivity.evidence import BOUNDARIES, evidence_map, jensen_shannon, mass_distortion, profile
+from calibrator.sensitivity.journal import difference
+from calibrator.sensitivity.passes import Signals
+from calibrator.sensitivity.proxy import first_order
+from calibrator.sensitivity.scores import phase_of, soft_bottleneck, temporal_score
+from calibrator.sensitivity.screening import Request, Screen, ScreenProblem, ScreenResult, ScreenSettings
+from calibrator.sensitivity.sweep import Sweep, SweepSettings, SweepSpec
+from calibrator.sensitivity.table import Objective, Sensitivity, UnitScores, load_tensors
 from vla_policy.core.cli import run
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.files import sha256_policy, write_json

@@ -115,7 +115,7 @@ def _add_import_oft(parser: argparse.ArgumentParser) -> None:
 
 
 def _import_oft(args: argparse.Namespace) -> int:
-    from calibrator.published_oft import LIBERO_STATE, OftSettings, import_oft
+    from calibrator.families.published_oft import LIBERO_STATE, OftSettings, import_oft
 
     settings = OftSettings(args.chunk, args.images, tuple(args.state_names or LIBERO_STATE))
     config = import_oft(args.checkpoint, args.out, settings)
@@ -125,8 +125,8 @@ def _import_oft(args: argparse.Namespace) -> int:
 
 
 def _collect(args: argparse.Namespace) -> int:
-    from calibrator.calibration import collect
-    from calibrator.sources import Hdf5Layout, open_sources
+    from calibrator.data.calibration import collect
+    from calibrator.data.sources import Hdf5Layout, open_sources
     from vla_policy.core.contract import load_contract
 
     contract = load_contract(args.contract) if args.contract else None
@@ -141,10 +141,10 @@ def _collect(args: argparse.Namespace) -> int:
 
 
 def _sensitivity(args: argparse.Namespace) -> int:
-    from calibrator.measure import RunOptions, measure
-    from calibrator.scores import ScoreSettings
-    from calibrator.screening import ScreenSettings
-    from calibrator.sweep import SweepSettings, SweepSpec
+    from calibrator.sensitivity.measure import RunOptions, measure
+    from calibrator.sensitivity.scores import ScoreSettings
+    from calibrator.sensitivity.screening import ScreenSettings
+    from calibrator.sensitivity.sweep import SweepSettings, SweepSpec
 
     settings = SweepSettings(
         scheme=args.scheme,
@@ -183,9 +183,9 @@ def _sensitivity(args: argparse.Namespace) -> int:
 
 
 def _allocate(args: argparse.Namespace) -> int:
-    from calibrator.choices import LatencyTable, Objective, Pin
-    from calibrator.planning import Limits, Planner, PlanRequest, write_frontier
-    from calibrator.sensitivity import Sensitivity
+    from calibrator.allocation.options import LatencyTable, Pin
+    from calibrator.allocation.planning import Limits, Planner, PlanRequest, write_frontier
+    from calibrator.sensitivity.table import Objective, Sensitivity
 
     if args.frontier_points < 2:
         raise BudgetError(f"--frontier-points {args.frontier_points}: a curve needs at least 2")

@@ -127,7 +127,7 @@ def _tools(job: Job) -> tuple[Teacher, Actor | None]:
         if job.driver != "expert":
             import torch
 
-            from calibrator.policy import TorchActor
+            from calibrator.families import TorchActor
 
             torch.set_num_threads(1)
             actor = TorchActor.load(Path(job.driver))

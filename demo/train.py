@@ -25,9 +25,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from calibrator.arithmetic import multiplies_bfloat16
-from calibrator.policy.loading import load_policy, save_policy
-from calibrator.policy.model import OpenVLA
+from calibrator.families.loading import load_policy, save_policy
+from calibrator.families.model import OpenVLA
+from calibrator.sensitivity.arithmetic import multiplies_bfloat16
 from demo.batches import Batch, Batches
 from demo.dataset import Demonstrations, load_demonstrations, percentiles
 from demo.recipe import Recipe

@@ -16,12 +16,12 @@ import torch
 from onnx import TensorProto, helper
 from tqdm import tqdm
 
-from calibrator.passes import token_counts
-from calibrator.quantization import quantize_weight
+from calibrator.quantizers.quantization import quantize_weight
+from calibrator.sensitivity.passes import token_counts
 from engine_build.graph.builder import GraphBuilder
 from engine_build.graph.linear_onnxruntime import linear
 from engine_build.weights import Layer, LayerWeights, layers_of
-from vla_policy.core.backend_onnxruntime import open_session, session_options
+from vla_policy.core.backends.onnxruntime import open_session, session_options
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.formats import FULL_PRECISION, Format
 from vla_policy.core.manifest import Manifest

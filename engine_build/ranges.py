@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from calibrator.calibration import load_calibration
-from calibrator.policy import TorchActor
-from calibrator.quantization import find_layer
+from calibrator.data.calibration import load_calibration
+from calibrator.families import TorchActor
+from calibrator.quantizers.quantization import find_layer
 from vla_policy.core.errors import ArtefactError
 
 

@@ -9,7 +9,7 @@ import onnx
 from onnx import TensorProto
 
 from engine_build.weights import Layer
-from vla_policy.core.backend_onnxruntime import open_session, session_options
+from vla_policy.core.backends.onnxruntime import open_session, session_options
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.formats import FULL_PRECISION, Format
 

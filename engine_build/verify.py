@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from calibrator.calibration import load_calibration
-from calibrator.policy import TorchActor
-from calibrator.quantization import quantize_policy
+from calibrator.data.calibration import load_calibration
+from calibrator.families import TorchActor
+from calibrator.quantizers.quantization import quantize_policy
 from engine_build.build import (
     Policy,
     check_realised,

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from calibrator.policy.loading import empty_policy, weight_files
-from calibrator.policy.units import live_units
-from calibrator.quantization import QuantizedWeight, quantize_weight
+from calibrator.families.loading import empty_policy, weight_files
+from calibrator.families.units import live_units
+from calibrator.quantizers.quantization import QuantizedWeight, quantize_weight
 from vla_policy.core.errors import ArtefactError, PolicyError
 from vla_policy.core.formats import FULL_PRECISION, Format
 from vla_policy.core.policy_config import PolicyConfig

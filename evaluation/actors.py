@@ -54,8 +54,8 @@ class ActorSpec:
             return load_engine(self.folder, self.unnorm_key, threads=1)
         import torch
 
-        from calibrator.policy import TorchActor, live_units
-        from calibrator.quantization import quantize_policy
+        from calibrator.families import TorchActor, live_units
+        from calibrator.quantizers.quantization import quantize_policy
 
         torch.set_num_threads(1)
         actor = TorchActor.load(self.folder, self.unnorm_key, getattr(torch, self.dtype))

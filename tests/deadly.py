@@ -5,8 +5,8 @@ import signal
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from calibrator.states import Reference
-from calibrator.sweep import Sweep, SweepSpec, UnitLosses
+from calibrator.sensitivity.states import Reference
+from calibrator.sensitivity.sweep import Sweep, SweepSpec, UnitLosses
 
 
 class DeadlySweep(Sweep):

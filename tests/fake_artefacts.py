@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 from tiny import tiny_config
 
-from calibrator.calibration import SourceIndex, Trajectory, collect, load_calibration
-from calibrator.plan import Plan
-from calibrator.planning import Limits, Planner, PlanRequest, write_frontier
+from calibrator.allocation.plan import Plan
+from calibrator.allocation.planning import Limits, Planner, PlanRequest, write_frontier
+from calibrator.data.calibration import SourceIndex, Trajectory, collect, load_calibration
 from calibrator.report.inputs import Paths
-from calibrator.scores import ScoreSettings, phase_of
-from calibrator.sensitivity import Sensitivity, UnitShape, score_unit, stack_losses, write_tensors
-from calibrator.sweep import UnitLosses
+from calibrator.sensitivity.scores import ScoreSettings, phase_of
+from calibrator.sensitivity.sweep import UnitLosses
+from calibrator.sensitivity.table import Sensitivity, UnitShape, score_unit, stack_losses, write_tensors
 from evaluation.results import Episode
 from vla_policy.core.bench import Bench, EngineFigures, Quantiles
 from vla_policy.core.files import sha256_file, sha256_folder, write_json

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from tiny import INSTRUCTIONS
 
-from calibrator.calibration import SourceIndex, Trajectory
+from calibrator.data.calibration import SourceIndex, Trajectory
 from vla_policy.core.observation import Observation
 
 

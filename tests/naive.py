@@ -6,10 +6,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from calibrator.evidence import BOUNDARIES, EPSILON
-from calibrator.policy import OpenVLA
-from calibrator.quantization import quantized
-from calibrator.sweep import Sweep
+from calibrator.families import OpenVLA
+from calibrator.quantizers.quantization import quantized
+from calibrator.sensitivity.evidence import BOUNDARIES, EPSILON
+from calibrator.sensitivity.sweep import Sweep
 
 Pass = Callable[[OpenVLA, int], Tensor]
 """J of one state (given by its number), with a graph, through the policy's own modules."""

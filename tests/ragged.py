@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from calibrator.policy import save_policy
-from calibrator.policy.loading import empty_policy
+from calibrator.families import save_policy
+from calibrator.families.loading import empty_policy
 from engine_build.build import Request, build
 from engine_build.weights import layers_of
 from vla_policy.core.files import sha256_policy

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from calibrator.sensitivity import Sensitivity, UnitScores
+from calibrator.sensitivity.table import Sensitivity, UnitScores
 
 BITS = (2, 4, 8, 16)
 

@@ -21,6 +21,8 @@ ALLOWED = {
     "evaluation": {"evaluation", "engine_build", "calibrator", "vla_policy.core", "vla_policy.nodes"},
     "demo": set(OWN) - {"vla_policy.nodes"},
 }
+# The calibrator's folders follow its pipeline; each may import those before it, and the shared `calibrator.tensors`.
+CALIBRATOR = ("report", "allocation", "sensitivity", "data", "families", "quantizers")
 # Whatever a robot has to install for the core; the GPU runtimes are imported where such an engine is loaded.
 CORE_LIBRARIES = {"numpy", "PIL", "tokenizers", "onnxruntime", "yaml", "rosbags", "tensorrt", "tensorrt_rtx", "pycuda"}
 WORKSTATION_LIBRARIES = {"torch", "transformers", "cvxpy", "onnx", "ray", "libero", "metaworld", "mujoco", "h5py"}
@@ -63,6 +65,20 @@ def test_imports_point_one_way(package: str) -> None:
         if _is_in(name, own) and own not in ALLOWED[package]
     ]
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("place", range(len(CALIBRATOR)))
+def test_the_calibrator_s_folders_import_one_way(place: int) -> None:
+    folder = f"calibrator.{CALIBRATOR[place]}"
+    sources = _sources(_folder(folder))
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line}: {folder} must not import {name}"
+        for path in sources
+        for line, name in _imports(path)
+        for later in CALIBRATOR[:place]
+        if _is_in(name, f"calibrator.{later}")
+    ]
+    assert sources and not wrong, "\n".join(wrong)
 
 
 def test_every_package_has_sources() -> None:

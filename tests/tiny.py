@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from calibrator.policy import OpenVLA, OpenVLAOFT, save_policy
+from calibrator.families import OpenVLA, OpenVLAOFT, save_policy
 from demo.tokenizer import save_tokenizer
 from vla_policy.core.policy_config import PolicyConfig
 

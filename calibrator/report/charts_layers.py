@@ -6,11 +6,11 @@ from itertools import groupby
 import numpy as np
 from markupsafe import Markup
 
-from calibrator.evidence import BOUNDARIES
-from calibrator.plan import Plan
+from calibrator.allocation.plan import Plan
 from calibrator.report.numbers import layer, significant
 from calibrator.report.svg import Scale, Svg, linear_scale, log_scale
-from calibrator.sensitivity import FULL_BITS, UnitScores
+from calibrator.sensitivity.evidence import BOUNDARIES
+from calibrator.sensitivity.table import FULL_BITS, UnitScores
 
 STAGES = ("vision", "projector", "language", "head")
 _WIDTH, _LEFT, _RIGHT = 1080, 64, 1064

@@ -5,13 +5,13 @@ from itertools import accumulate
 
 from markupsafe import Markup
 
-from calibrator.plan import Plan
+from calibrator.allocation.plan import Plan
 from calibrator.report.artefacts import Frontier
 from calibrator.report.charts_layers import stage_band
 from calibrator.report.numbers import byte_unit, in_bytes, significant
 from calibrator.report.plan_facts import Alternative, StageShare
 from calibrator.report.svg import Scale, Svg, log_scale
-from calibrator.sensitivity import UnitScores
+from calibrator.sensitivity.table import UnitScores
 
 _WIDTH, _LEFT, _RIGHT = 1080, 64, 1064
 

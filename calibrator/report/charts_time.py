@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import numpy as np
 from markupsafe import Markup
 
-from calibrator.evidence import BOUNDARIES
 from calibrator.report.numbers import layer, significant
 from calibrator.report.svg import Scale, Svg, linear_scale
-from calibrator.scores import phase_scores
-from calibrator.sensitivity import UnitScores
+from calibrator.sensitivity.evidence import BOUNDARIES
+from calibrator.sensitivity.scores import phase_scores
+from calibrator.sensitivity.table import UnitScores
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from calibrator.calibration import CalibrationSet
+from calibrator.data.calibration import CalibrationSet
 from calibrator.report.inputs import Maps
 
 _SMOOTH_PIXELS = 128

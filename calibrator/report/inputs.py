@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from calibrator.calibration import CalibrationSet, load_calibration
-from calibrator.plan import Plan
+from calibrator.allocation.plan import Plan
+from calibrator.data.calibration import CalibrationSet, load_calibration
 from calibrator.report.artefacts import Frontier, Parity, ReferenceDecisions, Rollout, ServedRun
-from calibrator.sensitivity import Sensitivity, load_tensors
+from calibrator.sensitivity.table import Sensitivity, load_tensors
 from vla_policy.core.bench import Bench
 from vla_policy.core.contract import Contract, load_contract
 from vla_policy.core.errors import ArtefactError

@@ -14,7 +14,7 @@ from markupsafe import Markup
 from calibrator.report import charts_engine, charts_layers, charts_plan, charts_served, charts_time, numbers, plan_facts
 from calibrator.report.evidence_images import evidence_blocks, photos
 from calibrator.report.inputs import COMMANDS, Inputs
-from calibrator.sensitivity import FULL_BITS
+from calibrator.sensitivity.table import FULL_BITS
 
 _FOLDER = Path(__file__).parent / "templates"
 _TOP = 20

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from calibrator.choices import Group, Objective, Option, Pin, build_groups, format_of, scale_bits, totals, weight_bits
-from calibrator.plan import Plan
+from calibrator.allocation.options import Group, Option, Pin, build_groups, format_of, scale_bits, totals, weight_bits
+from calibrator.allocation.plan import Plan
 from calibrator.report.artefacts import Frontier, FrontierPoint
-from calibrator.sensitivity import Sensitivity
+from calibrator.sensitivity.table import Objective, Sensitivity
 
 
 @dataclass(frozen=True)

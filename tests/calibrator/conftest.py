@@ -6,8 +6,8 @@ import pytest
 from fake_source import FakeSource
 from tiny import tiny_policy_folder
 
-from calibrator.calibration import collect
-from calibrator.sweep import Sweep, SweepSettings, SweepSpec
+from calibrator.data.calibration import collect
+from calibrator.sensitivity.sweep import Sweep, SweepSettings, SweepSpec
 
 
 @pytest.fixture(scope="session")

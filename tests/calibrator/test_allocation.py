@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 from tables import BITS, random_table, table, unit
 
-from calibrator.allocation import greedy_demotion, solve
-from calibrator.choices import Budget, Group, LatencyTable, Objective, Option, Pin, build_groups, totals
-from calibrator.plan import Plan
-from calibrator.planning import Limits, Planner, PlanRequest, write_frontier
+from calibrator.allocation.options import Budget, Group, LatencyTable, Option, Pin, build_groups, totals
+from calibrator.allocation.plan import Plan
+from calibrator.allocation.planning import Limits, Planner, PlanRequest, write_frontier
+from calibrator.allocation.solve import greedy_demotion, solve
+from calibrator.sensitivity.table import Objective
 from vla_policy.core.errors import ArtefactError, BudgetError
 from vla_policy.core.formats import Format
 from vla_policy.core.targets import find_target

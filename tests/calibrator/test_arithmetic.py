@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from calibrator.arithmetic import products
+from calibrator.sensitivity.arithmetic import products
 
 
 @pytest.fixture(autouse=True)

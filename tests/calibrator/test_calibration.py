@@ -10,7 +10,7 @@ from fake_source import FakeSource
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calibrator.calibration import Trajectory, choose_states, collect, load_calibration
+from calibrator.data.calibration import Trajectory, choose_states, collect, load_calibration
 from vla_policy.core.errors import ArtefactError, DataError
 
 

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from calibrator.measure import RunOptions, measure
-from calibrator.policy import live_units
-from calibrator.proxy import first_order
-from calibrator.quantization import quantize_weight
-from calibrator.scores import ScoreSettings
-from calibrator.sweep import Sweep, SweepSettings, SweepSpec
+from calibrator.families import live_units
+from calibrator.quantizers.quantization import quantize_weight
+from calibrator.sensitivity.measure import RunOptions, measure
+from calibrator.sensitivity.proxy import first_order
+from calibrator.sensitivity.scores import ScoreSettings
+from calibrator.sensitivity.sweep import Sweep, SweepSettings, SweepSpec
 from vla_policy.core.formats import Format
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

@@ -8,8 +8,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calibrator.evidence import JS_BOUND, Profile, evidence_map, jensen_shannon, mass_distortion, profile, progress
-from calibrator.scores import evidence_loss, phase_of, phase_scores, soft_bottleneck, temporal_score
+from calibrator.data.calibration import progress
+from calibrator.sensitivity.evidence import (
+    JS_BOUND,
+    Profile,
+    evidence_map,
+    jensen_shannon,
+    mass_distortion,
+    profile,
+)
+from calibrator.sensitivity.scores import evidence_loss, phase_of, phase_scores, soft_bottleneck, temporal_score
 
 
 @pytest.mark.parametrize("epsilon", [0.0, 1e-6, 0.3])

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from deadly import DeadlySpec
 
-from calibrator.executors import LocalExecutor, RayExecutor, Task
-from calibrator.sweep import Sweep, SweepSpec
+from calibrator.sensitivity.executors import LocalExecutor, RayExecutor, Task
+from calibrator.sensitivity.sweep import Sweep, SweepSpec
 from vla_policy.core.errors import PolicyError, VlaError
 
 ray = pytest.importorskip("ray", reason="Ray is an optional extra")

@@ -13,13 +13,13 @@ import torch
 from tables import table, unit
 
 from calibrator.__main__ import main
-from calibrator.executors import LocalExecutor, Task
-from calibrator.journal import Journal, difference
-from calibrator.measure import RunOptions, journal_folder, measure
-from calibrator.plan import Plan
-from calibrator.scores import ScoreSettings, phase_of, soft_bottleneck
-from calibrator.sensitivity import Sensitivity, inversions, load_tensors
-from calibrator.sweep import Sweep, SweepSettings, SweepSpec, UnitLosses
+from calibrator.allocation.plan import Plan
+from calibrator.sensitivity.executors import LocalExecutor, Task
+from calibrator.sensitivity.journal import Journal, difference
+from calibrator.sensitivity.measure import RunOptions, journal_folder, measure
+from calibrator.sensitivity.scores import ScoreSettings, phase_of, soft_bottleneck
+from calibrator.sensitivity.sweep import Sweep, SweepSettings, SweepSpec, UnitLosses
+from calibrator.sensitivity.table import Sensitivity, inversions, load_tensors
 from vla_policy.core.errors import ArtefactError, DataError, PolicyError
 
 

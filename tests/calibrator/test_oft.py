@@ -15,12 +15,12 @@ from tiny import INSTRUCTIONS, tiny_policy_folder
 from torch import Tensor
 
 from calibrator.__main__ import main
-from calibrator.calibration import collect
-from calibrator.passes import macs_per_decision, place_of, signals
-from calibrator.policy import OpenVLA, OpenVLAOFT, TorchActor, decisions_of, live_units, load_policy
-from calibrator.proxy import first_order
-from calibrator.sensitivity import Sensitivity
-from calibrator.sweep import Sweep, SweepSettings, SweepSpec
+from calibrator.data.calibration import collect
+from calibrator.families import OpenVLA, OpenVLAOFT, TorchActor, decisions_of, live_units, load_policy
+from calibrator.sensitivity.passes import macs_per_decision, place_of, signals
+from calibrator.sensitivity.proxy import first_order
+from calibrator.sensitivity.sweep import Sweep, SweepSettings, SweepSpec
+from calibrator.sensitivity.table import Sensitivity
 from engine_build.__main__ import main as engine_main
 from vla_policy.core.errors import DataError, PolicyError
 from vla_policy.core.observation import Observation

@@ -10,9 +10,9 @@ from golden import DATA, golden_image, golden_numbers, golden_tensor
 from safetensors.torch import save_file
 from torch import Tensor
 
-from calibrator.policy import OpenVLA, live_units, load_policy
-from calibrator.policy.decisions import mean_log_likelihood
-from calibrator.policy.loading import dead_tensors, empty_policy
+from calibrator.families import OpenVLA, live_units, load_policy
+from calibrator.families.decisions import mean_log_likelihood
+from calibrator.families.loading import dead_tensors, empty_policy
 from vla_policy.core.image import preprocess
 from vla_policy.core.policy_config import PolicyConfig
 

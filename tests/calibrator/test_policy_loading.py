@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import tiny_policy_folder
 
-from calibrator.policy import TorchActor, load_policy
+from calibrator.families import TorchActor, load_policy
 from vla_policy.core.errors import ArtefactError, DataError, PolicyError
 from vla_policy.core.observation import Observation
 

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from calibrator import proxy
-from calibrator.evidence import BOUNDARIES
-from calibrator.policy import live_units
-from calibrator.proxy import first_order
-from calibrator.sweep import Sweep, SweepSettings, SweepSpec
+from calibrator.families import live_units
+from calibrator.sensitivity import proxy
+from calibrator.sensitivity.evidence import BOUNDARIES
+from calibrator.sensitivity.proxy import first_order
+from calibrator.sensitivity.sweep import Sweep, SweepSettings, SweepSpec
 
 UNITS = (
     "vision_backbone.featurizer.patch_embed.proj",
@@ -63,7 +63,7 @@ def test_states_of_two_images_are_kept_apart(two_images: SweepSpec) -> None:
 
 def test_what_a_pass_keeps_is_bounded_and_changes_nothing(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = first_order(sweep, UNITS, True)
-    monkeypatch.setattr("calibrator.proxy._KEPT_BYTES", 1)
+    monkeypatch.setattr("calibrator.sensitivity.proxy._KEPT_BYTES", 1)
     kept: list[int] = []
     original = proxy._tap
 
@@ -71,7 +71,7 @@ def test_what_a_pass_keeps_is_bounded_and_changes_nothing(sweep: Sweep, monkeypa
         kept.append(len(units))
         return original(sweep, samples, units, evidence)
 
-    monkeypatch.setattr("calibrator.proxy._tap", counted)
+    monkeypatch.setattr("calibrator.sensitivity.proxy._tap", counted)
     for one, other in zip(first_order(sweep, UNITS, True), whole, strict=True):
         np.testing.assert_allclose(one.action, other.action, rtol=1e-4)
         np.testing.assert_allclose(one.mass, other.mass, rtol=1e-2, atol=1e-6)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from calibrator.quantization import (
+from calibrator.quantizers.quantization import (
     levels,
     quantize_activation,
     quantize_policy,

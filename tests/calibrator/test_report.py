@@ -11,10 +11,10 @@ import pytest
 from fake_artefacts import BITS, FRAMES, INSTRUCTION, FakeArtefacts
 
 from calibrator.__main__ import main
-from calibrator.plan import Plan
+from calibrator.allocation.plan import Plan
 from calibrator.report.inputs import Inputs, Paths
 from calibrator.report.page import render
-from calibrator.sensitivity import Sensitivity
+from calibrator.sensitivity.table import Sensitivity
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.files import read_json, write_json
 

@@ -7,9 +7,8 @@ import pytest
 from fake_artefacts import BINS, BITS, FakeArtefacts
 from scipy.stats import spearmanr
 
-from calibrator.choices import Objective, build_groups
-from calibrator.evidence import BOUNDARIES
-from calibrator.plan import Plan
+from calibrator.allocation.options import build_groups
+from calibrator.allocation.plan import Plan
 from calibrator.report.artefacts import Frontier, FrontierPoint, ReferenceDecisions, ServedDecision, ServedRun
 from calibrator.report.charts_engine import as_planned
 from calibrator.report.charts_layers import layer_chart, rank_correlation
@@ -20,6 +19,8 @@ from calibrator.report.inputs import Inputs
 from calibrator.report.numbers import byte_unit, in_bytes, significant
 from calibrator.report.plan_facts import exchanges, plan_facts
 from calibrator.report.svg import Scale, Svg, log_scale
+from calibrator.sensitivity.evidence import BOUNDARIES
+from calibrator.sensitivity.table import Objective
 from vla_policy.core.contract import load_contract
 from vla_policy.core.manifest import UnitRecord
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from calibrator.__main__ import main
-from calibrator.allocation import solve
-from calibrator.choices import Budget, Group, Option
-from calibrator.screening import Request, Screen, ScreenProblem, ScreenSettings, cheapest, state_order
-from calibrator.sensitivity import Sensitivity, load_tensors
+from calibrator.allocation.options import Budget, Group, Option
+from calibrator.allocation.solve import solve
+from calibrator.sensitivity.screening import Request, Screen, ScreenProblem, ScreenSettings, cheapest, state_order
+from calibrator.sensitivity.table import Sensitivity, load_tensors
 from vla_policy.core.errors import BudgetError
 
 BITS = (2, 4, 8)

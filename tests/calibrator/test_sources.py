@@ -12,8 +12,8 @@ from rosbags.rosbag2 import StoragePlugin
 from safetensors.numpy import save_file
 
 from calibrator.__main__ import main
-from calibrator.calibration import collect, load_calibration
-from calibrator.sources import BagSource, EpisodeSource, Hdf5Layout, Hdf5Source, open_sources
+from calibrator.data.calibration import collect, load_calibration
+from calibrator.data.sources import BagSource, EpisodeSource, Hdf5Layout, Hdf5Source, open_sources
 from demo.dataset import encode_png, load_demonstrations
 from tests.core import ros_messages as msgs
 from tests.core.bags import Message, write_bag

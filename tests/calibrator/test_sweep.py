@@ -8,12 +8,12 @@ import torch
 from naive import naive_losses
 from torch import Tensor
 
-from calibrator.evidence import BOUNDARIES
-from calibrator.passes import Place, Signals, Trunk, macs_per_decision, place_of, signals
-from calibrator.policy import OpenVLA, live_units
-from calibrator.policy.decisions import TokenDecisions
-from calibrator.quantization import quantized
-from calibrator.sweep import Sweep, SweepSettings, SweepSpec
+from calibrator.families import OpenVLA, live_units
+from calibrator.families.decisions import TokenDecisions
+from calibrator.quantizers.quantization import quantized
+from calibrator.sensitivity.evidence import BOUNDARIES
+from calibrator.sensitivity.passes import Place, Signals, Trunk, macs_per_decision, place_of, signals
+from calibrator.sensitivity.sweep import Sweep, SweepSettings, SweepSpec
 from vla_policy.core.errors import DataError, PolicyError
 from vla_policy.core.formats import Format
 

@@ -12,12 +12,12 @@ import pytest
 from ragged import KEY, observation, write_policy
 from tiny import INSTRUCTIONS, tiny_policy_folder
 
-from calibrator.policy import TorchActor
+from calibrator.families import TorchActor
 from engine_build.backends.tensorrt import decoder_profiles
 from engine_build.build import Policy, export_graphs
 from engine_build.weights import layers_of, open_checkpoint
-from vla_policy.core.backend_onnxruntime import open_session, session_options
-from vla_policy.core.backend_tensorrt import Modules, TensorRtBackend, load_modules
+from vla_policy.core.backends.onnxruntime import open_session, session_options
+from vla_policy.core.backends.tensorrt import Modules, TensorRtBackend, load_modules
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.formats import FULL_PRECISION
 from vla_policy.core.manifest import GraphSpec, Manifest

@@ -10,7 +10,7 @@ import torch
 from safetensors.numpy import save_file
 from safetensors.torch import load_file
 
-from calibrator.policy.model import OpenVLA
+from calibrator.families.model import OpenVLA
 from demo.batches import Batches, Prompts, patch_shares
 from demo.dataset import encode_png, load_demonstrations
 from demo.recipe import Recipe

@@ -9,8 +9,8 @@ import pytest
 import torch
 from ragged import build_engine, observation, write_policy
 
-from calibrator.policy import TorchActor
-from calibrator.quantization import quantize_policy
+from calibrator.families import TorchActor
+from calibrator.quantizers.quantization import quantize_policy
 from engine_build import build as build_module
 from engine_build.build import Request, build
 from engine_build.graph.builder import GraphBuilder

@@ -12,7 +12,7 @@ import pytest
 import torch
 from cpu_kernels import run_kernel
 
-from calibrator.quantization import QuantizedWeight, quantize_activation, quantize_weight
+from calibrator.quantizers.quantization import QuantizedWeight, quantize_activation, quantize_weight
 from engine_build import kernels
 from engine_build.kernels import CUTS, FEW, GROUPS, MANY, Few, Kernel, Many, compile_ptx, product_kernel
 from engine_build.packing import RUN, SLAB, pack_runs, pack_scales

@@ -8,12 +8,12 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
-from calibrator.quantization import quantize_activation, quantize_weight
+from calibrator.quantizers.quantization import quantize_activation, quantize_weight
 from engine_build.graph.builder import GraphBuilder
 from engine_build.graph.linear_onnxruntime import linear
 from engine_build.readback import canonical, read_back
 from engine_build.weights import Layer, LayerWeights
-from vla_policy.core.backend_onnxruntime import open_session, session_options
+from vla_policy.core.backends.onnxruntime import open_session, session_options
 from vla_policy.core.formats import Format
 from vla_policy.core.targets import find_target
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from onnx import TensorProto, helper
 
-from calibrator.quantization import quantize_weight
+from calibrator.quantizers.quantization import quantize_weight
 from engine_build.graph.builder import GraphBuilder
 from engine_build.graph.linear_onnxruntime import linear
 from engine_build.weights import Layer, LayerWeights
@@ -21,7 +21,7 @@ MEASURE = """
 import sys
 from pathlib import Path
 import numpy as np
-from vla_policy.core.backend_onnxruntime import open_session, session_options
+from vla_policy.core.backends.onnxruntime import open_session, session_options
 
 def peak():
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))

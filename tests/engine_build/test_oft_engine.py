@@ -7,8 +7,8 @@ import pytest
 from ragged import mixed_assignment, write_plan
 from tiny import INSTRUCTIONS, tiny_policy_folder
 
-from calibrator.policy import TorchActor
-from calibrator.quantization import quantize_policy
+from calibrator.families import TorchActor
+from calibrator.quantizers.quantization import quantize_policy
 from engine_build.backends.tensorrt import decoder_profiles
 from engine_build.bench import bench, report
 from engine_build.build import Request, build

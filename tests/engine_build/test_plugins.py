@@ -14,7 +14,7 @@ from cpu_kernels import run_kernel
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from calibrator.quantization import quantize_activation, quantize_weight
+from calibrator.quantizers.quantization import quantize_activation, quantize_weight
 from engine_build.backends import plugins
 from engine_build.build import planned_bytes
 from engine_build.graph.builder import GraphBuilder

@@ -13,8 +13,8 @@ import torch
 from onnx import TensorProto, helper
 from ragged import observation
 
-from calibrator.calibration import SourceIndex, Trajectory, collect, load_calibration
-from calibrator.quantization import quantize_weight
+from calibrator.data.calibration import SourceIndex, Trajectory, collect, load_calibration
+from calibrator.quantizers.quantization import quantize_weight
 from engine_build import readback_tensorrt
 from engine_build.backends.tensorrt import decoder_profiles, load_module
 from engine_build.build import Request, build
@@ -25,7 +25,7 @@ from engine_build.plan import Plan, check_legal, legalize, uniform_plan
 from engine_build.ranges import input_peaks
 from engine_build.verify import verify_formats
 from engine_build.weights import Layer, LayerWeights, layers_of
-from vla_policy.core.backend_onnxruntime import open_session, session_options
+from vla_policy.core.backends.onnxruntime import open_session, session_options
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.formats import Format
 from vla_policy.core.image import preprocess

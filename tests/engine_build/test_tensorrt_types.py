@@ -18,7 +18,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 CHECKED = (
     ROOT / "engine_build" / "backends" / "tensorrt.py",
-    ROOT / "ros2_ws" / "src" / "vla_policy" / "vla_policy" / "core" / "backend_tensorrt.py",
+    ROOT / "ros2_ws" / "src" / "vla_policy" / "vla_policy" / "core" / "backends" / "tensorrt.py",
 )
 WRONG = """
 import tensorrt as trt

@@ -182,7 +182,7 @@ def test_actor_settings_follow_the_content_and_weights_are_rounded(tmp_path: Pat
     pytest.importorskip("torch")
     from tiny import tiny_policy_folder
 
-    from calibrator.policy import TorchActor
+    from calibrator.families import TorchActor
 
     folder = tiny_policy_folder(tmp_path / "policy")
     plain, rounded = ActorSpec("policy", folder), ActorSpec("policy", folder, weights=Format(2, 16, 32))

@@ -153,9 +153,9 @@ def load_engine(folder: Path | str, unnorm_key: str | None = None, threads: int 
 
 def _backend(folder: Path, manifest: Manifest, threads: int | None) -> Backend:
     if manifest.backend == "onnxruntime":
-        from vla_policy.core.backend_onnxruntime import OnnxRuntimeBackend
+        from vla_policy.core.backends.onnxruntime import OnnxRuntimeBackend
 
         return OnnxRuntimeBackend(folder, manifest, threads)
-    from vla_policy.core.backend_tensorrt import TensorRtBackend, load_modules
+    from vla_policy.core.backends.tensorrt import TensorRtBackend, load_modules
 
     return TensorRtBackend(folder, manifest, load_modules(manifest.backend))

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vla_policy.core.cuda_graph import CudaGraph, load_driver
+from vla_policy.core.backends.cuda_graph import CudaGraph, load_driver
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.manifest import Manifest, TensorSpec
 from vla_policy.core.targets import find_target

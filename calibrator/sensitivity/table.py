@@ -4,21 +4,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from calibrator.evidence import BOUNDARIES
-from calibrator.scores import ScoreSettings, evidence_loss, phase_of, soft_bottleneck, temporal_score
-from calibrator.sweep import UnitLosses
+from calibrator.sensitivity.evidence import BOUNDARIES
+from calibrator.sensitivity.scores import ScoreSettings, evidence_loss, phase_of, soft_bottleneck, temporal_score
+from calibrator.sensitivity.sweep import UnitLosses
 from calibrator.tensors import save_tensors
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.files import atomic_path, read_json, sha256_file
 
 KIND = "sensitivity"
 FULL_BITS = 16
+Signal = Literal["evidence", "action", "proxy"]
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,26 @@ class UnitScores:
             likelihood_drop=by_bits("likelihood_drop"),
             boundary_loss={int(bits): dict(values) for bits, values in raw["boundary_loss"].items()},
         )
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Eq. (14a): alpha Omega + beta Omega_tau, or QVLA's action error or its first-order estimate in their place."""
+
+    alpha: float = 0.75
+    beta: float = 0.25
+    signal: Signal = "evidence"
+
+    def score(self, unit: UnitScores, bits: int) -> float:
+        if self.signal == "action":
+            if bits not in unit.action_mse:
+                raise ArtefactError(
+                    f"{unit.name}: the screened run did not evaluate {bits} bits; measure it with --mode exact"
+                )
+            return unit.action_mse[bits]
+        if self.signal == "proxy":
+            return unit.action_proxy[bits]
+        return self.alpha * unit.omega[bits] + self.beta * unit.omega_tau[bits]
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from calibrator.calibration import CalibrationSet
-from calibrator.evidence import BOUNDARIES
-from calibrator.passes import Batch, Trunk
-from calibrator.policy import Inputs, OpenVLA, decisions_of
-from calibrator.policy.actor import stack_inputs
+from calibrator.data.calibration import CalibrationSet
+from calibrator.families import Inputs, OpenVLA, decisions_of
+from calibrator.families.actor import stack_inputs
+from calibrator.sensitivity.evidence import BOUNDARIES
+from calibrator.sensitivity.passes import Batch, Trunk
 from vla_policy.core.policy_config import PolicyConfig
 from vla_policy.core.prompt import PromptTokenizer
 

@@ -1,7 +1,7 @@
 """Screened sensitivity: exact evaluation only where it can still change the allocation.
 
-Very few passes predict the loss L of Eq. (9) of every layer, width and state to first order (`calibrator.proxy`): P.
-What exact evaluations tell beyond it is in `calibrator.loss_model`.
+Very few passes predict the loss L of Eq. (9) of every layer, width and state to first order (`proxy`): P.
+What exact evaluations tell beyond it is in `loss_model`.
 
 The posterior of a pair's phase means (Eq. (12)) is drawn: evaluated states are what they are, the others are predicted.
 Every draw gives Omega and Omega_tau and its own best plan; how much worse the plan in hand is there is the regret of
@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from calibrator.loss_model import DRAWS, LossModel, members
+from calibrator.sensitivity.loss_model import DRAWS, LossModel, members
 from vla_policy.core.errors import BudgetError
 
 _HALVINGS = 40

@@ -1,4 +1,4 @@
-"""What exact losses tell about those that were not evaluated, given the first-order ones (P, `calibrator.proxy`).
+"""What exact losses tell about those that were not evaluated, given the first-order ones (P, `proxy`).
 
 The loss L of Eq. (9) of a layer, a width and a state is taken for
 

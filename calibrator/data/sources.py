@@ -12,7 +12,7 @@ import h5py
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from calibrator.calibration import Source, SourceIndex, Trajectory
+from calibrator.data.calibration import Source, SourceIndex, Trajectory
 from vla_policy.core.bag import read_frames
 from vla_policy.core.contract import Contract
 from vla_policy.core.errors import DataError

@@ -4,8 +4,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from calibrator.states import Reference
-from calibrator.sweep import Sweep, SweepSpec, UnitLosses
+from calibrator.sensitivity.states import Reference
+from calibrator.sensitivity.sweep import Sweep, SweepSpec, UnitLosses
 from vla_policy.core.errors import VlaError
 
 

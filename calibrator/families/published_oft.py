@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from calibrator.policy.loading import weight_files
+from calibrator.families.loading import weight_files
 from vla_policy.core.errors import ArtefactError, PolicyError
 from vla_policy.core.files import atomic_folder, read_json
 from vla_policy.core.policy_config import PolicyConfig

@@ -63,8 +63,3 @@ def jensen_shannon(p: Tensor, q: Tensor) -> Tensor:
     terms = torch.xlogy(1 + shift, 1 + shift) + torch.xlogy(1 - shift, 1 - shift)
     # A term below 1e-16 may round to -1e-16; the divergence itself cannot be negative.
     return (total * terms).sum(1).div(4).clamp(0.0, JS_BOUND)
-
-
-def progress(step: int, length: int) -> float:
-    """rho of Eq. (11) in [0, 1]; a trajectory of one state is at 0."""
-    return step / (length - 1) if length > 1 else 0.0

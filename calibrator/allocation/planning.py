@@ -8,12 +8,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from calibrator.allocation import Solution, Solver, feasible_range, greedy_demotion, solve
-from calibrator.choices import (
+from calibrator.allocation.options import (
     Budget,
     Group,
     LatencyTable,
-    Objective,
     Pin,
     build_groups,
     format_of,
@@ -22,8 +20,9 @@ from calibrator.choices import (
     totals,
     weight_bits,
 )
-from calibrator.plan import Plan, PlanSize
-from calibrator.sensitivity import Sensitivity
+from calibrator.allocation.plan import Plan, PlanSize
+from calibrator.allocation.solve import Solution, Solver, feasible_range, greedy_demotion, solve
+from calibrator.sensitivity.table import Objective, Sensitivity
 from vla_policy.core.errors import BudgetError
 from vla_policy.core.files import write_json
 from vla_policy.core.formats import Format

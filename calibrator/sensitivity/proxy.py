@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from calibrator.evidence import BOUNDARIES, evidence_map
-from calibrator.passes import run_from_vision, tokens_per_decision
-from calibrator.policy import OpenVLA
-from calibrator.quantization import find_layer, quantize_input, quantize_weight
-from calibrator.sweep import Sweep
+from calibrator.families import OpenVLA
+from calibrator.quantizers.quantization import find_layer, quantize_input, quantize_weight
+from calibrator.sensitivity.evidence import BOUNDARIES, evidence_map
+from calibrator.sensitivity.passes import run_from_vision, tokens_per_decision
+from calibrator.sensitivity.sweep import Sweep
 from vla_policy.core.formats import Format
 
 _KEPT_BYTES = 2 << 30

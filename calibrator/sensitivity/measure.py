@@ -15,20 +15,22 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from calibrator.choices import Objective
-from calibrator.evidence import BOUNDARIES
-from calibrator.executors import Executor, LocalExecutor, RayExecutor, Task
-from calibrator.journal import Journal, difference
-from calibrator.maps import evidence_maps, pick_samples, pick_units
-from calibrator.passes import macs_per_decision
-from calibrator.policy import OpenVLA, live_units
-from calibrator.proxy import FirstOrder, first_order
-from calibrator.scores import ScoreSettings, evidence_loss, phase_of, soft_bottleneck
-from calibrator.screening import Request, Screen, ScreenProblem, ScreenSettings
-from calibrator.sensitivity import (
+from calibrator.families import OpenVLA, live_units
+from calibrator.sensitivity.evidence import BOUNDARIES
+from calibrator.sensitivity.executors import Executor, LocalExecutor, RayExecutor, Task
+from calibrator.sensitivity.journal import Journal, difference
+from calibrator.sensitivity.maps import evidence_maps, pick_samples, pick_units
+from calibrator.sensitivity.passes import macs_per_decision
+from calibrator.sensitivity.proxy import FirstOrder, first_order
+from calibrator.sensitivity.scores import ScoreSettings, evidence_loss, phase_of, soft_bottleneck
+from calibrator.sensitivity.screening import Request, Screen, ScreenProblem, ScreenSettings
+from calibrator.sensitivity.states import States, reference
+from calibrator.sensitivity.sweep import Sweep, SweepSpec, UnitLosses, language_block
+from calibrator.sensitivity.table import (
     FULL_BITS,
     KIND,
     Estimate,
+    Objective,
     Sensitivity,
     UnitShape,
     inversions,
@@ -36,8 +38,6 @@ from calibrator.sensitivity import (
     stack_losses,
     write_tensors,
 )
-from calibrator.states import States, reference
-from calibrator.sweep import Sweep, SweepSpec, UnitLosses, language_block
 from vla_policy.core.errors import ArtefactError, PolicyError
 from vla_policy.core.files import read_json, sha256_policy, write_json
 
@@ -277,7 +277,7 @@ def _exact(run: _Run, executor: Executor, journal: Journal, options: RunOptions)
 
 
 def _screened(run: _Run, executor: Executor, journal: Journal, options: RunOptions) -> _Measured:
-    """Layers, widths and states that `calibrator.screening` asks for; the rest is estimated."""
+    """Layers, widths and states that `calibrator.sensitivity.screening` asks for; the rest is estimated."""
     assert options.screen is not None
     names, bits = [shape.name for shape in run.chosen], run.spec.settings.bits
     proxies = first_order(run.sweep, names, evidence=True)

@@ -7,36 +7,15 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
-from calibrator.quantization import groups_per_row
-from calibrator.sensitivity import FULL_BITS, Sensitivity, UnitScores
+from calibrator.quantizers.quantization import groups_per_row
+from calibrator.sensitivity.table import FULL_BITS, Objective, Sensitivity, UnitScores
 from vla_policy.core.errors import ArtefactError, BudgetError
 from vla_policy.core.files import read_json
 from vla_policy.core.formats import FULL_PRECISION, Format
 from vla_policy.core.targets import Target
 
 SCALE_BITS = 16
-Signal = Literal["evidence", "action", "proxy"]
 CostName = Literal["code_bits", "size_bits", "bitops", "latency_ms"]
-
-
-@dataclass(frozen=True)
-class Objective:
-    """Eq. (14a): alpha Omega + beta Omega_tau, or QVLA's action error or its first-order estimate in their place."""
-
-    alpha: float = 0.75
-    beta: float = 0.25
-    signal: Signal = "evidence"
-
-    def score(self, unit: UnitScores, bits: int) -> float:
-        if self.signal == "action":
-            if bits not in unit.action_mse:
-                raise ArtefactError(
-                    f"{unit.name}: the screened run did not evaluate {bits} bits; measure it with --mode exact"
-                )
-            return unit.action_mse[bits]
-        if self.signal == "proxy":
-            return unit.action_proxy[bits]
-        return self.alpha * unit.omega[bits] + self.beta * unit.omega_tau[bits]
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from calibrator.policy.decisions import Decisions, decisions_of
-from calibrator.policy.loading import load_policy
-from calibrator.policy.model import Inputs, OpenVLA
+from calibrator.families.decisions import Decisions, decisions_of
+from calibrator.families.loading import load_policy
+from calibrator.families.model import Inputs, OpenVLA
 from vla_policy.core.image import pixel_values
 from vla_policy.core.observation import Decision, Observation
 from vla_policy.core.policy_config import PolicyConfig

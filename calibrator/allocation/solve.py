@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from calibrator.choices import Budget, Group, Option, totals
+from calibrator.allocation.options import Budget, Group, Option, totals
 from vla_policy.core.errors import BudgetError
 
 Solver = Literal["HIGHS", "ECOS_BB"]

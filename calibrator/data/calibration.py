@@ -14,7 +14,6 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from tqdm import tqdm
 
-from calibrator.evidence import progress
 from calibrator.tensors import save_tensors
 from vla_policy.core.errors import ArtefactError, DataError
 from vla_policy.core.files import atomic_folder, read_json, sha256_file, sha256_folder, write_json
@@ -22,6 +21,11 @@ from vla_policy.core.observation import Observation
 
 KIND = "calibration"
 _INDEX, _TENSORS = "calibration.json", "samples.safetensors"
+
+
+def progress(step: int, length: int) -> float:
+    """rho of Eq. (11) in [0, 1]; a trajectory of one state is at 0."""
+    return step / (length - 1) if length > 1 else 0.0
 
 
 @dataclass(frozen=True)

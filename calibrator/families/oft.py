@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from calibrator.policy.model import Inputs, OpenVLA
-from calibrator.policy.vision import Mlp
+from calibrator.families.model import Inputs, OpenVLA
+from calibrator.families.vision import Mlp
 from vla_policy.core.policy_config import PolicyConfig
 
 EOS = 2

@@ -5,7 +5,7 @@ from typing import Literal
 
 from torch import nn
 
-from calibrator.policy.model import OpenVLA
+from calibrator.families.model import OpenVLA
 
 Stage = Literal["vision", "projector", "language", "head"]
 

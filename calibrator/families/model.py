@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from calibrator.policy.vision import Projector, VisionBackbone
+from calibrator.families.vision import Projector, VisionBackbone
 from vla_policy.core.policy_config import PolicyConfig, TextSpec
 
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from calibrator.evidence import BOUNDARIES
-from calibrator.policy import Decisions, Inputs, OpenVLA, OpenVLAOFT, live_units
-from calibrator.policy.vision import VisionTower, by_image, fuse
+from calibrator.families import Decisions, Inputs, OpenVLA, OpenVLAOFT, live_units
+from calibrator.families.vision import VisionTower, by_image, fuse
+from calibrator.sensitivity.evidence import BOUNDARIES
 from vla_policy.core.errors import PolicyError
 from vla_policy.core.policy_config import PolicyConfig
 

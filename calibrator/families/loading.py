@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from calibrator.policy.model import OpenVLA
-from calibrator.policy.oft import OpenVLAOFT
+from calibrator.families.model import OpenVLA
+from calibrator.families.oft import OpenVLAOFT
 from vla_policy.core.errors import ArtefactError, PolicyError
 from vla_policy.core.files import atomic_folder, read_json
 from vla_policy.core.policy_config import PolicyConfig, TowerSpec

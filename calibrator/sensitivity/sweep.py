@@ -8,9 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from calibrator.arithmetic import products
-from calibrator.calibration import load_calibration
-from calibrator.evidence import (
+from calibrator.data.calibration import load_calibration
+from calibrator.families import OpenVLA, load_policy
+from calibrator.quantizers.quantization import levels, quantized
+from calibrator.sensitivity.arithmetic import products
+from calibrator.sensitivity.evidence import (
     BOUNDARIES,
     EPSILON,
     Profile,
@@ -19,11 +21,9 @@ from calibrator.evidence import (
     mass_distortion,
     profile,
 )
-from calibrator.passes import Signals, Trunk, last_block, place_of, signals
-from calibrator.policy import OpenVLA, load_policy
-from calibrator.quantization import levels, quantized
-from calibrator.scores import check_finite
-from calibrator.states import Reference, States, reference
+from calibrator.sensitivity.passes import Signals, Trunk, last_block, place_of, signals
+from calibrator.sensitivity.scores import check_finite
+from calibrator.sensitivity.states import Reference, States, reference
 from vla_policy.core.errors import PolicyError
 from vla_policy.core.formats import Format
 

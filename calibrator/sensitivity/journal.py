@@ -13,8 +13,8 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from calibrator.states import Reference
-from calibrator.sweep import UnitLosses
+from calibrator.sensitivity.states import Reference
+from calibrator.sensitivity.sweep import UnitLosses
 from calibrator.tensors import save_tensors
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.files import atomic_path, read_json, write_json

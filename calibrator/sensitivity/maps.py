@@ -5,12 +5,12 @@ from typing import Any
 
 import numpy as np
 
-from calibrator.evidence import jensen_shannon, mass_distortion, profile
-from calibrator.passes import place_of, signals
-from calibrator.quantization import quantized
-from calibrator.scores import ScoreSettings
-from calibrator.sensitivity import UnitScores
-from calibrator.sweep import Sweep
+from calibrator.quantizers.quantization import quantized
+from calibrator.sensitivity.evidence import jensen_shannon, mass_distortion, profile
+from calibrator.sensitivity.passes import place_of, signals
+from calibrator.sensitivity.scores import ScoreSettings
+from calibrator.sensitivity.sweep import Sweep
+from calibrator.sensitivity.table import UnitScores
 
 _BOUNDARY = "vision"
 

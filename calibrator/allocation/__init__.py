@@ -1,0 +1,1 @@
+"""From the table and a budget to a plan."""

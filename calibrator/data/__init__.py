@@ -1,0 +1,1 @@
+"""Where states come from: recordings, demonstrations, and the calibration set made of them."""

@@ -1,0 +1,1 @@
+"""Rounding: weights to codes and scales, activations as engines round them."""
