@@ -4,9 +4,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 from vla_policy.core.cli import run
 from vla_policy.core.errors import BudgetError, VlaError
+from vla_policy.core.policy_config import Normalization
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -107,20 +109,43 @@ def _add_allocate(parser: argparse.ArgumentParser) -> None:
 def _add_import_oft(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", type=Path, required=True, help="folder as published, LoRA weights merged")
     parser.add_argument("--out", type=Path, required=True, help="policy folder to write")
-    parser.add_argument("--chunk", type=int, default=8, help="actions that one decision holds")
-    parser.add_argument("--images", type=int, default=2, help="images that one decision looks at")
     parser.add_argument(
-        "--state-names", nargs="+", metavar="NAME", help="names of the state's values; default: the LIBERO policies'"
+        "--chunk", type=int, required=True, help="actions that one decision holds; published: LIBERO 8, ALOHA 25"
+    )
+    parser.add_argument(
+        "--images", type=int, required=True, help="images that one decision looks at; published: LIBERO 2, ALOHA 3"
+    )
+    parser.add_argument(
+        "--normalization",
+        choices=get_args(Normalization),
+        required=True,
+        help="what -1 and 1 of actions and state are in the statistics: min and max (bounds; published: ALOHA) or q01 "
+        "and q99 (bounds_q99; published: LIBERO, Bridge)",
+    )
+    parser.add_argument(
+        "--state-names",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="names of the state's values, in order; published LIBERO policies: x y z, axis-angle, two fingers",
+    )
+    parser.add_argument(
+        "--lora-merged",
+        action="store_true",
+        help="the weights contain the lora_adapter/ that lies beside them, as OpenVLA-OFT's own scripts leave it",
     )
 
 
 def _import_oft(args: argparse.Namespace) -> int:
-    from calibrator.families.published_oft import LIBERO_STATE, OftSettings, import_oft
+    from calibrator.families.published_oft import OftSettings, import_oft
 
-    settings = OftSettings(args.chunk, args.images, tuple(args.state_names or LIBERO_STATE))
+    settings = OftSettings(args.chunk, args.images, args.normalization, tuple(args.state_names), args.lora_merged)
     config = import_oft(args.checkpoint, args.out, settings)
     state = f"a state of {config.state_dim} values" if config.use_proprio else "no state"
-    print(f"{args.out}: {config.chunk} actions of {config.action_dim} values, {config.num_images} images, {state}")
+    print(
+        f"{args.out}: {config.chunk} actions of {config.action_dim} values, {config.num_images} images, {state}; "
+        f"normalised by {config.normalization}"
+    )
     return 0
 
 

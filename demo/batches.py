@@ -53,7 +53,7 @@ class Prompts:
     @staticmethod
     def of(tokenizer: PromptTokenizer, config: PolicyConfig, key: str, instructions: tuple[str, ...]) -> "Prompts":
         proprio = config.stats(key).proprio
-        limits = (proprio.q01, proprio.q99) if proprio is not None and config.state_in_prompt else ((), ())
+        limits = (proprio.low, proprio.high) if proprio is not None and config.state_in_prompt else ((), ())
         low, high = (torch.tensor(values, dtype=torch.float64) for values in limits)
         rows = [torch.from_numpy(tokenizer.encode(text, low.numpy())) for text in instructions]
         return Prompts(

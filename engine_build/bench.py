@@ -102,7 +102,7 @@ def _observation(manifest: Manifest) -> Observation:
     proprio = config.stats(next(iter(config.norm_stats))).proprio
     shape = (config.num_images, config.image_size, config.image_size, 3)
     image, *further = generator.integers(0, 256, shape, dtype=np.uint8)
-    state = np.asarray(proprio.q01, np.float32) if proprio else None
+    state = np.asarray(proprio.low, np.float32) if proprio else None
     return Observation(image, _INSTRUCTION, state, tuple(further))
 
 

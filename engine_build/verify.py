@@ -180,7 +180,7 @@ def reference_states(engine: Engine, calibration: Path | None, samples: int, see
         Observation(
             image(),
             _INSTRUCTION,
-            generator.uniform(proprio.q01, proprio.q99).astype(np.float32) if proprio else None,
+            generator.uniform(proprio.low, proprio.high).astype(np.float32) if proprio else None,
             tuple(image() for _ in range(engine.config.num_images - 1)),
         )
         for _ in range(samples)

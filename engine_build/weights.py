@@ -8,12 +8,10 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 
-from calibrator.families.loading import empty_policy, weight_files
+from calibrator.families.loading import empty_policy, open_weights, tensor_files
 from calibrator.families.units import live_units
 from calibrator.quantizers.quantization import QuantizedWeight, quantize_weight
-from vla_policy.core.errors import ArtefactError, PolicyError
 from vla_policy.core.formats import FULL_PRECISION, Format
 from vla_policy.core.policy_config import PolicyConfig
 from vla_policy.core.targets import LayerKind
@@ -74,29 +72,11 @@ class Checkpoint:
 
 @contextmanager
 def open_checkpoint(folder: Path, config: PolicyConfig) -> Iterator[Checkpoint]:
-    """The folder's tensors, all live ones present and of the configured shapes.
-
-    Raises ArtefactError for a damaged file and PolicyError for a tensor that is missing or wrongly shaped.
-    """
-    expected = {name: tuple(tensor.shape) for name, tensor in empty_policy(config).state_dict().items()}
+    """The folder's tensors, all live ones present and of the configured shapes; raises as `tensor_files`."""
+    files = tensor_files(folder, config)
     with ExitStack() as stack:
-        files: dict[str, Any] = {}
-        for path in weight_files(folder):
-            try:
-                stream = stack.enter_context(safe_open(path, framework="pt"))
-            except SafetensorError as error:
-                raise ArtefactError(f"{path}: damaged or truncated ({error}); copy it again") from error
-            for name in stream.keys():  # noqa: SIM118 (safe_open is no mapping)
-                shape = tuple(stream.get_slice(name).get_shape())
-                if name in expected and shape != expected[name]:
-                    raise PolicyError(
-                        f"{path}: tensor {name!r} has shape {list(shape)}, expected {list(expected[name])}"
-                    )
-                files[name] = stream
-        missing = sorted(set(expected) - set(files))
-        if missing:
-            raise PolicyError(f"{folder}: tensor {missing[0]!r} is missing; the checkpoint is incomplete")
-        yield Checkpoint(files)
+        streams = {path: stack.enter_context(open_weights(path)) for path in set(files.values())}
+        yield Checkpoint({name: streams[path] for name, path in files.items()})
 
 
 @dataclass(frozen=True)

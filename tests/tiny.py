@@ -18,7 +18,10 @@ def tiny_config(vocab: int, images: int = 1, chunk: int | None = None) -> dict[s
     chunk: actions per decision of an OpenVLA-OFT policy, None for one that decides tokens.
     """
     tower = {"image_size": 32, "patch_size": 16, "width": 64, "depth": 3, "heads": 2, "mlp_width": 128}
-    oft = {} if chunk is None else {"num_actions_chunk": chunk, "use_proprio": True, "state_in_prompt": False}
+    oft: dict[str, Any] = {}
+    if chunk is not None:
+        oft = {"num_actions_chunk": chunk, "use_proprio": True, "state_in_prompt": False}
+        oft["action_proprio_normalization_type"] = "bounds_q99"
     action = {"q01": [-1.0, -0.5, -1.0], "q99": [1.0, 0.5, 1.0], "mask": [True, True, False]}
     return {
         "model_type": "openvla",

@@ -2,14 +2,15 @@
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from calibrator.families.model import OpenVLA
@@ -20,6 +21,10 @@ from vla_policy.core.policy_config import PolicyConfig, TowerSpec
 
 _INDEX = "model.safetensors.index.json"
 _TOWERS = ("featurizer", "fused_featurizer")
+LORA_ADAPTER = "lora_adapter"
+_ADAPTERS = (LORA_ADAPTER, "adapter_config.json", "adapter_model.*")
+# OpenVLA-OFT's form, `NAME--STEP_checkpoint.pt`, and what its loader would take for it.
+_PICKLED_PARTS = "*checkpoint*.pt"
 
 
 def dead_tensors(config: PolicyConfig) -> dict[str, tuple[int, ...]]:
@@ -80,9 +85,12 @@ def load_policy(folder: Path | str, dtype: torch.dtype = torch.float32, device: 
     check_device(device)
     config = PolicyConfig.load(folder)
     policy = empty_policy(config)
+    files = tensor_files(folder, config)
     state: dict[str, Tensor] = {}
-    for name, tensor in _checked_tensors(folder, policy, config):
-        state[name] = tensor.to(device=device, dtype=dtype)
+    for path in sorted(set(files.values())):
+        with open_weights(path) as stream:
+            for name in (name for name, file in files.items() if file == path):
+                state[name] = stream.get_tensor(name).to(device=device, dtype=dtype)
     return fill_policy(policy, state, device)
 
 
@@ -104,44 +112,82 @@ def fill_policy(policy: OpenVLA, state: dict[str, Tensor], device: str) -> OpenV
     return policy.requires_grad_(False)
 
 
-def _checked_tensors(folder: Path, policy: nn.Module, config: PolicyConfig) -> Iterator[tuple[str, Tensor]]:
-    expected = {name: tuple(tensor.shape) for name, tensor in policy.state_dict().items()}
+@contextmanager
+def open_weights(path: Path) -> Iterator[Any]:
+    """The safetensors file at `path`. Raises ArtefactError when it is damaged."""
+    try:
+        with safe_open(path, framework="pt") as stream:
+            yield stream
+    except SafetensorError as error:
+        raise ArtefactError(f"{path}: damaged or truncated ({error}); copy it again") from error
+
+
+def tensor_files(folder: Path, config: PolicyConfig) -> dict[str, Path]:
+    """Which file holds each tensor that inference reads; raises as the functions that it calls."""
+    return find_tensors(stored_shapes(weight_files(folder)), config, folder)
+
+
+def stored_shapes(files: Iterable[Path]) -> Iterator[tuple[Path, str, tuple[int, ...]]]:
+    """File, name and shape of every tensor in safetensors files; only their headers are read."""
+    for path in files:
+        with open_weights(path) as stream:
+            for name in stream.keys():  # noqa: SIM118 (safe_open is no mapping)
+                yield path, name, tuple(stream.get_slice(name).get_shape())
+
+
+def find_tensors(
+    stored: Iterable[tuple[Path, str, tuple[int, ...]]], config: PolicyConfig, folder: Path
+) -> dict[str, Path]:
+    """Of the stored tensors those that inference reads, and their files.
+
+    Raises PolicyError naming a tensor that is missing, unexpected or wrongly shaped.
+    """
+    expected = {name: tuple(tensor.shape) for name, tensor in empty_policy(config).state_dict().items()}
     dead = dead_tensors(config)
-    seen: set[str] = set()
-    for path in weight_files(folder):
-        try:
-            with safe_open(path, framework="pt") as stream:
-                for name in stream.keys():  # noqa: SIM118 (safe_open is no mapping)
-                    shape = tuple(stream.get_slice(name).get_shape())
-                    wanted = expected.get(name, dead.get(name))
-                    if wanted is None:
-                        raise PolicyError(f"{path}: tensor {name!r} does not belong to the architecture of config.json")
-                    if shape != wanted:
-                        raise PolicyError(f"{path}: tensor {name!r} has shape {list(shape)}, expected {list(wanted)}")
-                    if name in expected:
-                        seen.add(name)
-                        yield name, stream.get_tensor(name)
-        except SafetensorError as error:
-            raise ArtefactError(f"{path}: damaged or truncated ({error}); copy it again") from error
-    missing = sorted(set(expected) - seen)
+    found: dict[str, Path] = {}
+    for path, name, shape in stored:
+        wanted = expected.get(name, dead.get(name))
+        if wanted is None:
+            raise PolicyError(f"{path}: tensor {name!r} does not belong to the architecture of config.json")
+        if shape != wanted:
+            raise PolicyError(f"{path}: tensor {name!r} has shape {list(shape)}, expected {list(wanted)}")
+        if name in expected:
+            found[name] = path
+    missing = sorted(set(expected) - set(found))
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise PolicyError(f"{folder}: tensor {missing[0]!r}{more} missing; the checkpoint is incomplete")
+    return found
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The checkpoint's safetensors files: those of the index if there is one. Raises ArtefactError for a lack."""
+def weight_files(folder: Path, used: Collection[Path] = ()) -> list[Path]:
+    """The checkpoint's safetensors files: those of the index if there is one.
+
+    used: further parts of the checkpoint that the caller takes. Raises ArtefactError for a file that is missing, and
+    for a part beside the weights that would be left out: the policy was trained with it.
+    """
     index = folder / _INDEX
+    files = sorted(folder.glob("*.safetensors"))
     if index.is_file():
-        names = sorted(set(read_json(index)["weight_map"].values()))
-        absent = [name for name in names if not (folder / name).is_file()]
+        listed = set(read_json(index)["weight_map"].values())
+        absent = sorted(listed - {path.name for path in files})
         if absent:
             raise ArtefactError(f"{folder / absent[0]}: missing shard (listed in {_INDEX}); copy it again")
-        return [folder / name for name in names]
-    files = sorted(folder.glob("*.safetensors"))
+        _refuse_parts([path for path in files if path.name not in listed], f"not listed in {_INDEX}")
+        files = [path for path in files if path.name in listed]
+    adapters = [path for name in _ADAPTERS for path in folder.glob(name)]
+    _refuse_parts([path for path in adapters if path not in used], "merge the adapter into the weights, then remove it")
+    parts = [path for path in sorted(folder.glob(_PICKLED_PARTS)) if path not in used]
+    _refuse_parts(parts, "`import-oft` takes an L1 action head and a state projector; nothing takes others")
     if not files:
         raise ArtefactError(f"{folder}: no *.safetensors file; is this a policy folder?")
     return files
+
+
+def _refuse_parts(parts: Sequence[Path], why: str) -> None:
+    if parts:
+        names = ", ".join(path.name for path in parts)
+        raise ArtefactError(f"{parts[0].parent}: {names} would be left out of the policy ({why})")
 
 
 def save_policy(policy: OpenVLA, folder: Path | str, tokenizer: Path, extra: dict[str, Any] | None = None) -> None:

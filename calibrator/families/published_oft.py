@@ -1,31 +1,29 @@
 """An OpenVLA-OFT checkpoint as published -> a policy folder: safetensors, and a config.json that tells everything.
 
 OpenVLA-OFT keeps its action head and its state projector as pickled state dicts beside the merged model, its statistics
-in `dataset_statistics.json`, and the number of images and actions per decision in command lines. Here they are brought
-together once, on a workstation; whatever loads the folder afterwards meets no pickle.
+in `dataset_statistics.json`, and the number of images and actions per decision and what its statistics are used for in
+command lines and source code. Here they are brought together once, on a workstation; whatever loads the folder
+afterwards meets no pickle.
 """
 
 import json
 import os
 import pickle  # for the name of the error only
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from calibrator.families.loading import weight_files
+from calibrator.families.loading import LORA_ADAPTER, find_tensors, stored_shapes, weight_files
 from vla_policy.core.errors import ArtefactError, PolicyError
-from vla_policy.core.files import atomic_folder, read_json
-from vla_policy.core.policy_config import PolicyConfig
-
-LIBERO_STATE = ("x", "y", "z", "rotation_x", "rotation_y", "rotation_z", "finger_left", "finger_right")
-"""The published LIBERO policies' state: hand position (m), axis-angle (rad), finger positions (m)."""
+from vla_policy.core.files import atomic_folder
+from vla_policy.core.policy_config import NORMALIZATION_KEY, Normalization, PolicyConfig, read_raw
 
 _OWN_SHARD = "model-oft.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -33,43 +31,50 @@ _INDEX = "model.safetensors.index.json"
 
 @dataclass(frozen=True)
 class OftSettings:
-    """What the published files do not tell; the defaults are those of the LIBERO policies."""
+    """What the published files do not tell.
 
-    chunk: int = 8
-    images: int = 2
-    state_names: tuple[str, ...] = LIBERO_STATE
+    chunk, images: actions that a decision holds, and images that it looks at. normalization: which statistics are -1
+    and 1. state_names: of the state's values, empty without a state projector. lora_merged: the weights contain what
+    `lora_adapter/` beside them holds.
+    """
+
+    chunk: int
+    images: int
+    normalization: Normalization
+    state_names: tuple[str, ...] = ()
+    lora_merged: bool = False
 
 
 def import_oft(checkpoint: Path, out: Path, settings: OftSettings) -> PolicyConfig:
     """Writes the policy folder `out`. Shards are linked where the disk allows it, copied otherwise.
 
-    Raises ArtefactError for a file that is missing, ambiguous, damaged or more than tensors, and PolicyError for
-    statistics that do not fit.
+    Raises ArtefactError for a file that is missing, ambiguous, damaged, more than tensors, or a part that would be left
+    out, and PolicyError for tensors, statistics or settings that do not fit.
     """
     head, projector = _part(checkpoint, "action_head"), _part(checkpoint, "proprio_projector")
-    if not head:
+    if head is None:
         raise ArtefactError(
             f"{checkpoint}: no action_head--*_checkpoint.pt; is this an OpenVLA-OFT policy with an L1 head?"
         )
-    raw: dict[str, Any] = read_json(checkpoint / "config.json") | {
+    used = [path for path in (head, projector) if path is not None]
+    shards = weight_files(checkpoint, used + [checkpoint / LORA_ADAPTER] * settings.lora_merged)
+    parts = {path: _tensors(path) for path in used}
+    raw: dict[str, Any] = read_raw(checkpoint) | {
         "num_actions_chunk": settings.chunk,
         "num_images_in_input": settings.images,
-        "use_proprio": bool(projector),
+        "use_proprio": projector is not None,
+        NORMALIZATION_KEY: settings.normalization,
     }
-    statistics = checkpoint / "dataset_statistics.json"
-    if statistics.is_file():
-        raw["norm_stats"] = read_json(statistics)
-    if projector:
-        _name_state(raw, settings.state_names, checkpoint)
-    config = PolicyConfig.from_dict(raw, str(checkpoint))
+    _name_state(raw, settings.state_names, 0 if projector is None else _inputs(parts[projector], projector), checkpoint)
+    config = PolicyConfig.from_dict(raw, str(checkpoint / "config.json"))
+    shapes = ((path, name, tuple(value.shape)) for path, part in parts.items() for name, value in part.items())
+    find_tensors(chain(stored_shapes(shards), shapes), config, checkpoint)
+    own = {name: value for part in parts.values() for name, value in part.items()}
     with atomic_folder(out) as folder:
-        weight_map: dict[str, str] = {}
-        for path in weight_files(checkpoint):
+        for path in shards:
             _link(path, folder / path.name)
-            with safe_open(path, framework="pt") as stream:
-                weight_map |= dict.fromkeys(stream.keys(), path.name)
-        save_file(head | projector, folder / _OWN_SHARD, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(head | projector, _OWN_SHARD)
+        weight_map = {name: path.name for path, name, _ in stored_shapes(shards)} | dict.fromkeys(own, _OWN_SHARD)
+        save_file(own, folder / _OWN_SHARD, metadata={"format": "pt"})
         (folder / _INDEX).write_text(json.dumps({"weight_map": weight_map}, indent=1) + "\n")
         (folder / "config.json").write_text(json.dumps(raw, indent=1) + "\n")
         tokenizer = checkpoint / "tokenizer.json"
@@ -79,17 +84,17 @@ def import_oft(checkpoint: Path, out: Path, settings: OftSettings) -> PolicyConf
     return config
 
 
-def _part(checkpoint: Path, name: str) -> dict[str, Tensor]:
-    """The tensors of `NAME--STEP_checkpoint.pt`, none where there is no such file; of several, any would be a guess."""
+def _part(checkpoint: Path, name: str) -> Path | None:
+    """`NAME--STEP_checkpoint.pt`, None where there is no such file; of several, any would be a guess."""
     found = sorted(checkpoint.glob(f"{name}--*_checkpoint.pt"))
     if len(found) > 1:
         names = ", ".join(path.name for path in found)
         raise ArtefactError(f"{checkpoint}: several {name} files ({names}); keep the one of the merged model")
-    return _tensors(found[0], f"{name}.") if found else {}
+    return found[0] if found else None
 
 
-def _tensors(path: Path, prefix: str) -> dict[str, Tensor]:
-    """A pickled state dict's tensors; `weights_only` never executes anything else in the file."""
+def _tensors(path: Path) -> dict[str, Tensor]:
+    """A pickled state dict's tensors by their names in a policy; `weights_only` never executes anything in the file."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
@@ -97,20 +102,30 @@ def _tensors(path: Path, prefix: str) -> dict[str, Tensor]:
         raise ArtefactError(f"{path}: damaged, or holds more than tensors ({reason}); it was not loaded") from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ArtefactError(f"{path}: expected a state dict of tensors")
+    prefix = path.name.split("--")[0]
     # Data-parallel training prefixes every name.
-    return {prefix + name.removeprefix("module."): value.contiguous() for name, value in state.items()}
+    return {f"{prefix}.{name.removeprefix('module.')}": value.contiguous() for name, value in state.items()}
 
 
-def _name_state(raw: dict[str, Any], names: Sequence[str], checkpoint: Path) -> None:
-    for key, stats in raw.get("norm_stats", {}).items():
-        proprio = stats.get("proprio")
-        if not proprio or len(proprio["q01"]) != len(names):
-            size = len(proprio["q01"]) if proprio else 0
-            raise PolicyError(
-                f"{checkpoint}: norm_stats.{key}.proprio has {size} values, but {len(names)} names are given "
-                f"({', '.join(names)}); name each with --state-names"
-            )
-        stats["proprio"] = proprio | {"names": list(names)}
+def _inputs(projector: Mapping[str, Tensor], path: Path) -> int:
+    """How many values of state the projector takes."""
+    weight = projector.get("proprio_projector.fc1.weight")
+    if weight is None or weight.dim() != 2:
+        raise PolicyError(f"{path}: has no matrix fc1.weight; is this OpenVLA-OFT's projector of the state?")
+    return weight.shape[1]
+
+
+def _name_state(raw: dict[str, Any], names: Sequence[str], size: int, checkpoint: Path) -> None:
+    """Writes the names into every data set's statistics. Raises PolicyError unless there is one for each value."""
+    if len(names) != size:
+        raise PolicyError(
+            f"{checkpoint}: the policy takes a state of {size} values, --state-names gives {len(names)} "
+            f"({', '.join(names) or 'none'}); name each, as the contract does"
+        )
+    statistics = raw.get("norm_stats")
+    for stats in statistics.values() if names and isinstance(statistics, dict) else ():
+        if isinstance(stats, dict) and isinstance(stats.get("proprio"), dict):
+            stats["proprio"]["names"] = list(names)
 
 
 def _link(source: Path, target: Path) -> None:

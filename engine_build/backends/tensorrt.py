@@ -87,7 +87,7 @@ def decoder_profiles(spec: GraphSpec, config: PolicyConfig) -> list[Profile]:
     A step has no patches, but its profile admits one: from 8 heads on, TensorRT-RTX 1.7 crashes where it knows ahead
     that a tensor is empty.
     """
-    longest = config.num_patches + PROMPT_LIMIT + max(len(stats.action.q01) for stats in config.norm_stats.values())
+    longest = config.num_patches + PROMPT_LIMIT + max(stats.action.dim for stats in config.norm_stats.values())
     prefill: Profile = {}
     step: Profile = {}
     for tensor in spec.inputs:

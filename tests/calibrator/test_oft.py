@@ -250,8 +250,7 @@ def test_from_the_published_files_to_an_engine(spec: SweepSpec, tmp_path: Path) 
     """import-oft, sensitivity, allocate, build and verify as a user calls them."""
     published = publish(Path(spec.policy), tmp_path / "published")
     policy, scores, plan = tmp_path / "policy", tmp_path / "sensitivity.json", tmp_path / "plan.json"
-    options = ["--chunk", "4", "--images", "2", "--state-names", "x", "gripper_width"]
-    assert main(["import-oft", "--checkpoint", str(published), "--out", str(policy), *options]) == 0
+    assert main(import_command(published, policy, STATED)) == 0
     expected = load_policy(spec.policy).state_dict()
     loaded = load_policy(policy)
     assert isinstance(loaded, OpenVLAOFT) and not list(policy.glob("*.pt"))
@@ -297,6 +296,32 @@ class Harmful:
 HARMFUL = pickle.dumps(Harmful(), protocol=2)
 
 
+def diffuse(folder: Path) -> None:
+    """The parts of a policy whose action head denoises."""
+    torch.save({"noise_predictor.mlp_resnet.fc1.weight": torch.zeros(2, 2)}, next(folder.glob("action_head*")))
+
+
+def statistics_without_percentiles(folder: Path) -> None:
+    path = folder / "dataset_statistics.json"
+    raw = json.loads(path.read_text())
+    for part in raw["tiny"].values():
+        part["min"], part["max"] = part.pop("q01"), part.pop("q99")
+    path.write_text(json.dumps(raw))
+
+
+STATED = {
+    "--chunk": ["4"],
+    "--images": ["2"],
+    "--normalization": ["bounds_q99"],
+    "--state-names": ["x", "gripper_width"],
+}
+
+
+def import_command(published: Path, policy: Path, stated: dict[str, list[str]]) -> list[str]:
+    options = [word for option, values in stated.items() for word in (option, *values)]
+    return ["import-oft", "--checkpoint", str(published), "--out", str(policy), *options]
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -305,7 +330,12 @@ HARMFUL = pickle.dumps(Harmful(), protocol=2)
         (lambda folder: next(folder.glob("action_head*")).write_bytes(b"no pickle"), "damaged, or holds more than"),
         (lambda folder: next(folder.glob("action_head*")).write_bytes(HARMFUL), "more than tensors"),
         (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json: no such file"),
-        (lambda folder: None, "norm_stats.tiny.proprio has 2 values, but 8 names are given"),
+        (diffuse, "'action_head.noise_predictor.mlp_resnet.fc1.weight' does not belong"),
+        (lambda folder: (folder / "noisy_action_projector--9_checkpoint.pt").touch(), "noisy_action_projector--9_che"),
+        (lambda folder: (folder / "vision_backbone--9_checkpoint.pt").touch(), "vision_backbone--9_checkpoint.pt "),
+        (lambda folder: (folder / "lora_adapter").mkdir(), "lora_adapter would be left out of the policy"),
+        (lambda folder: (folder / "adapter_config.json").touch(), "adapter_config.json would be left out"),
+        (statistics_without_percentiles, "norm_stats.tiny.action: 'q01' is missing, which 'bounds_q99' normalises by"),
     ],
 )
 def test_an_import_refuses_with_the_reason(
@@ -313,7 +343,57 @@ def test_an_import_refuses_with_the_reason(
 ) -> None:
     published = publish(Path(spec.policy), tmp_path / "published")
     damage(published)
-    names = [] if "8 names" in message else ["--state-names", "x", "gripper_width"]
-    command = ["import-oft", "--checkpoint", str(published), "--out", str(tmp_path / "policy"), "--chunk", "4", *names]
-    assert main(command) == 2
-    assert message in capsys.readouterr().err and not (tmp_path / "policy").exists()
+    assert main(import_command(published, tmp_path / "policy", STATED)) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and not (tmp_path / "policy").exists()
+
+
+@pytest.mark.parametrize("option", ["--chunk", "--images", "--normalization"])
+def test_what_the_files_do_not_say_is_asked(
+    spec: SweepSpec, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str
+) -> None:
+    published = publish(Path(spec.policy), tmp_path / "published")
+    stated = {name: values for name, values in STATED.items() if name != option}
+    with pytest.raises(SystemExit, match="2"):
+        main(import_command(published, tmp_path / "policy", stated))
+    assert f"the following arguments are required: {option}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("names", "given"), [([], "0 (none)"), (["x", "y", "z"], "3 (x, y, z)")])
+def test_every_value_of_the_state_is_named(
+    spec: SweepSpec, tmp_path: Path, capsys: pytest.CaptureFixture[str], names: list[str], given: str
+) -> None:
+    published = publish(Path(spec.policy), tmp_path / "published")
+    stated = {name: values for name, values in STATED.items() if name != "--state-names"}
+    if names:
+        stated["--state-names"] = names
+    assert main(import_command(published, tmp_path / "policy", stated)) == 2
+    assert f"takes a state of 2 values, --state-names gives {given}" in capsys.readouterr().err
+
+
+def test_an_adapter_beside_merged_weights_is_left_behind_when_that_is_stated(spec: SweepSpec, tmp_path: Path) -> None:
+    published = publish(Path(spec.policy), tmp_path / "published")
+    (published / "lora_adapter").mkdir()
+    assert main(import_command(published, tmp_path / "policy", STATED | {"--lora-merged": []})) == 0
+    assert isinstance(load_policy(tmp_path / "policy"), OpenVLAOFT)
+
+
+def test_minimum_and_maximum_reach_the_action(spec: SweepSpec, tmp_path: Path) -> None:
+    """The choice is recorded: what is loaded afterwards computes with it. Oracle: the same network on the state that
+    the other statistics would have normalised alike, its normalised values scaled by hand."""
+    published = publish(Path(spec.policy), tmp_path / "published")
+    statistics = json.loads((published / "dataset_statistics.json").read_text())
+    action, proprio = statistics["tiny"]["action"], statistics["tiny"]["proprio"]
+    action |= {"min": [-3.0, -2.0, -1.0], "max": [5.0, 2.0, 1.0]}
+    proprio |= {"min": [-2.0, -1.0], "max": [2.0, 1.0]}
+    (published / "dataset_statistics.json").write_text(json.dumps(statistics))
+    policy = tmp_path / "policy"
+    assert main(import_command(published, policy, STATED | {"--normalization": ["bounds"]})) == 0
+    image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    state, alike = np.array([1.0, 0.5], np.float32), np.array([0.5, 0.075], np.float32)  # both are 0.5, 0.5
+    got = TorchActor.load(policy).act(Observation(image, INSTRUCTIONS[0], state, (image,))).action
+    other = TorchActor.load(spec.policy).act(Observation(image, INSTRUCTIONS[0], alike, (image,))).action
+    values = other[:, :2] / [1.0, 0.5]  # its limits are -1 to 1 and -0.5 to 0.5
+    # 1e-4: the two states are equal to float32's rounding, which the network carries on.
+    np.testing.assert_allclose(got[:, :2], 0.5 * (values + 1) * [8.0, 4.0] + [-3.0, -2.0], atol=1e-4)
+    np.testing.assert_allclose(got[:, 2], other[:, 2], atol=1e-4)

@@ -1,5 +1,6 @@
 """Strict loading: what is wrong with a checkpoint is named, and what was saved is what is loaded."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,10 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_policy_folder
 
 from calibrator.families import TorchActor, load_policy
+from engine_build.weights import open_checkpoint
 from vla_policy.core.errors import ArtefactError, DataError, PolicyError
 from vla_policy.core.observation import Observation
+from vla_policy.core.policy_config import PolicyConfig
 
 
 @pytest.fixture
@@ -69,6 +72,47 @@ def test_a_truncated_file_is_named(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(ArtefactError, match=r"model.safetensors: damaged or truncated"):
         load_policy(folder)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        "action_head--150000_checkpoint.pt",
+        "vision_backbone--latest_checkpoint.pt",
+        "noisy_action_projector--5_checkpoint.pt",
+        "adapter_config.json",
+        "lora_adapter",
+    ],
+)
+def test_a_part_that_would_be_left_out_is_named(folder: Path, part: str) -> None:
+    """By whatever reads weights: the calibrator's loader and the engine's."""
+    (folder / part).touch()
+    with pytest.raises(ArtefactError, match=f"policy: {part} would be left out of the policy"):
+        load_policy(folder)
+    with (
+        pytest.raises(ArtefactError, match=f"policy: {part} would be left out of the policy"),
+        open_checkpoint(folder, PolicyConfig.load(folder)),
+    ):
+        pass
+
+
+def test_weights_that_the_index_does_not_list_are_named(folder: Path) -> None:
+    names = load_file(folder / "model.safetensors")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(names, "model.safetensors")}))
+    assert load_policy(folder).config.action_dim == 3
+    save_file({"x": torch.zeros(1)}, folder / "more.safetensors")
+    with pytest.raises(ArtefactError, match=r"more.safetensors would be left out of the policy \(not listed in model"):
+        load_policy(folder)
+
+
+def test_the_engine_is_not_built_from_a_foreign_tensor_either(folder: Path) -> None:
+    rewrite(folder, **{"vision_backbone.featurizer.blocks.0.scale.weight": torch.zeros(16, 32)})
+    with (
+        pytest.raises(PolicyError, match=r"'vision_backbone.featurizer.blocks.0.scale.weight' does not belong"),
+        open_checkpoint(folder, PolicyConfig.load(folder)),
+    ):
+        pass
 
 
 def test_a_folder_without_a_policy_is_named(tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def test_a_reader_needs_nothing_else(tmp_path: Path) -> None:
     assert content["preprocessing"]["resize"].startswith("antialiased bicubic to 16 x 16 pixels")
     layout = content["actions"]["ragged"]
     assert (layout["dimensions"], layout["first_token"], layout["last_token"]) == (3, 44, 299)
-    assert layout["action"]["q99"] == [1.0, 2.0, 1.0]
+    assert (layout["normalization"], layout["action"]["high"]) == ("bounds_q99", [1.0, 2.0, 1.0])
     assert layout["proprio"]["names"] == ["x", "y", "z"]
 
 

@@ -1,16 +1,17 @@
 """The prompt's tokens: OpenVLA's sentence, then the state's bins, then the empty token."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from tiny import INSTRUCTIONS, tiny_config
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, processors
 
 from demo.tokenizer import ACTION_BINS, save_tokenizer
 from vla_policy.core.actions import ActionCodec
-from vla_policy.core.errors import ArtefactError, DataError
+from vla_policy.core.errors import ArtefactError, DataError, PolicyError
 from vla_policy.core.policy_config import PolicyConfig
 from vla_policy.core.prompt import PromptTokenizer
 
@@ -70,6 +71,42 @@ def test_a_policy_without_state_ignores_it(folder: Path) -> None:
 def test_a_bad_state_is_named(folder: Path, state: np.ndarray | None) -> None:
     with pytest.raises(DataError, match=r"state: expected 2 finite values \['x', 'gripper_width'\]"):
         PromptTokenizer(folder, PolicyConfig.load(folder)).encode("open the drawer", state)
+
+
+def truncate(tokenizer: Tokenizer) -> None:
+    tokenizer.enable_truncation(8)
+
+
+def fill_up(tokenizer: Tokenizer) -> None:
+    tokenizer.enable_padding(length=64)
+
+
+def bare(tokenizer: Tokenizer) -> None:
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
+
+
+def with_end(tokenizer: Tokenizer) -> None:
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (truncate, r"tokenizer.json: truncation {.*'max_length': 8.*} is not supported"),
+        (fill_up, r"tokenizer.json: padding {.*'length': 64.*} is not supported"),
+        (bare, r"must put '<s>' before a prompt and nothing else, it adds \[\]"),
+        (with_end, r"must put '<s>' before a prompt and nothing else, it adds \['<s>', '</s>'\]"),
+    ],
+)
+def test_a_tokenizer_that_changes_the_prompt_is_refused(
+    folder: Path, raw: Tokenizer, change: Callable[[Tokenizer], None], message: str
+) -> None:
+    change(raw)
+    raw.save(str(folder / "tokenizer.json"))
+    with pytest.raises(PolicyError, match=message):
+        PromptTokenizer(folder, PolicyConfig.load(folder))
 
 
 def test_a_missing_or_damaged_tokenizer_is_named(folder: Path) -> None:

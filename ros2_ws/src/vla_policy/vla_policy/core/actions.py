@@ -1,6 +1,6 @@
 """From what a policy decides to actions: OpenVLA's tokens and OpenVLA-OFT's chunks of normalised values.
 
-Tokens: 256 edges on [-1, 1], 255 bin centres. Both are un-normalised by percentiles.
+Tokens: 256 edges on [-1, 1], 255 bin centres. Both are un-normalised by what the statistics say -1 and 1 stand for.
 """
 
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ class ActionCodec:
     @property
     def dim(self) -> int:
         """Number of action tokens K: one per dimension."""
-        return len(self.stats.q01)
+        return self.stats.dim
 
     @property
     def first_token(self) -> int:
@@ -54,19 +54,19 @@ class ActionCodec:
         return self.centres[np.clip(self.token_vocab - np.asarray(tokens) - 1, 0, self.bins - 2)]
 
     def tokens_to_action(self, tokens: np.ndarray) -> np.ndarray:
-        """float64 [..., K]: 0.5 (x + 1)(q99 - q01) + q01 where the mask is set, x elsewhere."""
+        """float64 [..., K]: 0.5 (x + 1)(high - low) + low where the mask is set, x elsewhere."""
         values = self.tokens_to_normalised(tokens)
-        q01, q99 = np.asarray(self.stats.q01), np.asarray(self.stats.q99)
-        return np.where(self.stats.mask, 0.5 * (values + 1) * (q99 - q01) + q01, values)
+        low, high = np.asarray(self.stats.low), np.asarray(self.stats.high)
+        return np.where(self.stats.mask, 0.5 * (values + 1) * (high - low) + low, values)
 
     def action_to_tokens(self, action: np.ndarray) -> np.ndarray:
         """int64 [..., K]: the inverse of `tokens_to_action` up to a bin. Raises DataError unless finite."""
         action = np.asarray(action, np.float64)
         if action.shape[-1] != self.dim or not np.isfinite(action).all():
             raise DataError(f"action: expected {self.dim} finite values, got {action.tolist()}")
-        q01, q99 = np.asarray(self.stats.q01), np.asarray(self.stats.q99)
-        span = np.where(q99 > q01, q99 - q01, 1.0)
-        values = np.where(self.stats.mask, 2 * (action - q01) / span - 1, action)
+        low, high = np.asarray(self.stats.low), np.asarray(self.stats.high)
+        span = np.where(high > low, high - low, 1.0)
+        values = np.where(self.stats.mask, 2 * (action - low) / span - 1, action)
         return value_to_tokens(values, self.token_vocab, self.bins)
 
 
@@ -80,18 +80,18 @@ class ChunkCodec:
     @property
     def size(self) -> int:
         """H K: values of one decision."""
-        return self.chunk * len(self.stats.q01)
+        return self.chunk * self.stats.dim
 
     @cached_property
     def span(self) -> np.ndarray:
         """float64 [K]: what the normalised 2 is in the action's unit; 2 where values are used as they are."""
-        q01, q99 = np.asarray(self.stats.q01), np.asarray(self.stats.q99)
-        return np.where(self.stats.mask, q99 - q01 + SPAN_EPSILON, 2.0)
+        low, high = np.asarray(self.stats.low), np.asarray(self.stats.high)
+        return np.where(self.stats.mask, high - low + SPAN_EPSILON, 2.0)
 
     @cached_property
     def low(self) -> np.ndarray:
         """float64 [K]: what the normalised -1 is; -1 where values are used as they are."""
-        return np.where(self.stats.mask, self.stats.q01, -1.0)
+        return np.where(self.stats.mask, self.stats.low, -1.0)
 
     def to_actions(self, values: np.ndarray) -> np.ndarray:
         """float64 [H, K] of the H K normalised `values`."""

@@ -12,6 +12,9 @@ from typing import Any
 
 from vla_policy.core.errors import ArtefactError
 
+STATISTICS = "dataset_statistics.json"
+"""What OpenVLA's fine-tuning writes beside `config.json`: the statistics that count."""
+
 _CHUNK_BYTES = 1 << 22
 
 
@@ -43,7 +46,7 @@ def sha256_folder(folder: Path | str, patterns: Iterable[str] = ("*",)) -> str:
 
 def sha256_policy(folder: Path | str) -> str:
     """Hex sha256 that identifies a policy in plans and engines: its configuration, tokenizer and weights."""
-    return sha256_folder(folder, ("config.json", "tokenizer.json", "*.safetensors"))
+    return sha256_folder(folder, ("config.json", STATISTICS, "tokenizer.json", "*.safetensors"))
 
 
 @contextmanager

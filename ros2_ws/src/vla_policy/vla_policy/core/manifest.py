@@ -199,7 +199,7 @@ def _preprocessing(config: PolicyConfig) -> dict[str, Any]:
         "towers": [{"kind": tower.kind, "mean": tower.mean, "std": tower.std} for tower in config.towers],
         "prompt": "In: What action should the robot take to {instruction, lower case}?\\nOut:",
         "state_in_prompt": config.state_in_prompt,
-        "state_embedded": config.use_proprio,  # clip(2 (x - q01) / (q99 - q01 + 1e-8) - 1, -1, 1)
+        "state_embedded": config.use_proprio,  # clip(2 (x - low) / (high - low + 1e-8) - 1, -1, 1) where mask
     }
 
 
@@ -210,15 +210,16 @@ def _action_layout(config: PolicyConfig, key: str) -> dict[str, Any]:
             "bins": config.n_action_bins,
             "first_token": config.token_vocab - config.n_action_bins,
             "last_token": config.token_vocab - 1,
-            "un_normalise": "0.5 (x + 1)(q99 - q01) + q01 where mask, x elsewhere",
+            "un_normalise": "0.5 (x + 1)(high - low) + low where mask, x elsewhere",
         }
     else:
         form = {
             "chunk": config.chunk,
-            "un_normalise": f"0.5 (x + 1)(q99 - q01 + {SPAN_EPSILON:g}) + q01 where mask, x elsewhere",
+            "un_normalise": f"0.5 (x + 1)(high - low + {SPAN_EPSILON:g}) + low where mask, x elsewhere",
         }
     return form | {
-        "dimensions": len(stats.action.q01),
+        "dimensions": stats.action.dim,
+        "normalization": config.normalization,
         "steps_per_action": config.steps_per_action,
         "action": asdict(stats.action),
         "proprio": asdict(stats.proprio) if stats.proprio else None,

@@ -40,7 +40,7 @@ def check_contract(contract: Contract, config: PolicyConfig, unnorm_key: str | N
         raise ContractError(
             f"{contract.path}: the policy takes the states {', '.join(wanted)}; the contract gives {got}"
         )
-    dimensions = len(stats.action.q01)
+    dimensions = stats.action.dim
     if len(contract.action.dimensions) != dimensions:
         raise ContractError(
             f"{contract.path}: the policy's actions have {dimensions} values; "

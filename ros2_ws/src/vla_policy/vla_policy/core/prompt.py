@@ -11,10 +11,15 @@ from vla_policy.core.policy_config import PolicyConfig
 
 # Training ended the prompt with this token (29871 in Llama-2's vocabulary); without it the actions degrade.
 _EMPTY = "▁"
+_BOS = "<s>"
+_PROMPT = "In: What action should the robot take to {}?\nOut:"
 
 
 class PromptTokenizer:
-    """Turns an instruction, and the state if the policy takes one, into `input_ids`."""
+    """Turns an instruction, and the state if the policy takes one, into `input_ids`.
+
+    Raises ArtefactError for a file that is missing or damaged, PolicyError for a tokenizer that makes other tokens.
+    """
 
     def __init__(self, folder: Path | str, config: PolicyConfig, unnorm_key: str | None = None) -> None:
         path = Path(folder) / "tokenizer.json"
@@ -24,14 +29,10 @@ class PromptTokenizer:
             self._tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # tokenizers raises a bare Exception for a damaged file
             raise ArtefactError(f"{path}: not a tokenizer file ({error})") from error
-        empty = self._tokenizer.token_to_id(_EMPTY)
-        if empty is None:
-            raise PolicyError(f"{path}: the vocabulary has no {_EMPTY!r} token, with which OpenVLA prompts end")
-        self._empty_id = int(empty)
+        self._empty_id = _id(self._tokenizer, _EMPTY, path)
+        _check(self._tokenizer, path)
         self._config = config
-        self._proprio = config.stats(unnorm_key).proprio
-        if config.state_in_prompt and self._proprio is None:
-            raise PolicyError("config.json: state_in_prompt is set but norm_stats has no named proprio statistics")
+        self._proprio = config.stats(unnorm_key).proprio if config.state_in_prompt else None
 
     def encode(self, instruction: str, state: np.ndarray | None = None) -> np.ndarray:
         """int64 [L]: BOS, the sentence, the state's bin tokens, the empty token.
@@ -42,15 +43,34 @@ class PromptTokenizer:
         words = instruction.strip().lower()
         if not words:
             raise DataError("instruction is empty; a policy needs a task in words")
-        ids = self._tokenizer.encode(f"In: What action should the robot take to {words}?\nOut:").ids
+        ids = self._tokenizer.encode(_PROMPT.format(words)).ids
         ids = [*ids, *self._state_tokens(state)]
         if ids[-1] != self._empty_id:
             ids.append(self._empty_id)
         return np.asarray(ids, np.int64)
 
     def _state_tokens(self, state: np.ndarray | None) -> list[int]:
-        if not self._config.state_in_prompt or self._proprio is None:
+        if self._proprio is None:
             return []
-        q01, q99 = np.asarray(self._proprio.q01), np.asarray(self._proprio.q99)
-        values = 2 * (self._proprio.checked(state) - q01) / (q99 - q01) - 1
+        values = self._proprio.normalised(state, epsilon=0.0)
         return value_to_tokens(values, self._config.token_vocab, self._config.n_action_bins).tolist()
+
+
+def _id(tokenizer: Tokenizer, token: str, path: Path) -> int:
+    found = tokenizer.token_to_id(token)
+    if found is None:
+        raise PolicyError(f"{path}: the vocabulary has no {token!r} token, which OpenVLA's prompts have")
+    return found
+
+
+def _check(tokenizer: Tokenizer, path: Path) -> None:
+    """Raises PolicyError unless a prompt becomes BOS and its own tokens, every one of them and nothing else."""
+    for setting in ("truncation", "padding"):
+        if (value := getattr(tokenizer, setting)) is not None:
+            raise PolicyError(f"{path}: {setting} {value} is not supported, prompts are taken whole; set it to null")
+    ids, words = (tokenizer.encode(_PROMPT, add_special_tokens=special).ids for special in (True, False))
+    if ids != [_id(tokenizer, _BOS, path), *words]:
+        added = [tokenizer.id_to_token(token) for token in ids if token not in words]
+        raise PolicyError(
+            f"{path}: the post-processor must put {_BOS!r} before a prompt and nothing else, it adds {added}"
+        )

@@ -121,7 +121,9 @@ class Engine:
     def _inputs(self, observation: Observation) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         pixels = pixel_values(observation.images, self._config)[None]
         input_ids = self.tokenizer.encode(observation.instruction, observation.state)[None]
-        return pixels, input_ids, None if self._proprio is None else self._proprio.normalised(observation.state)[None]
+        if self._proprio is None:
+            return pixels, input_ids, None
+        return pixels, input_ids, self._proprio.normalised(observation.state).astype(np.float32)[None]
 
     def _choose(self, logits: np.ndarray) -> int:
         first = self.codec.first_token
