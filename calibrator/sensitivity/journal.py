@@ -1,6 +1,6 @@
 """Finished layers on disk: a killed sweep continues where it was, and never with other inputs.
 
-The folder holds `signature.json`, `reference.safetensors` and one file per finished task (a layer in some choices on
+The folder holds `signature.json`, `reference.safetensors` and one file per finished task (a layer at some widths on
 some states), each written whole under a temporary name and renamed; a file that exists is complete.
 """
 
@@ -18,10 +18,8 @@ from calibrator.sensitivity.sweep import UnitLosses
 from calibrator.tensors import save_tensors
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.files import atomic_path, read_json, write_json
-from vla_policy.core.formats import Choice
 
 _KIND = "sweep-journal"
-SCHEMA_VERSION = 2
 _SIGNATURE, _REFERENCE, _UNITS = "signature.json", "reference.safetensors", "units"
 _ARRAYS = ("mass", "attribution", "action_error", "likelihood")
 
@@ -56,7 +54,7 @@ class Journal:
         self.signature = signature
         path = folder / _SIGNATURE
         if path.is_file():
-            changed = difference(read_json(path, _KIND, SCHEMA_VERSION, "discard it with --no-resume")["signature"], signature)
+            changed = difference(read_json(path, _KIND)["signature"], signature)
             if changed:
                 raise ArtefactError(
                     f"{folder}: holds an unfinished sweep of other inputs ({changed}); "
@@ -64,20 +62,20 @@ class Journal:
                 )
         else:
             (folder / _UNITS).mkdir(parents=True, exist_ok=True)
-            write_json(path, {"schema_version": SCHEMA_VERSION, "kind": _KIND, "signature": signature})
+            write_json(path, {"schema_version": 1, "kind": _KIND, "signature": signature})
 
-    def lacks(self, unit: str, choices: tuple[Choice, ...], samples: tuple[int, ...]) -> bool:
-        """Whether there is no record of `unit` in these choices on these states."""
-        return not self._path(unit, choices, samples).is_file()
+    def lacks(self, unit: str, bits: tuple[int, ...], samples: tuple[int, ...]) -> bool:
+        """Whether there is no record of `unit` at these widths on these states."""
+        return not self._path(unit, bits, samples).is_file()
 
     def write(self, losses: UnitLosses) -> None:
         tensors = {name: getattr(losses, name) for name in _ARRAYS}
-        with atomic_path(self._path(losses.unit, losses.choices, losses.samples)) as temporary:
+        with atomic_path(self._path(losses.unit, losses.bits, losses.samples)) as temporary:
             save_tensors(temporary, tensors)
 
-    def read(self, unit: str, choices: tuple[Choice, ...], samples: tuple[int, ...]) -> UnitLosses:
+    def read(self, unit: str, bits: tuple[int, ...], samples: tuple[int, ...]) -> UnitLosses:
         """A record. Raises ArtefactError when it is damaged."""
-        return UnitLosses(unit, choices, samples, **_load(self._path(unit, choices, samples)))
+        return UnitLosses(unit, bits, samples, **_load(self._path(unit, bits, samples)))
 
     def write_reference(self, ref: Reference) -> None:
         with atomic_path(self.folder / _REFERENCE) as temporary:
@@ -98,9 +96,9 @@ class Journal:
         """Removes a journal, if there is one."""
         shutil.rmtree(folder, ignore_errors=True)
 
-    def _path(self, unit: str, choices: tuple[Choice, ...], samples: tuple[int, ...]) -> Path:
-        which = f"{' '.join(map(str, choices))} {samples}"
-        return self.folder / _UNITS / f"{unit}@{hashlib.sha256(which.encode()).hexdigest()[:16]}.safetensors"
+    def _path(self, unit: str, bits: tuple[int, ...], samples: tuple[int, ...]) -> Path:
+        digest = hashlib.sha256(repr(samples).encode()).hexdigest()[:16]
+        return self.folder / _UNITS / f"{unit}@{'-'.join(map(str, bits))}@{digest}.safetensors"
 
 
 def _load(path: Path) -> dict[str, np.ndarray]:

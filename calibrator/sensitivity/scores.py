@@ -5,7 +5,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from vla_policy.core.errors import DataError
-from vla_policy.core.formats import Choice
 
 
 @dataclass(frozen=True)
@@ -56,18 +55,14 @@ def temporal_score(losses: np.ndarray, phases: np.ndarray) -> np.ndarray:
 
 
 def check_finite(
-    losses: np.ndarray,
-    unit: str,
-    choices: tuple[Choice, ...],
-    samples: tuple[int, ...],
-    boundaries: tuple[str, ...],
+    losses: np.ndarray, unit: str, bits: tuple[int, ...], samples: tuple[int, ...], boundaries: tuple[str, ...]
 ) -> None:
-    """Raises DataError naming unit, choice, sample and boundary of the first of `losses` [choices, N, boundaries]."""
+    """Raises DataError naming unit, bits, sample and boundary of the first of `losses` [bits, N, boundaries]."""
     bad = np.argwhere(~np.isfinite(losses))
     if len(bad):
-        row, sample, boundary = bad[0]
+        width, sample, boundary = bad[0]
         raise DataError(
-            f"{unit} in {choices[row]}: evidence of sample {samples[sample]} at boundary "
+            f"{unit} at {bits[width]} bits: evidence of sample {samples[sample]} at boundary "
             f"{boundaries[boundary]!r} is not finite ({len(bad)} such values); if the policy overflows, "
             f"use --dtype float32"
         )
