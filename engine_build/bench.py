@@ -20,7 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from vla_policy.core.bench import Bench, EngineFigures, Quantiles
-from vla_policy.core.errors import ArtefactError
+from vla_policy.core.errors import ArtefactError, EngineError, VlaError
 from vla_policy.core.files import sha256_file
 from vla_policy.core.manifest import MANIFEST, Manifest
 from vla_policy.core.observation import Observation
@@ -32,7 +32,7 @@ _INSTRUCTION = "pick up the object and place it in the basket"
 
 
 def bench(engine: Path, reference: Path, repeats: int, threads: int, warm_up: int = 2) -> Bench:
-    """Measures `engine` beside `reference`, `repeats` decisions each. Raises ArtefactError if either is unusable."""
+    """Measures `engine` beside `reference`, `repeats` decisions each. Raises VlaError if either is unusable."""
     ours, theirs = Manifest.load(engine), Manifest.load(reference)
     if ours.parents["policy"] != theirs.parents["policy"]:
         raise ArtefactError(f"{reference}: built from another policy than {engine}; compare engines of one policy")
@@ -157,25 +157,25 @@ class _Worker:
             answer = self._pipe.recv()
         except EOFError as error:
             raise ArtefactError("the process that ran the engine died; is there enough memory?") from error
-        if isinstance(answer, ArtefactError):
+        if isinstance(answer, VlaError):
             raise answer
         return answer
 
 
 def _serve(pipe: Connection, folder: Path, threads: int) -> None:
-    """Answers each observation with its timings, and None with the peak memory."""
+    """Answers each observation with its timings, and None with the peak memory; an error ends it."""
     idle_bytes = peak_bytes()
     started = time.perf_counter()
-    manifest = Manifest.load(folder)
     try:
+        manifest = Manifest.load(folder)
         engine = load_engine(folder, next(iter(manifest.config.norm_stats)), threads)
-    except ArtefactError as error:
-        pipe.send(error)
-        return
-    pipe.send((time.perf_counter() - started, idle_bytes))
-    while True:
-        try:
+        pipe.send((time.perf_counter() - started, idle_bytes))
+        while True:
             observation = pipe.recv()
-        except EOFError:
-            return
-        pipe.send(peak_bytes() if observation is None else engine.decide(observation)[1])
+            pipe.send(peak_bytes() if observation is None else engine.decide(observation)[1])
+    except EngineError as error:
+        pipe.send(EngineError(f"{folder}: {error}"))
+    except VlaError as error:
+        pipe.send(error)
+    except EOFError:
+        return

@@ -12,6 +12,7 @@ import torch
 from calibrator.families.loading import empty_policy, open_weights, tensor_files
 from calibrator.families.units import live_units
 from calibrator.quantizers.quantization import QuantizedWeight, quantize_weight
+from vla_policy.core.errors import PolicyError
 from vla_policy.core.formats import FULL_PRECISION, Format
 from vla_policy.core.policy_config import PolicyConfig
 from vla_policy.core.targets import LayerKind
@@ -107,12 +108,15 @@ class LayerWeights:
 
 
 def layer_weights(tensors: Tensors, layer: Layer, fmt: Format, input_peak: float | None = None) -> LayerWeights:
-    """Reads one layer and quantizes it as the calibrator does."""
+    """Reads one layer and quantizes it as the calibrator does; raises PolicyError naming a layer that cannot be."""
     weight = tensors.tensor(f"{layer.name}.weight")
     bias = as_float32(tensors.tensor(f"{layer.name}.bias")) if layer.bias else None
     if fmt.weight_bits == FULL_PRECISION.weight_bits:
         return LayerWeights(layer, fmt, None, weight.flatten(1), bias)
-    return LayerWeights(layer, fmt, _quantized(weight, fmt), None, bias, input_peak)
+    try:
+        return LayerWeights(layer, fmt, _quantized(weight, fmt), None, bias, input_peak)
+    except PolicyError as error:
+        raise PolicyError(f"{layer.name}: {error}") from error
 
 
 def _quantized(weight: torch.Tensor, fmt: Format) -> QuantizedWeight:

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
@@ -24,7 +24,8 @@ class Episode:
     """One closed-loop episode.
 
     initial_state: sha256 that names the simulator's initial state, so that paired runs can prove they share it.
-    decisions: policy calls until success or the limit. latency_ms: mean wall time of one call.
+    decisions: policy calls until success or the limit. latency_ms: mean wall time of one call. engine_error: why the
+    policy could not decide any further, which ends the episode as a failure; empty where it always did.
     """
 
     task: str
@@ -33,6 +34,7 @@ class Episode:
     decisions: int
     latency_ms: float
     initial_state: str
+    engine_error: str = ""
 
     @property
     def key(self) -> tuple[str, int]:
@@ -138,7 +140,8 @@ class RolloutResult:
         content = read_json(path, KIND, _SCHEMA_VERSION)
         names = {field.name for field in fields(Episode)}
         try:
-            episodes = tuple(Episode(**{name: entry[name] for name in names}) for entry in content["episodes"])
+            entries = [{name: entry[name] for name in names & entry.keys()} for entry in content["episodes"]]
+            episodes = tuple(Episode(**entry) for entry in entries)
             return RolloutResult(content["settings"], episodes)
         except (KeyError, TypeError) as error:
             raise ArtefactError(f"{path}: rollout result lacks {error}; make it again") from error
@@ -153,12 +156,13 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _rate(episodes: Iterable[Episode]) -> dict[str, Any]:
+def _rate(episodes: Sequence[Episode]) -> dict[str, Any]:
     outcomes = [episode.success for episode in episodes]
     interval = wilson_interval(sum(outcomes), len(outcomes))
     return {
         "successes": sum(outcomes),
         "trials": len(outcomes),
+        "engine_errors": sum(bool(episode.engine_error) for episode in episodes),
         "rate": round(sum(outcomes) / len(outcomes), 4),
         "wilson95": [round(interval.low, 4), round(interval.high, 4)],
     }
@@ -170,7 +174,9 @@ def describe_result(result: RolloutResult) -> str:
     return "\n".join([*lines, _line("all", result.episodes), f"mean decision latency {result.latency_ms:.1f} ms"])
 
 
-def _line(name: str, episodes: Iterable[Episode]) -> str:
+def _line(name: str, episodes: Sequence[Episode]) -> str:
     rate = _rate(episodes)
     low, high = rate["wilson95"]
-    return f"{name}: {rate['successes']}/{rate['trials']} (95 % interval {100 * low:.1f} to {100 * high:.1f} %)"
+    line = f"{name}: {rate['successes']}/{rate['trials']} (95 % interval {100 * low:.1f} to {100 * high:.1f} %)"
+    failed = [episode.engine_error for episode in episodes if episode.engine_error]
+    return f"{line}, {len(failed)} ended by an engine error, first: {failed[0]}" if failed else line

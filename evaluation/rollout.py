@@ -21,7 +21,7 @@ from evaluation.benchmarks.base import BenchmarkEnv
 from evaluation.benchmarks.registry import make_env
 from evaluation.results import Episode, Journal, RolloutResult, Settings
 from evaluation.video import write_video
-from vla_policy.core.errors import DataError, VlaError
+from vla_policy.core.errors import DataError, EngineError, VlaError
 from vla_policy.core.observation import Actor, Observation
 from vla_policy.core.policy_config import PolicyConfig
 
@@ -99,17 +99,24 @@ def spoken_instruction(env: BenchmarkEnv, task: str, trial: int, control: Contro
 
 
 def run_episode(env: BenchmarkEnv, actor: Actor, rollout: Rollout, job: Job) -> tuple[Episode, list[np.ndarray]]:
-    """Plays one episode; also returns the frames that the policy saw, one per decision."""
+    """Plays one episode; also returns the frames that the policy saw, one per decision.
+
+    An engine that cannot decide fails the episode, as it would stop the robot.
+    """
     seen = env.reset(job.task, job.trial, rollout.seed)
     initial_state = env.initial_state()
     instruction = spoken_instruction(env, job.task, job.trial, rollout.control)
     frames: list[np.ndarray] = []
-    spent_ns = 0
+    spent_ns, success, engine_error = 0, False, ""
     while True:
         images = [np.full_like(image, 128) for image in seen.images] if rollout.control == "blind" else seen.images
         frames.append(images[0])
         started_ns = time.perf_counter_ns()
-        decision = actor.act(Observation(images[0], instruction, seen.state, tuple(images[1:])))
+        try:
+            decision = actor.act(Observation(images[0], instruction, seen.state, tuple(images[1:])))
+        except EngineError as error:
+            engine_error = str(error)
+            break
         spent_ns += time.perf_counter_ns() - started_ns
         # A chunk is carried out to its end before the next look, as OpenVLA-OFT is evaluated.
         for action in np.atleast_2d(decision.action):
@@ -117,10 +124,11 @@ def run_episode(env: BenchmarkEnv, actor: Actor, rollout: Rollout, job: Job) -> 
             if result.done:
                 break
         if result.done:
+            success = result.success
             break
         seen = result.observation
     latency_ms = round(spent_ns / 1e6 / len(frames), 3)
-    return Episode(job.task, job.trial, result.success, len(frames), latency_ms, initial_state), frames
+    return Episode(job.task, job.trial, success, len(frames), latency_ms, initial_state, engine_error), frames
 
 
 class Worker:

@@ -94,6 +94,8 @@ class FakeActor:
         self._recipe.maybe_kill(self._acts)
         number = int(observation.image[0, 0, 0])
         answer = np.array([float(_ANSWERS[observation.instruction](number))])
+        if number >= self._recipe.too_large:
+            answer[0] = np.inf
         if self._recipe.chunk > 1:  # the right answer comes last
             answer = np.stack([*np.zeros((self._recipe.chunk - 1, 1)), answer])
         return Decision(np.zeros(1, np.int64), answer)
@@ -103,7 +105,7 @@ class FakeActor:
 class FakeRecipe:
     """chunk: actions per decision. victim: who is hit at the `fatal_act`-th decision, once (`fired` records it).
 
-    "self" and "parent" get SIGKILL; "interrupt" is a Ctrl-C for the parent.
+    "self" and "parent" get SIGKILL; "interrupt" is a Ctrl-C for the parent. too_large: numbers from here on overflow.
     """
 
     name: str = "fake"
@@ -111,6 +113,7 @@ class FakeRecipe:
     fatal_act: int = 0
     fired: Path | None = None
     chunk: int = 1
+    too_large: int = 100
 
     def settings(self) -> dict[str, Any]:
         return {"kind": "fake", "name": self.name}

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from calibrator.families import OpenVLA, OpenVLAOFT, save_policy
 from demo.tokenizer import save_tokenizer
@@ -63,4 +64,14 @@ def tiny_policy_folder(folder: Path, seed: int = 0, images: int = 1, chunk: int 
                 parameter.normal_(std=fan_in**-0.5)
     save_policy(policy, folder, tokenizer)
     tokenizer.unlink()
+    return folder
+
+
+def overflowing_policy_folder(folder: Path) -> Path:
+    """A tiny OpenVLA-OFT policy of finite weights whose arithmetic overflows where x + 20 gripper_width > 1.34."""
+    path = tiny_policy_folder(folder, chunk=4) / "model.safetensors"
+    tensors = load_file(path)
+    tensors["proprio_projector.fc1.weight"][0] = 1e37
+    tensors["proprio_projector.fc2.weight"][:, 0] = 100.0
+    save_file(tensors, path, metadata={"format": "pt"})
     return folder

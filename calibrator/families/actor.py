@@ -9,6 +9,7 @@ import torch
 from calibrator.families.decisions import Decisions, decisions_of
 from calibrator.families.loading import load_policy
 from calibrator.families.model import Inputs, OpenVLA
+from vla_policy.core.actions import finite
 from vla_policy.core.image import pixel_values
 from vla_policy.core.observation import Decision, Observation
 from vla_policy.core.policy_config import PolicyConfig
@@ -44,7 +45,7 @@ class TorchActor:
     @torch.no_grad()
     def scores(self, observation: Observation, tokens: np.ndarray) -> np.ndarray:
         """float32 [K, bins]: the action tokens' logits along `tokens` [K]; of a policy without tokens its normalised
-        actions [H, K]."""
+        actions [H, K]. Raises EngineError unless they are finite."""
         inputs = self._inputs(observation)
         if self.config.chunk is not None:
             decided = self.policy.decide(inputs, self.decisions.size)
@@ -52,7 +53,8 @@ class TorchActor:
         wanted = torch.from_numpy(tokens)[None].to(inputs.input_ids.device)
         logits = self.policy.action_logits(inputs.pixel_values, inputs.input_ids, wanted)[0]
         first = self.config.token_vocab - self.config.n_action_bins
-        return logits[:, first : self.config.token_vocab].cpu().numpy()
+        scores = logits[:, first : self.config.token_vocab].cpu().numpy()
+        return finite(scores, "torch policy: logits of the action tokens")
 
     def _inputs(self, observation: Observation) -> Inputs:
         ids = self.tokenizer.encode(observation.instruction, observation.state)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from calibrator.families.vision import Projector, VisionBackbone
+from vla_policy.core.actions import finite
 from vla_policy.core.policy_config import PolicyConfig, TextSpec
 
 
@@ -86,7 +87,7 @@ class OpenVLA(nn.Module):
         return self.language_model.lm_head(states).float()
 
     def decide(self, inputs: Inputs, size: int) -> Tensor:
-        """The greedy decision: action tokens, int64 [B, size]."""
+        """The greedy decision: action tokens, int64 [B, size]. Raises EngineError where the output is not finite."""
         return self.generate(inputs.pixel_values, inputs.input_ids, size)
 
     @torch.no_grad()
@@ -94,14 +95,17 @@ class OpenVLA(nn.Module):
         """Greedy ids [B, count] among the action tokens, with a key/value cache.
 
         Restricting the choice to the action tokens changes nothing for a trained policy and keeps a damaged one from
-        producing words.
+        producing words. Raises EngineError unless all their logits are finite.
         """
         first = self.config.token_vocab - self.config.n_action_bins
         cache = DynamicCache(config=self.language_model.config)
         embeddings = self.embed(input_ids, self.patches(pixel_values))
         chosen: list[Tensor] = []
+        scores: list[Tensor] = []
         for _ in range(count):
             logits = self.language_model.lm_head(self.hidden(embeddings, cache)[:, -1])
-            chosen.append(first + logits[:, first : self.config.token_vocab].argmax(-1))
+            scores.append(logits[:, first : self.config.token_vocab])
+            chosen.append(first + scores[-1].argmax(-1))
             embeddings = self.language_model.model.embed_tokens(chosen[-1])[:, None]
+        finite(torch.stack(scores).float().cpu().numpy(), "torch policy: logits of the action tokens")
         return torch.stack(chosen, dim=1)

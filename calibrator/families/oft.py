@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from calibrator.families.model import Inputs, OpenVLA
 from calibrator.families.vision import Mlp
+from vla_policy.core.actions import finite
 from vla_policy.core.policy_config import PolicyConfig
 
 EOS = 2
@@ -104,7 +105,9 @@ class OpenVLAOFT(OpenVLA):
 
     @torch.no_grad()
     def decide(self, inputs: Inputs, size: int) -> Tensor:
-        """Normalised actions, float32 [B, size]."""
+        """Normalised actions, float32 [B, size]. Raises EngineError unless they are finite."""
         empty = inputs.input_ids.new_zeros(len(inputs.input_ids), size)
         embeddings = self.sequence(inputs, self.patches(inputs.pixel_values), empty)
-        return self.readout(self.predicting(self.hidden(embeddings), empty))
+        decided = self.readout(self.predicting(self.hidden(embeddings), empty))
+        finite(decided.cpu().numpy(), "torch policy: normalised actions")
+        return decided

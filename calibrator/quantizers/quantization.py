@@ -62,6 +62,11 @@ class QuantizedWeight:
     format: Format
     shape: tuple[int, ...]
 
+    @property
+    def peak(self) -> float:
+        """Bound of the magnitudes that `dequantize` gives."""
+        return float(self.scales.max()) * levels(self.format.weight_bits).top
+
     def dequantize(self) -> Tensor:
         """codes * scales as float32, in the weight's own shape."""
         inputs = self.codes.shape[1]
@@ -78,7 +83,8 @@ def groups_per_row(inputs: int, fmt: Format) -> int:
 def quantize_weight(weight: Tensor, fmt: Format) -> QuantizedWeight:
     """Round-to-nearest codes and scales of `weight` [out, ...]; see the module's rule.
 
-    A group of zeros gets scale 1. Raises PolicyError for an unsupported bit-width or a weight that is not finite.
+    A group of zeros gets scale 1. Raises PolicyError for an unsupported bit-width, a weight that is not finite, and one
+    that is too large for a scale in float16.
     """
     limits = levels(fmt.weight_bits)
     rows = weight.detach().float().flatten(1)
@@ -91,7 +97,12 @@ def quantize_weight(weight: Tensor, fmt: Format) -> QuantizedWeight:
     grouped = functional.pad(rows, (0, groups * size - inputs)).view(outputs, groups, size)
     peak = grouped.abs().amax(-1)
     half = torch.finfo(torch.float16)
-    steps = (peak / limits.top).clamp(half.smallest_normal, half.max).half().float()
+    steps = (peak / limits.top).clamp_min(half.smallest_normal).half().float()
+    if not bool(steps.isfinite().all()):
+        raise PolicyError(
+            f"weight of shape {list(weight.shape)} holds {float(peak.max()):.3g}; scales are float16, so {fmt} holds "
+            f"at most {half.max * limits.top:.3g}: keep the layer at 16 bits, or check the checkpoint"
+        )
     scales = torch.where(peak > 0, steps, torch.ones_like(peak))
     codes = (grouped / scales[..., None]).round_().clamp_(limits.low, limits.high).to(torch.int8)
     return QuantizedWeight(codes.view(outputs, -1)[:, :inputs].contiguous(), scales, fmt, tuple(weight.shape))
@@ -139,6 +150,14 @@ def find_layer(policy: nn.Module, unit: str) -> nn.Linear | nn.Conv2d:
     return module
 
 
+def _rounded(unit: str, weight: Tensor, fmt: Format) -> Tensor:
+    """The weight of the layer `unit` as its codes stand for it, in its own dtype. Raises PolicyError naming `unit`."""
+    try:
+        return quantize_weight(weight, fmt).dequantize().to(weight.dtype)
+    except PolicyError as error:
+        raise PolicyError(f"{unit}: {error}") from error
+
+
 def _round_input(module: nn.Module, bits: int) -> torch.utils.hooks.RemovableHandle:
     return module.register_forward_pre_hook(lambda layer, args: (quantize_input(layer, args[0], bits), *args[1:]))
 
@@ -154,7 +173,7 @@ def quantized(policy: nn.Module, unit: str, fmt: Format) -> Iterator[None]:
     handle = None
     try:
         if fmt.weight_bits < 16:
-            module.weight.data = quantize_weight(original, fmt).dequantize().to(original.dtype)
+            module.weight.data = _rounded(unit, original, fmt)
         if fmt.activation_bits < 16:
             handle = _round_input(module, fmt.activation_bits)
         yield
@@ -178,7 +197,6 @@ def quantize_policy(policy: nn.Module, assignment: Mapping[str, Format]) -> None
     for unit, fmt in assignment.items():
         module = find_layer(policy, unit)
         if fmt.weight_bits < 16:
-            weight = module.weight.data
-            module.weight.data = quantize_weight(weight, fmt).dequantize().to(weight.dtype)
+            module.weight.data = _rounded(unit, module.weight.data, fmt)
         if fmt.activation_bits < 16:
             _round_input(module, fmt.activation_bits)

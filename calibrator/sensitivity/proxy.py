@@ -25,6 +25,7 @@ from calibrator.quantizers.quantization import find_layer, quantize_input, quant
 from calibrator.sensitivity.evidence import BOUNDARIES, evidence_map
 from calibrator.sensitivity.passes import run_from_vision, tokens_per_decision
 from calibrator.sensitivity.sweep import Sweep
+from vla_policy.core.errors import DataError
 from vla_policy.core.formats import Format
 
 _KEPT_BYTES = 2 << 30
@@ -43,7 +44,10 @@ class FirstOrder:
 
 
 def first_order(sweep: Sweep, units: Sequence[str], evidence: bool) -> list[FirstOrder]:
-    """Estimates for `units` on every state of the sweep; those of the evidence only if asked for."""
+    """Estimates for `units` on every state of the sweep; those of the evidence only if asked for.
+
+    Raises DataError naming the first layer with an estimate that is not finite.
+    """
     count, bits = len(sweep.states), sweep.settings.bits
     found = {
         unit: FirstOrder(
@@ -59,6 +63,12 @@ def first_order(sweep: Sweep, units: Sequence[str], evidence: bool) -> list[Firs
                     action, mass = layer.estimate(sweep.settings.format_of(width))
                     found[unit].action[row, columns] = action.double().cpu()
                     found[unit].mass[row, columns] = mass.double().cpu()
+    for unit, estimate in found.items():
+        if not (np.isfinite(estimate.action).all() and np.isfinite(estimate.mass).all()):
+            raise DataError(
+                f"{unit}: its first-order estimate is not finite; if the policy overflows, use --dtype float32, else "
+                "check the checkpoint"
+            )
     return list(found.values())
 
 

@@ -19,6 +19,19 @@ _LINE = 64
 _MICROSOFT = "com.microsoft"
 
 _NUMPY: dict[int, Any] = {TensorProto.FLOAT: np.float32, TensorProto.FLOAT16: np.float16}
+_FLOATS = (*_NUMPY, TensorProto.BFLOAT16)
+
+
+def _refuse_not_finite(name: str, data_type: int, content: bytes) -> None:
+    """Every number that an engine holds passes here."""
+    if data_type not in _FLOATS:
+        return
+    dtype = np.dtype(helper.tensor_dtype_to_np_dtype(data_type))
+    if not np.isfinite(np.frombuffer(content, dtype)).all():
+        raise ArtefactError(
+            f"{name}: holds numbers that are not finite in {dtype}; the checkpoint is damaged, or its numbers are too "
+            "large for an engine"
+        )
 
 
 class GraphBuilder:
@@ -80,12 +93,14 @@ class GraphBuilder:
         return name
 
     def constant(self, values: Any, dtype: Any) -> str:
-        """A small tensor inside the graph file; equal ones are stored once."""
+        """A small tensor inside the graph file; equal ones are stored once. Raises as `raw`."""
         array = np.asarray(values, dtype)
         key = (array.dtype.str, array.shape, array.tobytes())
         if key not in self._constants:
             name = f"constant_{len(self._constants)}"
-            self._tensors.append(numpy_helper.from_array(array, name))
+            tensor = numpy_helper.from_array(array, name)
+            _refuse_not_finite(name, tensor.data_type, tensor.raw_data)
+            self._tensors.append(tensor)
             self._constants[key] = name
         return self._constants[key]
 
@@ -97,17 +112,18 @@ class GraphBuilder:
         """One number of the activations' type."""
         return self.constant(value, self.float_dtype)
 
-    def tensor(self, name: str, array: np.ndarray) -> str:
-        """A tensor of a type that NumPy and ONNX share. Raises ArtefactError for floats that are not finite."""
-        if array.dtype.kind == "f" and not np.isfinite(array).all():
-            raise ArtefactError(
-                f"{name}: holds numbers that are not finite in {array.dtype}; the checkpoint is damaged, or its "
-                "numbers are too large"
-            )
+    def tensor(self, name: str, array: np.ndarray, dtype: Any = None) -> str:
+        """A tensor of a type that NumPy and ONNX share, converted to `dtype` if one is given. Raises as `raw`."""
+        with np.errstate(over="ignore"):  # `raw` refuses what does not fit
+            array = array if dtype is None else array.astype(dtype)
         return self.raw(name, helper.np_dtype_to_tensor_dtype(array.dtype), array.shape, array.tobytes())
 
     def raw(self, name: str, data_type: int, shape: Sequence[int], content: bytes) -> str:
-        """A tensor of any ONNX type from its bytes; long ones go to the data file."""
+        """A tensor of any ONNX type from its bytes; long ones go to the data file.
+
+        Raises ArtefactError for floats that are not finite, whatever their width.
+        """
+        _refuse_not_finite(name, data_type, content)
         tensor = TensorProto(name=name, data_type=data_type, dims=list(shape))
         if len(content) < _INLINE_BYTES:
             tensor.raw_data = content

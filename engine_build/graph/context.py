@@ -7,6 +7,7 @@ import numpy as np
 
 from engine_build.graph.builder import GraphBuilder
 from engine_build.weights import Layer, LayerWeights, Tensors, as_float32, layer_weights
+from vla_policy.core.errors import ArtefactError
 from vla_policy.core.formats import Format
 
 LinearWriter = Callable[[GraphBuilder, str, LayerWeights], str]
@@ -32,9 +33,18 @@ class GraphContext:
     io_dtype = np.dtype(np.float32)
 
     def linear(self, x: str, name: str) -> str:
-        """The layer called `name`, in its planned format, applied to `x` [1, tokens, in]."""
+        """The layer called `name`, in its planned format, applied to `x` [1, tokens, in].
+
+        Raises ArtefactError or PolicyError for weights that this format cannot hold.
+        """
         layer = self.layers[name]
         weights = layer_weights(self.tensors, layer, self.assignment[name], self.input_peaks.get(name))
+        most = float(np.finfo(self.builder.float_dtype).max)
+        if weights.quantized is not None and weights.quantized.peak > most:
+            raise ArtefactError(
+                f"{name}: its weights reach {weights.quantized.peak:.3g}, not finite in the activations' "
+                f"{np.dtype(self.builder.float_dtype)} (at most {most:.3g}); check the checkpoint"
+            )
         result = self.write_linear(self.builder, x, weights)
         self.on_layer(layer)
         return result
@@ -47,4 +57,4 @@ class GraphContext:
     def parameter(self, name: str, dtype: type | None = None) -> str:
         """A small tensor of the checkpoint (norm, position, bias), in the activations' type unless `dtype` is given."""
         values = as_float32(self.tensors.tensor(name))
-        return self.builder.tensor(name, values.astype(dtype or self.builder.float_dtype))
+        return self.builder.tensor(name, values, dtype or self.builder.float_dtype)

@@ -30,9 +30,7 @@ def linear(builder: GraphBuilder, x: str, weights: LayerWeights) -> str:
     name, bits = weights.layer.name, weights.format.weight_bits
     if bits == 16:
         assert weights.rows is not None
-        with np.errstate(over="ignore"):  # the builder refuses what does not fit
-            rows = np.ascontiguousarray(weights.rows.float().numpy().T.astype(np.float16))
-        kernel = builder.tensor(f"{name}.weight", rows)
+        kernel = builder.tensor(f"{name}.weight", weights.rows.float().numpy().T, np.float16)
     else:
         group = weights.format.group_size or weights.layer.inputs
         group += group % 2 if bits == 2 else 0  # codes are paired
@@ -47,7 +45,7 @@ def with_bias(builder: GraphBuilder, result: str, weights: LayerWeights) -> str:
     """`result` plus the layer's bias, if it has one."""
     if weights.bias is None:
         return result
-    return builder.add(result, builder.tensor(f"{weights.layer.name}.bias", weights.bias.astype(np.float16)))
+    return builder.add(result, builder.tensor(f"{weights.layer.name}.bias", weights.bias, np.float16))
 
 
 def _rounded(builder: GraphBuilder, x: str, weights: LayerWeights) -> str:

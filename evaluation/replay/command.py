@@ -140,6 +140,7 @@ def _summary(answers: Answers) -> dict[str, Any]:
         "frames": len(answers.stamp_ns),
         "episodes": int(answers.episode.max()) + 1,
         "drops": answers.drops,
+        "first_drops": answers.particulars,
         "decisions_sha256": answers.sha256,
         "latency_ms": answers.latency_ms.tolist(),
     }
@@ -187,6 +188,8 @@ def _print(
     candidate: Answers, reference: Answers | None, comparison: Comparison | None, checks: list[Check], out: Path
 ) -> None:
     print(f"{candidate.name}: {len(candidate.stamp_ns)} frames answered, drops {candidate.drops or 'none'}")
+    for reason, detail in candidate.particulars.items():
+        print(f"first {reason}: {detail}")
     if comparison is not None and reference is not None:
         share = comparison.token_agreement
         tokens = "" if share is None else f", {100 * share:.2f} % of the tokens agree"

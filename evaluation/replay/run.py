@@ -1,10 +1,9 @@
 """A bag through an actor, in process: every frame exactly once, by the code that the robot runs."""
 
 import hashlib
-import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +11,12 @@ from tqdm import tqdm
 
 from vla_policy.core.bag import read_frames, summarise
 from vla_policy.core.contract import Contract
-from vla_policy.core.errors import ContractError, DataError
+from vla_policy.core.errors import ContractError
 from vla_policy.core.observation import Actor
-from vla_policy.core.observe import check_contract, observe
+from vla_policy.core.observe import check_contract
 from vla_policy.core.served import ServedAction, read_served
 from vla_policy.core.synchroniser import Dropped, DropReason, Frame
+from vla_policy.core.worker import Refusal, decide
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class Answers:
     """What one actor answered. Arrays have one row per frame, in the bag's order.
 
     stamp_ns, episode, step: int64 [N]. tokens: int64 [N, H K]. actions: float64 [N, H K], un-normalised, the policy's
-    units; H is 1 unless the policy decides chunks. latency_ms: float64 [N]. drops: messages and frames that could not
-    be used, by reason.
+    units; H is 1 unless the policy decides chunks. latency_ms: float64 [N], the actor's own. drops: messages and frames
+    without an answer, by reason; particulars: of the first one for each reason.
     """
 
     name: str
@@ -37,6 +37,7 @@ class Answers:
     actions: np.ndarray
     latency_ms: np.ndarray
     drops: dict[str, int]
+    particulars: dict[str, str] = field(default_factory=dict)
 
     @property
     def sha256(self) -> str:
@@ -54,23 +55,37 @@ class Answers:
         return self.step / np.maximum(last[self.episode], 1)
 
 
+class _Drops:
+    """What has no answer, by reason: how often, and the first one's particulars."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.first: dict[str, str] = {}
+
+    def add(self, reason: DropReason, detail: str) -> None:
+        self.counts[reason.value] += 1
+        self.first.setdefault(reason.value, detail)
+
+    def __str__(self) -> str:
+        return "; ".join(f"{reason} {count}: {self.first[reason]}" for reason, count in self.counts.items())
+
+
 def answer(bag: Path, contract: Contract, actor: Actor, name: str, namespace: str = "") -> Answers:
     """Runs the whole bag. Raises ContractError when bag, contract and actor do not fit, or nothing can be served."""
     check_contract(contract, actor.config)
-    drops: Counter[str] = Counter()
+    drops = _Drops()
     rows: list[tuple[Frame, np.ndarray, np.ndarray, float]] = []
     total = summarise(bag, contract, namespace).messages[contract.primary.topic]
     frames_read = _served_frames(bag, contract, namespace, drops)
     for frame in tqdm(frames_read, total=total, desc=f"replay {name}", unit="frame"):
-        begun = time.perf_counter()
-        try:
-            decision = actor.act(observe(frame, contract))
-        except DataError:
-            drops[DropReason.UNDECODABLE.value] += 1
+        outcome = decide(actor, contract, frame)
+        if isinstance(outcome, Refusal):
+            drops.add(outcome.reason, str(outcome.error))
             continue
-        rows.append((frame, decision.tokens, decision.action, (time.perf_counter() - begun) * 1e3))
+        decision, latency_ms = outcome
+        rows.append((frame, decision.tokens, decision.action, latency_ms))
     if not rows:
-        raise ContractError(f"{bag}: no frame could be served ({dict(drops) or 'it is empty'})")
+        raise ContractError(f"{bag}: no frame could be served by {name} ({str(drops) or 'it is empty'})")
     frames = [row[0] for row in rows]
     return Answers(
         name=name,
@@ -81,7 +96,8 @@ def answer(bag: Path, contract: Contract, actor: Actor, name: str, namespace: st
         tokens=np.stack([row[1].reshape(-1) for row in rows]),
         actions=np.stack([row[2].reshape(-1) for row in rows]),
         latency_ms=np.asarray([row[3] for row in rows]),
-        drops=dict(sorted(drops.items())),
+        drops=dict(sorted(drops.counts.items())),
+        particulars=drops.first,
     )
 
 
@@ -113,9 +129,9 @@ def recorded(served: Path, frames: Answers) -> Answers:
     )
 
 
-def _served_frames(bag: Path, contract: Contract, namespace: str, drops: Counter[str]) -> Iterator[Frame]:
+def _served_frames(bag: Path, contract: Contract, namespace: str, drops: _Drops) -> Iterator[Frame]:
     for result in read_frames(bag, contract, namespace):
         if isinstance(result, Dropped):
-            drops[result.reason.value] += 1
+            drops.add(result.reason, result.detail)
         else:
             yield result

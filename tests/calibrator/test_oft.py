@@ -11,18 +11,18 @@ import torch
 from fake_source import FakeSource
 from naive import naive_losses
 from safetensors.torch import load_file, save_file
-from tiny import INSTRUCTIONS, tiny_policy_folder
+from tiny import INSTRUCTIONS, overflowing_policy_folder, tiny_policy_folder
 from torch import Tensor
 
 from calibrator.__main__ import main
-from calibrator.data.calibration import collect
+from calibrator.data.calibration import collect, load_calibration
 from calibrator.families import OpenVLA, OpenVLAOFT, TorchActor, decisions_of, live_units, load_policy
 from calibrator.sensitivity.passes import macs_per_decision, place_of, signals
 from calibrator.sensitivity.proxy import first_order
 from calibrator.sensitivity.sweep import Sweep, SweepSettings, SweepSpec
 from calibrator.sensitivity.table import Sensitivity
 from engine_build.__main__ import main as engine_main
-from vla_policy.core.errors import DataError, PolicyError
+from vla_policy.core.errors import DataError, EngineError, PolicyError
 from vla_policy.core.observation import Observation
 from vla_policy.core.policy_config import PolicyConfig
 
@@ -136,6 +136,24 @@ def test_an_action_is_un_normalised_as_published(sweep: Sweep, spec: SweepSpec) 
     np.testing.assert_allclose(decision.action[:, 2], values[:, 2], atol=1e-6)
     with pytest.raises(DataError, match="state: expected 2 finite values"):
         actor.act(Observation(observation.image, INSTRUCTIONS[0], None, observation.further))
+
+
+def test_a_policy_that_overflows_decides_nothing_and_is_not_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its weights are finite, and most states are answered; the reference pass over all ends in one line."""
+    policy, calibration = overflowing_policy_folder(tmp_path / "policy"), tmp_path / "calibration"
+    actor, image = TorchActor.load(policy), np.zeros((32, 32, 3), np.uint8)
+    near, far = (Observation(image, INSTRUCTIONS[0], np.array(state, np.float32)) for state in ((0, 0), (1, 0.1)))
+    assert actor.act(near).action.shape == (CHUNK, DIM)
+    with pytest.raises(EngineError, match="torch policy: normalised actions: 12 of 12 values are not finite"):
+        actor.act(far)
+    collect([FakeSource((9, 9, 9))], calibration, count=27, seed=0)
+    assert any(2 * state @ [0.5, 10] - 1 > 0.35 for state in load_calibration(calibration).states)
+    command = ["sensitivity", "--policy", str(policy), "--calibration", str(calibration)]
+    assert main([*command, "--out", str(tmp_path / "sensitivity.json")]) == 2
+    captured = capsys.readouterr().err.strip().splitlines()[-1]
+    assert captured.startswith("error: torch policy: normalised actions: ")
 
 
 # --- the objective ---------------------------------------------------------------------------------------------------

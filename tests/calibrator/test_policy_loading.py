@@ -11,7 +11,7 @@ from tiny import tiny_policy_folder
 
 from calibrator.families import TorchActor, load_policy
 from engine_build.weights import open_checkpoint
-from vla_policy.core.errors import ArtefactError, DataError, PolicyError
+from vla_policy.core.errors import ArtefactError, DataError, EngineError, PolicyError
 from vla_policy.core.observation import Observation
 from vla_policy.core.policy_config import PolicyConfig
 
@@ -150,3 +150,16 @@ def test_cached_decoding_equals_decoding_without_a_cache(folder: Path) -> None:
         logits = policy.language_model.lm_head(policy.hidden(embeddings)[:, -1])
         tokens = torch.cat([tokens, first + logits[:, first:last].argmax(-1, keepdim=True)], dim=1)
     assert torch.equal(policy.generate(pixels, ids, 3), tokens)
+
+
+@pytest.mark.parametrize("value", [float("nan"), 2e38])
+def test_a_policy_whose_logits_are_not_finite_decides_nothing(value: float, folder: Path) -> None:
+    """A weight that is not a number, and one that is finite and overflows."""
+    head = "language_model.lm_head.weight"
+    rewrite(folder, **{head: torch.full_like(load_file(folder / "model.safetensors")[head], value)})
+    actor = TorchActor.load(folder)
+    seen = Observation(np.zeros((32, 32, 3), np.uint8), "pick it up", np.zeros(2, np.float32))
+    with pytest.raises(EngineError, match=r"torch policy: logits of the action tokens: \d+ of 768 values"):
+        actor.act(seen)
+    with pytest.raises(EngineError, match="torch policy: logits of the action tokens"):
+        actor.scores(seen, np.full(3, actor.config.token_vocab - 1))

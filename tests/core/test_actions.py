@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from golden import golden_numbers
 
-from vla_policy.core.actions import ActionCodec
-from vla_policy.core.errors import DataError, PolicyError
+from vla_policy.core.actions import ActionCodec, ChunkCodec
+from vla_policy.core.errors import DataError, EngineError, PolicyError
+from vla_policy.core.observation import Decision
 from vla_policy.core.policy_config import PolicyConfig
 
 GOLDEN = golden_numbers()
@@ -38,3 +39,23 @@ def test_an_action_that_is_not_finite_is_refused() -> None:
 def test_an_unknown_unnorm_key_names_the_choices() -> None:
     with pytest.raises(PolicyError, match="'bridge' is not in the policy's norm_stats; choose one of: golden"):
         ActionCodec.of(CONFIG, "bridge")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_an_output_that_is_not_finite_is_no_decision(value: float) -> None:
+    """Of the logits only those of action tokens count: a published checkpoint pads its vocabulary with whatever."""
+    codec = ActionCodec.of(CONFIG)
+    logits = np.zeros(CONFIG.text.vocab_size, np.float32)
+    logits[31900], logits[31999], logits[5], logits[-1] = 1.0, 0.5, value, value
+    assert codec.choose(logits) == 31900
+    logits[codec.first_token] = value
+    with pytest.raises(EngineError, match="logits of the action tokens: 1 of 256 values are not finite"):
+        codec.choose(logits)
+    with pytest.raises(EngineError, match="logits of the action tokens: 2 of 512 values"):
+        codec.scores(np.stack([logits, logits]))
+    chunk = np.zeros((2, 7))
+    chunk[1, 3] = value
+    with pytest.raises(EngineError, match="normalised actions: 1 of 14 values are not finite"):
+        ChunkCodec(CONFIG.stats(None).action, 2).to_actions(chunk)
+    with pytest.raises(EngineError, match="action: 1 of 14 values are not finite"):
+        Decision(np.zeros(0, np.int64), chunk)

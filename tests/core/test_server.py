@@ -211,7 +211,15 @@ def test_an_action_that_is_not_finite_latches(bench: Bench) -> None:
     bench.actor.value = float("nan")
     bench.see()
     bench.answered()
-    assert bench.server.status().latch == Latch("the engine gave an action that is not finite", engine_failed=True)
+    latch = bench.server.status().latch
+    assert latch is not None and latch.engine_failed
+    assert latch.reason.startswith("the engine failed: action: 1 of 7 values are not finite")
+    assert [dropped.reason for dropped in bench.drops] == [DropReason.ENGINE_ERROR] and len(bench.chunks) == 2
+    bench.actor.value = None
+    bench.see()
+    bench.answered()
+    assert len(bench.chunks) == 3, "the worker lives; only the operator takes the latch back"
+    assert HoldReason.STOP_LATCHED in bench.reasons()
 
 
 def test_a_refused_observation_is_counted_and_the_next_served(bench: Bench) -> None:

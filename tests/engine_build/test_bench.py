@@ -6,6 +6,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from ragged import write_policy
+from safetensors.torch import load_file, save_file
 
 from engine_build import costs
 from engine_build.__main__ import main
@@ -13,7 +15,7 @@ from engine_build.bench import bench
 from engine_build.build import Request, build
 from engine_build.weights import layers_of
 from vla_policy.core.bench import Bench, Quantiles
-from vla_policy.core.errors import ArtefactError
+from vla_policy.core.errors import ArtefactError, EngineError
 from vla_policy.core.files import sha256_file
 from vla_policy.core.formats import Format
 from vla_policy.core.manifest import Manifest
@@ -94,3 +96,15 @@ def test_a_damaged_engine_ends_the_run_with_its_own_message(workshop: Path, refe
 def test_quantiles_interpolate() -> None:
     quantiles = Quantiles.of([float(value) for value in range(101)])
     assert (quantiles.median_ms, quantiles.p90_ms, quantiles.p99_ms, quantiles.count) == (50, 90, 99, 101)
+
+
+def test_an_engine_that_overflows_is_named(tmp_path: Path) -> None:
+    """Its weights are finite; the error comes out of its process as one, with the folder."""
+    path = write_policy(tmp_path / "policy") / "model.safetensors"
+    tensors = load_file(path)
+    tensors["language_model.lm_head.weight"].fill_(2e38)
+    save_file(tensors, path, metadata={"format": "pt"})
+    engine = tmp_path / "engine"
+    build(Request(path.parent, find_target("cpu"), engine, uniform=Format(16, 16)))
+    with pytest.raises(EngineError, match=f"^{engine}: logits of the action tokens: 256 of 256 values are not finite"):
+        bench(engine, engine, repeats=1, threads=1)

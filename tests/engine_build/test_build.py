@@ -8,20 +8,25 @@ import numpy as np
 import pytest
 import torch
 from ragged import build_engine, observation, write_policy
+from safetensors.torch import load_file, save_file
+from tiny import overflowing_policy_folder
 
 from calibrator.families import TorchActor
 from calibrator.quantizers.quantization import quantize_policy
 from engine_build import build as build_module
+from engine_build.__main__ import main
 from engine_build.build import Request, build
 from engine_build.graph.builder import GraphBuilder
 from engine_build.graph.linear_onnxruntime import linear
 from engine_build.plan import load_plan
 from engine_build.weights import LayerWeights, layers_of
-from vla_policy.core.errors import ArtefactError, DataError, VlaError
+from vla_policy.core.cli import run
+from vla_policy.core.errors import ArtefactError, DataError, EngineError, PolicyError, VlaError
 from vla_policy.core.files import sha256_policy
 from vla_policy.core.formats import Format
 from vla_policy.core.image import pixel_values, preprocess
 from vla_policy.core.manifest import Manifest
+from vla_policy.core.observation import Observation
 from vla_policy.core.runner import load_engine
 from vla_policy.core.targets import find_target
 
@@ -182,3 +187,64 @@ def test_a_truncated_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ArtefactError, match="damaged or truncated"):
         build(Request(policy, CPU, tmp_path / "engine", uniform=Format(16, 16)))
     assert not (tmp_path / "engine").exists()
+
+
+_LAYER, _TOWER = "language_model.model.layers.1", "vision_backbone.featurizer"
+_TENSORS = {  # one of each form in which an engine holds numbers
+    "language_model.model.embed_tokens.weight": "bfloat16",
+    f"{_LAYER}.mlp.down_proj.weight": "bfloat16",
+    f"{_LAYER}.input_layernorm.weight": "float32",
+    f"{_TOWER}.pos_embed": "float32",
+    f"{_TOWER}.patch_embed.proj.bias": "float32",
+}
+
+
+@pytest.mark.parametrize("name", _TENSORS)
+@pytest.mark.parametrize("value", [float("nan"), float("-inf"), 3.4e38])
+def test_numbers_that_an_engine_cannot_hold_are_refused(name: str, value: float, tmp_path: Path) -> None:
+    """3.4e38 is finite in float32, and infinite once it is rounded to bfloat16."""
+    policy = write_policy(tmp_path / "policy")
+    tensors = load_file(policy / "model.safetensors")
+    damaged = tensors[name].float()
+    damaged.view(-1)[-1] = value
+    save_file(tensors | {name: damaged}, policy / "model.safetensors", metadata={"format": "pt"})
+    request = Request(policy, CPU, tmp_path / "engine", uniform=Format(16, 16))
+    if (value, _TENSORS[name]) == (3.4e38, "float32"):
+        build(request)
+        return
+    with pytest.raises(ArtefactError, match=rf"{name}: holds numbers that are not finite in {_TENSORS[name]}"):
+        build(request)
+    assert not (tmp_path / "engine").exists()
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (float("nan"), "is not finite"),
+        (2e38, r"holds 1.99e\+38; scales are float16, so w4a16_g32 holds at most 4.59e\+05"),
+    ],
+)
+def test_weights_that_codes_cannot_stand_for_are_refused(value: float, message: str, tmp_path: Path) -> None:
+    policy, name = write_policy(tmp_path / "policy"), f"{_LAYER}.mlp.down_proj"
+    tensors = load_file(policy / "model.safetensors")
+    tensors[f"{name}.weight"][3, 7] = value
+    save_file(tensors, policy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(PolicyError, match=f"{name}: weight of shape .* {message}"):
+        build(Request(policy, CPU, tmp_path / "engine", uniform=Format.parse("w4a16_g32")))
+
+
+def test_an_engine_that_overflows_is_reported_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every weight is finite, and so is most states' arithmetic; what is not ends no command in a traceback."""
+    policy, engine = overflowing_policy_folder(tmp_path / "policy"), tmp_path / "engine"
+    build(Request(policy, CPU, engine, uniform=Format(16, 16)))
+    image = np.zeros((32, 32, 3), np.uint8)
+    near, far = (Observation(image, "push", np.array(state, np.float32)) for state in ((0, 0), (1, 0.1)))
+    loaded = load_engine(engine, threads=1)
+    assert loaded.act(near).action.shape == (4, 3)
+    for ask in (loaded.act, lambda seen: loaded.scores(seen, np.zeros(0, np.int64))):
+        with pytest.raises(EngineError, match="normalised actions: 12 of 12 values are not finite"):
+            ask(far)
+    assert run(lambda: main(["verify", str(engine), "--policy", str(policy), "--samples", "8"])) == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith("error: torch policy: normalised actions: 12 of 12 values are not finite")
+    assert Manifest.load(engine).reference_check is None

@@ -18,7 +18,9 @@ from calibrator.quantizers.quantization import quantize_weight
 from engine_build import readback_tensorrt
 from engine_build.backends.tensorrt import decoder_profiles, load_module
 from engine_build.build import Request, build
+from engine_build.graph import linear_onnxruntime
 from engine_build.graph.builder import GraphBuilder
+from engine_build.graph.context import GraphContext
 from engine_build.graph.linear_tensorrt import linear
 from engine_build.packing import pack
 from engine_build.plan import Plan, check_legal, legalize, uniform_plan
@@ -107,6 +109,25 @@ def test_weights_that_float16_cannot_hold_are_refused(tmp_path: Path) -> None:
         pytest.raises(ArtefactError, match=message),
     ):
         linear(builder, "x", LayerWeights(layer, Format(16, 16), None, rows, None))
+
+
+def test_codes_whose_weights_float16_cannot_hold_are_refused(tmp_path: Path) -> None:
+    """1e5 = 7 codes of a scale that fits; multiplied in float16 they are infinite, in ONNX Runtime's float32 not."""
+    layer = Layer("large", "linear", "large", 1, 32, bias=False)
+
+    class OneWeight:
+        def tensor(self, name: str) -> torch.Tensor:
+            return torch.full((1, 32), 1e5)
+
+    for float_type, write in ((TensorProto.FLOAT, linear_onnxruntime.linear), (TensorProto.FLOAT16, linear)):
+        with GraphBuilder(tmp_path / f"{float_type}.onnx", float_type) as builder:
+            plan = {"large": Format.parse("w4a16_g32")}
+            context = GraphContext(builder, OneWeight(), {"large": layer}, plan, write, lambda layer: None, {})
+            if float_type == TensorProto.FLOAT:
+                context.linear("x", "large")
+                continue
+            with pytest.raises(ArtefactError, match=r"large: its weights reach 1e\+05, not finite in .*float16"):
+                context.linear("x", "large")
 
 
 @pytest.mark.parametrize("fmt", [fmt for fmt in A100.legal() if fmt.weight_bits < 16], ids=str)

@@ -1,21 +1,26 @@
 """Deterministic replay: every frame once, hand-made comparisons, thresholds, and the command line."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
+from engine_build.build import Request, build
 from evaluation.__main__ import main
 from evaluation.replay.compare import compare
 from evaluation.replay.run import Answers, answer
 from evaluation.replay.thresholds import check, load_thresholds
 from tests.demo.materials import tiny_bag, tiny_contract
-from tests.tiny import tiny_policy_folder
+from tests.tiny import overflowing_policy_folder, tiny_policy_folder
 from vla_policy.core.contract import Contract, load_contract
 from vla_policy.core.errors import ContractError, DataError
+from vla_policy.core.formats import Format
+from vla_policy.core.targets import find_target
 
 ROOT = Path(__file__).parents[2]
 
@@ -180,3 +185,36 @@ def test_bad_input_is_exit_code_two(material: Path, tmp_path: Path, capsys: pyte
     arguments += ["--engine", str(material / "policy"), "--out", str(tmp_path / "out")]
     assert main(arguments) == 2
     assert "no such bag" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_an_engine_that_overflows_is_counted_and_the_rest_answered(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A built engine of finite weights: two of ten states of each episode are too much for it."""
+    policy, engine = overflowing_policy_folder(tmp_path / "policy"), tmp_path / "engine"
+    build(Request(policy, find_target("cpu"), engine, uniform=Format(16, 16)))
+    contract, bag = tiny_contract(tmp_path / "contract.yaml"), tiny_bag(tmp_path / "bag")
+    command = ["replay", "--bag", str(bag), "--contract", str(contract), "--engine", str(engine)]
+    assert main([*command, "--out", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    assert "engine: 16 frames answered, drops {'engine_error': 4}" in printed
+    assert "first engine_error: normalised actions: 12 of 12 values are not finite" in printed
+    content = json.loads((tmp_path / "out/replay.json").read_text())
+    assert (content["candidate"]["frames"], content["candidate"]["drops"]) == (16, {"engine_error": 4})
+    thresholds = tmp_path / "thresholds.yaml"
+    thresholds.write_text("kind: replay_thresholds\nschema_version: 1\nmax_drops: 3\n")
+    assert main([*command, "--thresholds", str(thresholds), "--out", str(tmp_path / "tested")]) == 1
+
+
+def test_an_engine_that_never_decides_is_one_line(
+    material: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    policy = Path(shutil.copytree(material / "policy", tmp_path / "policy"))
+    tensors = load_file(policy / "model.safetensors")
+    tensors["language_model.lm_head.weight"].fill_(float("nan"))
+    save_file(tensors, policy / "model.safetensors", metadata={"format": "pt"})
+    command = ["replay", "--bag", str(material / "bag"), "--contract", str(material / "contract.yaml")]
+    assert main([*command, "--engine", str(policy), "--out", str(tmp_path / "out")]) == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "no frame could be served by policy (engine_error 20: torch policy: logits of the action tokens:" in message
+    assert not (tmp_path / "out").exists()

@@ -14,7 +14,7 @@ from evaluation import __main__ as command
 from evaluation.actors import ActorSpec
 from evaluation.benchmarks.libero import DEMO_PROTOCOL, OPENVLA_PROTOCOL, LiberoEnv
 from evaluation.benchmarks.registry import make_env
-from evaluation.results import RolloutResult
+from evaluation.results import RolloutResult, describe_result
 from evaluation.rollout import Rollout, run, spoken_instruction
 from evaluation.statistics import wilson_interval
 from vla_policy.core.errors import ArtefactError, DataError, VlaError
@@ -52,6 +52,20 @@ def test_a_chunk_is_carried_out_to_its_end_or_the_episode_s(tmp_path: Path) -> N
     assert done.successes == 7 and {episode.decisions for episode in done.episodes} == {1}
     cut = run(replace(FAKE, actor=FakeRecipe(chunk=4)), TASKS, 4, tmp_path / "cut.json")
     assert cut.successes == 0, "the episode allows three steps"
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_engine_error_fails_its_episode_and_is_counted(tmp_path: Path, workers: int) -> None:
+    numbers = [int(np.random.default_rng([FAKE.seed, trial]).integers(1, 100)) for trial in range(5)]
+    too_large = sorted(numbers)[3]
+    out = tmp_path / "result.json"
+    result = run(replace(FAKE, actor=FakeRecipe(too_large=too_large)), ("read",), 5, out, workers)
+    assert [e.success for e in result.episodes] == [number < too_large for number in numbers]
+    failed = [e for e in result.episodes if not e.success]
+    assert {(e.decisions, e.engine_error[:41]) for e in failed} == {(1, "action: 1 of 1 values are not finite; the")}
+    assert json.loads(out.read_text())["total"]["engine_errors"] == 2 and RolloutResult.read(out) == result
+    assert "2 ended by an engine error, first: action: 1 of 1 values" in describe_result(result)
+    assert run(replace(FAKE, actor=FakeRecipe(too_large=too_large)), ("read",), 5, out) == result, "from its journal"
 
 
 def test_controls_destroy_success(tmp_path: Path) -> None:

@@ -9,13 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 
 from engine_build.__main__ import main as engine_build
 from evaluation.__main__ import main as evaluation
 from tests.core.ros_messages import picture
 from tests.demo.materials import tiny_bag, tiny_contract
 from tests.ros.world import CONTRACT, WRIST, World, fresh_domain, process
-from tests.tiny import tiny_policy_folder
+from tests.tiny import overflowing_policy_folder, tiny_policy_folder
 from vla_policy.core.files import sha256_file
 from vla_policy.core.observation import Observation
 from vla_policy.core.runner import load_engine
@@ -141,3 +142,33 @@ def test_configure_refuses_a_damaged_or_foreign_engine(world: World, material: P
         assert "the policy takes the states x, gripper_width" in log.read_text()
         assert configured(material / "engine", contract)
     assert log.read_text().count("configure refused") == 6 and "Traceback" not in log.read_text()
+
+
+def test_an_engine_that_overflows_holds_and_latches(world: World, tmp_path: Path) -> None:
+    """Finite weights, finite at the warm-up and where the arm begins; beyond, the engine's output is not finite."""
+    policy, engine = overflowing_policy_folder(tmp_path / "policy"), tmp_path / "engine"
+    assert engine_build(["build", "--policy", str(policy), "--uniform", "w16a16", "--out", str(engine)]) == 0
+    contract, log = tiny_contract(tmp_path / "contract.yaml"), tmp_path / "log"
+    with process(command(engine, contract), world.domain, log) as node:
+        world.start_policy()
+        world.sensors.position = [1.0, 0.1]
+        world.wait_holding("the engine failed: normalised actions: 12 of 12 values are not finite")
+        world.wait_dropped("engine_error", "normalised actions: 12 of 12 values are not finite")
+        world.sensors.position = [0.1, 0.02]
+        world.wait_chunks()
+        assert not world.moving, "answered again, but only the operator takes the latch back"
+        assert np.isfinite([chunk.actions for chunk in world.chunks]).all()
+        assert world.trigger("reset").success and world.trigger("start").success
+        world.wait_moving()
+        assert node.poll() is None and "Traceback" not in log.read_text()
+
+
+def test_an_engine_that_never_gives_a_number_is_not_configured(world: World, tmp_path: Path) -> None:
+    policy, engine, log = tiny_policy_folder(tmp_path / "policy"), tmp_path / "engine", tmp_path / "log"
+    tensors = load_file(policy / "model.safetensors")
+    tensors["language_model.lm_head.weight"].fill_(2e38)
+    save_file(tensors, policy / "model.safetensors", metadata={"format": "pt"})
+    assert engine_build(["build", "--policy", str(policy), "--uniform", "w16a16", "--out", str(engine)]) == 0
+    with process(command(engine, tiny_contract(tmp_path / "contract.yaml")), world.domain, log):
+        world.wait(lambda: "configure refused" in log.read_text(), "the refusal")
+    assert "configure refused: logits of the action tokens: 256 of 256 values are not finite" in log.read_text()

@@ -8,7 +8,7 @@ from functools import cached_property
 
 import numpy as np
 
-from vla_policy.core.errors import DataError
+from vla_policy.core.errors import DataError, EngineError
 from vla_policy.core.policy_config import SPAN_EPSILON, ActionStats, PolicyConfig
 
 
@@ -16,6 +16,20 @@ def value_to_tokens(values: np.ndarray, token_vocab: int, bins: int) -> np.ndarr
     """int64 ids of the bins that hold `values` in [-1, 1]; bin 1 is the vocabulary's last id, counting down."""
     edges = np.linspace(-1.0, 1.0, bins)
     return (token_vocab - np.digitize(np.clip(values, -1.0, 1.0), edges)).astype(np.int64)
+
+
+def finite(output: np.ndarray, what: str) -> np.ndarray:
+    """`output` of a policy or engine. Raises EngineError unless every value is finite.
+
+    Without this, argmax over NaN is the NaN's place: a token like any other, and mostly the largest action.
+    """
+    bad = output.size - int(np.isfinite(output).sum())
+    if bad:
+        raise EngineError(
+            f"{what}: {bad} of {output.size} values are not finite; the weights are damaged or the arithmetic "
+            "overflows: check the checkpoint and build the engine again"
+        )
+    return output
 
 
 @dataclass(frozen=True)
@@ -48,6 +62,14 @@ class ActionCodec:
         """float64 [bins - 1]: what the bins stand for, in [-1, 1]."""
         edges = np.linspace(-1.0, 1.0, self.bins)
         return (edges[:-1] + edges[1:]) / 2
+
+    def scores(self, logits: np.ndarray) -> np.ndarray:
+        """The action tokens' part [.., bins] of logits [.., vocab]. Raises EngineError unless it is finite."""
+        return finite(logits[..., self.first_token : self.last_token + 1], "logits of the action tokens")
+
+    def choose(self, logits: np.ndarray) -> int:
+        """The greedy id among the action tokens, of one position's logits [vocab]; raises as `scores`."""
+        return self.first_token + int(np.argmax(self.scores(logits)))
 
     def tokens_to_normalised(self, tokens: np.ndarray) -> np.ndarray:
         """float64 in [-1, 1], same shape; an id outside the action range falls into the nearest bin."""
@@ -94,6 +116,6 @@ class ChunkCodec:
         return np.where(self.stats.mask, self.stats.low, -1.0)
 
     def to_actions(self, values: np.ndarray) -> np.ndarray:
-        """float64 [H, K] of the H K normalised `values`."""
-        rows = np.asarray(values, np.float64).reshape(self.chunk, -1)
+        """float64 [H, K] of the H K normalised `values`. Raises EngineError unless they are finite."""
+        rows = finite(np.asarray(values, np.float64), "normalised actions").reshape(self.chunk, -1)
         return np.where(self.stats.mask, 0.5 * (rows + 1) * self.span + self.low, rows)

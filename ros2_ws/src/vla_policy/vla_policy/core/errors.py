@@ -26,3 +26,7 @@ class BudgetError(VlaError):
 
 class DataError(VlaError):
     """Input data that cannot be used: wrong type, wrong shape, not finite."""
+
+
+class EngineError(VlaError):
+    """A policy or engine that cannot decide: it does not run, or its output is not finite. Nothing may move on it."""

@@ -5,6 +5,7 @@ from typing import Protocol
 
 import numpy as np
 
+from vla_policy.core.actions import finite
 from vla_policy.core.policy_config import PolicyConfig
 
 
@@ -33,11 +34,15 @@ class Observation:
 class Decision:
     """A policy's answer: action token ids int64 [K] and the action they stand for, float64 [K], un-normalised.
 
-    A policy that decides a chunk of H control steps at once answers with H K tokens and actions [H, K].
+    A policy that decides a chunk of H control steps at once answers with H K tokens and actions [H, K]. There is no
+    decision with an action that is not finite: making one raises EngineError.
     """
 
     tokens: np.ndarray
     action: np.ndarray
+
+    def __post_init__(self) -> None:
+        finite(self.action, "action")
 
 
 class Actor(Protocol):
@@ -49,5 +54,8 @@ class Actor(Protocol):
         ...
 
     def act(self, observation: Observation) -> Decision:
-        """The greedy decision for one observation."""
+        """The greedy decision for one observation.
+
+        Raises DataError for an observation that cannot be used and EngineError for an output that cannot.
+        """
         ...

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from vla_policy.core.actions import ActionCodec, ChunkCodec
+from vla_policy.core.actions import ActionCodec, ChunkCodec, finite
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.image import pixel_values
 from vla_policy.core.manifest import Manifest
@@ -80,7 +80,10 @@ class Engine:
         return self._config
 
     def act(self, observation: Observation) -> Decision:
-        """The greedy decision among the action tokens. Raises DataError for an unusable observation."""
+        """The greedy decision among the action tokens.
+
+        Raises DataError for an unusable observation, EngineError for an output that is not finite.
+        """
         return self.decide(observation)[0]
 
     def decide(self, observation: Observation) -> tuple[Decision, Timings]:
@@ -95,10 +98,10 @@ class Engine:
         if self._chunk is not None:
             timings = Timings(preprocess_ms, vision_ms, prefill_ms, ())
             return Decision(np.zeros(0, np.int64), self._chunk.to_actions(first)), timings
-        tokens = [self._choose(first)]
+        tokens = [self.codec.choose(first)]
         decode_ms = []
         while len(tokens) < self.codec.dim:
-            tokens.append(self._choose(self._backend.step(tokens[-1])))
+            tokens.append(self.codec.choose(self._backend.step(tokens[-1])))
             decode_ms.append(clock.lap())
         chosen = np.asarray(tokens, np.int64)
         timings = Timings(preprocess_ms, vision_ms, prefill_ms, tuple(decode_ms))
@@ -106,11 +109,11 @@ class Engine:
 
     def scores(self, observation: Observation, tokens: np.ndarray) -> np.ndarray:
         """float32 [K, bins]: the action tokens' logits along `tokens` [K]; of a policy without tokens its normalised
-        actions [H, K]."""
+        actions [H, K]. Raises as `act`."""
         pixels, input_ids, state = self._inputs(observation)
         if self._chunk is not None:
-            return self._backend.prefill(input_ids, self._backend.encode(pixels), state)
-        return self.action_logits(pixels, input_ids, tokens)[:, self.codec.first_token : self.codec.last_token + 1]
+            return finite(self._backend.prefill(input_ids, self._backend.encode(pixels), state), "normalised actions")
+        return self.codec.scores(self.action_logits(pixels, input_ids, tokens))
 
     def action_logits(self, pixels: np.ndarray, input_ids: np.ndarray, tokens: np.ndarray) -> np.ndarray:
         """Teacher-forced logits float32 [K, vocab] for one sample: [1, 6 N, S, S], [1, L] and action `tokens` [K]."""
@@ -124,10 +127,6 @@ class Engine:
         if self._proprio is None:
             return pixels, input_ids, None
         return pixels, input_ids, self._proprio.normalised(observation.state).astype(np.float32)[None]
-
-    def _choose(self, logits: np.ndarray) -> int:
-        first = self.codec.first_token
-        return first + int(np.argmax(logits[first : self.codec.last_token + 1]))
 
 
 def load_engine(folder: Path | str, unnorm_key: str | None = None, threads: int | None = None) -> Engine:

@@ -146,7 +146,7 @@ class PolicyServer:
             settings.queue_size,
             self._answered,
             self._drop,
-            lambda: self.stop(Latch("the engine failed; see the log, then clean up and configure again", True)),
+            lambda why: self.stop(Latch(f"the engine failed: {why}", engine_failed=True)),
         )
         self._enabled = self._started = self._active = False
         self._latch: Latch | None = None
@@ -254,13 +254,10 @@ class PolicyServer:
         age_ms = (now_ns - answer.frame.stamp_ns) / 1e6
         actions = np.atleast_2d(answer.decision.action)
         deadline_ms = self._settings.inference_deadline_s * 1e3
-        finite = bool(np.isfinite(actions).all())
-        if not finite:
-            self.stop(Latch("the engine gave an action that is not finite", True))
         with self._lock:
             late = max(answer.latency_ms, age_ms) > deadline_ms
             current = self._active and answer.frame.instruction == self._synchroniser.instruction
-            usable = finite and current and not late
+            usable = current and not late
             self._late += late
             self._late_since_chunk = late
             if usable:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from vla_policy.core.contract import Contract
-from vla_policy.core.errors import DataError, VlaError
+from vla_policy.core.errors import DataError, EngineError, VlaError
 from vla_policy.core.observation import Actor, Decision
 from vla_policy.core.observe import observe
 from vla_policy.core.synchroniser import Dropped, DropReason, Frame
@@ -27,12 +27,35 @@ class Answer:
     queued_ms: float
 
 
+@dataclass(frozen=True)
+class Refusal:
+    """Why there is no decision for a frame: `error` is an EngineError where the engine must not be trusted further."""
+
+    reason: DropReason
+    error: VlaError
+
+
+def decide(actor: Actor, contract: Contract, frame: Frame) -> tuple[Decision, float] | Refusal:
+    """The decision for a frame and the milliseconds that the actor took: the node's way, and a replay's."""
+    try:
+        observation = observe(frame, contract)
+    except DataError as error:
+        return Refusal(DropReason.UNDECODABLE, error)
+    started = time.perf_counter()
+    try:
+        decision = actor.act(observation)
+    except VlaError as error:
+        return Refusal(DropReason.ENGINE_ERROR, error)
+    return decision, (time.perf_counter() - started) * 1e3
+
+
 class InferenceWorker:
     """Answers frames in order.
 
     `lossless`: every frame is answered, up to `capacity` waiting ones. Otherwise a newer frame replaces the one that
-    waits, which is reported as superseded. `on_answer` and `on_drop` are called from the worker's thread;
-    `on_failure` when the engine raised what is no VlaError, after which the worker is dead.
+    waits, which is reported as superseded. `on_answer` and `on_drop` are called from the worker's thread; so is
+    `on_failure`, with the reason, when the engine raised an EngineError, or what is no VlaError, after which the worker
+    is dead.
     """
 
     def __init__(
@@ -43,7 +66,7 @@ class InferenceWorker:
         capacity: int,
         on_answer: Callable[[Answer], None],
         on_drop: Callable[[Dropped], None],
-        on_failure: Callable[[], None],
+        on_failure: Callable[[str], None],
     ) -> None:
         self._contract = contract
         self._actor = actor
@@ -100,7 +123,7 @@ class InferenceWorker:
         finally:
             # Reached without a stop only when the engine raised: the traceback goes to stderr, the robot is held.
             if not self._stopping:
-                self._on_failure()
+                self._on_failure("see the log, then clean up and configure again")
 
     def _next(self) -> tuple[Frame, float] | None:
         with self._changed:
@@ -115,19 +138,13 @@ class InferenceWorker:
 
     def _answer(self, frame: Frame, submitted_s: float) -> None:
         queued_ms = max(0.0, self._free_since_s - submitted_s) * 1e3
-        try:
-            observation = observe(frame, self._contract)
-        except DataError as error:
-            self._on_drop(self._dropped(frame, DropReason.UNDECODABLE, str(error)))
+        outcome = decide(self._actor, self._contract, frame)
+        if not isinstance(outcome, Refusal):
+            self._on_answer(Answer(frame, *outcome, queued_ms))
             return
-        started = time.perf_counter()
-        try:
-            decision = self._actor.act(observation)
-        except VlaError as error:
-            self._on_drop(self._dropped(frame, DropReason.ENGINE_ERROR, str(error)))
-            return
-        latency_ms = (time.perf_counter() - started) * 1e3
-        self._on_answer(Answer(frame, decision, latency_ms, queued_ms))
+        if isinstance(outcome.error, EngineError):
+            self._on_failure(str(outcome.error))
+        self._on_drop(self._dropped(frame, outcome.reason, str(outcome.error)))
 
     def _dropped(self, frame: Frame, reason: DropReason, detail: str) -> Dropped:
         return Dropped(self._contract.primary.topic, frame.stamp_ns, reason, detail)

@@ -1,12 +1,14 @@
 """Executes an engine's graphs with ONNX Runtime on the CPU."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
-from vla_policy.core.errors import ArtefactError
+from vla_policy.core.errors import ArtefactError, EngineError
 from vla_policy.core.manifest import Manifest
 
 # 4 would let ONNX Runtime round the activations of 16-bit-activation layers to int8 behind the plan's back.
@@ -34,14 +36,26 @@ def session_options(threads: int | None = None) -> ort.SessionOptions:
     return options
 
 
+@contextmanager
+def _running() -> Iterator[None]:
+    """Raises EngineError, in one line, when ONNX Runtime cannot run a graph that it has loaded."""
+    try:
+        yield
+    except _REFUSALS as error:
+        raise EngineError(f"ONNX Runtime {ort.__version__} cannot run the engine ({_reason(error)})") from error
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
 def open_session(path: Path, options: ort.SessionOptions) -> ort.InferenceSession:
     """A CPU session. Raises ArtefactError, in one line, when ONNX Runtime refuses the file."""
     try:
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except _REFUSALS as error:
-        reason = " ".join(str(error).split())[:300]
         raise ArtefactError(
-            f"{path}: ONNX Runtime {ort.__version__} cannot load it ({reason}); build it again"
+            f"{path}: ONNX Runtime {ort.__version__} cannot load it ({_reason(error)}); build it again"
         ) from error
 
 
@@ -64,7 +78,8 @@ class OnnxRuntimeBackend:
         self._cache: list[ort.OrtValue] = []
 
     def encode(self, pixel_values: np.ndarray) -> np.ndarray:
-        patches: np.ndarray = self._vision.run(None, {"pixel_values": pixel_values})[0]
+        with _running():
+            patches: np.ndarray = self._vision.run(None, {"pixel_values": pixel_values})[0]
         return patches
 
     def prefill(self, input_ids: np.ndarray, patches: np.ndarray, state: np.ndarray | None = None) -> np.ndarray:
@@ -83,7 +98,8 @@ class OnnxRuntimeBackend:
         }
         if state is not None:
             feeds["state"] = ort.OrtValue.ortvalue_from_numpy(state)
-        result, *self._cache = self._decoder.run_with_ort_values(self._outputs, feeds)
+        with _running():
+            result, *self._cache = self._decoder.run_with_ort_values(self._outputs, feeds)
         values: np.ndarray = result.numpy()[0]
         return values
 

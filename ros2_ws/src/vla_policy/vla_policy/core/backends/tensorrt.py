@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vla_policy.core.backends.cuda_graph import CudaGraph, load_driver
-from vla_policy.core.errors import ArtefactError
+from vla_policy.core.errors import ArtefactError, EngineError
 from vla_policy.core.manifest import Manifest, TensorSpec
 from vla_policy.core.targets import find_target
 
@@ -237,7 +237,7 @@ class TensorRtBackend:
 
     def _execute(self, context: "trt.IExecutionContext") -> None:
         if not context.execute_async_v3(self._stream.handle):
-            raise ArtefactError("TensorRT refused to run the engine; see its message above")
+            raise EngineError("TensorRT refused to run the engine; see its message above")
 
 
 def _bytes(spec: TensorSpec) -> int:
