@@ -1,8 +1,8 @@
 """One run's artefacts with made-up numbers, written by the real writers where these need no policy."""
 
 import hashlib
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from calibrator.data.calibration import SourceIndex, Trajectory, collect, load_c
 from calibrator.report.inputs import Paths
 from calibrator.sensitivity.scores import ScoreSettings, phase_of
 from calibrator.sensitivity.sweep import UnitLosses
-from calibrator.sensitivity.table import Sensitivity, UnitShape, score_unit, stack_losses, write_tensors
+from calibrator.sensitivity.table import Estimate, Sensitivity, UnitShape, score_unit, stack_losses, write_tensors
 from evaluation.results import Episode
 from vla_policy.core.bench import Bench, EngineFigures, Quantiles
 from vla_policy.core.files import sha256_file, sha256_folder, write_json
@@ -74,6 +74,19 @@ class FakeSource:
 
 
 @dataclass(frozen=True)
+class Table:
+    """What the made-up sensitivity table is like.
+
+    screened: whether a layer was evaluated at a width, on two of the states; None for a table of an exact run, which
+    evaluates every layer at every width on every state.
+    """
+
+    bits: tuple[int, int, int] = BITS
+    shapes: Sequence[UnitShape] = field(default_factory=fake_shapes)
+    screened: Callable[[UnitShape, int], bool] | None = None
+
+
+@dataclass(frozen=True)
 class FakeArtefacts:
     """A folder with everything that a report can be made from."""
 
@@ -97,10 +110,10 @@ class FakeArtefacts:
         )
 
     @staticmethod
-    def write(folder: Path, seed: int = 0, screened: bool = False) -> "FakeArtefacts":
+    def write(folder: Path, seed: int = 0, table: Table | None = None) -> "FakeArtefacts":
         generator = np.random.default_rng(seed)
         collect([FakeSource()], folder / "calibration", count=12, seed=0)
-        sensitivity = _write_sensitivity(folder, generator, screened)
+        sensitivity = _write_sensitivity(folder, generator, table or Table())
         _write_plan(folder, sensitivity)
         for name, uniform in (("mixed", None), ("reference", "w16a16")):
             _write_engine(folder, name, sensitivity, uniform)
@@ -110,23 +123,25 @@ class FakeArtefacts:
         return FakeArtefacts(folder)
 
 
-def _write_sensitivity(folder: Path, generator: np.random.Generator, screened: bool) -> Sensitivity:
-    calibration, shapes, scores = load_calibration(folder / "calibration"), fake_shapes(), ScoreSettings(bins=BINS)
+def _write_sensitivity(folder: Path, generator: np.random.Generator, table: Table) -> Sensitivity:
+    calibration, scores, bits = load_calibration(folder / "calibration"), ScoreSettings(bins=BINS), table.bits
     samples = tuple(range(len(calibration)))
-    records, proxies = [], []
-    for shape in shapes:
-        strength = np.asarray([1.0, 0.1, 0.01])[:, None, None] * generator.lognormal(-1, 1)
-        noise = generator.lognormal(0, 0.5, (len(BITS), len(samples), 4))
-        error = generator.lognormal(-6, 1, (len(BITS), len(samples))) * (generator.random() < 0.7)
-        drop = -generator.random((len(BITS), len(samples)))
-        attribution = 0.3 * strength * noise
-        records.append(UnitLosses(shape.name, BITS, samples, strength * noise, attribution, error, drop))
-        proxies.append(generator.random((len(BITS), len(samples))))
     phases = phase_of(calibration.progress, scores.bins)
-    units = [
-        score_unit(shape, record, proxy, phases, scores)
-        for shape, record, proxy in zip(shapes, records, proxies, strict=True)
-    ]
+    records, proxies, units = [], [], []
+    for shape in table.shapes:
+        strength = np.asarray([1.0, 0.1, 0.01])[:, None, None] * generator.lognormal(-1, 1)
+        noise = generator.lognormal(0, 0.5, (len(bits), len(samples), 4))
+        error = generator.lognormal(-6, 1, (len(bits), len(samples))) * (generator.random() < 0.7)
+        drop = -generator.random((len(bits), len(samples)))
+        record = UnitLosses(shape.name, bits, samples, strength * noise, 0.3 * strength * noise, error, drop)
+        estimate = None
+        if table.screened is not None:
+            _forget(record, [table.screened(shape, width) for width in bits])
+            estimate = Estimate(1.3 * strength[:, 0, 0], 2.0 * strength[:, 0, 0])
+        proxy = generator.random((len(bits), len(samples)))
+        records.append(record)
+        proxies.append(proxy)
+        units.append(score_unit(shape, record, proxy, phases, scores, estimate))
     maps = {
         "evidence": generator.random((2, 3, 4, 6)).astype(np.float32),
         "loss": generator.random((2, 3, 4)).astype(np.float32),
@@ -134,21 +149,19 @@ def _write_sensitivity(folder: Path, generator: np.random.Generator, screened: b
     maps["loss"][..., 0] = 0.0
     files = {}
     losses = stack_losses(records, proxies, calibration.progress, scores)
-    if screened:
-        _forget(losses, generator)
     for key, arrays in (("losses", losses), ("maps", maps)):
         path = folder / f"{key}.safetensors"
         files[key] = {"name": path.name, "sha256": write_tensors(path, arrays)}
     content = {
         "schema_version": 1,
         "kind": "sensitivity",
-        "mode": "screened" if screened else "exact",
+        "mode": "exact" if table.screened is None else "screened",
         "exact_evaluations": 120,
         "screening": {"stop": {"reason": "cap on <evaluations> reached"}},
         "policy": {"id": "fake_policy", "sha256": POLICY_SHA256},
         "calibration": {"sha256": calibration.sha256, "samples": len(samples), "trajectories": 3},
         "scheme": "weight-only",
-        "bits": [*BITS, 16],
+        "bits": [*bits, 16],
         "group_size": 64,
         "kappa": scores.kappa,
         "lambda": scores.weight,
@@ -162,7 +175,7 @@ def _write_sensitivity(folder: Path, generator: np.random.Generator, screened: b
             "boundary": "vision",
             "units": [units[0].name, units[-1].name],
             "samples": [1, 5, 9],
-            "bits": [16, 8, 4, 2],
+            "bits": [16, *reversed(bits)],
             "grid": [2, 3],
         },
         "units": [unit.to_json() for unit in units],
@@ -171,12 +184,11 @@ def _write_sensitivity(folder: Path, generator: np.random.Generator, screened: b
     return Sensitivity.load(folder / "sensitivity.json")
 
 
-def _forget(losses: dict[str, np.ndarray], generator: np.random.Generator) -> None:
-    """Leaves of most layers and widths only two states, as screening does."""
-    layers, _, states = losses["soft_bottleneck"].shape
-    unknown = np.broadcast_to(generator.random((layers, 1)) < 0.8, (layers, states)) & (np.arange(states) > 1)
-    for name in ("loss", "mass", "attribution", "soft_bottleneck", "action_error", "likelihood"):
-        losses[name][np.nonzero(unknown)[0], :, np.nonzero(unknown)[1]] = np.nan
+def _forget(record: UnitLosses, evaluated: Sequence[bool]) -> None:
+    """Leaves two states of the widths that were evaluated, and none of the others, as screening does."""
+    for array in (record.mass, record.attribution, record.action_error, record.likelihood):
+        array[:, 2:] = np.nan
+        array[~np.asarray(evaluated)] = np.nan
 
 
 def _write_plan(folder: Path, sensitivity: Sensitivity) -> None:

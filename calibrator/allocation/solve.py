@@ -1,6 +1,7 @@
 """Mixed-precision bit allocation: Mix-QVLA Eqs. (14) and (15), and QVLA's greedy demotion for comparison."""
 
 import heapq
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -8,7 +9,7 @@ from typing import Literal
 import numpy as np
 
 from calibrator.allocation.options import Budget, Group, Option, totals
-from vla_policy.core.errors import BudgetError
+from vla_policy.core.errors import ArtefactError, BudgetError
 
 Solver = Literal["HIGHS", "ECOS_BB"]
 # HiGHS accepts rows up to this far beyond their limit (rows are scaled to 1); what it returns is checked exactly.
@@ -47,8 +48,9 @@ def solve(groups: Sequence[Group], budgets: Sequence[Budget], solver: Solver = "
     """The assignment that minimises the summed score within all budgets.
 
     HIGHS proves optimality (relative gap 0); ECOS_BB is the paper's and is compared with the linear relaxation.
-    Raises BudgetError when the budgets cannot be met together.
+    Raises BudgetError when the budgets cannot be met together, ArtefactError for a score that was not evaluated.
     """
+    _check_scores(groups)
     check_budgets(groups, budgets)
     picks, bound = _solve_binary(groups, budgets, solver)
     choice = tuple(group.options[pick] for group, pick in zip(groups, picks, strict=True))
@@ -58,6 +60,15 @@ def solve(groups: Sequence[Group], budgets: Sequence[Budget], solver: Solver = "
     bound = min(bound, objective)
     gap = (objective - bound) / objective if objective > 0 else 0.0
     return Solution(choice, objective, bound, gap, solver)
+
+
+def _check_scores(groups: Sequence[Group]) -> None:
+    for group in groups:
+        for option in group.options:
+            if math.isnan(option.score):
+                raise ArtefactError(
+                    f"{group.name}: the screened run did not evaluate {option.bits} bits; measure it with --mode exact"
+                )
 
 
 def _check(choice: Sequence[Option], budgets: Sequence[Budget], solver: str) -> None:

@@ -71,14 +71,18 @@ def _part(unit: UnitScores) -> str:
 
 
 def boundary_chart(units: Sequence[UnitScores], bits: int) -> Markup:
-    """Mean loss at each boundary and mean action error, by the stage whose layers are quantized (Fig. 2a)."""
+    """Mean loss at each boundary and mean action error, by the stage whose layers are quantized (Fig. 2a).
+
+    The means are over the layers that were evaluated at `bits`.
+    """
     stages = [stage for stage in STAGES if any(unit.stage == stage for unit in units)]
-    members = {stage: [unit for unit in units if unit.stage == stage] for stage in stages}
+    evaluated = {stage: [unit for unit in units if unit.stage == stage and unit.evaluated(bits)] for stage in stages}
+    known = {stage: members for stage, members in evaluated.items() if members}
     losses = {
-        stage: {name: float(np.mean([unit.boundary_loss[bits][name] for unit in units])) for name in BOUNDARIES}
-        for stage, units in members.items()
+        stage: {name: float(np.mean([unit.boundary_loss[bits][name] for unit in members])) for name in BOUNDARIES}
+        for stage, members in known.items()
     }
-    errors = {stage: float(np.mean([unit.action_mse[bits] for unit in members[stage]])) for stage in stages}
+    errors = {stage: float(np.mean([unit.action_mse[bits] for unit in members])) for stage, members in known.items()}
     svg = Svg(530, 380, f"Loss at each boundary and action error by quantized stage, {bits} bits")
     left, right = 64, 522
     upper = linear_scale((value for row in losses.values() for value in row.values()), 210, 34)
@@ -88,6 +92,11 @@ def boundary_chart(units: Sequence[UnitScores], bits: int) -> Markup:
     column = (right - left) / len(stages)
     for index, stage in enumerate(stages):
         x, bar = left + index * column + column * 0.14, column * 0.72 / len(BOUNDARIES)
+        svg.text(x + column * 0.36, 362, stage, "tick", "middle")
+        if stage not in known:
+            for base in (upper.start, lower.start):
+                svg.text(x + column * 0.36, base - 8, "not evaluated", "tick", "middle")
+            continue
         for place, name in enumerate(BOUNDARIES):
             value, head = losses[stage][name], upper(losses[stage][name])
             tip = f"{stage} layers at {bits} bits\nloss at the {name} boundary  {significant(value)}"
@@ -95,26 +104,31 @@ def boundary_chart(units: Sequence[UnitScores], bits: int) -> Markup:
         head = lower(errors[stage])
         tip = f"{stage} layers at {bits} bits\naction error  {significant(errors[stage])}"
         svg.rect(x + column * 0.21, head, column * 0.3, lower.start - head, "error", tip)
-        svg.text(x + column * 0.36, 362, stage, "tick", "middle")
     svg.line(left, upper.start, right, upper.start, "base")
     svg.line(left, lower.start, right, lower.start, "base")
     return svg.render()
 
 
 def error_chart(units: Sequence[UnitScores], bits: int) -> Markup:
-    """Every layer's Omega against its action error: where the two disagree, an action-only score misses damage."""
+    """Omega of every layer that was evaluated at `bits` against its action error.
+
+    Where the two disagree, an action-only score misses damage.
+    """
+    known = [unit for unit in units if unit.evaluated(bits)]
     svg = Svg(530, 380, f"Evidence sensitivity against action error, {bits} bits")
     left, right, top, bottom = 70, 518, 34, 322
-    untouched = any(unit.action_mse[bits] == 0 for unit in units)
+    untouched = any(unit.action_mse[bits] == 0 for unit in known)
     start = left + (40 if untouched else 0)
-    x = log_scale((unit.action_mse[bits] for unit in units), start, right)
-    y = log_scale((unit.omega[bits] for unit in units), bottom, top)
+    x = log_scale((unit.action_mse[bits] for unit in known), start, right)
+    y = log_scale((unit.omega[bits] for unit in known), bottom, top)
     svg.y_axis(y, left, right, f"Ω, {bits} bits (logarithmic)")
     svg.x_axis(x, bottom, "action error (normalised, squared, logarithmic)", 4)
     if untouched:
         svg.text(left + 14, bottom + 18, "0", "tick", "middle")
         svg.line(start - 10, top, start - 10, bottom, "grid")
-    for unit in units:
+    if len(known) < len(units):
+        svg.text(right, top - 12, f"{len(units) - len(known)} of {len(units)} layers not evaluated", "axis", "end")
+    for unit in known:
         omega, error = unit.omega[bits], unit.action_mse[bits]
         tip = f"{unit.name}\nΩ  {significant(omega)}\naction error  {significant(error)}"
         svg.circle(x(error) if error > 0 else left + 14, y(omega), 4.5, f"mark s-{unit.stage}", tip)
@@ -122,7 +136,9 @@ def error_chart(units: Sequence[UnitScores], bits: int) -> Markup:
 
 
 def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
-    """Spearman's rho with mean ranks for ties; NaN where either is constant."""
+    """Spearman's rho with mean ranks for ties; NaN where either is constant, as with fewer than two values."""
+    if len(first) < 2:
+        return float("nan")
     ranks = [_mean_ranks(np.asarray(values, np.float64)) for values in (first, second)]
     centred = [rank - rank.mean() for rank in ranks]
     scale = float(np.sqrt((centred[0] ** 2).sum() * (centred[1] ** 2).sum()))
@@ -136,7 +152,10 @@ def _mean_ranks(values: np.ndarray) -> np.ndarray:
 
 
 def disagreement(units: Sequence[UnitScores], bits: int, count: int) -> list[str]:
-    """Layers among the `count` most fragile by evidence that are not among the `count` worst by action error."""
+    """Layers among the `count` most fragile by evidence that are not among the `count` worst by action error.
+
+    All of `units` must have been evaluated at `bits`.
+    """
     by_evidence = sorted(units, key=lambda unit: -unit.omega[bits])[:count]
     by_action = {unit.name for unit in sorted(units, key=lambda unit: -unit.action_mse[bits])[:count]}
     return [layer(unit.name) for unit in by_evidence if unit.name not in by_action]

@@ -68,9 +68,12 @@ def frontier_chart(frontier: Frontier, plan: Plan, alternatives: Sequence[Altern
     x = Scale(min(sizes) / scale, max(sizes) / scale, left, right)
     # A logarithmic axis has no place for the full-precision policy's objective, which is 0.
     points = [point for point in frontier.points if point.objective > 0]
-    others = [item for item in alternatives if item.name != "this plan" and item.objective > 0]
-    uniform = [(item, item.size_bytes) for item in others if item.size_bytes is not None]
-    values = [point.objective for point in points] + [plan.objective] + [item.objective for item, _ in uniform]
+    uniform = [
+        (item.name, item.size_bytes, item.objective)
+        for item in alternatives
+        if item.name != "this plan" and item.size_bytes is not None and item.objective
+    ]
+    values = [point.objective for point in points] + [plan.objective] + [objective for *_, objective in uniform]
     y = log_scale(values, bottom, top)
     svg.y_axis(y, left, right, "objective of Eq. (14), smaller is better (logarithmic)")
     svg.x_axis(x, bottom, f"size of the whole policy in {name}", 8)
@@ -85,10 +88,10 @@ def frontier_chart(frontier: Frontier, plan: Plan, alternatives: Sequence[Altern
         if point.greedy_objective is not None:
             tip += f"\ngreedy  {significant(point.greedy_objective)}"
         svg.circle(x(point.size_bits / 8 / scale), y(point.objective), 3.5, "mark s-accent", tip)
-    for item, size_bytes in uniform:
-        place = x(size_bytes / scale), y(item.objective)
-        svg.circle(*place, 4.5, "hollow", f"{item.name}\nobjective  {significant(item.objective)}")
-        svg.text(place[0] + 10, place[1] + 3, item.name, "tick")
+    for title, size_bytes, objective in uniform:
+        place = x(size_bytes / scale), y(objective)
+        svg.circle(*place, 4.5, "hollow", f"{title}\nobjective  {significant(objective)}")
+        svg.text(place[0] + 10, place[1] + 3, title, "tick")
     here = x(plan.size.total_bits / 8 / scale), y(plan.objective)
     svg.circle(*here, 7, "here", f"this plan\n{in_bytes(plan.size.total_bits / 8, 4)}\n{significant(plan.objective)}")
     svg.text(here[0] - 4, here[1] + 26, "this plan", "axis strong", "end")

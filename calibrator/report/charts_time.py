@@ -78,12 +78,15 @@ def heat_chart(
     left, right, top, pitch = 236, 518, 34, 15.3
     svg = Svg(530, 420, f"Sensitivity of the {len(order)} most fragile layers over the task, {bits} bits")
     cell = (right - left) / bins
-    peak = np.nanmax(scores)
+    peak = max(scores[np.isfinite(scores)].tolist(), default=0.0) or 1.0
     svg.text(left, top - 12, f"Ω per phase, {bits} bits", "axis")
     for line, index in enumerate(order):
         y = top + line * pitch
         svg.text(left - 8, y + 11, layer(units[index].name), "tick", "end", units[index].name)
-        worst = int(np.nanargmax(scores[line])) if np.isfinite(scores[line]).any() else None
+        if not np.isfinite(scores[line]).any():
+            svg.text((left + right) / 2, y + 11, "not evaluated", "tick", "middle")
+            continue
+        worst = int(np.nanargmax(scores[line]))
         for phase in range(bins):
             value = scores[line, phase]
             if not np.isfinite(value):

@@ -40,6 +40,11 @@ def data(value: float, text: str | None = None) -> Markup:
     return Markup('<data value="{}">{}</data>').format(repr(exact), significant(value) if text is None else text)
 
 
+def evaluated(value: float | None) -> Markup:
+    """`data` of a value, or that there is none because a screened run did not evaluate it."""
+    return Markup("not evaluated") if value is None else data(value)
+
+
 def size(size_bytes: float, digits: int = 3) -> Markup:
     """A number of bytes."""
     return data(size_bytes, in_bytes(size_bytes, digits))

@@ -53,6 +53,7 @@ def render(inputs: Inputs) -> str:
         "data": numbers.data,
         "size": numbers.size,
         "percent": numbers.percent,
+        "evaluated": numbers.evaluated,
         "layer": numbers.layer,
         "given": lambda kinds: [inputs.sources[kind] for kind in kinds if kind in inputs.sources],
     }
@@ -100,9 +101,10 @@ def _layers(inputs: Inputs) -> Section:
             charts_layers.boundary_chart(units, bits), charts_layers.error_chart(units, bits)
         ),
     )
-    correlation = charts_layers.rank_correlation(
-        [unit.omega[shown] for unit in units], [unit.action_mse[shown] for unit in units]
-    )
+    known = [unit for unit in units if unit.evaluated(shown)]
+    errors = [unit.action_mse[shown] for unit in known]
+    correlation = charts_layers.rank_correlation([unit.omega[shown] for unit in known], errors)
+    total = sum(unit.omega[shown] for unit in units)
     ranked = sorted(units, key=lambda unit: -unit.omega[shown])
     return Section(
         "layers",
@@ -112,9 +114,11 @@ def _layers(inputs: Inputs) -> Section:
             "pair": pair,
             "shown": shown,
             "top": ranked[:_TOP],
-            "share_of_top": sum(unit.omega[shown] for unit in ranked[:_TOP]) / sum(unit.omega[shown] for unit in units),
+            "share_of_top": sum(unit.omega[shown] for unit in ranked[:_TOP]) / total if total else None,
+            "known": len(known),
             "correlation": correlation if np.isfinite(correlation) else None,
-            "missed": charts_layers.disagreement(units, shown, _TOP),
+            "moves_actions": any(errors),
+            "missed": charts_layers.disagreement(known, shown, _TOP),
             "widths": _widths(inputs),
             "evaluations": inputs.losses["soft_bottleneck"].size,
         },

@@ -1,5 +1,6 @@
 """What a plan protects, what that costs, and what a little more or less memory would change."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -28,8 +29,9 @@ class StageShare:
 class Protection:
     """A fused group above the smallest width, and what one width less would do to the plan.
 
-    damage: rise of the objective. saved_bytes: of weights and scales. omega: the group's Omega at the lower width,
-    summed over its layers. pinned: its width was not the solver's choice.
+    damage: rise of the objective, None where a screened run did not evaluate the plan's signal. saved_bytes: of weights
+    and scales. omega: the group's Omega at the lower width, summed over its layers. pinned: its width was not the
+    solver's choice.
     """
 
     group: str
@@ -37,7 +39,7 @@ class Protection:
     stage: str
     bits: int
     lower_bits: int
-    damage: float
+    damage: float | None
     saved_bytes: float
     omega: float
     pinned: bool
@@ -45,12 +47,15 @@ class Protection:
 
 @dataclass(frozen=True)
 class Alternative:
-    """Another assignment on the same table. size_bytes: everything in the engine; None where unknown."""
+    """Another assignment on the same table. size_bytes: everything in the engine; None where unknown.
+
+    objective: None where a screened run did not evaluate the plan's signal for all layers.
+    """
 
     name: str
     average_bits: float | None
     size_bytes: float | None
-    objective: float
+    objective: float | None
 
 
 @dataclass(frozen=True)
@@ -128,13 +133,13 @@ def _protections(plan: Plan, sensitivity: Sensitivity, groups: Sequence[Group], 
                 stage=units[group.units[0]].stage,
                 bits=bits,
                 lower_bits=lower.bits,
-                damage=lower.score - here.score,
+                damage=_known(lower.score - here.score),
                 saved_bytes=(here.size_bits - lower.size_bits) / 8,
                 omega=sum(units[name].omega[lower.bits] for name in group.units),
                 pinned=group.units[0] in pinned,
             )
         )
-    return sorted(found, key=lambda item: (-item.bits, -item.damage))
+    return sorted(found, key=lambda item: (-item.bits, item.damage is None, -(item.damage or 0.0)))
 
 
 def _alternatives(plan: Plan, sensitivity: Sensitivity, groups: Sequence[Group]) -> list[Alternative]:
@@ -147,8 +152,12 @@ def _alternatives(plan: Plan, sensitivity: Sensitivity, groups: Sequence[Group])
         sums = totals(choice)
         size_bytes = (sums["size_bits"] + plan.size.unquantized_bits) / 8
         name = f"every layer {format_of(sensitivity, bits)}"
-        rows.append(Alternative(name, sums["code_bits"] / params, size_bytes, sums["objective"]))
+        rows.append(Alternative(name, sums["code_bits"] / params, size_bytes, _known(sums["objective"])))
     return rows
+
+
+def _known(score: float) -> float | None:
+    return None if math.isnan(score) else score
 
 
 def _option(group: Group, bits: int) -> Option:

@@ -1,5 +1,6 @@
 """The sensitivity artefact: scores of every live layer, and what they were computed from."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -28,6 +29,7 @@ class UnitScores:
 
     inputs, outputs: sides of its weight as a matrix. macs: per action. Scores are by bit-width, 16 included as 0.
     omega, omega_tau: Mix-QVLA Eqs. (10), (13). action_mse: QVLA Eq. (4). action_proxy: its first-order estimate.
+    action_mse, likelihood_drop and boundary_loss lack the widths that a screened run did not evaluate.
     """
 
     name: str
@@ -46,6 +48,10 @@ class UnitScores:
     @property
     def params(self) -> int:
         return self.inputs * self.outputs
+
+    def evaluated(self, bits: int) -> bool:
+        """Whether `bits` was evaluated on any state, so that action error, likelihood and boundary losses are known."""
+        return bits in self.action_mse
 
     def to_json(self) -> dict[str, Any]:
         scores = ("omega", "omega_tau", "action_mse", "action_proxy", "likelihood_drop")
@@ -91,12 +97,9 @@ class Objective:
     signal: Signal = "evidence"
 
     def score(self, unit: UnitScores, bits: int) -> float:
+        """NaN where a screened run did not evaluate what the signal needs; an allocation refuses such a width."""
         if self.signal == "action":
-            if bits not in unit.action_mse:
-                raise ArtefactError(
-                    f"{unit.name}: the screened run did not evaluate {bits} bits; measure it with --mode exact"
-                )
-            return unit.action_mse[bits]
+            return unit.action_mse[bits] if unit.evaluated(bits) else math.nan
         if self.signal == "proxy":
             return unit.action_proxy[bits]
         return self.alpha * unit.omega[bits] + self.beta * unit.omega_tau[bits]

@@ -99,6 +99,16 @@ def test_objectives_read_their_own_scores() -> None:
     assert Objective(signal="proxy").score(item, 4) == pytest.approx(0.02)
 
 
+def test_a_width_that_a_screened_run_did_not_evaluate_is_not_solved_for() -> None:
+    known, partly = unit("known", {2: 0.8, 4: 0.4, 8: 0.2}), unit("partly", {2: 0.8, 4: 0.4, 8: 0.2})
+    screened = table([known, replace(partly, action_mse={2: 0.08, 16: 0.0})])
+    by_action = replace(request(average_bits=8.0), objective=Objective(signal="action"))
+    with pytest.raises(ArtefactError, match="partly: the screened run did not evaluate 4 bits; measure it with"):
+        Planner.of(screened, by_action).plan()
+    pinned = Planner.of(screened, replace(by_action, pins=(Pin("partly", 2),))).plan()
+    assert pinned.objective == pytest.approx(0.08 + 0.02)  # the other layer has room for 8 bits
+
+
 def test_costs_are_counted_with_scales_and_activations() -> None:
     item = unit("layer", {2: 0.8, 4: 0.4, 8: 0.2}, inputs=70, outputs=10)
     (group,) = build_groups(table([item]), Objective(), float_bits=32)

@@ -8,13 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_artefacts import BITS, FRAMES, INSTRUCTION, FakeArtefacts
+from fake_artefacts import BITS, FRAMES, INSTRUCTION, FakeArtefacts, Table, fake_shapes
 
+import calibrator.report.page
 from calibrator.__main__ import main
+from calibrator.allocation.options import Pin
 from calibrator.allocation.plan import Plan
+from calibrator.allocation.planning import Limits, Planner, PlanRequest
+from calibrator.quantizers.quantization import WEIGHT_BITS
 from calibrator.report.inputs import Inputs, Paths
 from calibrator.report.page import render
-from calibrator.sensitivity.table import Sensitivity
+from calibrator.sensitivity.table import FULL_BITS, Objective, Sensitivity, UnitShape
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.files import read_json, write_json
 
@@ -285,15 +289,94 @@ def test_a_rollout_of_another_engine_is_refused(artefacts: FakeArtefacts, tmp_pa
         Inputs.load(replace(artefacts.paths, rollouts=(tmp_path / "rollout.json",)))
 
 
-def test_screened_scores_are_said_to_be_estimates(tmp_path: Path) -> None:
-    screened = FakeArtefacts.write(tmp_path, screened=True)
-    assert screened.paths.plan is not None
-    tree = parse(render(Inputs.load(screened.paths)))
+def _every_fourth(shape: UnitShape, bits: int) -> bool:
+    return bits == 2 or shape.macs // 1000 % 4 == 0
+
+
+_TWO_STAGES = tuple(shape for shape in fake_shapes() if shape.stage in ("head", "projector"))
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        pytest.param(Table(screened=_every_fourth), id="as a pilot leaves it"),
+        pytest.param(Table(screened=lambda shape, bits: shape.stage != "head" or bits == 2), id="a stage"),
+        pytest.param(Table(screened=lambda shape, bits: bits == 2), id="the width shown first"),
+        pytest.param(Table(screened=lambda shape, bits: bits != 2), id="the narrowest width"),
+        pytest.param(Table(screened=lambda shape, bits: shape.stage == "language"), id="all stages but one"),
+        pytest.param(Table(screened=lambda shape, bits: False), id="everything"),
+        pytest.param(Table(screened=lambda shape, bits: True), id="only states"),
+        pytest.param(Table(bits=(2, 3, 8), screened=_every_fourth), id="other widths"),
+        pytest.param(Table(bits=(2, 3, 8)), id="nothing, other widths"),
+        pytest.param(Table(shapes=_TWO_STAGES, screened=lambda shape, bits: shape.stage == "head"), id="two stages"),
+        pytest.param(Table(shapes=_TWO_STAGES[:1], screened=lambda shape, bits: bits == 8), id="one layer"),
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_what_was_not_evaluated_is_said_and_nothing_else_is_lost(tmp_path: Path, table: Table) -> None:
+    """Screening leaves out layers, widths and states, --units leaves out layers, --bits may leave out 4."""
+    tree = parse(render(Inputs.load(FakeArtefacts.write(tmp_path, table=table).paths)))
     words = " ".join(tree.text.split())
-    assert "120 of 684 evaluations" in words and "(cap on <evaluations> reached)" in words
-    heat = [svg for svg in tree.find("svg") if "over the task" in svg.attributes["aria-label"]]
-    assert len(heat) == len(BITS)
-    assert any("was evaluated" in node.attributes.get("data-tip", "") for node in heat[0].walk())
+    shown = 4 if 4 in table.bits else 2
+    ask = table.screened or (lambda shape, bits: True)
+    known = {(shape.name, bits) for shape in table.shapes for bits in table.bits if ask(shape, bits)}
+    at_shown = sum(bits == shown for _, bits in known)
+    assert ("not evaluated" in words) == (len(known) < len(table.shapes) * 3)
+    partly = f"Screening evaluated {at_shown} of {len(table.shapes)} layers at {shown} bits"
+    assert (partly in words) == (at_shown < len(table.shapes))
+    evaluations = f"120 of {len(table.shapes) * 3 * 12} evaluations"
+    assert (evaluations in words and "(cap on <evaluations> reached)" in words) == (table.screened is not None)
+    layers = next(node for node in tree.find("section") if node.attributes.get("id") == "layers")
+    for row in layers.find("table")[0].find("tr")[1:]:
+        name, error = row.find("code")[0].attributes["title"], row.find("td")[7]
+        assert (error.text == "not evaluated") == ((name, shown) not in known), name
+    drawings = {svg.attributes["aria-label"]: svg for svg in tree.find("svg")}
+    for bits in table.bits:
+        scatter = drawings[f"Evidence sensitivity against action error, {bits} bits"]
+        dots = {node.attributes["data-tip"].split("\n")[0] for node in scatter.find("circle")}
+        assert dots == {name for name, width in known if width == bits}
+        count = len(table.shapes) - len(dots)
+        assert (f"{count} of {len(table.shapes)} layers not evaluated" in scatter.text) == (count > 0)
+        bars = drawings[f"Loss at each boundary and action error by quantized stage, {bits} bits"]
+        without = {s.stage for s in table.shapes} - {s.stage for s in table.shapes if (s.name, bits) in known}
+        assert bars.text.count("not evaluated") == 2 * len(without)
+        heat = drawings[f"Sensitivity of the {len(table.shapes)} most fragile layers over the task, {bits} bits"]
+        assert heat.text.count("not evaluated") == count
+        tips = [node.attributes.get("data-tip", "") for node in heat.walk()]
+        assert any("was evaluated" in tip for tip in tips) == bool(dots), "of two or twelve states in ten phases"
+
+
+def test_a_plan_by_action_error_on_a_screened_table_says_what_it_cannot_compare(tmp_path: Path) -> None:
+    """Only widths that the pins leave open must be known to make it; the page compares it with others too."""
+    given = FakeArtefacts.write(tmp_path, table=Table(screened=lambda shape, bits: bits == 8))
+    sensitivity = Sensitivity.load(given.paths.sensitivity)
+    limits, objective = Limits(average_bits=16.0), Objective(signal="action")
+    plan = Planner.of(sensitivity, PlanRequest(limits, objective, pins=(Pin("*", 8),))).plan()
+    plan.save(tmp_path / "by_action.json")
+    tree = parse(render(Inputs.load(alone(given, "plan", tmp_path / "by_action.json"))))
+    section = next(node for node in tree.find("section") if node.attributes.get("id") == "plan")
+    protected, simpler = section.find("table")
+    assert {row.find("td")[3].text for row in protected.find("tr")[1:]} == {"not evaluated"}
+    objectives = {row.find("td")[0].text: row.find("td")[3].text for row in simpler.find("tr")[1:]}
+    assert objectives["every layer w4a16_g64"] == objectives["every layer w2a16_g64"] == "not evaluated"
+    assert objectives["every layer w8a16_g64"] == objectives["this plan"] != "not evaluated"
+
+
+def test_a_plan_that_keeps_everything_is_shown(artefacts: FakeArtefacts, tmp_path: Path) -> None:
+    """Its objective is 0, of which nothing is a part."""
+    sensitivity = Sensitivity.load(artefacts.paths.sensitivity)
+    Planner.of(sensitivity, PlanRequest(Limits(average_bits=16.0))).plan().save(tmp_path / "all.json")
+    paths = replace(alone(artefacts, "plan", tmp_path / "all.json"), frontier=artefacts.paths.frontier)
+    words = " ".join(parse(render(Inputs.load(paths))).text.split())
+    assert "at 8 bits it alone would be the whole objective" in words
+
+
+def test_every_width_that_can_be_measured_has_its_colours() -> None:
+    style = (Path(calibrator.report.page.__file__).parent / "templates" / "style.css").read_text()
+    for bits in (*WEIGHT_BITS, FULL_BITS):
+        for rule in (f".b{bits} {{", f".on-b{bits} {{"):
+            assert rule in style
+        assert style.count(f"--b{bits}:") == style.count(f"--on{bits}:") == 2, "a light and a dark theme"
 
 
 def test_command_line(artefacts: FakeArtefacts, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
