@@ -111,7 +111,7 @@ def raw_contract(source: Path, folder: Path) -> Path:
     return path
 
 
-def measure(engine: Path, contract: Path, seconds: float, threads: int, profile: bool) -> Result:
+def measure(engine: Path, unnorm_key: str, contract: Path, seconds: float, threads: int, profile: bool) -> Result:
     """Runs the node against `seconds` of images."""
     if profile:
         os.environ["FASTRTPS_DEFAULT_PROFILES_FILE"] = str(PROFILE)
@@ -121,6 +121,7 @@ def measure(engine: Path, contract: Path, seconds: float, threads: int, profile:
         path = raw_contract(contract, Path(folder))
         command = [sys.executable, "-m", "vla_policy.nodes.policy_node", "--ros-args", "-p", f"engine_path:={engine}"]
         command += ["-p", f"contract:={path}", "-p", "autostart:=true", "-p", "check_sources:=none"]
+        command += ["-p", f"unnorm_key:={json.dumps(unnorm_key)}"]
         command += [
             "-p",
             f"engine_threads:={threads}",
@@ -190,6 +191,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--contract", type=Path, default=PACKAGE / "config/libero.yaml", help="YAML (default: LIBERO's)"
     )
+    parser.add_argument("--unnorm-key", default="", help="which of the policy's statistics (default: the only ones)")
     parser.add_argument("--seconds", type=float, default=20.0, help="length of each run (default %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="engine threads (default %(default)s)")
     parser.add_argument("--limit-ms", type=float, default=2.0, help="largest median overhead (default %(default)s)")
@@ -198,7 +200,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     results = []
     for profile in (True,) if arguments.only_profile else (True, False):
-        result = measure(arguments.engine, arguments.contract, arguments.seconds, arguments.threads, profile)
+        served = arguments.engine, arguments.unnorm_key, arguments.contract
+        result = measure(*served, arguments.seconds, arguments.threads, profile)
         results.append(result)
         print(
             f"{'shipped profile' if profile else 'default transport'}: {result.arrived} of {result.sent} images "

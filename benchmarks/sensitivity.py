@@ -283,6 +283,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--policy", type=Path, required=True)
     parser.add_argument("--calibration", type=Path, required=True)
+    parser.add_argument("--unnorm-key", help="which of the policy's statistics (default: the only ones)")
     parser.add_argument("--out", type=Path, required=True, help="JSON with all figures")
     parser.add_argument("--stride", type=int, default=6, help="every n-th layer is timed")
     parser.add_argument("--states", type=int, default=8, help="states that are timed")
@@ -293,7 +294,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     def command() -> int:
-        spec = SweepSpec(str(args.policy), str(args.calibration), SweepSettings(), batch_size=16)
+        settings = SweepSettings(unnorm_key=args.unnorm_key)
+        spec = SweepSpec(str(args.policy), str(args.calibration), settings, batch_size=16)
         content: dict[str, Any] = {"schema_version": 1, "kind": "sensitivity-benchmark"}
         content["exact"] = compare_exact(spec, args.stride, args.states)
         if args.table:

@@ -39,6 +39,7 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", choices=BACKENDS, help="what runs the engine (default: the target's first)")
     parser.add_argument("--out", type=Path, required=True, help="engine folder to write; replaced when complete")
     parser.add_argument("--calibration", type=Path, help="calibration set: fixes the scales of TensorRT's w8a8 layers")
+    _add_unnorm_key(parser, "which of the policy's statistics the calibration set's states are normalised by")
     parser.add_argument("--legalize", action="store_true", help="raise formats that the target lacks, and record it")
 
 
@@ -55,6 +56,7 @@ def _build(arguments: argparse.Namespace) -> int:
         legalize=arguments.legalize,
         backend=arguments.backend,
         calibration=arguments.calibration,
+        unnorm_key=arguments.unnorm_key,
     )
     print(summary(build(request)))
     return 0
@@ -67,6 +69,7 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--calibration", type=Path, help="calibration set with reference states (default: random images)"
     )
+    _add_unnorm_key(parser)
     parser.add_argument("--samples", type=_positive, default=8, help="number of reference states (default: 8)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random images (default: 0)")
     parser.add_argument("--formats-only", action="store_true", help="run nothing, record nothing: needs no GPU")
@@ -79,8 +82,8 @@ def _verify(arguments: argparse.Namespace) -> int:
     if arguments.formats_only:
         print(summary(verify_formats(arguments.engine, arguments.policy)))
         return 0
-    manifest = verify(arguments.engine, arguments.policy, arguments.calibration, arguments.samples, arguments.seed)
-    print(summary(manifest))
+    states = arguments.calibration, arguments.samples, arguments.seed
+    print(summary(verify(arguments.engine, arguments.policy, *states, arguments.unnorm_key)))
     return 0
 
 
@@ -90,6 +93,7 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--against", type=Path, required=True, help="16-bit engine folder of the same policy and target"
     )
+    _add_unnorm_key(parser)
     parser.add_argument("--repeats", type=_positive, default=30, help="decisions per engine (default: 30)")
     parser.add_argument("--threads", type=_positive, default=1, help="CPU threads per engine (default: 1)")
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
@@ -111,15 +115,21 @@ def _bench(arguments: argparse.Namespace) -> int:
     from vla_policy.core.files import write_json
     from vla_policy.core.manifest import Manifest
 
-    result = bench(arguments.engine, arguments.against, arguments.repeats, arguments.threads)
+    key = arguments.unnorm_key
+    result = bench(arguments.engine, arguments.against, arguments.repeats, arguments.threads, unnorm_key=key)
     print(report(result))
     if arguments.out is not None:
         result.save(arguments.out)
     if arguments.cost_table is not None:
         action_ms = result.reference.stages["action"].median_ms
-        table = cost_table(Manifest.load(arguments.engine), arguments.formats, arguments.threads, action_ms)
+        manifest = Manifest.load(arguments.engine)
+        table = cost_table(manifest, arguments.formats, arguments.threads, action_ms, unnorm_key=key)
         write_json(arguments.cost_table, table)
     return 0
+
+
+def _add_unnorm_key(parser: argparse.ArgumentParser, what: str = "which of the policy's statistics to use") -> None:
+    parser.add_argument("--unnorm-key", metavar="KEY", help=f"{what} (default: the only ones)")
 
 
 def _positive(text: str) -> int:

@@ -31,18 +31,24 @@ _STAGES = ("vision", "prefill", "decode_step", "action")
 _INSTRUCTION = "pick up the object and place it in the basket"
 
 
-def bench(engine: Path, reference: Path, repeats: int, threads: int, warm_up: int = 2) -> Bench:
-    """Measures `engine` beside `reference`, `repeats` decisions each. Raises VlaError if either is unusable."""
+def bench(
+    engine: Path, reference: Path, repeats: int, threads: int, warm_up: int = 2, unnorm_key: str | None = None
+) -> Bench:
+    """Measures `engine` beside `reference`, `repeats` decisions each.
+
+    Raises VlaError if either is unusable, or has no such statistics.
+    """
     ours, theirs = Manifest.load(engine), Manifest.load(reference)
+    key = ours.config.unnorm_key(unnorm_key)
     if ours.parents["policy"] != theirs.parents["policy"]:
         raise ArtefactError(f"{reference}: built from another policy than {engine}; compare engines of one policy")
     if ours.target != theirs.target:
         raise ArtefactError(
             f"{reference}: for target {theirs.target}, {engine} is for {ours.target}; build it for both"
         )
-    observation = _observation(ours)
+    observation = _observation(ours, key)
     with ExitStack() as stack:
-        workers = [stack.enter_context(_Worker(path, threads)) for path in (engine, reference)]
+        workers = [stack.enter_context(_Worker(path, key, threads)) for path in (engine, reference)]
         timings: list[list[Timings]] = [[] for _ in workers]
         for turn in tqdm(range(warm_up + repeats), desc="deciding", unit="decision", disable=None):
             for worker, measured in zip(workers, timings, strict=True):
@@ -95,11 +101,11 @@ def _figures(worker: "_Worker", path: Path, manifest: Manifest, timings: Sequenc
     )
 
 
-def _observation(manifest: Manifest) -> Observation:
+def _observation(manifest: Manifest, unnorm_key: str) -> Observation:
     """Random images: the arithmetic takes the same time for any."""
     config = manifest.config
     generator = np.random.default_rng(0)
-    proprio = config.stats(next(iter(config.norm_stats))).proprio
+    proprio = config.stats(unnorm_key).proprio
     shape = (config.num_images, config.image_size, config.image_size, 3)
     image, *further = generator.integers(0, 256, shape, dtype=np.uint8)
     state = np.asarray(proprio.low, np.float32) if proprio else None
@@ -124,10 +130,11 @@ def peak_bytes() -> int:
 class _Worker:
     """A process with one engine in it."""
 
-    def __init__(self, folder: Path, threads: int) -> None:
+    def __init__(self, folder: Path, unnorm_key: str, threads: int) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process: SpawnProcess = context.Process(target=_serve, args=(theirs, folder, threads), daemon=True)
+        arguments = (theirs, folder, unnorm_key, threads)
+        self._process: SpawnProcess = context.Process(target=_serve, args=arguments, daemon=True)
         self._process.start()
         theirs.close()
         self.load_s, self.idle_bytes = self._receive()
@@ -162,13 +169,12 @@ class _Worker:
         return answer
 
 
-def _serve(pipe: Connection, folder: Path, threads: int) -> None:
+def _serve(pipe: Connection, folder: Path, unnorm_key: str, threads: int) -> None:
     """Answers each observation with its timings, and None with the peak memory; an error ends it."""
     idle_bytes = peak_bytes()
     started = time.perf_counter()
     try:
-        manifest = Manifest.load(folder)
-        engine = load_engine(folder, next(iter(manifest.config.norm_stats)), threads)
+        engine = load_engine(folder, unnorm_key, threads)
         pipe.send((time.perf_counter() - started, idle_bytes))
         while True:
             observation = pipe.recv()

@@ -54,7 +54,8 @@ class Request:
     """What to build. At most one of `plan` (a file) and `uniform` (a format for every layer); 16 bits without either.
 
     backend: one of the target's; None for its first.
-    calibration: states that fix the activation scales of TensorRT's INT8 layers; not read otherwise.
+    calibration: states that fix the activation scales of TensorRT's INT8 layers; not read otherwise. unnorm_key: the
+    statistics that these states are normalised by; the engine holds all.
     """
 
     policy: Path
@@ -65,6 +66,7 @@ class Request:
     legalize: bool = False
     backend: Backend | None = None
     calibration: Path | None = None
+    unnorm_key: str | None = None
 
 
 @dataclass(frozen=True)
@@ -81,10 +83,13 @@ class Policy:
 def build(request: Request) -> Manifest:
     """Builds the engine folder `request.out`; nothing is left there unless every layer has its planned format.
 
-    Raises ArtefactError for a plan of another policy, unknown or missing units, formats that the target cannot run, a
-    backend that is not installed, and a realised format that differs from the plan's.
+    Raises PolicyError for unknown statistics, and ArtefactError for a plan of another policy, unknown or missing units,
+    formats that the target cannot run, a backend that is not installed, and a realised format that differs from the
+    plan's.
     """
     config = PolicyConfig.load(request.policy)
+    if request.unnorm_key is not None:
+        config.unnorm_key(request.unnorm_key)
     layers = layers_of(config)
     policy_sha256 = sha256_policy(request.policy)
     target = request.target.on(request.backend)
@@ -164,7 +169,7 @@ def _input_peaks(request: Request, target: Target, plan: Plan) -> dict[str, floa
             f"plan: {len(names)} layers have 8-bit activations, e.g. {names[0]}, for which "
             f"{target.backend} needs fixed scales; name states to take them from with --calibration"
         )
-    return input_peaks(request.policy, request.calibration, names)
+    return input_peaks(request.policy, request.calibration, names, request.unnorm_key)
 
 
 def export_graphs(

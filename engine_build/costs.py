@@ -32,7 +32,12 @@ PROMPT_TOKENS = 30
 
 
 def cost_table(
-    manifest: Manifest, formats: Sequence[Format], threads: int, action_16bit_ms: float, repeats: int = 7
+    manifest: Manifest,
+    formats: Sequence[Format],
+    threads: int,
+    action_16bit_ms: float,
+    repeats: int = 7,
+    unnorm_key: str | None = None,
 ) -> dict[str, Any]:
     """Median milliseconds per action, `{"units": {unit: {format: ms}}}`, measured on this machine's CPU.
 
@@ -47,13 +52,14 @@ def cost_table(
         )
     config = manifest.config
     layers = layers_of(config)
-    shapes = {(layer.outputs, layer.inputs, count) for layer in layers.values() for count in passes(layer, config)}
+    runs = {name: passes(layer, config, unnorm_key) for name, layer in layers.items()}
+    shapes = {(layer.outputs, layer.inputs, count) for name, layer in layers.items() for count in runs[name]}
     measured: dict[tuple[int, int, int, Format], float] = {}
     formats = list(dict.fromkeys([FULL_PRECISION, *formats]))
     jobs = [(*shape, fmt) for shape in sorted(shapes) for fmt in formats]
     for outputs, inputs, tokens, fmt in tqdm(jobs, desc="timing layers", unit="shape", disable=None):
         measured[outputs, inputs, tokens, fmt] = _milliseconds(outputs, inputs, tokens, fmt, threads, repeats)
-    units = {name: _costs(layer, passes(layer, config), formats, measured) for name, layer in layers.items()}
+    units = {name: _costs(layer, runs[name], formats, measured) for name, layer in layers.items()}
     layers_16bit_ms = sum(costs[str(FULL_PRECISION)] for costs in units.values())
     return {
         "schema_version": 1,
@@ -67,9 +73,13 @@ def cost_table(
     }
 
 
-def passes(layer: Layer, config: PolicyConfig) -> Mapping[int, int]:
-    """How often per action the layer runs, by number of tokens, with a prompt of `PROMPT_TOKENS`."""
-    counts = token_counts(config, layer.name, PROMPT_TOKENS, config.action_dim * (config.chunk or 1))
+def passes(layer: Layer, config: PolicyConfig, unnorm_key: str | None = None) -> Mapping[int, int]:
+    """How often per action the layer runs, by number of tokens, with a prompt of `PROMPT_TOKENS`.
+
+    unnorm_key: of the statistics, which tell how many values an action has.
+    """
+    decided = config.stats(unnorm_key).action.dim * (config.chunk or 1)
+    counts = token_counts(config, layer.name, PROMPT_TOKENS, decided)
     return {int(tokens): times for tokens, times in counts.items()}
 
 

@@ -13,13 +13,16 @@ from calibrator.quantizers.quantization import find_layer
 from vla_policy.core.errors import ArtefactError
 
 
-def input_peaks(policy_folder: Path, calibration: Path, names: Sequence[str]) -> dict[str, float]:
+def input_peaks(
+    policy_folder: Path, calibration: Path, names: Sequence[str], unnorm_key: str | None = None
+) -> dict[str, float]:
     """max |x| of every named layer's input while the full-precision policy decides each calibration state.
 
-    Raises ArtefactError for a layer whose input is zero or not finite throughout.
+    unnorm_key: of the statistics that normalise a state. Raises ArtefactError for a layer whose input is zero or not
+    finite throughout.
     """
     states = load_calibration(calibration)
-    actor = TorchActor.load(policy_folder, None)
+    actor = TorchActor.load(policy_folder, unnorm_key)
     peaks = dict.fromkeys(names, 0.0)
     with _watched(actor.policy, peaks):
         for index in tqdm(range(len(states)), desc="activation ranges", unit="state", disable=None):

@@ -63,15 +63,26 @@ class Comparison:
     action_max_abs: float
 
 
-def verify(engine_folder: Path, policy_folder: Path, calibration: Path | None, samples: int, seed: int = 0) -> Manifest:
+def verify(
+    engine_folder: Path,
+    policy_folder: Path,
+    calibration: Path | None,
+    samples: int,
+    seed: int = 0,
+    unnorm_key: str | None = None,
+) -> Manifest:
     """Checks the engine in `engine_folder` and records the outcome in its manifest.
 
-    Raises ArtefactError for damaged files, an engine of another policy, a realised format or size that differs from the
-    plan, and logits outside the tolerance; the manifest is rewritten only if everything holds.
+    unnorm_key: which of the policy's statistics to use; may be left out if there is only one.
+
+    Raises PolicyError for unknown statistics, and ArtefactError for damaged files, an engine of another policy, a
+    realised format or size that differs from the plan, and logits outside the tolerance; the manifest is rewritten only
+    if everything holds.
     """
+    key = Manifest.load(engine_folder).config.unnorm_key(unnorm_key)
     manifest = verify_formats(engine_folder, policy_folder)
     checked = manifest.with_reference_check(
-        reference_check(engine_folder, manifest, policy_folder, calibration, samples, seed)
+        reference_check(engine_folder, manifest, policy_folder, calibration, samples, seed, key)
     )
     checked.write(engine_folder)
     return checked
@@ -121,10 +132,15 @@ def _read_back(
 
 
 def reference_check(
-    engine_folder: Path, manifest: Manifest, policy_folder: Path, calibration: Path | None, samples: int, seed: int
+    engine_folder: Path,
+    manifest: Manifest,
+    policy_folder: Path,
+    calibration: Path | None,
+    samples: int,
+    seed: int,
+    unnorm_key: str,
 ) -> dict[str, Any]:
     """The `reference_check` entry of the manifest. Raises ArtefactError if the logits leave the tolerance."""
-    unnorm_key = next(iter(manifest.config.norm_stats))
     engine = load_engine(engine_folder, unnorm_key)
     states = reference_states(engine, calibration, samples, seed)
     actor = TorchActor.load(policy_folder, unnorm_key)
@@ -175,7 +191,7 @@ def reference_states(engine: Engine, calibration: Path | None, samples: int, see
     def image() -> np.ndarray:
         return generator.integers(0, 256, _SYNTHETIC_PIXELS, dtype=np.uint8)
 
-    proprio = engine.config.stats(next(iter(engine.config.norm_stats))).proprio
+    proprio = engine.config.stats(engine.unnorm_key).proprio
     return [
         Observation(
             image(),

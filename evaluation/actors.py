@@ -39,12 +39,15 @@ class ActorSpec:
         }
 
     def config(self) -> PolicyConfig:
-        """The policy's configuration, read without loading the weights."""
+        """The policy's configuration, read without loading the weights. Raises PolicyError for unknown statistics."""
         if self.kind == "policy":
-            return PolicyConfig.load(self.folder)
-        from vla_policy.core.manifest import Manifest
+            config = PolicyConfig.load(self.folder)
+        else:
+            from vla_policy.core.manifest import Manifest
 
-        return Manifest.load(self.folder).config
+            config = Manifest.load(self.folder).config
+        config.unnorm_key(self.unnorm_key)
+        return config
 
     def load(self) -> Actor:
         """Builds the actor with one thread, so that workers do not fight over the cores."""

@@ -20,7 +20,7 @@ from vla_policy.core.errors import ArtefactError, VlaError
 from vla_policy.core.files import atomic_path
 from vla_policy.core.formats import Format
 
-_SECTION_KEYS = {"name", "title", "benchmark", "policy", "tasks", "trials", "seed", "runs"}
+_SECTION_KEYS = {"name", "title", "benchmark", "policy", "unnorm_key", "tasks", "trials", "seed", "runs"}
 _RUN_KEYS = {"name", "engine", "weights", "dtype", "control", "trials"}
 
 
@@ -137,6 +137,7 @@ def _run(entry: Any, section: dict[str, Any], path: Path, where: str) -> Planned
     actor = ActorSpec(
         kind="engine" if engine else "policy",
         folder=path.parent / (engine or section["policy"]),
+        unnorm_key=section.get("unnorm_key"),
         weights=weights,
         dtype=entry.get("dtype", "float32"),
     )

@@ -85,6 +85,8 @@ class FakeActor:
         self._recipe = recipe
         self._acts = 0
 
+    unnorm_key = "fake"
+
     @property
     def config(self) -> PolicyConfig:
         return self._recipe.config()

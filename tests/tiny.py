@@ -1,5 +1,7 @@
 """A tiny random policy in the published layout: small enough for brute force, complete enough for every code path."""
 
+import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -75,3 +77,14 @@ def overflowing_policy_folder(folder: Path) -> Path:
     tensors["proprio_projector.fc2.weight"][:, 0] = 100.0
     save_file(tensors, path, metadata={"format": "pt"})
     return folder
+
+
+def with_two_statistics(policy: Path) -> Path:
+    """The policy in this folder with `large` beside `tiny`: actions ten times as large."""
+    raw = json.loads((policy / "config.json").read_text())
+    large = copy.deepcopy(raw["norm_stats"]["tiny"])
+    for name in ("q01", "q99"):
+        large["action"][name] = [10 * value for value in large["action"][name]]
+    raw["norm_stats"]["large"] = large
+    (policy / "config.json").write_text(json.dumps(raw))
+    return policy

@@ -27,12 +27,11 @@ class TorchActor:
 
     @staticmethod
     def load(folder: Path | str, unnorm_key: str | None = None, dtype: torch.dtype = torch.float32) -> "TorchActor":
-        """The actor for the policy in `folder`; see `load_policy` for errors."""
-        policy = load_policy(folder, dtype)
-        key = policy.config.unnorm_key(unnorm_key)
-        return TorchActor(
-            policy, PromptTokenizer(folder, policy.config, key), decisions_of(policy.config, key), key
-        )
+        """The actor for the policy in `folder`; see `load_policy` for errors, and `unnorm_key` of PolicyConfig."""
+        config = PolicyConfig.load(folder)
+        key = config.unnorm_key(unnorm_key)
+        tokenizer, decisions = PromptTokenizer(folder, config, key), decisions_of(config, key)
+        return TorchActor(load_policy(folder, dtype), tokenizer, decisions, key)
 
     @property
     def config(self) -> PolicyConfig:

@@ -26,6 +26,7 @@ from calibrator.sensitivity.scores import check_finite
 from calibrator.sensitivity.states import Reference, States, reference
 from vla_policy.core.errors import PolicyError
 from vla_policy.core.formats import Format
+from vla_policy.core.policy_config import PolicyConfig
 
 Scheme = Literal["weight-only", "weight-activation"]
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -178,6 +179,8 @@ class SweepSpec:
         return products(self.device, _DTYPES[self.settings.dtype])
 
     def load_policy(self) -> OpenVLA:
+        """Raises PolicyError for unknown statistics before any weight is read, and as the loader."""
+        PolicyConfig.load(self.policy).unnorm_key(self.settings.unnorm_key)
         return load_policy(self.policy, _DTYPES[self.settings.dtype], self.device)
 
     def load_states(self, policy: OpenVLA) -> States:

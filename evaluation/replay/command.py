@@ -5,11 +5,11 @@ import math
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from evaluation.actors import ActorSpec
 from evaluation.replay.compare import Comparison, compare
-from evaluation.replay.live import serve
+from evaluation.replay.live import ServingNode, serve
 from evaluation.replay.page import WorstView, picture, render
 from evaluation.replay.run import Answers, answer, recorded
 from evaluation.replay.thresholds import Check, check, load_thresholds, write_junit
@@ -41,6 +41,9 @@ def add_replay(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rate", type=float, default=1.0, help=rate)
     parser.add_argument("--thresholds", type=Path, help="YAML that makes the replay a test")
     parser.add_argument("--out", type=Path, required=True, help="folder for replay.json, replay.html and junit.xml")
+    parser.add_argument(
+        "--unnorm-key", metavar="KEY", help="which of the policies' statistics to use (default: the only ones)"
+    )
     parser.add_argument("--namespace", default="", help="ROS namespace of the contract's topics in the bag")
     parser.add_argument(
         "--bins", type=int, default=10, help="bins of progress through an episode (default %(default)s)"
@@ -55,6 +58,9 @@ def replay(arguments: argparse.Namespace) -> int:
     contract = load_contract(arguments.contract)
     names = tuple(dimension.name for dimension in contract.action.dimensions)
     thresholds = load_thresholds(arguments.thresholds, names) if arguments.thresholds else None
+    for folder in (arguments.engine, arguments.against):
+        if folder is not None:
+            _spec(arguments, folder).config()
     candidate, reference = (_live if arguments.live else _in_process)(arguments, contract)
     comparison = None
     if reference is not None:
@@ -66,14 +72,15 @@ def replay(arguments: argparse.Namespace) -> int:
     return 0 if all(item.passed for item in checks) else 1
 
 
-def _spec(folder: Path) -> ActorSpec:
+def _spec(arguments: argparse.Namespace, folder: Path) -> ActorSpec:
     if not folder.is_dir():
         raise ArtefactError(f"{folder}: no such folder; expected an engine or a policy")
-    return ActorSpec("engine" if (folder / "manifest.json").is_file() else "policy", folder)
+    kind: Literal["engine", "policy"] = "engine" if (folder / "manifest.json").is_file() else "policy"
+    return ActorSpec(kind, folder, arguments.unnorm_key)
 
 
 def _answer(arguments: argparse.Namespace, contract: Contract, folder: Path) -> Answers:
-    return answer(arguments.bag, contract, _spec(folder).load(), folder.name, arguments.namespace)
+    return answer(arguments.bag, contract, _spec(arguments, folder).load(), folder.name, arguments.namespace)
 
 
 def _in_process(arguments: argparse.Namespace, contract: Contract) -> tuple[Answers, Answers | None]:
@@ -86,11 +93,12 @@ def _in_process(arguments: argparse.Namespace, contract: Contract) -> tuple[Answ
 
 def _live(arguments: argparse.Namespace, contract: Contract) -> tuple[Answers, Answers | None]:
     """Candidate as a node served it, and the reference in process."""
-    if arguments.served is not None or _spec(arguments.engine).kind != "engine":
+    if arguments.served is not None or _spec(arguments, arguments.engine).kind != "engine":
         raise ArtefactError("--live serves an engine folder anew; give one, and leave out --served")
     reference = _answer(arguments, contract, arguments.against or arguments.engine)
     served = arguments.out / "served"
-    serve(arguments.bag, arguments.contract, arguments.engine, arguments.namespace, arguments.rate, served)
+    node = ServingNode(arguments.engine, arguments.contract, arguments.unnorm_key)
+    serve(node, arguments.bag, arguments.namespace, arguments.rate, served)
     return recorded(served, reference), reference
 
 
@@ -120,6 +128,7 @@ def _write(
         "schema_version": SCHEMA_VERSION,
         "kind": "replay",
         "parents": sources,
+        "unnorm_key": arguments.unnorm_key,
         "candidate": _summary(candidate),
         "reference": _summary(reference) if reference else None,
         "comparison": _without_nan(asdict(comparison)) if comparison else None,

@@ -1,6 +1,7 @@
 """A bag over DDS through the real policy node: recorded bytes, quality of service and timing, as on the robot."""
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 from evaluation.processes import ended_in_order, node_command, running
@@ -10,19 +11,29 @@ from vla_policy.core.errors import ContractError
 _START_TIMEOUT_S, _DEADLINE_S = 600.0, 60.0
 
 
-def serve(bag: Path, contract: Path, engine: Path, namespace: str, rate: float, served: Path) -> None:
+@dataclass(frozen=True)
+class ServingNode:
+    """What the policy node serves, by which contract, and with which of the policy's statistics (None: the only)."""
+
+    engine: Path
+    contract: Path
+    unnorm_key: str | None = None
+
+
+def serve(node: ServingNode, bag: Path, namespace: str, rate: float, served: Path) -> None:
     """Replays `bag` to a policy node in dry run; its decisions become the bag `served`, in place of a former one.
 
-    rate: times recorded speed, 0: as fast as the node answers. Raises ContractError when the replay cannot be done; the
-    nodes' own messages are on stderr.
+    namespace: of the contract's topics in the bag. rate: times recorded speed, 0: as fast as the node answers. Raises
+    ContractError when the replay cannot be done; the nodes' own messages are on stderr.
     """
     shutil.rmtree(served, ignore_errors=True)
     served.parent.mkdir(parents=True, exist_ok=True)
     policy = node_command(
         "vla_policy.nodes.policy_node",
         {
-            "engine_path": engine.resolve(),
-            "contract": contract.resolve(),
+            "engine_path": node.engine.resolve(),
+            "unnorm_key": node.unnorm_key or "",
+            "contract": node.contract.resolve(),
             "autostart": True,
             "lossless": True,
             "use_sim_time": True,
@@ -34,7 +45,7 @@ def serve(bag: Path, contract: Path, engine: Path, namespace: str, rate: float, 
         "vla_policy.nodes.replay_node",
         {
             "bag": bag.resolve(),
-            "contract": contract.resolve(),
+            "contract": node.contract.resolve(),
             "bag_namespace": namespace,
             "rate": float(rate),
             "served": served.resolve(),

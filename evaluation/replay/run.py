@@ -72,7 +72,7 @@ class _Drops:
 
 def answer(bag: Path, contract: Contract, actor: Actor, name: str, namespace: str = "") -> Answers:
     """Runs the whole bag. Raises ContractError when bag, contract and actor do not fit, or nothing can be served."""
-    check_contract(contract, actor.config)
+    check_contract(contract, actor.config, actor.unnorm_key)
     drops = _Drops()
     rows: list[tuple[Frame, np.ndarray, np.ndarray, float]] = []
     total = summarise(bag, contract, namespace).messages[contract.primary.topic]

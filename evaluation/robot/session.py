@@ -32,6 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     driver = parser.add_mutually_exclusive_group(required=True)
     driver.add_argument("--engine", type=Path, help="engine folder of the policy that drives")
     driver.add_argument("--expert", action="store_true", help="the scripted expert drives (libero_object only)")
+    parser.add_argument(
+        "--unnorm-key", metavar="KEY", help="which of the policy's statistics to use (default: the only ones)"
+    )
     parser.add_argument("--contract", type=Path, help="YAML that maps topics (default: the package's libero.yaml)")
     parser.add_argument("--suite", default="libero_object", help="LIBERO suite (default %(default)s)")
     parser.add_argument("--tasks", nargs="+", default=[], help="task names (default: all of the suite)")
@@ -49,11 +52,12 @@ def _run(arguments: argparse.Namespace) -> int:
     if bag is not None and bag.exists() and not arguments.replace:
         raise ArtefactError(f"{bag}: exists already; add --replace or choose another name")
     if arguments.engine is not None:
-        Manifest.load(arguments.engine)  # what is no engine is refused here, before the simulator waits for its policy
+        # What is no engine, or has no such statistics, is refused here, before the simulator waits for its policy.
+        Manifest.load(arguments.engine).config.unnorm_key(arguments.unnorm_key)
     recorded = None if bag is None else bag.with_name(f".{bag.name}.recording") / bag.name
     with ended_in_order(), ExitStack() as nodes:
         if arguments.engine is not None:
-            nodes.enter_context(running(_policy(arguments.engine, contract)))
+            nodes.enter_context(running(_policy(arguments.engine, arguments.unnorm_key, contract)))
         if recorded is not None:
             shutil.rmtree(recorded.parent, ignore_errors=True)
             nodes.callback(shutil.rmtree, recorded.parent, ignore_errors=True)
@@ -69,9 +73,10 @@ def _run(arguments: argparse.Namespace) -> int:
         return code
 
 
-def _policy(engine: Path, contract: Path) -> list[str]:
+def _policy(engine: Path, unnorm_key: str | None, contract: Path) -> list[str]:
     values: dict[str, Value] = {
         "engine_path": engine.resolve(),
+        "unnorm_key": unnorm_key or "",
         "contract": contract.resolve(),
         "use_sim_time": True,
         "enabled": True,

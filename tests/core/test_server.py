@@ -28,6 +28,8 @@ TIMEOUT_S = 20.0
 class FakeActor:
     """Answers with the state's first value; waits for `gate` before each answer."""
 
+    unnorm_key = "fake"
+
     def __init__(self) -> None:
         tower = TowerSpec("dinov2", 112, 16, 192, 5, 3, 768, 4)
         stats = {"fake": NormStats(ActionStats((-1.0,) * 7, (1.0,) * 7, (True,) * 7), None)}

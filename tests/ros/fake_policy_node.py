@@ -22,13 +22,15 @@ STATES = ("x", "y", "z", "gripper_width", "gripper_velocity")
 def fake_config(images: int = 1, steps: int = 4) -> PolicyConfig:
     tower = TowerSpec("dinov2", 112, 16, 192, 5, 3, 768, 4)
     action = ActionStats((-1.0,) * 7, (1.0,) * 7, (True,) * 7)
-    proprio = ProprioStats(STATES, (-1.0,) * 5, (1.0,) * 5)
+    proprio = ProprioStats(STATES, (-1.0,) * 5, (1.0,) * 5, (True,) * 5)
     stats = {"fake": NormStats(action, proprio)}
     return PolicyConfig((tower, tower), TextSpec(), 64, 256, stats, True, steps, {}, images)
 
 
 class FakeEngine:
     """Acts as `fake.json` says; "echo" gives the state, the images' mean and the instruction's length."""
+
+    unnorm_key = "fake"
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -55,7 +57,7 @@ def echo(observation: Observation) -> np.ndarray:
     return np.asarray([*observation.state.astype(np.float64), *features])
 
 
-def load_fake(folder: Path, threads: int | None) -> FakeEngine:
+def load_fake(folder: Path, unnorm_key: str | None, threads: int | None) -> FakeEngine:
     if not (folder / "manifest.json").is_file():
         raise ArtefactError(f"{folder}: no manifest.json; it is not an engine folder")
     if json.loads((folder / "fake.json").read_text()).get("fail_load"):

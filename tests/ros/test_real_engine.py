@@ -16,10 +16,11 @@ from evaluation.__main__ import main as evaluation
 from tests.core.ros_messages import picture
 from tests.demo.materials import tiny_bag, tiny_contract
 from tests.ros.world import CONTRACT, WRIST, World, fresh_domain, process
-from tests.tiny import overflowing_policy_folder, tiny_policy_folder
+from tests.tiny import overflowing_policy_folder, tiny_policy_folder, with_two_statistics
 from vla_policy.core.files import sha256_file
 from vla_policy.core.observation import Observation
 from vla_policy.core.runner import load_engine
+from vla_policy.core.served import read_served
 
 from lifecycle_msgs.msg import Transition  # isort: skip  # after the importorskip in tests.ros.world
 
@@ -88,6 +89,29 @@ def test_an_oft_engine_serves_chunks_from_two_cameras(world: World, tmp_path: Pa
     for chunk in world.chunks:
         assert (chunk.horizon, chunk.action_dim, len(chunk.tokens)) == (4, 3, 0)
         np.testing.assert_array_equal(np.reshape(chunk.actions, (4, 3)), expected)
+
+
+def test_the_node_asks_which_statistics(
+    world: World, material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Configure lists them in one line; the parameter names one. A live replay hands its option on to the node."""
+    policy, engine = with_two_statistics(tiny_policy_folder(tmp_path / "policy")), tmp_path / "engine"
+    assert engine_build(["build", "--policy", str(policy), "--uniform", "w8a16_g32", "--out", str(engine)]) == 0
+    contract, log = material / "contract.yaml", tmp_path / "log"
+    with process([*command(engine, contract), "-p", "autostart:=false"], world.domain, log):
+        assert not world.change_state(Transition.TRANSITION_CONFIGURE)
+        assert "configure refused: the policy has statistics of 2 data sets and none was named; " in log.read_text()
+        assert "choose an unnorm_key: large, tiny\n" in log.read_text() and "Traceback" not in log.read_text()
+        assert world.set_parameters(unnorm_key="large").successful
+        assert world.change_state(Transition.TRANSITION_CONFIGURE)
+    monkeypatch.setenv("ROS_DOMAIN_ID", str(fresh_domain()))
+    replay = ["replay", "--bag", str(material / "bag"), "--contract", str(contract), "--live", "--rate", "0"]
+    replay += ["--engine", str(engine), "--unnorm-key", "large", "--out", str(tmp_path / "out")]
+    assert evaluation(replay) == 0
+    content = json.loads((tmp_path / "out/replay.json").read_text())
+    assert content["comparison"]["identical_frames"] == content["comparison"]["frames"] == 20
+    served = np.stack([action.actions for action in read_served(tmp_path / "out/served")])
+    assert np.abs(served[..., 1]).max() > 0.5, "beyond what the other statistics allow"
 
 
 def test_one_command_replays_live_and_finds_the_decisions_of_the_same_engine_in_process(

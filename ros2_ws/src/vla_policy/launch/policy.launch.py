@@ -17,6 +17,7 @@ from launch import LaunchContext, LaunchDescription
 
 PARAMETERS = {
     "engine_path": (str, "folder of the engine that serves"),
+    "unnorm_key": (str, "which of the policy's statistics to use"),
     "use_sim_time": (bool, "follow /clock"),
     "lossless": (bool, "answer every frame in order"),
     "enabled": (bool, "allow motion from the start"),

@@ -53,6 +53,11 @@ class Actor(Protocol):
         """The policy's configuration."""
         ...
 
+    @property
+    def unnorm_key(self) -> str:
+        """The statistics that state and actions are normalised by."""
+        ...
+
     def act(self, observation: Observation) -> Decision:
         """The greedy decision for one observation.
 

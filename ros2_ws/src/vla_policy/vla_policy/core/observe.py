@@ -31,7 +31,10 @@ def _view(encoded: EncodedImage, camera: CameraTopic) -> np.ndarray:
 
 
 def check_contract(contract: Contract, config: PolicyConfig, unnorm_key: str | None = None) -> None:
-    """Raises ContractError unless cameras, states and action dimensions are those of the policy, in its order."""
+    """Raises ContractError unless cameras, states and action dimensions are those of the policy, in its order.
+
+    unnorm_key: of the statistics in use; may be left out if there is only one.
+    """
     _check_cameras(contract, config)
     stats = config.stats(unnorm_key)
     wanted = stats.proprio.names if config.takes_state and stats.proprio else ()

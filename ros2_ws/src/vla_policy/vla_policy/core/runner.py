@@ -69,6 +69,7 @@ class Engine:
         self.manifest = manifest
         self.tokenizer = tokenizer
         self._backend = backend
+        self.unnorm_key = unnorm_key
         self._config = manifest.config
         stats = self._config.stats(unnorm_key)
         self.codec = ActionCodec.of(self._config, unnorm_key)
@@ -132,7 +133,7 @@ class Engine:
 def load_engine(folder: Path | str, unnorm_key: str | None = None, threads: int | None = None) -> Engine:
     """The engine in `folder`, every file checked against the manifest's hashes.
 
-    unnorm_key: which action statistics to use; may be left out if the policy has only one.
+    unnorm_key: which of the policy's statistics to use; may be left out if there is only one.
     threads: CPU threads; None leaves the number to the backend.
 
     Raises ArtefactError for a damaged engine, one built for another backend version or another GPU, and PolicyError for
@@ -140,6 +141,8 @@ def load_engine(folder: Path | str, unnorm_key: str | None = None, threads: int 
     """
     folder = Path(folder)
     manifest = Manifest.load(folder)
+    config = manifest.config
+    key = config.unnorm_key(unnorm_key)
     target = find_target(manifest.target)
     if manifest.backend not in target.backends:
         raise ArtefactError(
@@ -147,9 +150,8 @@ def load_engine(folder: Path | str, unnorm_key: str | None = None, threads: int 
             f"{manifest.backend}; build it again"
         )
     manifest.check_files(folder)
-    config = manifest.config
-    tokenizer = PromptTokenizer(folder, config, unnorm_key)
-    return Engine(manifest, _backend(folder, manifest, threads), tokenizer, config.unnorm_key(unnorm_key))
+    tokenizer = PromptTokenizer(folder, config, key)
+    return Engine(manifest, _backend(folder, manifest, threads), tokenizer, key)
 
 
 def _backend(folder: Path, manifest: Manifest, threads: int | None) -> Backend:

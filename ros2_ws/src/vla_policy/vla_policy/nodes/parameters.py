@@ -17,6 +17,7 @@ class NodeParameters:
     """Times in seconds. See `DECLARED` for the meaning of each."""
 
     engine_path: str
+    unnorm_key: str
     engine_threads: int
     contract: str
     instruction: str
@@ -32,6 +33,7 @@ class NodeParameters:
 # name: (default, description, range)
 DECLARED: dict[str, tuple[bool | int | float | str, str, tuple[float, float] | None]] = {
     "engine_path": ("", "folder of the engine that serves", None),
+    "unnorm_key": ("", "which of the policy's statistics to use; empty: the only ones", None),
     "engine_threads": (0, "CPU threads of the engine; 0: as many as its backend likes", (0, 1024)),
     "contract": ("", "YAML file that maps topics to the policy's inputs and actions to commands", None),
     "instruction": ("", "task in words at activation; empty: wait for the topic or the service", None),
@@ -74,6 +76,7 @@ def read(node: Node) -> NodeParameters:
             raise ContractError(f"parameter {name} is not set; start the node with -p {name}:=PATH")
     return NodeParameters(
         engine_path=value["engine_path"],
+        unnorm_key=value["unnorm_key"],
         engine_threads=value["engine_threads"],
         contract=value["contract"],
         instruction=value["instruction"],

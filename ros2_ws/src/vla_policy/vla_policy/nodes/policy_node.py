@@ -45,21 +45,21 @@ from vla_policy.nodes.watchdog import OutputWatchdog
 _WARM_UP_DECISIONS = 3
 _EXPIRE_PERIOD_S = 0.05
 _DROP_LOG_PERIOD_S = 2.0
-LoadEngine = Callable[[Path, int | None], Actor]
+LoadEngine = Callable[[Path, str | None, int | None], Actor]
 
 
-def _load_engine(folder: Path, threads: int | None) -> Actor:
+def _load_engine(folder: Path, unnorm_key: str | None, threads: int | None) -> Actor:
     # Imported at configure, not at start: the runtime takes seconds to load and a refused parameter should not wait.
     from vla_policy.core.runner import load_engine
 
-    return load_engine(folder, threads=threads)
+    return load_engine(folder, unnorm_key, threads)
 
 
 class PolicyNode(LifecycleNode):
     """See the module's text.
 
     ending: set when the process is to end; a configure that waits for its inputs gives up.
-    load_engine: makes the actor of the folder `engine_path`.
+    load_engine: makes the actor of the folder `engine_path`, with the statistics `unnorm_key`.
     """
 
     def __init__(self, ending: threading.Event, load_engine: LoadEngine = _load_engine) -> None:
@@ -115,8 +115,10 @@ class PolicyNode(LifecycleNode):
         lock = NameLock(self.get_fully_qualified_name(), self.context.get_domain_id())
         undo.callback(lock.release)
         contract = load_contract(settings.contract)
-        actor = self._load_engine(Path(settings.engine_path), settings.engine_threads or None)
-        check_contract(contract, actor.config)
+        actor = self._load_engine(
+            Path(settings.engine_path), settings.unnorm_key or None, settings.engine_threads or None
+        )
+        check_contract(contract, actor.config, actor.unnorm_key)
         warm_up_ms = self._warm_up(actor, contract, settings.server.inference_deadline_s)
         inputs.check_sources(
             self, contract, settings.check_sources, settings.source_wait_s, settings.server.lossless, self._ending
@@ -128,11 +130,15 @@ class PolicyNode(LifecycleNode):
         self._identity = {
             "engine": engine_id,
             "engine path": settings.engine_path,
+            "statistics": actor.unnorm_key,
             "contract": contract.sha256,
             "mode": "lossless" if settings.server.lossless else "newest frame",
             "warm-up (ms)": f"{warm_up_ms:.2f}",
         }
-        self.get_logger().info(f"configured: engine {engine_id[:12]}, warm-up decision {warm_up_ms:.1f} ms")
+        self.get_logger().info(
+            f"configured: engine {engine_id[:12]}, statistics {actor.unnorm_key}, "
+            f"warm-up decision {warm_up_ms:.1f} ms"
+        )
 
     def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Subscribes and begins to answer; motion waits for enable (or the parameter `enabled`)."""
