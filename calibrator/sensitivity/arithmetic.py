@@ -71,9 +71,11 @@ def multiplies_bfloat16(device: torch.device) -> bool:
 @contextmanager
 def products(device: str, dtype: torch.dtype) -> Iterator[None]:
     """Inside the block, products on `device` have the precision of `dtype`, at a speed worth having."""
-    before = torch.backends.cudnn.allow_tf32
-    # float32 means float32: a GPU's convolutions would otherwise round their operands to 10 bits (TF32).
-    torch.backends.cudnn.allow_tf32 = False
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, matmul.allow_tf32
+    # float32 means float32: a GPU's convolutions would otherwise round their operands to 10 bits (TF32), and so would
+    # products where the program around has asked for it.
+    cudnn.allow_tf32 = matmul.allow_tf32 = False
     try:
         if dtype is torch.bfloat16 and not multiplies_bfloat16(torch.device(device)):
             with _Widened():
@@ -81,4 +83,4 @@ def products(device: str, dtype: torch.dtype) -> Iterator[None]:
         else:
             yield
     finally:
-        torch.backends.cudnn.allow_tf32 = before
+        cudnn.allow_tf32, matmul.allow_tf32 = before

@@ -1,6 +1,7 @@
 """bfloat16 products that go through float32: values, gradients, and what is left as it was."""
 
 from collections.abc import Callable
+from contextlib import suppress
 
 import pytest
 import torch
@@ -70,10 +71,26 @@ def test_the_weight_that_is_kept_is_the_narrow_one() -> None:
     assert [tensor.data_ptr() for tensor in kept] == [weight.data_ptr()]
 
 
-def test_float32_is_left_alone_and_tf32_is_off_inside() -> None:
-    before = torch.backends.cudnn.allow_tf32
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("asked_for", [False, True])
+@pytest.mark.parametrize("error", [False, True])
+def test_tf32_is_off_inside_and_as_it_was_outside(dtype: torch.dtype, asked_for: bool, error: bool) -> None:
+    """Whatever the program around has asked for, also when the block fails. No GPU is needed to see the switches."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, matmul.allow_tf32
+    try:
+        cudnn.allow_tf32 = matmul.allow_tf32 = asked_for
+        with suppress(ZeroDivisionError), products("cpu", dtype):
+            assert not cudnn.allow_tf32 and not matmul.allow_tf32
+            _ = 1 / (not error)
+        assert cudnn.allow_tf32 == matmul.allow_tf32 == asked_for
+    finally:
+        cudnn.allow_tf32, matmul.allow_tf32 = before
+
+
+def test_float32_is_not_widened() -> None:
+    """The very call of the program, so the very bits: float32 goes through the same function with the same operands."""
     x, weight = random(3, 16).float(), random(8, 16).float()
+    expected = functional.linear(x, weight)
     with products("cpu", torch.float32):
-        assert not torch.backends.cudnn.allow_tf32
-        torch.testing.assert_close(functional.linear(x, weight), x @ weight.T)
-    assert torch.backends.cudnn.allow_tf32 == before
+        assert torch.equal(functional.linear(x, weight), expected)

@@ -1,6 +1,7 @@
 """A whole run: its artefact, what a killed run leaves, and what is refused."""
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,14 +11,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fake_source import FakeSource
 from tables import table, unit
+from tiny import tiny_policy_folder
 
 from calibrator.__main__ import main
 from calibrator.allocation.plan import Plan
+from calibrator.data.calibration import collect
 from calibrator.sensitivity.executors import LocalExecutor, Task
 from calibrator.sensitivity.journal import Journal, difference
 from calibrator.sensitivity.measure import RunOptions, journal_folder, measure
 from calibrator.sensitivity.scores import ScoreSettings, phase_of, soft_bottleneck
+from calibrator.sensitivity.screening import ScreenSettings
 from calibrator.sensitivity.sweep import Sweep, SweepSettings, SweepSpec, UnitLosses
 from calibrator.sensitivity.table import Sensitivity, inversions, load_tensors
 from vla_policy.core.errors import ArtefactError, DataError, PolicyError
@@ -69,6 +74,8 @@ def test_scores_follow_from_the_stored_losses(finished: Path) -> None:
             by_phase = [values[losses["phase"] == phase].mean() for phase in set(losses["phase"].tolist())]
             assert item.omega_tau[bits] == pytest.approx(float(max(by_phase)), rel=1e-4)
             assert item.action_mse[bits] == pytest.approx(float(losses["action_error"][row, column].mean()), rel=1e-5)
+            drop = -losses["likelihood"][row, column].mean()
+            assert item.likelihood_drop[bits] == pytest.approx(float(drop), rel=1e-4)
         assert item.omega[16] == item.omega_tau[16] == item.action_mse[16] == 0.0
     np.testing.assert_array_equal(losses["phase"], phase_of(losses["progress"], 10))
 
@@ -140,6 +147,35 @@ def test_other_inputs_are_refused_with_the_difference(spec: SweepSpec, finished:
         measure(replace(spec, settings=SweepSettings(bits=(2, 4), group_size=32)), out, SCORES, OPTIONS)
     measure(channel, out, SCORES, replace(OPTIONS, resume=False, unit_globs=("projector.fc1",)))
     assert [item.name for item in Sensitivity.load(out).units] == ["projector.fc1"]
+
+
+@pytest.mark.parametrize("changed", ["policy", "calibration"])
+def test_another_policy_or_calibration_set_is_refused(
+    spec: SweepSpec, finished: Path, policy_folder: Path, calibration_folder: Path, tmp_path: Path, changed: str
+) -> None:
+    """Under the very path, with other content: by a finished artefact, and by a journal with or without screening."""
+    policy = shutil.copytree(policy_folder, tmp_path / "policy")
+    calibration = shutil.copytree(calibration_folder, tmp_path / "calibration")
+    mine = replace(spec, policy=str(policy), calibration=str(calibration))
+    few = replace(OPTIONS, unit_globs=("projector.fc1", "projector.fc2"))
+    screened = replace(few, screen=ScreenSettings(cap=0.4))
+    done, stopped, guessed = (tmp_path / f"{name}.json" for name in ("done", "stopped", "guessed"))
+    for path in (finished, *(finished.with_name(f"{name}.safetensors") for name in ("losses", "maps"))):
+        shutil.copyfile(path, done if path == finished else tmp_path / path.name)
+    assert measure(mine, done, SCORES, OPTIONS).path == str(done), "a copy is the same policy and calibration set"
+    for out, options in ((stopped, few), (guessed, screened)):
+        with pytest.raises(KeyboardInterrupt):
+            measure(mine, out, SCORES, replace(options, progress=SilentBar(stop=1)))
+    if changed == "policy":
+        shutil.rmtree(policy)
+        tiny_policy_folder(policy, seed=1)
+    else:
+        shutil.rmtree(calibration)
+        collect([FakeSource((5, 9, 4))], calibration, count=8, seed=1)
+    refusal = f"{changed}_sha256 was [0-9a-f]{{64}}, is now [0-9a-f]{{64}}"
+    for out, options in ((done, OPTIONS), (stopped, few), (guessed, screened)):
+        with pytest.raises(ArtefactError, match=refusal):
+            measure(mine, out, SCORES, options)
 
 
 def test_a_changed_neighbour_file_is_refused(spec: SweepSpec, tmp_path: Path) -> None:

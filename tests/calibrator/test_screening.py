@@ -11,8 +11,17 @@ import pytest
 from calibrator.__main__ import main
 from calibrator.allocation.options import Budget, Group, Option
 from calibrator.allocation.solve import solve
-from calibrator.sensitivity.screening import Request, Screen, ScreenProblem, ScreenSettings, cheapest, state_order
-from calibrator.sensitivity.table import Sensitivity, load_tensors
+from calibrator.sensitivity.loss_model import DRAWS, LossModel
+from calibrator.sensitivity.screening import (
+    Evaluate,
+    Request,
+    Screen,
+    ScreenProblem,
+    ScreenSettings,
+    cheapest,
+    state_order,
+)
+from calibrator.sensitivity.table import Objective, Sensitivity, load_tensors
 from vla_policy.core.errors import BudgetError
 
 BITS = (2, 4, 8)
@@ -194,6 +203,58 @@ def test_two_harmful_states_and_a_random_one_come_in_turn() -> None:
     assert any(state < 20 for state in first), "and the third is any"
 
 
+def test_alpha_and_beta_weigh_the_two_scores() -> None:
+    problem, losses = made_up(units=8, states=40, seed=0)
+    regrets = []
+    for alpha, beta in ((1.0, 0.0), (0.75, 0.25), (0.0, 1.0)):
+        weighed = replace(problem, alpha=alpha, beta=beta)
+        after_the_pilot = Screen(weighed, ScreenSettings(cap=0.01, tolerance=0.0), FakeEvaluator(losses)).run()
+        regrets.append(after_the_pilot.record["stop"]["regret"]["4"]["expected"])
+    assert 1.1 * regrets[0] < regrets[1] < regrets[2] / 1.1, "a largest phase mean is less certain than the mean"
+
+
+class Settled:
+    """Levels of which nothing is in doubt: ln c is 0 everywhere."""
+
+    def __init__(self, units: int, widths: int) -> None:
+        self.shape = DRAWS, units, widths
+
+    def draw(self, overdispersion: float, generator: np.random.Generator) -> np.ndarray:
+        return np.zeros(self.shape)
+
+
+@pytest.mark.parametrize("overdispersion", [1.0, 2.5])
+def test_what_was_not_evaluated_is_drawn_with_the_doubt_about_its_own_noise(overdispersion: float) -> None:
+    """A sum S of predictions Q whose variance per unit is known with f degrees of freedom: mean Q, variance
+    s Q f / (f - 2), that of Student's t, and tails to match. With s taken as known the variance would be s Q."""
+    units, freedom, noise, states = 200, 6.0, 0.02, 12
+    predicted = np.ones((units, 1, states))
+    doubt = np.full((units, 1), noise), np.full((units, 1), freedom)
+    model = LossModel(predicted, Settled(units, 1), *doubt)  # type: ignore[arg-type]
+    losses = np.full((units, 1, states), np.nan)
+    losses[..., :2] = 3.0  # evaluated states are what they are
+    drawn = model.draw(losses, np.arange(states) % 2, overdispersion, np.random.default_rng(0))
+    assert drawn.shape == (DRAWS, units, 1, 2)
+    unseen = 6 * drawn - 3.0
+    variance = overdispersion * noise * 5.0 * freedom / (freedom - 2)
+    # 51,200 draws in each phase: the mean's standard error is 0.002, the variance's about one part in a hundred.
+    np.testing.assert_allclose(unseen.mean((0, 1, 2)), 5.0, atol=0.015)
+    np.testing.assert_allclose(unseen.var((0, 1, 2)), variance, rtol=0.06)
+    # Of Student's t with 6 degrees of freedom 2.9 % lie beyond 2.5 of its own deviations on both sides together
+    # (t = 3.06); of a normal distribution 1.2 %.
+    beyond = (np.abs(unseen - 5.0) > 2.5 * np.sqrt(variance)).mean()
+    assert 0.017 < beyond < 0.04
+    corrs = np.corrcoef(unseen[..., 0, 0].ravel(), unseen[..., 0, 1].ravel())[0, 1]
+    assert abs(corrs) < 0.03, "phases differ by chance, not by the pair's noise"
+
+
+def test_nothing_is_drawn_of_what_was_evaluated() -> None:
+    model = LossModel(np.ones((2, 1, 3)), Settled(2, 1), np.ones((2, 1)), np.full((2, 1), 4.0))  # type: ignore[arg-type]
+    losses = np.arange(6.0).reshape(2, 1, 3)
+    drawn = model.draw(losses, np.zeros(3, int), 1.0, np.random.default_rng(0))
+    assert (drawn == losses.mean(-1)[..., None]).all()
+
+
 def test_settings_out_of_range_are_refused() -> None:
     with pytest.raises(BudgetError, match="at least 2 states"):
         ScreenSettings(pilot=1)
@@ -203,8 +264,16 @@ def test_settings_out_of_range_are_refused() -> None:
 
 
 def test_a_screened_run_gives_a_table_that_allocates(
-    policy_folder: Path, calibration_folder: Path, tmp_path: Path
+    policy_folder: Path, calibration_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    screened_for: list[ScreenProblem] = []
+
+    class Watched(Screen):
+        def __init__(self, problem: ScreenProblem, settings: ScreenSettings, evaluate: Evaluate) -> None:
+            screened_for.append(problem)
+            super().__init__(problem, settings, evaluate)
+
+    monkeypatch.setattr("calibrator.sensitivity.measure.Screen", Watched)
     out = tmp_path / "sensitivity.json"
     arguments = ["--policy", str(policy_folder), "--calibration", str(calibration_folder), "--out", str(out)]
     screened = ["--mode", "screened", "--cap", "0.4", "--group-size", "32"]
@@ -212,7 +281,13 @@ def test_a_screened_run_gives_a_table_that_allocates(
     raw = json.loads(out.read_text())
     units = len(raw["units"])
     assert raw["mode"] == "screened" and raw["exact_evaluations"] <= 0.4 * units * 3 * 8
-    losses = load_tensors(Sensitivity.load(out), "losses")["loss"]
-    assert np.isfinite(losses).all(-1).sum() == raw["exact_evaluations"]
+    table = Sensitivity.load(out)
+    losses = load_tensors(table, "losses")
+    assert np.isfinite(losses["loss"]).all(-1).sum() == raw["exact_evaluations"]
+    (problem,) = screened_for
+    assert (problem.alpha, problem.beta) == (Objective().alpha, Objective().beta), "what `allocate` minimises"
+    assert problem.params.tolist() == [unit.params for unit in table.units]
+    assert list(zip(problem.stages, problem.groups, strict=True)) == [(unit.stage, unit.group) for unit in table.units]
+    assert problem.bits == table.bits[:-1] and problem.phases.tolist() == losses["phase"].tolist()
     plan = tmp_path / "plan.json"
     assert main(["allocate", "--sensitivity", str(out), "--out", str(plan), "--average-bits", "4"]) == 0

@@ -187,6 +187,28 @@ def test_action_error_is_the_squared_distance_of_decoded_actions(sweep: Sweep) -
     assert losses.action_error.any()
 
 
+def test_likelihood_is_what_quantization_adds_to_the_mean_log_probability(sweep: Sweep) -> None:
+    """Below zero where the decision became less likely. Oracle: softmax by float64 sums on the policy's own logits."""
+    unit = "language_model.lm_head"
+    losses = sweep.evaluate(unit, (2,), tuple(range(8)))
+
+    def mean_log_probability(index: int) -> float:
+        inputs, tokens = sweep.states.inputs(sweep.policy, (index,)), sweep.reference.decided[index]
+        with torch.no_grad():
+            wanted = torch.from_numpy(tokens)[None]
+            logits = sweep.policy.action_logits(inputs.pixel_values, inputs.input_ids, wanted)[0].double().numpy()
+        chosen = logits[np.arange(len(tokens)), tokens]
+        return float(np.mean(chosen - np.log(np.exp(logits).sum(-1))))
+
+    before = np.asarray([mean_log_probability(index) for index in range(8)])
+    with quantized(sweep.policy, unit, Format(2, 16, 32)):
+        after = np.asarray([mean_log_probability(index) for index in range(8)])
+    # J is a float32 of size 6 that comes out of some 200 operations, and here is a difference of two of them.
+    np.testing.assert_allclose(losses.likelihood[0], after - before, atol=1e-4)
+    assert (np.abs(after - before) > 0.01).all(), "the sign would not be seen otherwise"
+    assert losses.likelihood[0].mean() < 0, "a greedy decision is likely where nothing was quantized"
+
+
 def test_weight_activation_scheme_changes_more_than_weights_alone(spec: SweepSpec, sweep: Sweep) -> None:
     both = replace(spec, settings=SweepSettings(scheme="weight-activation", group_size=32)).open()
     unit = "language_model.model.layers.0.self_attn.v_proj"
