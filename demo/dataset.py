@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vla_policy.core.errors import ArtefactError, DataError
+from vla_policy.core.ros_image import CompressedImage
 
 _COLUMNS = ("png", "png_end", "state", "action", "valid", "aux", "seen_at")
 
@@ -119,9 +120,9 @@ def encode_png(image: np.ndarray) -> np.ndarray:
 
 def _decode(png: np.ndarray, ends: list[int], path: Path) -> Tensor:
     try:
-        pictures = [Image.open(io.BytesIO(png[a:b].tobytes())) for a, b in zip([0, *ends], ends, strict=False)]
-        return torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures]))
-    except (OSError, ValueError) as error:
+        parts = [memoryview(png[a:b]) for a, b in zip([0, *ends], ends, strict=False)]
+        return torch.from_numpy(np.stack([CompressedImage("png", part).decode() for part in parts]))
+    except (DataError, ValueError) as error:
         raise ArtefactError(f"{path}: an image is damaged ({error}); delete it and collect again") from error
 
 

@@ -40,8 +40,11 @@ def png(image: np.ndarray) -> bytes:
 
 
 def compressed(stamp_ns: int, image: np.ndarray) -> Any:
-    data = np.frombuffer(png(image), np.uint8)
-    return make("sensor_msgs/msg/CompressedImage", header(stamp_ns), "png", data)
+    return encoded(stamp_ns, png(image))
+
+
+def encoded(stamp_ns: int, data: bytes, form: str = "png") -> Any:
+    return make("sensor_msgs/msg/CompressedImage", header(stamp_ns), form, np.frombuffer(data, np.uint8))
 
 
 def raw(stamp_ns: int, image: np.ndarray, encoding: str = "rgb8") -> Any:

@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 
 from tests.core.bags import write_bag
-from tests.core.ros_messages import compressed, joints, text
+from tests.core.hostile_images import HOSTILE, PNG, Hostile
+from tests.core.ros_messages import compressed, encoded, joints, text
 from tests.tiny import INSTRUCTIONS
 
 _PERIOD_NS = 200_000_000
@@ -58,4 +59,17 @@ def tiny_bag(path: Path, episodes: int = 2, frames: int = 10, seed: int = 0) -> 
             image = compressed(now_ns, np.roll(scene, 2 * frame, axis=1))
             messages.append(("/joint_states", "sensor_msgs/msg/JointState", now_ns, state))
             messages.append(("/camera/image_raw/compressed", "sensor_msgs/msg/CompressedImage", now_ns + 1, image))
+    return write_bag(path, messages)
+
+
+def hostile_bag(path: Path) -> Path:
+    """Writes an mcap bag of one episode: two pictures, every hostile image, and two more pictures."""
+    messages = [("/instruction", "std_msgs/msg/String", _PERIOD_NS, text(INSTRUCTIONS[0]))]
+    pictures = [Hostile(PNG, "")] * 2
+    for number, image in enumerate((*pictures, *HOSTILE.values(), *pictures), start=2):
+        now_ns = number * _PERIOD_NS
+        state = joints(now_ns, [0.01 * number, 0.01], names=("slide", "gripper"))
+        messages.append(("/joint_states", "sensor_msgs/msg/JointState", now_ns, state))
+        picture = encoded(now_ns, image.data, image.format)
+        messages.append(("/camera/image_raw/compressed", "sensor_msgs/msg/CompressedImage", now_ns + 1, picture))
     return write_bag(path, messages)

@@ -10,12 +10,15 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
+from calibrator.__main__ import main as calibrator
+from calibrator.data.calibration import load_calibration
 from engine_build.build import Request, build
 from evaluation.__main__ import main
 from evaluation.replay.compare import compare
 from evaluation.replay.run import Answers, answer
 from evaluation.replay.thresholds import check, load_thresholds
-from tests.demo.materials import tiny_bag, tiny_contract
+from tests.core.hostile_images import HOSTILE, PICTURE
+from tests.demo.materials import hostile_bag, tiny_bag, tiny_contract
 from tests.tiny import overflowing_policy_folder, tiny_policy_folder
 from vla_policy.core.contract import Contract, load_contract
 from vla_policy.core.errors import ContractError, DataError
@@ -218,3 +221,16 @@ def test_an_engine_that_never_decides_is_one_line(
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert "no frame could be served by policy (engine_error 20: torch policy: logits of the action tokens:" in message
     assert not (tmp_path / "out").exists()
+
+
+def test_hostile_images_are_counted_and_the_rest_answered_and_collected(material: Path, tmp_path: Path) -> None:
+    """By the same decoder: a replay answers, and a calibration set holds, the four pictures of the bag."""
+    bag, contract = hostile_bag(tmp_path / "bag"), str(material / "contract.yaml")
+    command = ["replay", "--bag", str(bag), "--contract", contract, "--engine", str(material / "policy")]
+    assert main([*command, "--out", str(tmp_path / "out")]) == 0
+    candidate = json.loads((tmp_path / "out/replay.json").read_text())["candidate"]
+    assert (candidate["frames"], candidate["drops"]) == (4, {"undecodable": len(HOSTILE)})
+    out = tmp_path / "calibration"
+    assert calibrator(["collect", str(bag), "--contract", contract, "--out", str(out), "--samples", "4"]) == 0
+    collected = load_calibration(out)
+    assert len(collected) == 4 and all(np.array_equal(image, PICTURE) for image in collected.images)

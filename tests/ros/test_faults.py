@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.core.hostile_images import HOSTILE
 from tests.core.ros_messages import picture, png
 from tests.ros.world import (
     CONTRACT,
@@ -115,6 +116,18 @@ def test_image_that_cannot_be_decoded(running: World) -> None:
     running.wait_dropped("undecodable", "compressed image ('png', 100 bytes): not a whole JPEG or PNG")
     running.sensors.image = None
     running.wait_moving()
+
+
+def test_images_that_are_no_pictures_or_claim_too_much(running: World) -> None:
+    """Each is counted under its words, none moves the robot or ends the inference, and the next picture is served."""
+    for name in ("huge PNG", "huge JPEG", "grey of 16 bits", "depth", "mosaic", "two JPEGs", "animation"):
+        hostile = HOSTILE[name]
+        running.sensors.image, running.sensors.format = hostile.data, hostile.format
+        running.wait_dropped("undecodable", hostile.words)
+    running.wait_holding("frozen_camera")
+    running.sensors.image, running.sensors.format = None, "png"
+    running.wait_moving()
+    assert running.diagnostics["latch"] == ""
 
 
 def test_image_of_another_size_or_encoding(world: World, tmp_path: Path) -> None:

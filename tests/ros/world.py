@@ -103,6 +103,7 @@ class Sensors:
     position: list[float] = field(default_factory=lambda: [0.1, 0.2, 0.3, 0.04])
     joints: tuple[str, ...] = JOINTS
     image: bytes | None = None
+    format: str = "png"
     side: int = 16
     encoding: str = "rgb8"
 
@@ -198,7 +199,7 @@ class World:
         if sensors.camera:
             number = 0 if sensors.frozen else self.published
             self.published += 1
-            image = CompressedImage(format="png", data=sensors.image or png(picture(number, 16)))
+            image = CompressedImage(format=sensors.format, data=sensors.image or png(picture(number, 16)))
             image.header.stamp = Time(nanoseconds=now_ns + sensors.camera_offset_ns).to_msg()
             self.camera.publish(image)
             if sensors.wrist and self.wrist.get_subscription_count():
