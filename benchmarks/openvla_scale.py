@@ -22,6 +22,7 @@ import math
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -32,10 +33,10 @@ import torch
 from safetensors.torch import save_file
 
 from calibrator.data.calibration import SourceIndex, Trajectory, collect
-from calibrator.families import OpenVLA, live_units
+from calibrator.families import Policy, live_units
 from calibrator.families.loading import check_device, empty_policy, fill_policy
+from calibrator.modules.chain import Chain
 from calibrator.sensitivity.measure import RunOptions, measure
-from calibrator.sensitivity.passes import macs_per_decision, place_of
 from calibrator.sensitivity.scores import ScoreSettings
 from calibrator.sensitivity.sweep import SweepSettings, SweepSpec
 from demo.tokenizer import build_tokenizer
@@ -114,7 +115,7 @@ def write_random_policy(folder: Path, raw: dict[str, Any]) -> None:
 class RandomSpec(SweepSpec):
     """A policy folder without weights: they are drawn in the device's memory whenever it is loaded."""
 
-    def load_policy(self) -> OpenVLA:
+    def load_policy(self) -> Policy:
         config = PolicyConfig.load(self.policy)
         return fill_policy(empty_policy(config), dict(random_weights(config, self.device)), self.device)
 
@@ -180,52 +181,46 @@ class Anonymous:
             self.peak_bytes = max(self.peak_bytes, int(status["RssAnon"].split()[0]) * 1024)
 
 
-def evaluation_macs(policy: OpenVLA, macs: dict[str, int], unit: str) -> int:
-    """Multiply-accumulates of one evaluation: forward from the layer's block on, backward down to the vision boundary.
-
-    A backward pass with respect to activations costs as much as its forward pass.
-    """
-    order = [item.name for item in live_units(policy)]
-    place = place_of(unit)
-    vision = {name for name in order if name.startswith("vision_backbone.")}
-    backward = sum(macs[name] for name in order if name not in vision)
-    started = False
-    forward = 0
-    for name in order:
-        started = started or place_of(name) == place
-        same_tower = name not in vision or place_of(name).part == place.part
-        forward += macs[name] if started and same_tower else 0
-    return forward + backward
-
-
-def full_precision_macs(policy: OpenVLA, macs: dict[str, int]) -> int:
-    """Multiply-accumulates of the pass that all layers of a state share: forward, and backward to the boundaries."""
-    language = sum(count for name, count in macs.items() if not name.startswith("vision_backbone."))
-    return sum(macs.values()) + language
-
-
-def spread_units(policy: OpenVLA, count: int) -> list[str]:
-    """`count` layers evenly spaced in the order of execution."""
-    names = [unit.name for unit in live_units(policy)]
-    return [names[int((index + 0.5) * len(names) / count)] for index in range(min(count, len(names)))]
-
-
 @dataclass(frozen=True)
 class Costs:
-    """Multiply-accumulates per state of a policy's evaluations. shared: of the pass that all layers share."""
+    """Multiply-accumulates per state of a policy's evaluations. shared: of the pass that all layers share.
+
+    An evaluation is a forward pass from the layer's segment on, of the segments that depend on it, and a backward pass
+    through the trunk; the shared pass is all segments forward and the trunk backward. A backward pass with respect to
+    activations costs as much as its forward pass.
+    """
 
     evaluation: dict[str, int]
     shared: int
 
     @staticmethod
-    def of(policy: OpenVLA, spec: SweepSpec) -> "Costs":
-        states = spec.load_states(policy)
-        macs = macs_per_decision(policy, states.mean_prompt_tokens, states.decisions.size)
-        return Costs({name: evaluation_macs(policy, macs, name) for name in macs}, full_precision_macs(policy, macs))
+    def of(policy: Policy, spec: SweepSpec) -> "Costs":
+        states, chain, units = spec.load_states(policy), policy.chain(), live_units(policy)
+        macs: Counter[str] = Counter()
+        for unit in units:
+            macs[unit.segment] += round(unit.params * unit.tokens(states.mean_prompt_tokens, states.decisions.size))
+        trunk = sum(macs[segment.name] for segment in chain.trunk)
+        again = {segment.name: sum(macs[name] for name in dependent(chain, segment.name)) for segment in chain.segments}
+        return Costs({unit.name: again[unit.segment] + trunk for unit in units}, sum(macs.values()) + trunk)
 
     @property
     def whole_sweep(self) -> int:
         return len(SWEEP_BITS) * sum(self.evaluation.values()) + self.shared
+
+
+def dependent(chain: Chain, start: str) -> list[str]:
+    """The segments whose values change with that of `start`, itself included."""
+    changed = [start]
+    for segment in chain.segments:
+        if not set(changed).isdisjoint(segment.reads):
+            changed.append(segment.name)
+    return changed
+
+
+def spread_units(policy: Policy, count: int) -> list[str]:
+    """`count` layers evenly spaced in the order of execution."""
+    names = [unit.name for unit in live_units(policy)]
+    return [names[int((index + 0.5) * len(names) / count)] for index in range(min(count, len(names)))]
 
 
 def time_sweep(

@@ -43,31 +43,16 @@ TARGETS = (3.0, 4.0, 6.0)
 
 def naive_signals(sweep: Sweep, state: int) -> Signals:
     """One state's boundaries by one full forward pass and one full backward pass of the policy as it is."""
-    policy = sweep.policy
-    batch = sweep.states.batch(policy, (state,), sweep.reference.decided)
-    points: dict[str, torch.Tensor] = {}
-    model = policy.language_model.model
-    handles = [
-        policy.vision_backbone.register_forward_hook(lambda _m, _a, out: points.__setitem__("vision", out)),
-        policy.projector.register_forward_hook(lambda _m, _a, out: points.__setitem__("projector", out)),
-        model.layers[-1].register_forward_pre_hook(lambda _m, args: points.__setitem__("language", args[0])),
-        model.norm.register_forward_hook(lambda _m, _a, out: points.__setitem__("head", out)),
-    ]
-    try:
-        pixels = batch.inputs.pixel_values.detach().requires_grad_()
-        with torch.enable_grad():
-            embeddings = policy.sequence(batch.inputs, policy.patches(pixels), batch.decided)
-            output = policy.readout(policy.predicting(policy.hidden(embeddings), batch.decided))
-            objective = batch.objective(output)
-            wanted = [pixels, *(points[name] for name in BOUNDARIES)]
-            _, *gradients = torch.autograd.grad(objective.sum(), wanted)
-    finally:
-        for handle in handles:
-            handle.remove()
-    found = dict(zip(BOUNDARIES, gradients, strict=True))
-    for part in (points, found):
-        part["head"] = policy.predicting(part["head"], batch.decided)
-    return Signals({k: v.detach() for k, v in points.items()}, found, objective.detach(), output.detach())
+    batch = sweep.states.batch(sweep.policy, (state,), sweep.reference.decided)
+    pixels = batch.inputs["pixel_values"].requires_grad_()
+    with torch.enable_grad():
+        values = sweep.chain.run(batch.values)
+        output = values[sweep.chain.output]
+        objective = batch.objective(output)
+        points = {boundary: values[name] for boundary, name in sweep.chain.boundaries.items()}
+        _, *gradients = torch.autograd.grad(objective.sum(), [pixels, *points.values()])
+    hidden = {boundary: value.detach() for boundary, value in points.items()}
+    return Signals(hidden, dict(zip(points, gradients, strict=True)), objective.detach(), output.detach())
 
 
 def naive_unit(sweep: Sweep, unit: str, bits: Sequence[int], states: int) -> np.ndarray:

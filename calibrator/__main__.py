@@ -137,7 +137,7 @@ def _add_import_oft(parser: argparse.ArgumentParser) -> None:
 
 
 def _import_oft(args: argparse.Namespace) -> int:
-    from calibrator.families.published_oft import OftSettings, import_oft
+    from calibrator.families.openvla_oft.published import OftSettings, import_oft
 
     settings = OftSettings(args.chunk, args.images, args.normalization, tuple(args.state_names), args.lora_merged)
     config = import_oft(args.checkpoint, args.out, settings)

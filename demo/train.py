@@ -26,7 +26,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from calibrator.families.loading import load_policy, save_policy
-from calibrator.families.model import OpenVLA
+from calibrator.families.openvla import OpenVLA
 from calibrator.sensitivity.arithmetic import multiplies_bfloat16
 from demo.batches import Batch, Batches
 from demo.dataset import Demonstrations, load_demonstrations, percentiles

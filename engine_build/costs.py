@@ -16,8 +16,10 @@ import torch
 from onnx import TensorProto, helper
 from tqdm import tqdm
 
+from calibrator.families import live_units
+from calibrator.families.loading import empty_policy
+from calibrator.modules.chain import Runs
 from calibrator.quantizers.quantization import quantize_weight
-from calibrator.sensitivity.passes import token_counts
 from engine_build.graph.builder import GraphBuilder
 from engine_build.graph.linear_onnxruntime import linear
 from engine_build.weights import Layer, LayerWeights, layers_of
@@ -51,14 +53,13 @@ def cost_table(
             f"cost tables are measured on the CPU, this engine is for {manifest.backend}; name a CPU engine"
         )
     config = manifest.config
-    layers = layers_of(config)
-    runs = {name: passes(layer, config, unnorm_key) for name, layer in layers.items()}
-    shapes = {(layer.outputs, layer.inputs, count) for name, layer in layers.items() for count in runs[name]}
-    measured: dict[tuple[int, int, int, Format], float] = {}
+    layers, runs = layers_of(config), runs_per_action(config, unnorm_key)
+    shapes = {(layer.outputs, layer.inputs, run.tokens) for name, layer in layers.items() for run in runs[name]}
+    measured: dict[tuple[int, int, float, Format], float] = {}
     formats = list(dict.fromkeys([FULL_PRECISION, *formats]))
     jobs = [(*shape, fmt) for shape in sorted(shapes) for fmt in formats]
     for outputs, inputs, tokens, fmt in tqdm(jobs, desc="timing layers", unit="shape", disable=None):
-        measured[outputs, inputs, tokens, fmt] = _milliseconds(outputs, inputs, tokens, fmt, threads, repeats)
+        measured[outputs, inputs, tokens, fmt] = _milliseconds(outputs, inputs, int(tokens), fmt, threads, repeats)
     units = {name: _costs(layer, runs[name], formats, measured) for name, layer in layers.items()}
     layers_16bit_ms = sum(costs[str(FULL_PRECISION)] for costs in units.values())
     return {
@@ -73,24 +74,23 @@ def cost_table(
     }
 
 
-def passes(layer: Layer, config: PolicyConfig, unnorm_key: str | None = None) -> Mapping[int, int]:
-    """How often per action the layer runs, by number of tokens, with a prompt of `PROMPT_TOKENS`.
+def runs_per_action(config: PolicyConfig, unnorm_key: str | None = None) -> dict[str, tuple[Runs, ...]]:
+    """How often per action every layer runs, with a prompt of `PROMPT_TOKENS`.
 
     unnorm_key: of the statistics, which tell how many values an action has.
     """
     decided = config.stats(unnorm_key).action.dim * (config.chunk or 1)
-    counts = token_counts(config, layer.name, PROMPT_TOKENS, decided)
-    return {int(tokens): times for tokens, times in counts.items()}
+    return {unit.name: unit.runs(PROMPT_TOKENS, decided) for unit in live_units(empty_policy(config))}
 
 
 def _costs(
     layer: Layer,
-    runs: Mapping[int, int],
+    runs: Sequence[Runs],
     formats: Sequence[Format],
-    measured: Mapping[tuple[int, int, int, Format], float],
+    measured: Mapping[tuple[int, int, float, Format], float],
 ) -> dict[str, float]:
     return {
-        str(fmt): sum(times * measured[layer.outputs, layer.inputs, tokens, fmt] for tokens, times in runs.items())
+        str(fmt): sum(run.times * measured[layer.outputs, layer.inputs, run.tokens, fmt] for run in runs)
         for fmt in formats
     }
 

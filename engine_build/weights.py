@@ -9,8 +9,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from calibrator.families import live_units
 from calibrator.families.loading import empty_policy, open_weights, tensor_files
-from calibrator.families.units import live_units
 from calibrator.quantizers.quantization import QuantizedWeight, quantize_weight
 from vla_policy.core.errors import PolicyError
 from vla_policy.core.formats import FULL_PRECISION, Format
@@ -48,14 +48,9 @@ def layers_of(config: PolicyConfig) -> dict[str, Layer]:
     """Every live layer of the policy by name, in the order in which they run."""
     layers = {}
     for unit in live_units(empty_policy(config)):
-        kind: LayerKind = "linear"
-        if unit.stage == "head":
-            kind = "head"
-        elif isinstance(unit.module, torch.nn.Conv2d):
-            kind = "patch_embed"
         outputs = unit.module.weight.shape[0]
         layers[unit.name] = Layer(
-            unit.name, kind, unit.group, outputs, unit.params // outputs, unit.module.bias is not None
+            unit.name, unit.kind, unit.group, outputs, unit.params // outputs, unit.module.bias is not None
         )
     return layers
 

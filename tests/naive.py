@@ -6,16 +6,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from calibrator.families import OpenVLA
+from calibrator.modules.prismatic import Prismatic
 from calibrator.quantizers.quantization import quantized
 from calibrator.sensitivity.evidence import BOUNDARIES, EPSILON
 from calibrator.sensitivity.sweep import Sweep
 
-Pass = Callable[[OpenVLA, int], Tensor]
+Pass = Callable[[Prismatic, int], Tensor]
 """J of one state (given by its number), with a graph, through the policy's own modules."""
 
 
-def naive_points(policy: OpenVLA, index: int, objective_of: Pass) -> dict[str, Tensor]:
+def naive_points(policy: Prismatic, index: int, objective_of: Pass) -> dict[str, Tensor]:
     """The four boundaries of one state with their gradients of J."""
     points: dict[str, Tensor] = {}
 
@@ -23,7 +23,7 @@ def naive_points(policy: OpenVLA, index: int, objective_of: Pass) -> dict[str, T
         tensor.retain_grad()
         points[name] = tensor
 
-    model = policy.language_model.model
+    model = policy.decoder
     handles = [
         policy.vision_backbone.register_forward_hook(lambda _m, _a, out: keep("vision", out)),
         policy.projector.register_forward_hook(lambda _m, _a, out: keep("projector", out)),
@@ -46,6 +46,7 @@ def naive_losses(
     head: the positions of the final norm's output that the head reads.
     """
     policy = sweep.policy
+    assert isinstance(policy, Prismatic)
     policy.requires_grad_(True)  # so that a graph exists from the pixels on, as in a plain implementation
     try:
         full, changed = [], []

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from calibrator.families import OpenVLA, OpenVLAOFT, save_policy
+from calibrator.families import find_family, save_policy
 from demo.tokenizer import save_tokenizer
 from vla_policy.core.policy_config import PolicyConfig
 
@@ -23,7 +23,7 @@ def tiny_config(vocab: int, images: int = 1, chunk: int | None = None) -> dict[s
     tower = {"image_size": 32, "patch_size": 16, "width": 64, "depth": 3, "heads": 2, "mlp_width": 128}
     oft: dict[str, Any] = {}
     if chunk is not None:
-        oft = {"num_actions_chunk": chunk, "use_proprio": True, "state_in_prompt": False}
+        oft = {"model_type": "openvla_oft", "num_actions_chunk": chunk, "use_proprio": True, "state_in_prompt": False}
         oft["action_proprio_normalization_type"] = "bounds_q99"
     action = {"q01": [-1.0, -0.5, -1.0], "q99": [1.0, 0.5, 1.0], "mask": [True, True, False]}
     return {
@@ -58,7 +58,7 @@ def tiny_policy_folder(folder: Path, seed: int = 0, images: int = 1, chunk: int 
     vocab = save_tokenizer(INSTRUCTIONS, tokenizer)
     torch.manual_seed(seed)
     config = PolicyConfig.from_dict(tiny_config(vocab, images, chunk), "config.json")
-    policy = (OpenVLA if chunk is None else OpenVLAOFT)(config)
+    policy = find_family(config).build(config)
     with torch.no_grad():
         for name, parameter in policy.named_parameters():
             if parameter.ndim > 1:

@@ -1,20 +1,19 @@
-"""The OpenVLA family on current torch and transformers: no remote code, no torchvision, no timm."""
+"""Policy families on current torch and transformers: no remote code, no torchvision, no timm. One folder each."""
 
 from calibrator.families.actor import TorchActor
-from calibrator.families.decisions import Decisions, decisions_of
+from calibrator.families.base import Decisions, Family, find_family
 from calibrator.families.loading import load_policy, save_policy
-from calibrator.families.model import Inputs, OpenVLA
-from calibrator.families.oft import OpenVLAOFT
 from calibrator.families.units import Unit, live_units
+from calibrator.modules.policy import Inputs, Policy
 
 __all__ = [
     "Decisions",
+    "Family",
     "Inputs",
-    "OpenVLA",
-    "OpenVLAOFT",
+    "Policy",
     "TorchActor",
     "Unit",
-    "decisions_of",
+    "find_family",
     "live_units",
     "load_policy",
     "save_policy",

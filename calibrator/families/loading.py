@@ -11,71 +11,27 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from calibrator.families.model import OpenVLA
-from calibrator.families.oft import OpenVLAOFT
+from calibrator.families.base import find_family
+from calibrator.modules.policy import Policy
 from vla_policy.core.errors import ArtefactError, PolicyError
 from vla_policy.core.files import atomic_folder, read_json
-from vla_policy.core.policy_config import PolicyConfig, TowerSpec
+from vla_policy.core.policy_config import PolicyConfig
 
 _INDEX = "model.safetensors.index.json"
-_TOWERS = ("featurizer", "fused_featurizer")
 LORA_ADAPTER = "lora_adapter"
 _ADAPTERS = (LORA_ADAPTER, "adapter_config.json", "adapter_model.*")
 # OpenVLA-OFT's form, `NAME--STEP_checkpoint.pt`, and what its loader would take for it.
 _PICKLED_PARTS = "*checkpoint*.pt"
 
 
-def dead_tensors(config: PolicyConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the published tensors that inference never reads; a checkpoint may lack them."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for tower, spec in zip(_TOWERS, config.towers, strict=True):
-        prefix = f"vision_backbone.{tower}."
-        shapes |= {prefix + name: shape for name, shape in _dead_tower_tensors(spec).items()}
-    if config.chunk is not None:
-        shapes["language_model.lm_head.weight"] = (config.text.vocab_size, config.text.hidden_size)
-    return shapes
-
-
-def _dead_tower_tensors(spec: TowerSpec) -> dict[str, tuple[int, ...]]:
-    width, hidden = spec.width, spec.mlp_width
-    block = f"blocks.{spec.depth - 1}."
-    layers = {
-        f"{block}attn.qkv": (3 * width, width),
-        f"{block}attn.proj": (width, width),
-        f"{block}mlp.fc1": (hidden, width),
-        f"{block}mlp.fc2": (width, hidden),
-    }
-    norms = [f"{block}norm1", f"{block}norm2", "norm"]
-    shapes: dict[str, tuple[int, ...]] = {}
-    if spec.kind == "dinov2":
-        shapes |= {f"{block}{scale}.scale_factor": (width,) for scale in ("ls1", "ls2")}
-    else:
-        pool = "attn_pool."
-        layers |= {
-            f"{pool}q": (width, width),
-            f"{pool}kv": (2 * width, width),
-            f"{pool}proj": (width, width),
-            f"{pool}mlp.fc1": (hidden, width),
-            f"{pool}mlp.fc2": (width, hidden),
-        }
-        norms.append(f"{pool}norm")
-        shapes[f"{pool}latent"] = (1, 1, width)
-    for name, shape in layers.items():
-        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
-    for name in norms:
-        shapes |= {f"{name}.weight": (width,), f"{name}.bias": (width,)}
-    return shapes
-
-
-def empty_policy(config: PolicyConfig) -> OpenVLA:
-    """The policy's modules without memory (meta device): shapes and names only."""
+def empty_policy(config: PolicyConfig) -> Policy:
+    """The policy's modules without memory for weights (meta device): shapes and names only."""
     with torch.device("meta"):
-        return (OpenVLA if config.chunk is None else OpenVLAOFT)(config).eval()
+        return find_family(config).build(config).eval()
 
 
-def load_policy(folder: Path | str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> OpenVLA:
+def load_policy(folder: Path | str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Policy:
     """The policy in `folder`, in eval mode, without gradients for its weights.
 
     Raises ArtefactError for a missing or damaged file and PolicyError naming a missing, unexpected or wrongly shaped
@@ -103,13 +59,10 @@ def check_device(device: str) -> None:
         raise PolicyError(f"device {device!r} cannot be used ({reason}); is there such a device here?") from error
 
 
-def fill_policy(policy: OpenVLA, state: dict[str, Tensor], device: str) -> OpenVLA:
+def fill_policy(policy: Policy, state: dict[str, Tensor], device: str) -> Policy:
     """The modules of `empty_policy` with their weights, which are on `device`; no gradients for them."""
     policy.load_state_dict(state, strict=True, assign=True)
-    # Rotary frequencies are computed, not stored, so the meta device has lost them.
-    model = policy.language_model.model
-    model.rotary_emb = LlamaRotaryEmbedding(policy.language_model.config).to(device)
-    return policy.requires_grad_(False)
+    return policy.to(device).requires_grad_(False)
 
 
 @contextmanager
@@ -143,7 +96,7 @@ def find_tensors(
     Raises PolicyError naming a tensor that is missing, unexpected or wrongly shaped.
     """
     expected = {name: tuple(tensor.shape) for name, tensor in empty_policy(config).state_dict().items()}
-    dead = dead_tensors(config)
+    dead = find_family(config).dead_tensors(config)
     found: dict[str, Path] = {}
     for path, name, shape in stored:
         wanted = expected.get(name, dead.get(name))
@@ -190,7 +143,7 @@ def _refuse_parts(parts: Sequence[Path], why: str) -> None:
         raise ArtefactError(f"{parts[0].parent}: {names} would be left out of the policy ({why})")
 
 
-def save_policy(policy: OpenVLA, folder: Path | str, tokenizer: Path, extra: dict[str, Any] | None = None) -> None:
+def save_policy(policy: Policy, folder: Path | str, tokenizer: Path, extra: dict[str, Any] | None = None) -> None:
     """Writes the policy in the published layout, weights in bfloat16 as published; `extra` updates config.json."""
     with atomic_folder(folder) as temporary:
         weights = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in policy.state_dict().items()}

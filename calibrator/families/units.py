@@ -1,50 +1,74 @@
 """The layers that a plan may quantize: every linear and convolution layer that really runs."""
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import nn
 
-from calibrator.families.model import OpenVLA
-
-Stage = Literal["vision", "projector", "language", "head"]
-
-# Layers with the same input that inference engines fuse into one kernel must share a format.
-_FUSED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
+from calibrator.families.base import Policy
+from calibrator.modules.chain import Layers, Runs, Stage
+from vla_policy.core.targets import LayerKind
 
 
 @dataclass(frozen=True)
 class Unit:
-    """One quantizable layer: its tensor name without `.weight`, its module, and the group that shares its format."""
+    """One quantizable layer: its tensor name without `.weight`, its module, and where it belongs.
+
+    group: layers of one group share a format. segment: the one of the chain that holds it. label, track: the layer and
+    its part of the stage as charts name them. runs: for one decision, from the number of prompt tokens and of decided
+    values.
+    """
 
     name: str
     module: nn.Linear | nn.Conv2d
     stage: Stage
     group: str
+    segment: str
+    label: str
+    track: str
+    runs: Callable[[float, int], tuple[Runs, ...]]
+
+    @property
+    def kind(self) -> LayerKind:
+        """What matters to the formats that a target runs."""
+        if self.stage == "head":
+            return "head"
+        return "patch_embed" if isinstance(self.module, nn.Conv2d) else "linear"
 
     @property
     def params(self) -> int:
         """Number of weights, without the bias."""
         return self.module.weight.numel()
 
-
-def _stage(name: str) -> Stage:
-    if name.startswith("vision_backbone."):
-        return "vision"
-    if name.startswith(("projector.", "proprio_projector.")):
-        return "projector"
-    return "head" if name.startswith(("language_model.lm_head", "action_head.")) else "language"
+    def tokens(self, prompt_tokens: float, decided: int) -> float:
+        """Rows that pass through the layer for one decision, all its runs together."""
+        return sum(run.tokens * run.times for run in self.runs(prompt_tokens, decided))
 
 
-def _group(name: str) -> str:
-    parent, _, last = name.rpartition(".")
-    return f"{parent}.{_FUSED[last]}" if last in _FUSED else name
-
-
-def live_units(policy: OpenVLA) -> list[Unit]:
-    """All live linear and convolution layers in the order in which they run; 426 for OpenVLA-7B."""
+def live_units(policy: Policy) -> list[Unit]:
+    """All live linear and convolution layers in the order in which they run."""
     return [
-        Unit(name, module, _stage(name), _group(name))
-        for name, module in policy.named_modules()
-        if isinstance(module, nn.Linear | nn.Conv2d)
+        unit
+        for segment in policy.chain().segments
+        if segment.layers is not None
+        for unit in _units(segment.name, segment.layers, policy.get_submodule(segment.layers.path))
     ]
+
+
+def _units(segment: str, layers: Layers, parent: nn.Module) -> Iterator[Unit]:
+    for path, module in parent.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            yield Unit(
+                name=_joined(layers.path, path),
+                module=module,
+                stage=layers.stage,
+                group=_joined(layers.path, layers.fused.get(path, path)),
+                segment=segment,
+                label=_joined(layers.label, path),
+                track=layers.track,
+                runs=layers.runs,
+            )
+
+
+def _joined(parent: str, path: str) -> str:
+    return f"{parent}.{path}" if path else parent

@@ -7,7 +7,7 @@ import numpy as np
 
 from calibrator.quantizers.quantization import quantized
 from calibrator.sensitivity.evidence import jensen_shannon, mass_distortion, profile
-from calibrator.sensitivity.passes import place_of, signals
+from calibrator.sensitivity.passes import signals
 from calibrator.sensitivity.scores import ScoreSettings
 from calibrator.sensitivity.sweep import Sweep
 from calibrator.sensitivity.table import UnitScores
@@ -40,8 +40,8 @@ def evidence_maps(
     [units, states, 1 + bits], and a description with the names of the axes.
     """
     bits = tuple(sorted(sweep.settings.bits, reverse=True))
-    patches = sweep.policy.config.num_patches
-    evidence = np.zeros((len(units), len(samples), 1 + len(bits), patches), np.float32)
+    height, width = sweep.chain.image_grid
+    evidence = np.zeros((len(units), len(samples), 1 + len(bits), height * width), np.float32)
     loss = np.zeros(evidence.shape[:3], np.float32)
     for column, sample in enumerate(samples):
         trunk, full = sweep.full_precision((sample,))
@@ -49,16 +49,13 @@ def evidence_maps(
         reference = profile(before, sweep.settings.epsilon)
         for row, unit in enumerate(units):
             evidence[row, column, 0] = before.sum(-1)[0].cpu()
-            for depth, width in enumerate(bits, 1):
-                with quantized(sweep.policy, unit, sweep.settings.format_of(width)):
-                    now = sweep.evidence(signals(sweep.policy, trunk, place_of(unit)), _BOUNDARY)
+            for depth, grade in enumerate(bits, 1):
+                with quantized(sweep.policy, unit, sweep.settings.format_of(grade)):
+                    now = sweep.evidence(signals(trunk, sweep.units[unit].segment), _BOUNDARY)
                 changed = profile(now, sweep.settings.epsilon)
                 mass = mass_distortion(reference, changed, sweep.settings.epsilon)
                 attribution = jensen_shannon(reference.attribution, changed.attribution)
                 evidence[row, column, depth] = now.sum(-1)[0].cpu()
                 loss[row, column, depth] = float(mass + settings.weight * attribution)
-    # Several images stand one above the other, as they do in `report.evidence_images.photos`.
-    side = round((patches / sweep.policy.config.num_images) ** 0.5)
-    grid = [patches // side, side]
-    axes = {"units": list(units), "samples": list(samples), "bits": [16, *bits], "grid": grid}
+    axes = {"units": list(units), "samples": list(samples), "bits": [16, *bits], "grid": [height, width]}
     return {"evidence": evidence, "loss": loss}, {"boundary": _BOUNDARY, **axes}

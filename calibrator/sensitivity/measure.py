@@ -15,17 +15,16 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from calibrator.families import OpenVLA, live_units
+from calibrator.families import Policy, live_units
 from calibrator.sensitivity.evidence import BOUNDARIES
 from calibrator.sensitivity.executors import Executor, LocalExecutor, RayExecutor, Task
 from calibrator.sensitivity.journal import Journal, difference
 from calibrator.sensitivity.maps import evidence_maps, pick_samples, pick_units
-from calibrator.sensitivity.passes import macs_per_decision
 from calibrator.sensitivity.proxy import FirstOrder, first_order
 from calibrator.sensitivity.scores import ScoreSettings, evidence_loss, phase_of, soft_bottleneck
 from calibrator.sensitivity.screening import Request, Screen, ScreenProblem, ScreenSettings
 from calibrator.sensitivity.states import States, reference
-from calibrator.sensitivity.sweep import Sweep, SweepSpec, UnitLosses, language_block
+from calibrator.sensitivity.sweep import Sweep, SweepSpec, UnitLosses
 from calibrator.sensitivity.table import (
     FULL_BITS,
     KIND,
@@ -62,9 +61,8 @@ class RunOptions:
     progress: Callable[..., Any] = tqdm
 
 
-def unit_shapes(policy: OpenVLA, states: States) -> list[UnitShape]:
+def unit_shapes(policy: Policy, states: States) -> list[UnitShape]:
     """Every live layer with its cost per action on these states."""
-    macs = macs_per_decision(policy, states.mean_prompt_tokens, states.decisions.size)
     return [
         UnitShape(
             unit.name,
@@ -72,7 +70,7 @@ def unit_shapes(policy: OpenVLA, states: States) -> list[UnitShape]:
             unit.group,
             inputs=unit.params // unit.module.weight.shape[0],
             outputs=unit.module.weight.shape[0],
-            macs=macs[unit.name],
+            macs=round(unit.params * unit.tokens(states.mean_prompt_tokens, states.decisions.size)),
         )
         for unit in live_units(policy)
     ]
@@ -144,7 +142,7 @@ def measure(spec: SweepSpec, out: Path, scores: ScoreSettings, options: RunOptio
         ) from error
 
 
-def _usual_threads(policy: OpenVLA) -> int:
+def _usual_threads(policy: Policy) -> int:
     small = sum(parameter.numel() for parameter in policy.parameters()) < _SMALL_PARAMS
     return 1 if small else torch.get_num_threads()
 
@@ -160,7 +158,7 @@ def _threads(count: int) -> Iterator[None]:
 
 
 def _measure(
-    spec: SweepSpec, policy: OpenVLA, out: Path, scores: ScoreSettings, options: RunOptions, started_s: float
+    spec: SweepSpec, policy: Policy, out: Path, scores: ScoreSettings, options: RunOptions, started_s: float
 ) -> Sensitivity:
     states = spec.load_states(policy)
     signature = signature_of(spec, sha256_policy(spec.policy), states.calibration.sha256, options.screen)
@@ -175,7 +173,7 @@ def _measure(
     journal = Journal(folder, identity if options.screen else signature)
     ref = journal.read_reference()
     if ref is None:
-        ref = reference(policy, states, language_block(policy, spec.settings))
+        ref = reference(policy, states, policy.chain(spec.settings.language_block))
         journal.write_reference(ref)
     sweep = Sweep(policy, states, ref, spec.settings)
     run = _Run(spec, scores, identity, sweep, shapes, chosen, started_s)
@@ -378,7 +376,7 @@ def _header(run: _Run, phases: np.ndarray) -> dict[str, Any]:
         "bins": run.scores.bins,
         "epsilon": settings.epsilon,
         "boundaries": list(BOUNDARIES),
-        "language_block": language_block(run.sweep.policy, settings),
+        "language_block": run.sweep.chain.language_block,
         "dtype": settings.dtype,
         "versions": {
             "python": platform.python_version(),

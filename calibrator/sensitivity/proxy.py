@@ -11,7 +11,7 @@ dX does to the policy is estimated to first order:
   the gradient that it passes back, from x' = X'W to X'Q(W), which adds <d ln M / dx', dx'>.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from calibrator.families import OpenVLA
-from calibrator.quantizers.quantization import find_layer, quantize_input, quantize_weight
+from calibrator.families import Unit
+from calibrator.quantizers.quantization import quantize_input, quantize_weight
 from calibrator.sensitivity.evidence import BOUNDARIES, evidence_map
-from calibrator.sensitivity.passes import run_from_vision, tokens_per_decision
+from calibrator.sensitivity.passes import Batch
 from calibrator.sensitivity.sweep import Sweep
 from vla_policy.core.errors import DataError
 from vla_policy.core.formats import Format
@@ -57,8 +57,8 @@ def first_order(sweep: Sweep, units: Sequence[str], evidence: bool) -> list[Firs
     }
     for samples in sweep.states.split(range(count)):
         columns = list(samples)
-        for members in _shares(sweep, units, len(samples)):
-            for unit, layer in _tap(sweep, samples, members, evidence).items():
+        for share in _shares(sweep, units, len(samples)):
+            for unit, layer in _pass(sweep, samples, share, evidence).items():
                 for row, width in enumerate(bits):
                     action, mass = layer.estimate(sweep.settings.format_of(width))
                     found[unit].action[row, columns] = action.double().cpu()
@@ -72,40 +72,50 @@ def first_order(sweep: Sweep, units: Sequence[str], evidence: bool) -> list[Firs
     return list(found.values())
 
 
-def _shares(sweep: Sweep, units: Sequence[str], states: int) -> Iterator[list[str]]:
-    """`units` in runs whose kept tensors fit `_KEPT_BYTES`: what a pass keeps must not grow with their number."""
-    policy, prompt, decided = sweep.policy, sweep.states.mean_prompt_tokens, sweep.states.decisions.size
-    members: list[str] = []
+def _shares(sweep: Sweep, names: Sequence[str], states: int) -> Iterator[list[Unit]]:
+    """The layers in shares whose kept tensors fit `_KEPT_BYTES`: what a pass keeps must not grow with their number."""
+    share: list[Unit] = []
     kept = 0.0
-    for unit in units:
-        weight = find_layer(policy, unit).weight
-        tokens = states * tokens_per_decision(policy.config, unit, prompt, decided)
+    for unit in (sweep.units[name] for name in names):
+        weight = unit.module.weight
+        tokens = states * unit.tokens(sweep.states.mean_prompt_tokens, sweep.states.decisions.size)
         # Of input and output each: the values, the gradient, and one slope per boundary.
         size = tokens * (len(weight) + weight[0].numel()) * (2 + len(BOUNDARIES)) * weight.itemsize
-        if members and kept + size > _KEPT_BYTES:
-            yield members
-            members, kept = [], 0.0
-        members.append(unit)
+        if share and kept + size > _KEPT_BYTES:
+            yield share
+            share, kept = [], 0.0
+        share.append(unit)
         kept += size
-    yield members
+    yield share
+
+
+@dataclass(frozen=True)
+class _Backward:
+    """How the mass depends on the gradient that a layer passes back.
+
+    arriving: dJ/dX, of the layer's output. slopes: per boundary, the gradient of ln M with respect to dJ/dx', of its
+    input.
+    """
+
+    arriving: Tensor
+    slopes: Sequence[Tensor]
 
 
 @dataclass(frozen=True)
 class _Layer:
     """What one batch's passes leave of a layer.
 
-    states: B. x: its input. arriving: dJ/dX, or None where no boundary lies behind the layer. action: [B, channels],
-    squared norms of the action's gradients, summed over dimensions. forward, backward: per boundary, the gradient of
-    ln M with respect to the layer's output and to the gradient that it passes to its input.
+    states: B. x: its input. action: [B, channels], squared norms of the action's gradients, summed over dimensions.
+    forward: per boundary, the gradient of ln M with respect to the layer's output. backward: None where no boundary
+    lies before the layer.
     """
 
     module: nn.Linear | nn.Conv2d
     states: int
     x: Tensor
-    arriving: Tensor | None
     action: Tensor
     forward: Sequence[Tensor]
-    backward: Sequence[Tensor]
+    backward: _Backward | None
 
     @torch.no_grad()
     def estimate(self, fmt: Format) -> tuple[Tensor, Tensor]:
@@ -119,9 +129,10 @@ class _Layer:
             moved = moved + self._apply(rounded - self.x, weight)
         action = (self.action * moved.square().sum(1)).sum(-1)
         mass = [(slope.float() * moved).sum((1, 2)) for slope in self.forward]
-        if self.arriving is not None:
-            passed = nn.functional.linear(self.arriving, change.T).float()
-            mass = [one + (slope.float() * passed).sum((1, 2)) for one, slope in zip(mass, self.backward, strict=True)]
+        if self.backward is not None:
+            passed = nn.functional.linear(self.backward.arriving, change.T).float()
+            turned = [(slope.float() * passed).sum((1, 2)) for slope in self.backward.slopes]
+            mass = [one + other for one, other in zip(mass, turned, strict=True)]
         return action, torch.stack(mass, dim=1) if mass else action.new_zeros(len(action), 0)
 
     def _apply(self, x: Tensor, matrix: Tensor) -> Tensor:
@@ -130,88 +141,109 @@ class _Layer:
         return _token_rows(nn.functional.linear(x, matrix), self.states).float()
 
 
-def _tap(sweep: Sweep, samples: tuple[int, ...], units: Sequence[str], evidence: bool) -> dict[str, _Layer]:
-    """One full-precision pass of a batch and the backward passes through it."""
-    policy, batch = sweep.policy, sweep.states.batch(sweep.policy, samples, sweep.reference.decided)
+def _pass(sweep: Sweep, samples: tuple[int, ...], units: Sequence[Unit], evidence: bool) -> dict[str, _Layer]:
+    """One full-precision pass of a batch and the backward passes through it: what they leave of `units`."""
+    batch = sweep.states.batch(sweep.policy, samples, sweep.reference.decided)
     with ExitStack() as stack:
-        inputs, outputs = stack.enter_context(_taps(policy, units))
+        inputs, outputs = stack.enter_context(_taps(units))
         stack.enter_context(torch.enable_grad())
         if evidence:
             # Only the plain formula of attention can be differentiated twice.
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         # Weights are constants: the inputs' gradients are what makes every layer's output differentiable.
-        vision = policy.vision_backbone(batch.inputs.pixel_values.detach().requires_grad_())
-        if batch.inputs.state is not None:
-            batch.inputs.state.requires_grad_()
-        run = run_from_vision(policy, batch, vision, sweep.block)
-        points = [outputs[unit] for unit in units]
-        gains = [point.new_zeros((), dtype=torch.float32) for point in points]
-        for value in batch.decisions.expected(run.output).unbind(1):
-            # Reduced at once: only one dimension's gradients are held at a time.
-            rows = _token_rows_of_all(torch.autograd.grad(value.sum(), points, retain_graph=True), len(samples))
-            gains = [gain + row.float().square().sum(1) for gain, row in zip(gains, rows, strict=True)]
-        arriving: dict[str, Tensor] = {}
-        slopes: list[list[Tensor]] = []
-        behind = [unit for unit in units if evidence and not unit.startswith("vision_backbone.")]
-        if evidence:
-            objective = batch.objective(run.output).sum()
-            hidden = [run.boundaries[name] for name in BOUNDARIES]
-            wanted = [*hidden, *(outputs[unit] for unit in behind), *(inputs[unit] for unit in behind)]
-            found = torch.autograd.grad(objective, wanted, create_graph=True)
-            gradients, found = found[: len(hidden)], found[len(hidden) :]
-            arriving = {unit: gradient.detach() for unit, gradient in zip(behind, found, strict=False)}
-            points += found[len(behind) :]
-            for name, h, gradient in zip(BOUNDARIES, hidden, gradients, strict=True):
-                mass = evidence_map(h, sweep.means[name], gradient).flatten(1).mean(1)
-                slopes.append(
-                    _token_rows_of_all(
-                        torch.autograd.grad(mass.log().sum(), points, retain_graph=True, materialize_grads=True),
-                        len(samples),
-                    )
-                )
-    layers = {}
-    for index, unit in enumerate(units):
-        module = policy.get_submodule(unit)
-        assert isinstance(module, nn.Linear | nn.Conv2d)
-        layers[unit] = _Layer(
-            module,
+        for value in batch.inputs.values():
+            value.requires_grad_(value.is_floating_point())
+        values = sweep.chain.run(batch.values)
+        action = _action_gains(batch, values[sweep.chain.output], outputs)
+        forward, backward = _mass_slopes(sweep, batch, values, units, inputs, outputs) if evidence else ({}, {})
+    return {
+        unit.name: _Layer(
+            unit.module,
             len(samples),
-            inputs[unit].detach(),
-            arriving.get(unit),
-            gains[index],
-            [slope[index] for slope in slopes],
-            [slope[len(units) + behind.index(unit)] for slope in slopes] if unit in arriving else [],
+            inputs[unit.name].detach(),
+            action[unit.name],
+            forward.get(unit.name, ()),
+            backward.get(unit.name),
         )
-    return layers
+        for unit in units
+    }
+
+
+def _action_gains(batch: Batch, output: Tensor, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Per layer [B, channels]: squared norms over tokens of the action's gradients, summed over dimensions."""
+    states = len(batch.samples)
+    gains: dict[str, Tensor] = {}
+    for value in batch.decisions.expected(output).unbind(1):
+        # Reduced at once: only one dimension's gradients are held at a time.
+        (found,) = _gradients(value.sum(), outputs)
+        for unit, gradient in found.items():
+            gain = _token_rows(gradient, states).float().square().sum(1)
+            gains[unit] = gains[unit] + gain if unit in gains else gain
+    return gains
+
+
+def _mass_slopes(
+    sweep: Sweep,
+    batch: Batch,
+    values: Mapping[str, Tensor],
+    units: Sequence[Unit],
+    inputs: Mapping[str, Tensor],
+    outputs: Mapping[str, Tensor],
+) -> tuple[dict[str, list[Tensor]], dict[str, _Backward]]:
+    """`_Layer.forward` and `_Layer.backward` by layer. values: of the chain. inputs, outputs: of the layers."""
+    states, chain = len(batch.samples), sweep.chain
+    trunk = {segment.name for segment in chain.trunk}
+    behind = [unit.name for unit in units if unit.segment in trunk]
+    hidden = {boundary: values[name] for boundary, name in chain.boundaries.items()}
+    # A factor to differentiate by: without it a gradient that no activation changes would be a constant to autograd.
+    objective = batch.objective(values[chain.output])
+    at_boundary, arriving, passed = _gradients(
+        (objective * objective.new_ones(()).requires_grad_()).sum(),
+        hidden,
+        {unit: outputs[unit] for unit in behind},
+        {unit: inputs[unit] for unit in behind},
+        create_graph=True,
+    )
+    forward: dict[str, list[Tensor]] = {unit.name: [] for unit in units}
+    backward: dict[str, list[Tensor]] = {unit: [] for unit in behind}
+    for boundary, h in hidden.items():
+        mass = evidence_map(h, sweep.means[boundary], at_boundary[boundary]).flatten(1).mean(1)
+        slopes = _gradients(mass.log().sum(), outputs, passed)
+        for known, found in zip((forward, backward), slopes, strict=True):
+            for unit, slope in found.items():
+                known[unit].append(_token_rows(slope, states))
+    return forward, {unit: _Backward(arriving[unit].detach(), slopes) for unit, slopes in backward.items()}
+
+
+def _gradients(of: Tensor, *points: Mapping[str, Tensor], create_graph: bool = False) -> list[dict[str, Tensor]]:
+    """The gradients of `of` with respect to all points, under the points' names; zero where it does not depend."""
+    flat = [tensor for group in points for tensor in group.values()]
+    found = iter(torch.autograd.grad(of, flat, retain_graph=True, create_graph=create_graph, materialize_grads=True))
+    return [{name: next(found) for name in group} for group in points]
 
 
 @contextmanager
-def _taps(policy: OpenVLA, units: Sequence[str]) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+def _taps(units: Sequence[Unit]) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
     """Inside the block, forward passes fill two dicts with their graph's tensors: inputs and outputs by layer."""
     inputs: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
     handles = []
-    for name in units:
+    for unit in units:
 
-        def enter(module: nn.Module, args: tuple[Tensor, ...], name: str = name) -> Tensor:
+        def enter(module: nn.Module, args: tuple[Tensor, ...], name: str = unit.name) -> Tensor:
             # An alias of its own: what arrives there is this layer's gradient alone, even if others share the input.
             inputs[name] = args[0].view_as(args[0])
             return inputs[name]
 
-        def leave(module: nn.Module, args: tuple[Tensor, ...], output: Tensor, name: str = name) -> None:
+        def leave(module: nn.Module, args: tuple[Tensor, ...], output: Tensor, name: str = unit.name) -> None:
             outputs[name] = output
 
-        module = policy.get_submodule(name)
-        handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+        handles += [unit.module.register_forward_pre_hook(enter), unit.module.register_forward_hook(leave)]
     try:
         yield inputs, outputs
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _token_rows_of_all(tensors: Sequence[Tensor], states: int) -> list[Tensor]:
-    return [_token_rows(tensor, states) for tensor in tensors]
 
 
 def _token_rows(x: Tensor, states: int) -> Tensor:

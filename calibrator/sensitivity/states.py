@@ -1,17 +1,16 @@
 """Calibration states as policy inputs, and the full-precision reference that every variant is compared with."""
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from calibrator.data.calibration import CalibrationSet
-from calibrator.families import Inputs, OpenVLA, decisions_of
-from calibrator.families.actor import stack_inputs
-from calibrator.sensitivity.evidence import BOUNDARIES
+from calibrator.families import Inputs, Policy, find_family
+from calibrator.modules.chain import Chain
 from calibrator.sensitivity.passes import Batch, Trunk
 from vla_policy.core.policy_config import PolicyConfig
 from vla_policy.core.prompt import PromptTokenizer
@@ -21,8 +20,8 @@ from vla_policy.core.prompt import PromptTokenizer
 class Reference:
     """The full-precision decision and statistics, computed once and kept fixed.
 
-    decided: y* of Mix-QVLA Eq. (2), [N, D]: tokens, int64, or OpenVLA-OFT's normalised actions, float32. means: float32
-    [channels] per boundary, Eq. (3).
+    decided: y* of Mix-QVLA Eq. (2), [N, D] in the form of the family's decisions. means: float32 [channels] per
+    boundary, Eq. (3).
     """
 
     decided: np.ndarray
@@ -38,7 +37,7 @@ class States:
         tokenizer = PromptTokenizer(folder, config, unnorm_key)
         self.calibration = calibration
         self.unnorm_key = config.unnorm_key(unnorm_key)
-        self.decisions = decisions_of(config, unnorm_key)
+        self.decisions = find_family(config).decisions(config, unnorm_key)
         self.batch_size = batch
         self.input_ids = [
             tokenizer.encode(calibration.samples[index].instruction, calibration.states[index])
@@ -65,31 +64,29 @@ class States:
             for start in range(0, len(members), size)
         ]
 
-    def inputs(self, policy: OpenVLA, samples: tuple[int, ...]) -> Inputs:
+    def inputs(self, policy: Policy, samples: tuple[int, ...]) -> Inputs:
         """States of equal prompt length on the policy's device and in its dtype."""
         ids = np.stack([self.input_ids[sample] for sample in samples])
-        return stack_inputs(policy, self.unnorm_key, [self.calibration.observation(sample) for sample in samples], ids)
+        return policy.inputs(self.unnorm_key, [self.calibration.observation(sample) for sample in samples], ids)
 
-    def batch(self, policy: OpenVLA, samples: tuple[int, ...], decided: np.ndarray) -> Batch:
+    def batch(self, policy: Policy, samples: tuple[int, ...], decided: np.ndarray) -> Batch:
         """The states as one batch; `decided` [N, D] are the reference decisions of all states."""
-        inputs = self.inputs(policy, samples)
-        wanted = torch.from_numpy(decided[list(samples)]).to(inputs.input_ids.device)
-        return Batch(samples, inputs, wanted, self.decisions)
+        return Batch(samples, self.inputs(policy, samples), policy.tensor(decided[list(samples)]), self.decisions)
 
 
-def reference(policy: OpenVLA, states: States, language_block: int) -> Reference:
+def reference(policy: Policy, states: States, chain: Chain) -> Reference:
     """y* of Eq. (2) and the mean per channel of Eq. (3), by one greedy decision and one pass per state."""
     decided: dict[int, np.ndarray] = {}
     sums: dict[str, Tensor] = {}
-    counts = dict.fromkeys(BOUNDARIES, 0)
+    counts: Counter[str] = Counter()
     for samples in states.split(range(len(states))):
         inputs = states.inputs(policy, samples)
         chosen = policy.decide(inputs, states.decisions.size)
         decided |= zip(samples, chosen.cpu().numpy(), strict=True)
-        trunk = Trunk(policy, Batch(samples, inputs, chosen, states.decisions), language_block, differentiable=False)
-        for name in BOUNDARIES:
-            hidden = trunk.run.boundaries[name].double().flatten(0, 1)
+        trunk = Trunk(chain, Batch(samples, inputs, chosen, states.decisions), differentiable=False)
+        for name, value in chain.boundaries.items():
+            hidden = trunk.values[value].double().flatten(0, 1)
             sums[name] = sums.get(name, 0) + hidden.sum(0)
             counts[name] += len(hidden)
     rows = np.stack([decided[index] for index in range(len(states))])
-    return Reference(rows, {name: (sums[name] / counts[name]).float().cpu().numpy() for name in BOUNDARIES})
+    return Reference(rows, {name: (sums[name] / counts[name]).float().cpu().numpy() for name in chain.boundaries})

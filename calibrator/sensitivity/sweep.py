@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from calibrator.data.calibration import load_calibration
-from calibrator.families import OpenVLA, load_policy
+from calibrator.families import Policy, live_units, load_policy
 from calibrator.quantizers.quantization import levels, quantized
 from calibrator.sensitivity.arithmetic import products
 from calibrator.sensitivity.evidence import (
@@ -21,7 +21,7 @@ from calibrator.sensitivity.evidence import (
     mass_distortion,
     profile,
 )
-from calibrator.sensitivity.passes import Signals, Trunk, last_block, place_of, signals
+from calibrator.sensitivity.passes import Signals, Trunk, signals
 from calibrator.sensitivity.scores import check_finite
 from calibrator.sensitivity.states import Reference, States, reference
 from vla_policy.core.errors import PolicyError
@@ -99,13 +99,14 @@ class Sweep:
     whatever the number of layers and states.
     """
 
-    def __init__(self, policy: OpenVLA, states: States, ref: Reference, settings: SweepSettings) -> None:
+    def __init__(self, policy: Policy, states: States, ref: Reference, settings: SweepSettings) -> None:
         self.policy = policy
         self.states = states
         self.reference = ref
         self.settings = settings
-        self.block = language_block(policy, settings)
-        device = policy.projector.fc1.weight.device
+        self.chain = policy.chain(settings.language_block)
+        self.units = {unit.name: unit for unit in live_units(policy)}
+        device = next(policy.parameters()).device
         self.means = {name: torch.from_numpy(mean).to(device) for name, mean in ref.means.items()}
         self._last: tuple[tuple[int, ...], _FullPrecision] | None = None
 
@@ -114,7 +115,6 @@ class Sweep:
 
         Raises DataError when evidence is not finite, naming unit, width, state and boundary.
         """
-        place = place_of(unit)
         position = {sample: index for index, sample in enumerate(samples)}
         mass = np.zeros((len(bits), len(samples), len(BOUNDARIES)))
         attribution = np.zeros_like(mass)
@@ -125,7 +125,7 @@ class Sweep:
             columns = [position[sample] for sample in members]
             for row, width in enumerate(bits):
                 with quantized(self.policy, unit, self.settings.format_of(width)):
-                    changed = signals(self.policy, full.trunk, place)
+                    changed = signals(full.trunk, self.units[unit].segment)
                 for column, name in enumerate(BOUNDARIES):
                     now = profile(self.evidence(changed, name), self.settings.epsilon)
                     before = full.profiles[name]
@@ -143,7 +143,7 @@ class Sweep:
 
     def full_precision(self, samples: tuple[int, ...]) -> tuple[Trunk, Signals]:
         """The reference pass of states with equal prompt length, and its signals."""
-        trunk = Trunk(self.policy, self.states.batch(self.policy, samples, self.reference.decided), self.block)
+        trunk = Trunk(self.chain, self.states.batch(self.policy, samples, self.reference.decided))
         return trunk, trunk.signals()
 
     def _full_precision(self, samples: tuple[int, ...]) -> _FullPrecision:
@@ -153,15 +153,6 @@ class Sweep:
             profiles = {name: profile(self.evidence(measured, name), self.settings.epsilon) for name in BOUNDARIES}
             self._last = samples, _FullPrecision(trunk, profiles, measured.objective)
         return self._last[1]
-
-
-def language_block(policy: OpenVLA, settings: SweepSettings) -> int:
-    """The decoder block of the language boundary. Raises PolicyError when there is no such block."""
-    last = last_block(policy)
-    block = last if settings.language_block is None else settings.language_block
-    if not 0 <= block <= last:
-        raise PolicyError(f"language block {block} does not exist; the policy has blocks 0 to {last}")
-    return block
 
 
 @dataclass(frozen=True)
@@ -178,12 +169,12 @@ class SweepSpec:
         """The block that every pass of this sweep runs in."""
         return products(self.device, _DTYPES[self.settings.dtype])
 
-    def load_policy(self) -> OpenVLA:
+    def load_policy(self) -> Policy:
         """Raises PolicyError for unknown statistics before any weight is read, and as the loader."""
         PolicyConfig.load(self.policy).unnorm_key(self.settings.unnorm_key)
         return load_policy(self.policy, _DTYPES[self.settings.dtype], self.device)
 
-    def load_states(self, policy: OpenVLA) -> States:
+    def load_states(self, policy: Policy) -> States:
         calibration = load_calibration(self.calibration)
         return States(calibration, policy.config, self.policy, self.settings.unnorm_key, self.batch_size)
 
@@ -192,5 +183,5 @@ class SweepSpec:
         policy = self.load_policy()
         states = self.load_states(policy)
         if ref is None:
-            ref = reference(policy, states, language_block(policy, self.settings))
+            ref = reference(policy, states, policy.chain(self.settings.language_block))
         return Sweep(policy, states, ref, self.settings)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from onnx import TensorProto
 
-from calibrator.families.oft import EOS, HEAD_BLOCKS
+from calibrator.families.openvla_oft.model import EOS, HEAD_BLOCKS
 from engine_build.graph.context import GraphContext
 from vla_policy.core.manifest import TensorSpec
 from vla_policy.core.policy_config import PolicyConfig, TextSpec

@@ -16,8 +16,10 @@ from torch import Tensor
 
 from calibrator.__main__ import main
 from calibrator.data.calibration import collect, load_calibration
-from calibrator.families import OpenVLA, OpenVLAOFT, TorchActor, decisions_of, live_units, load_policy
-from calibrator.sensitivity.passes import macs_per_decision, place_of, signals
+from calibrator.families import TorchActor, live_units, load_policy
+from calibrator.families.openvla_oft import ChunkDecisions, OpenVLAOFT
+from calibrator.modules.prismatic import Prismatic
+from calibrator.sensitivity.passes import signals
 from calibrator.sensitivity.proxy import first_order
 from calibrator.sensitivity.sweep import Sweep, SweepSettings, SweepSpec
 from calibrator.sensitivity.table import Sensitivity
@@ -117,9 +119,9 @@ def test_a_decision_equals_the_architecture_written_out(sweep: Sweep) -> None:
     policy = sweep.policy
     weights = {name: tensor.double().numpy() for name, tensor in policy.state_dict().items()}
     inputs = sweep.states.inputs(policy, (1,))
-    assert inputs.state is not None
-    patches = policy.patches(inputs.pixel_values)[0].double().numpy()
-    expected = written_out(weights, patches, inputs.input_ids[0].numpy(), inputs.state[0].double().numpy())
+    assert "state" in inputs
+    patches = policy.patches(inputs["pixel_values"])[0].double().numpy()
+    expected = written_out(weights, patches, inputs["input_ids"][0].numpy(), inputs["state"][0].double().numpy())
     decided = policy.decide(inputs, SIZE)
     np.testing.assert_allclose(decided[0].numpy(), expected, atol=1e-4 * np.abs(expected).max())
     np.testing.assert_allclose(sweep.reference.decided[1], expected, atol=1e-4 * np.abs(expected).max())
@@ -129,7 +131,8 @@ def test_an_action_is_un_normalised_as_published(sweep: Sweep, spec: SweepSpec) 
     actor = TorchActor.load(spec.policy)
     observation = sweep.states.calibration.observation(2)
     decision = actor.act(observation)
-    values = sweep.reference.decided[2].reshape(CHUNK, DIM).astype(np.float64)
+    alone = sweep.policy.decide(sweep.states.inputs(sweep.policy, (2,)), SIZE)  # a batch rounds differently
+    values = alone[0].double().numpy().reshape(CHUNK, DIM)
     low, high = np.array([-1, -0.5]), np.array([1, 0.5])
     assert decision.action.shape == (CHUNK, DIM) and decision.tokens.size == 0
     np.testing.assert_allclose(decision.action[:, :2], 0.5 * (values[:, :2] + 1) * (high - low + 1e-8) + low, atol=1e-6)
@@ -193,10 +196,10 @@ def test_statistics_without_spread_are_refused(spec: SweepSpec) -> None:
     raw = json.loads((Path(spec.policy) / "config.json").read_text())
     raw["norm_stats"]["tiny"]["action"]["std"][1] = 0.0
     with pytest.raises(PolicyError, match=r"std \[0.4, 0.0, 0.5\] must be above zero"):
-        decisions_of(PolicyConfig.from_dict(raw, "config.json"), None)
+        ChunkDecisions.of(PolicyConfig.from_dict(raw, "config.json"), None)
     del raw["norm_stats"]["tiny"]["action"]["std"]
     with pytest.raises(PolicyError, match=r"norm_stats.tiny.action: mean and std are missing"):
-        decisions_of(PolicyConfig.from_dict(raw, "config.json"), None)
+        ChunkDecisions.of(PolicyConfig.from_dict(raw, "config.json"), None)
 
 
 # --- sensitivity -----------------------------------------------------------------------------------------------------
@@ -214,12 +217,18 @@ UNITS = (
 
 @pytest.mark.parametrize("unit", UNITS)
 def test_losses_equal_a_naive_recomputation(sweep: Sweep, unit: str) -> None:
-    def objective_of(policy: OpenVLA, index: int) -> Tensor:
+    def objective_of(policy: Prismatic, index: int) -> Tensor:
+        assert isinstance(policy, OpenVLAOFT)
         inputs, decided = sweep.states.inputs(policy, (index,)), sweep.reference.decided[index]
-        patches = policy.patches(inputs.pixel_values)
-        sequence = policy.sequence(inputs, patches, torch.zeros(1, SIZE))
-        states = policy.hidden(sequence)[:, -SIZE - 2 : -2]
-        actions = policy.readout(states)[0]
+        model, ids = policy.decoder, inputs["input_ids"]
+        words, end = model.embed_tokens(ids), model.embed_tokens(torch.tensor([[2]]))
+        state = policy.proprio_projector(inputs["state"])[:, None]
+        empty = torch.zeros(1, SIZE, words.shape[2])
+        x = torch.cat([words[:, :1], policy.patches(inputs["pixel_values"]), state, words[:, 1:], empty, end], dim=1)
+        rotary = model.rotary_emb(x, torch.arange(x.shape[1])[None])
+        for layer in model.layers:
+            x = layer(x, position_embeddings=rotary)
+        actions = policy.action_head(model.norm(x)[:, -SIZE - 2 : -2])[0].flatten()
         means, deviations = np.tile([0.1, -0.1, 0.5], CHUNK), np.tile([0.4, 0.4, 0.5], CHUNK)
         v = (decided - means) / deviations**2
         scale = float(v @ (decided - means))
@@ -235,7 +244,7 @@ def test_losses_equal_a_naive_recomputation(sweep: Sweep, unit: str) -> None:
 @pytest.mark.parametrize("unit", UNITS)
 def test_every_entry_gives_the_full_precision_signals(sweep: Sweep, unit: str) -> None:
     trunk, reference = sweep.full_precision(sweep.states.split(range(4))[0])
-    entered = signals(sweep.policy, trunk, place_of(unit))
+    entered = signals(trunk, sweep.units[unit].segment)
     for name, hidden in reference.hidden.items():
         torch.testing.assert_close(entered.hidden[name], hidden, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(entered.gradients[name], reference.gradients[name], rtol=1e-4, atol=1e-7)
@@ -252,12 +261,20 @@ def test_the_first_order_action_error_is_the_bound_that_it_claims_to_be(sweep: S
     np.testing.assert_allclose(estimate.action[position], CHUNK * exact, rtol=1e-3)
 
 
+def test_eight_bits_of_the_last_layer_move_the_evidence_mass_as_predicted(sweep: Sweep) -> None:
+    """It changes no activation at a boundary, and the gradient that arrives at it is a constant."""
+    unit = "action_head.model.fc2"
+    (found,) = first_order(sweep, [unit], evidence=True)
+    exact = sweep.evaluate(unit, (8,), tuple(range(4))).mass[0]
+    predicted = np.abs(found.mass[sweep.settings.bits.index(8)])
+    assert exact.mean(0).min() > 1e-5
+    assert (np.abs(predicted - exact).mean(0) < 0.15 * exact.mean(0)).all()
+
+
 def test_layers_and_their_cost(sweep: Sweep) -> None:
     names = [unit.name for unit in live_units(sweep.policy)]
     assert "language_model.lm_head" not in names
-    macs = macs_per_decision(sweep.policy, prompt_tokens=10, decided=SIZE)
-    params = {unit.name: unit.params for unit in live_units(sweep.policy)}
-    rows = {name: macs[name] / params[name] for name in macs}
+    rows = {unit.name: unit.tokens(prompt_tokens=10, decided=SIZE) for unit in live_units(sweep.policy)}
     assert rows["language_model.model.layers.0.mlp.up_proj"] == 8 + 1 + 10 + SIZE + 1
     assert (rows["proprio_projector.fc1"], rows["action_head.model.fc1"], rows["projector.fc1"]) == (1, CHUNK, 8)
     stages = {unit.name: unit.stage for unit in live_units(sweep.policy)}

@@ -10,9 +10,10 @@ from golden import DATA, golden_image, golden_numbers, golden_tensor
 from safetensors.torch import save_file
 from torch import Tensor
 
-from calibrator.families import OpenVLA, live_units, load_policy
-from calibrator.families.decisions import mean_log_likelihood
-from calibrator.families.loading import dead_tensors, empty_policy
+from calibrator.families import find_family, live_units, load_policy
+from calibrator.families.loading import empty_policy
+from calibrator.families.openvla import OpenVLA
+from calibrator.families.openvla.decisions import mean_log_likelihood
 from vla_policy.core.image import preprocess
 from vla_policy.core.policy_config import PolicyConfig
 
@@ -26,7 +27,7 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> OpenVLA:
     (folder / "config.json").write_text(json.dumps(GOLDEN["config"]))
     config = PolicyConfig.load(folder)
     shapes = {name: tuple(tensor.shape) for name, tensor in empty_policy(config).state_dict().items()}
-    shapes |= dead_tensors(config)
+    shapes |= find_family(config).dead_tensors(config)
     assert len(shapes) == GOLDEN["keys"]
     names = sorted(shapes)
     weight_map = {}
@@ -35,7 +36,9 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> OpenVLA:
         save_file({n: torch.from_numpy(golden_tensor(1, n, shapes[n])) for n in shard}, folder / file)
         weight_map |= dict.fromkeys(shard, file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    return load_policy(folder)
+    policy = load_policy(folder)
+    assert isinstance(policy, OpenVLA)
+    return policy
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +80,7 @@ def test_every_stage_matches_the_published_code(policy: OpenVLA, inputs: tuple[T
     assert_matches(captured["entering"][0], GOLDEN["hidden_states_layer3_input"])
     assert_matches(final[0, -7:], GOLDEN["final_norm_readout"])
 
-    logits = policy.action_logits(pixels, ids, tokens)[0]
+    logits = policy.output({"pixel_values": pixels, "input_ids": ids}, tokens)[0]
     assert_matches(logits, GOLDEN["teacher_forced_logits"])
     assert logits.argmax(-1).tolist() == GOLDEN["teacher_forced_logits_argmax"]
     assert mean_log_likelihood(logits[None], tokens).item() == pytest.approx(GOLDEN["J_of_action_tokens"], rel=1e-3)
@@ -87,7 +90,7 @@ def test_cached_greedy_decoding_gives_exactly_the_published_tokens(
     policy: OpenVLA, inputs: tuple[Tensor, Tensor, Tensor]
 ) -> None:
     pixels, ids, tokens = inputs
-    assert torch.equal(policy.generate(pixels, ids, 7), tokens)
+    assert torch.equal(policy.decide({"pixel_values": pixels, "input_ids": ids}, 7), tokens)
 
 
 def test_the_image_reaches_the_decision(policy: OpenVLA, inputs: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -95,7 +98,8 @@ def test_the_image_reaches_the_decision(policy: OpenVLA, inputs: tuple[Tensor, T
         torch.from_numpy(preprocess(np.full((64, 64, 3), level, np.uint8), policy.config))[None] for level in (0, 255)
     )
     _, ids, _ = inputs
-    assert not torch.equal(policy.generate(black, ids, 7), policy.generate(white, ids, 7))
+    decided = [policy.decide({"pixel_values": pixels, "input_ids": ids}, 7) for pixels in (black, white)]
+    assert not torch.equal(*decided)
 
 
 def test_7b_tensors_match_with_nothing_missing_or_left_over() -> None:
@@ -103,7 +107,7 @@ def test_7b_tensors_match_with_nothing_missing_or_left_over() -> None:
     config = PolicyConfig.from_dict(GOLDEN["config"] | {"text_config": {}}, "config.json")
     policy = empty_policy(config)
     live = {name: tuple(tensor.shape) for name, tensor in policy.state_dict().items()}
-    dead = dead_tensors(config)
+    dead = find_family(config).dead_tensors(config)
     assert live.keys().isdisjoint(dead)
     assert live | dead == published
     units = live_units(policy)

@@ -149,7 +149,7 @@ def test_cached_decoding_equals_decoding_without_a_cache(folder: Path) -> None:
         embeddings = policy.embed(torch.cat([ids, tokens], dim=1), policy.patches(pixels))
         logits = policy.language_model.lm_head(policy.hidden(embeddings)[:, -1])
         tokens = torch.cat([tokens, first + logits[:, first:last].argmax(-1, keepdim=True)], dim=1)
-    assert torch.equal(policy.generate(pixels, ids, 3), tokens)
+    assert torch.equal(policy.decide({"pixel_values": pixels, "input_ids": ids}, 3), tokens)
 
 
 @pytest.mark.parametrize("value", [float("nan"), 2e38])
@@ -161,5 +161,5 @@ def test_a_policy_whose_logits_are_not_finite_decides_nothing(value: float, fold
     seen = Observation(np.zeros((32, 32, 3), np.uint8), "pick it up", np.zeros(2, np.float32))
     with pytest.raises(EngineError, match=r"torch policy: logits of the action tokens: \d+ of 768 values"):
         actor.act(seen)
-    with pytest.raises(EngineError, match="torch policy: logits of the action tokens"):
+    with pytest.raises(EngineError, match="torch policy: output"):
         actor.scores(seen, np.full(3, actor.config.token_vocab - 1))

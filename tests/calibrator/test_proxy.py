@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from calibrator.families import live_units
+from calibrator.families import Unit, live_units
 from calibrator.sensitivity import proxy
 from calibrator.sensitivity.evidence import BOUNDARIES
 from calibrator.sensitivity.proxy import first_order
@@ -65,13 +65,13 @@ def test_what_a_pass_keeps_is_bounded_and_changes_nothing(sweep: Sweep, monkeypa
     whole = first_order(sweep, UNITS, True)
     monkeypatch.setattr("calibrator.sensitivity.proxy._KEPT_BYTES", 1)
     kept: list[int] = []
-    original = proxy._tap
+    original = proxy._pass
 
-    def counted(sweep: Sweep, samples: tuple[int, ...], units: Sequence[str], evidence: bool) -> Any:
+    def counted(sweep: Sweep, samples: tuple[int, ...], units: Sequence[Unit], evidence: bool) -> Any:
         kept.append(len(units))
         return original(sweep, samples, units, evidence)
 
-    monkeypatch.setattr("calibrator.sensitivity.proxy._tap", counted)
+    monkeypatch.setattr("calibrator.sensitivity.proxy._pass", counted)
     for one, other in zip(first_order(sweep, UNITS, True), whole, strict=True):
         np.testing.assert_allclose(one.action, other.action, rtol=1e-4)
         np.testing.assert_allclose(one.mass, other.mass, rtol=1e-2, atol=1e-6)

@@ -8,11 +8,12 @@ import torch
 from naive import naive_losses
 from torch import Tensor
 
-from calibrator.families import OpenVLA, live_units
-from calibrator.families.decisions import TokenDecisions
+from calibrator.families import live_units
+from calibrator.families.openvla import OpenVLA, TokenDecisions
+from calibrator.modules.prismatic import Prismatic
 from calibrator.quantizers.quantization import quantized
 from calibrator.sensitivity.evidence import BOUNDARIES
-from calibrator.sensitivity.passes import Place, Signals, Trunk, macs_per_decision, place_of, signals
+from calibrator.sensitivity.passes import Signals, Trunk, signals
 from calibrator.sensitivity.sweep import Sweep, SweepSettings, SweepSpec
 from vla_policy.core.errors import DataError, PolicyError
 from vla_policy.core.formats import Format
@@ -32,9 +33,12 @@ def losses_by_loops(sweep: Sweep, unit: str, bits: int) -> list[list[tuple[float
     """(mass, attribution) per state and boundary, with J by an explicit sum over the action tokens."""
     count = sweep.states.decisions.size
 
-    def objective_of(policy: OpenVLA, index: int) -> Tensor:
+    def objective_of(policy: Prismatic, index: int) -> Tensor:
+        assert isinstance(policy, OpenVLA)
         inputs, tokens = sweep.states.inputs(policy, (index,)), torch.from_numpy(sweep.reference.decided[index])
-        logits = policy.action_logits(inputs.pixel_values, inputs.input_ids, tokens[None])
+        ids = torch.cat([inputs["input_ids"], tokens[None, :-1]], dim=1)
+        hidden = policy.hidden(policy.embed(ids, policy.patches(inputs["pixel_values"])))
+        logits = policy.language_model.lm_head(hidden[:, -count:])
         objective = torch.zeros(())
         for k in range(count):
             objective = objective + torch.log(torch.softmax(logits[0, k], 0)[tokens[k]]) / count
@@ -66,20 +70,20 @@ def test_each_image_has_its_own_patches(two_images: SweepSpec) -> None:
     """The patches of both images are those of each alone, first image first; a decision depends on the order."""
     sweep = two_images.open()
     policy, inputs = sweep.policy, sweep.states.inputs(sweep.policy, (0, 1))
-    pixels, ids = inputs.pixel_values, inputs.input_ids
+    pixels, ids = inputs["pixel_values"], inputs["input_ids"]
     assert pixels.shape == (2, 12, 32, 32) and policy.config.num_patches == 8
     alone = [policy.patches(pixels[:, 6 * image : 6 * image + 6]) for image in range(2)]
     torch.testing.assert_close(policy.patches(pixels), torch.cat(alone, dim=1))
-    tokens = policy.generate(pixels, ids, 3)
+    tokens = policy.decide(inputs, 3)
     swapped = torch.cat([pixels[:, 6:], pixels[:, :6]], dim=1)
-    before, after = (policy.action_logits(image, ids, tokens) for image in (pixels, swapped))
+    before, after = (policy.output({"pixel_values": p, "input_ids": ids}, tokens) for p in (pixels, swapped))
     assert (before - after).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("unit", UNITS)
 def test_every_entry_gives_the_full_precision_signals(sweep: Sweep, unit: str) -> None:
     trunk, reference = sweep.full_precision(sweep.states.split(range(8))[0])
-    entered = signals(sweep.policy, trunk, place_of(unit))
+    entered = signals(trunk, sweep.units[unit].segment)
     for name in BOUNDARIES:
         torch.testing.assert_close(entered.hidden[name], reference.hidden[name], rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(entered.gradients[name], reference.gradients[name], rtol=1e-4, atol=1e-7)
@@ -88,11 +92,11 @@ def test_every_entry_gives_the_full_precision_signals(sweep: Sweep, unit: str) -
 
 @pytest.mark.parametrize(
     ("start", "name"),
-    [(Place("projector", 0), "vision"), (Place("layers", 1), "language"), (Place("head", 0), "head")],
+    [("projector", "vision"), ("language", "language"), ("head", "head")],
 )
-def test_gradients_equal_finite_differences(sweep: Sweep, start: Place, name: str) -> None:
+def test_gradients_equal_finite_differences(sweep: Sweep, start: str, name: str) -> None:
     trunk, measured = sweep.full_precision((0,))
-    entry = trunk.run.entries[start].detach()
+    entry = trunk.values[trunk.chain.boundaries[name]].detach()
     # Along the gradient the derivative is its norm; other directions drown in the float32 of J.
     direction = measured.gradients[name] / measured.gradients[name].norm()
     slopes = []
@@ -106,17 +110,16 @@ def test_gradients_equal_finite_differences(sweep: Sweep, start: Place, name: st
     assert float(measured.gradients[name].norm()) == pytest.approx(expected, rel=3e-3)
 
 
-def objective_from(policy: OpenVLA, trunk: Trunk, start: Place, x: Tensor) -> Tensor:
-    """J with the chain entered at `start` by `x`, through the policy's own modules."""
+def objective_from(policy: OpenVLA, trunk: Trunk, start: str, x: Tensor) -> Tensor:
+    """J with `x` entering projector, last decoder block or head, through the policy's own modules."""
     batch = trunk.batch
     model = policy.language_model.model
-    if start.part == "projector":
-        ids = torch.cat([batch.inputs.input_ids, batch.decided[:, :-1]], 1)
+    if start == "projector":
+        ids = torch.cat([batch.inputs["input_ids"], batch.decided[:, :-1]], 1)
         x = policy.hidden(policy.embed(ids, policy.projector(x)))[:, -batch.decided.shape[1] :]
-    elif start.part == "layers":
+    elif start == "language":
         rotary = model.rotary_emb(x, torch.arange(x.shape[1])[None])
-        for layer in model.layers[start.index :]:
-            x = layer(x, position_embeddings=rotary)
+        x = model.layers[-1](x, position_embeddings=rotary)
         x = model.norm(x)[:, -batch.decided.shape[1] :]
     logits = policy.language_model.lm_head(x)
     return logits.log_softmax(-1).gather(-1, batch.decided[..., None]).mean()
@@ -133,6 +136,7 @@ def test_a_layer_that_never_runs_scores_exactly_zero(spec: SweepSpec) -> None:
     mlp = sweep.policy.get_submodule("vision_backbone.featurizer.blocks.0.mlp")
     # A checkpoint's last block is not built; hang a layer beside the live ones, where no forward pass goes.
     mlp.add_module("dead", torch.nn.Linear(64, 64).requires_grad_(False))
+    sweep = Sweep(sweep.policy, sweep.states, sweep.reference, sweep.settings)
     losses = sweep.evaluate("vision_backbone.featurizer.blocks.0.mlp.dead", (2,), tuple(range(8)))
     assert not losses.mass.any() and not losses.attribution.any() and not losses.action_error.any()
 
@@ -179,8 +183,7 @@ def test_action_error_is_the_squared_distance_of_decoded_actions(sweep: Sweep) -
         inputs = sweep.states.inputs(sweep.policy, (index,))
         tokens = sweep.reference.decided[index]
         with quantized(sweep.policy, unit, fmt), torch.no_grad():
-            wanted = torch.from_numpy(tokens)[None]
-            logits = sweep.policy.action_logits(inputs.pixel_values, inputs.input_ids, wanted)[0]
+            logits = sweep.policy.output(inputs, torch.from_numpy(tokens)[None])[0]
         chosen = codec.first_token + logits[:, codec.first_token : codec.last_token + 1].argmax(-1).numpy()
         distance = codec.tokens_to_normalised(chosen) - codec.tokens_to_normalised(tokens)
         assert losses.action_error[0, index] == pytest.approx(float((distance**2).sum()))
@@ -226,17 +229,13 @@ def test_evidence_that_is_not_finite_is_named(spec: SweepSpec) -> None:
         broken.evaluate("projector.fc1", (4,), (2, 3))
 
 
-def test_unknown_layers_and_blocks_are_refused(sweep: Sweep, spec: SweepSpec) -> None:
-    with pytest.raises(PolicyError, match="not on the path"):
-        place_of("action_head.fc1")
+def test_unknown_blocks_are_refused(spec: SweepSpec) -> None:
     with pytest.raises(PolicyError, match="blocks 0 to 1"):
         replace(spec, settings=SweepSettings(language_block=2)).open()
 
 
 def test_macs_count_the_tokens_that_pass(sweep: Sweep) -> None:
-    macs = macs_per_decision(sweep.policy, prompt_tokens=10, decided=3)
-    params = {unit.name: unit.params for unit in live_units(sweep.policy)}
-    tokens = {name: macs[name] / params[name] for name in macs}
+    tokens = {unit.name: unit.tokens(prompt_tokens=10, decided=3) for unit in live_units(sweep.policy)}
     assert tokens["vision_backbone.featurizer.patch_embed.proj"] == 4
     assert tokens["vision_backbone.featurizer.blocks.0.attn.qkv"] == 4 + 3
     assert tokens["vision_backbone.fused_featurizer.blocks.0.attn.qkv"] == 4

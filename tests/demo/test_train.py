@@ -10,7 +10,7 @@ import torch
 from safetensors.numpy import save_file
 from safetensors.torch import load_file
 
-from calibrator.families.model import OpenVLA
+from calibrator.families.openvla import OpenVLA
 from demo.batches import Batches, Prompts, patch_shares
 from demo.dataset import encode_png, load_demonstrations
 from demo.recipe import Recipe
@@ -197,7 +197,7 @@ def test_the_trained_policy_obeys_the_instruction(folder: Path) -> None:
     tokenizer, codec = tools(folder, run)
     for instruction, value in zip(data.instructions, (-0.8, 0.8), strict=True):
         ids = torch.from_numpy(tokenizer.encode(instruction, data.states[0].numpy()))[None]
-        action = codec.tokens_to_action(policy.generate(pixels, ids, 4)[0].numpy())
+        action = codec.tokens_to_action(policy.decide({"pixel_values": pixels, "input_ids": ids}, 4)[0].numpy())
         np.testing.assert_allclose(action, value, atol=0.1)
 
 

@@ -43,9 +43,11 @@ def simulated(folder: Path) -> TorchActor:
 
 def logits(actor: TorchActor, seed: int, tokens: np.ndarray) -> np.ndarray:
     seen = observation(seed)
-    pixels = torch.from_numpy(preprocess(seen.image, actor.config)[None])
-    ids = torch.from_numpy(actor.tokenizer.encode(seen.instruction, seen.state)[None])
-    return actor.policy.action_logits(pixels, ids, torch.from_numpy(tokens)[None])[0].numpy()
+    inputs = {
+        "pixel_values": torch.from_numpy(preprocess(seen.image, actor.config)[None]),
+        "input_ids": torch.from_numpy(actor.tokenizer.encode(seen.instruction, seen.state)[None]),
+    }
+    return actor.policy.output(inputs, torch.from_numpy(tokens)[None])[0].numpy()
 
 
 @pytest.mark.parametrize(
@@ -83,7 +85,8 @@ def test_an_engine_of_two_images_equals_the_torch_policy(tmp_path: Path) -> None
         pixels = pixel_values(seen.images, engine.config)[None]
         ids = engine.tokenizer.encode(seen.instruction, seen.state)[None]
         got = engine.action_logits(pixels, ids, decision.tokens)
-        expected = actor.policy.action_logits(*map(torch.from_numpy, (pixels, ids, decision.tokens[None])))[0].numpy()
+        inputs = {"pixel_values": torch.from_numpy(pixels), "input_ids": torch.from_numpy(ids)}
+        expected = actor.policy.output(inputs, torch.from_numpy(decision.tokens)[None])[0].numpy()
         np.testing.assert_allclose(got, expected, atol=1e-5)
         np.testing.assert_array_equal(engine.act(seen).tokens, decision.tokens)
     with pytest.raises(DataError, match="the policy looks at 2, got 1"):

@@ -8,11 +8,12 @@ from ragged import mixed_assignment, write_plan
 from tiny import INSTRUCTIONS, tiny_policy_folder
 
 from calibrator.families import TorchActor
+from calibrator.modules.chain import Runs
 from calibrator.quantizers.quantization import quantize_policy
 from engine_build.backends.tensorrt import decoder_profiles
 from engine_build.bench import bench, report
 from engine_build.build import Request, build
-from engine_build.costs import PROMPT_TOKENS, passes
+from engine_build.costs import PROMPT_TOKENS, runs_per_action
 from engine_build.verify import verify, verify_formats
 from engine_build.weights import layers_of
 from vla_policy.core.errors import DataError
@@ -75,12 +76,11 @@ def test_it_is_verified_and_measured_like_any_other(folder: Path) -> None:
 
 
 def test_the_cost_of_a_layer_is_that_of_its_one_pass(folder: Path) -> None:
-    config = PolicyConfig.load(folder / "policy")
-    runs = {name: passes(layer, config) for name, layer in layers_of(config).items()}
-    assert runs["proprio_projector.fc2"] == {1: 1}
-    assert runs["action_head.model.fc1"] == {CHUNK: 1}
+    runs = runs_per_action(PolicyConfig.load(folder / "policy"))
+    assert runs["proprio_projector.fc2"] == (Runs(1),)
+    assert runs["action_head.model.fc1"] == (Runs(CHUNK),)
     sequence = 2 * 4 + 1 + PROMPT_TOKENS + CHUNK * DIM + 1
-    assert runs["language_model.model.layers.1.mlp.up_proj"] == {sequence: 1}
+    assert runs["language_model.model.layers.1.mlp.up_proj"] == (Runs(sequence),)
 
 
 def test_an_a100_engine_is_built_without_a_gpu(folder: Path, tmp_path: Path) -> None:

@@ -251,8 +251,13 @@ class PolicyConfig:
     @staticmethod
     def from_dict(raw: dict[str, Any], source: str) -> "PolicyConfig":
         """Parses the content of a `config.json`; `source` names it in errors."""
-        if raw.get("model_type") != "openvla":
-            raise PolicyError(f"{source}: model_type is {raw.get('model_type')!r}, expected 'openvla'")
+        if raw.get("model_type") not in ("openvla", "openvla_oft"):
+            raise PolicyError(f"{source}: model_type is {raw.get('model_type')!r}, expected 'openvla' or 'openvla_oft'")
+        if (raw["model_type"] == "openvla_oft") != ("num_actions_chunk" in raw):
+            raise PolicyError(
+                f"{source}: only a policy of model_type 'openvla_oft' has num_actions_chunk, and has it always; "
+                "import the checkpoint again with `python -m calibrator import-oft`"
+            )
         try:
             _check_supported(raw, source)
             towers = _towers(raw, source)

@@ -1,6 +1,6 @@
-"""The two vision transformers of OpenVLA and their fusion by channels.
+"""Prismatic's two vision transformers, their fusion by channels, and the projector behind them.
 
-Parameter names are the published checkpoint's. Features are the output of the block before the last, patches only,
+Parameter names are the published checkpoints'. Features are the output of the block before the last, patches only,
 not normalised, so the last block, the final norm and SigLIP's attention pool never run and are not built. A policy of N
 images passes each through the same towers; their patches follow each other.
 """
@@ -11,9 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from calibrator.modules.chain import Layers, Runs, Segment
 from vla_policy.core.policy_config import TowerSpec
 
 _NORM_EPS = 1e-6
+_TOWERS = ("featurizer", "fused_featurizer")
+_CHANNELS = (slice(0, 3), slice(3, 6))
+_TITLES = {"dinov2": "DINOv2", "siglip": "SigLIP"}
 
 
 class PatchEmbed(nn.Module):
@@ -105,11 +109,35 @@ class VisionTower(nn.Module):
             x = torch.cat([self.cls_token.expand(batch, -1, -1), self.reg_token.expand(batch, -1, -1), x], dim=1)
         return x
 
+    def features(self, x: Tensor) -> Tensor:
+        """Of the last block's output [B, prefix + P, width] the patches."""
+        return x[:, self.spec.prefix_tokens :]
+
     def forward(self, pixel_values: Tensor) -> Tensor:
         x = self.tokens(pixel_values)
         for block in self.blocks:
             x = block(x)
-        return x[:, self.spec.prefix_tokens :]
+        return self.features(x)
+
+    def segments(self, path: str, label: str, channels: slice, images: int) -> list[Segment]:
+        """From `pixel_values` of `images` images to the last block's output, of this tower as the policy's submodule
+        `path`. channels: of an image's six, those that it sees."""
+        spec, track = self.spec, f"vision: {_TITLES[self.spec.kind]}"
+
+        def patches(pixel_values: Tensor) -> Tensor:
+            return self.tokens(by_image(pixel_values)[:, channels])
+
+        def layers(part: str, tokens: int) -> Layers:
+            runs = (Runs(images * tokens),)
+            return Layers(f"{path}.{part}", f"{label}.{part}", "vision", track, lambda *_: runs)
+
+        embedding = layers("patch_embed", spec.num_patches)
+        segments = [Segment(f"{spec.kind}.patches", ("pixel_values",), patches, embedding)]
+        for number, block in enumerate(self.blocks):
+            tokens = spec.prefix_tokens + spec.num_patches
+            before = segments[-1].name
+            segments.append(Segment(f"{spec.kind}.{number}", (before,), block, layers(f"blocks.{number}", tokens)))
+        return segments
 
 
 def by_image(pixel_values: Tensor) -> Tensor:
@@ -125,14 +153,34 @@ def fuse(features: Sequence[Tensor], states: int) -> Tensor:
 class VisionBackbone(nn.Module):
     """DINOv2 and SigLIP side by side: [B, 6 N, S, S] -> [B, N P, width of both]."""
 
-    def __init__(self, towers: tuple[TowerSpec, TowerSpec]) -> None:
+    def __init__(self, towers: tuple[TowerSpec, TowerSpec], images: int) -> None:
         super().__init__()
+        self.images = images
         self.featurizer = VisionTower(towers[0])
         self.fused_featurizer = VisionTower(towers[1])
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         images = by_image(pixel_values)
-        return fuse([self.featurizer(images[:, :3]), self.fused_featurizer(images[:, 3:])], len(pixel_values))
+        features = [tower(images[:, channels]) for tower, channels in zip(self.towers, _CHANNELS, strict=True)]
+        return fuse(features, len(pixel_values))
+
+    @property
+    def towers(self) -> tuple[VisionTower, VisionTower]:
+        return self.featurizer, self.fused_featurizer
+
+    def segments(self, path: str) -> list[Segment]:
+        """From `pixel_values` to the value `vision`, of this module as the policy's submodule `path`."""
+        segments: list[Segment] = []
+        ends = []
+        for name, tower, channels in zip(_TOWERS, self.towers, _CHANNELS, strict=True):
+            segments += tower.segments(f"{path}.{name}", name, channels, self.images)
+            ends.append(segments[-1].name)
+
+        def fused(*outputs: Tensor) -> Tensor:
+            features = [tower.features(x) for tower, x in zip(self.towers, outputs, strict=True)]
+            return fuse(features, len(features[0]) // self.images)
+
+        return [*segments, Segment("vision", tuple(ends), fused)]
 
 
 class Projector(nn.Module):
@@ -146,3 +194,48 @@ class Projector(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         return self.fc3(functional.gelu(self.fc2(functional.gelu(self.fc1(features)))))
+
+    def segment(self, path: str, patches: int) -> Segment:
+        """From `vision` to the value `projector`, of this module as the policy's submodule `path`."""
+        runs = (Runs(patches),)
+        return Segment("projector", ("vision",), self, Layers(path, path, "projector", "projector", lambda *_: runs))
+
+
+def dead_tower_tensors(path: str, towers: tuple[TowerSpec, TowerSpec]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the published tensors of both towers that inference never reads."""
+    return {
+        f"{path}.{tower}.{name}": shape
+        for tower, spec in zip(_TOWERS, towers, strict=True)
+        for name, shape in _dead_tensors(spec).items()
+    }
+
+
+def _dead_tensors(spec: TowerSpec) -> dict[str, tuple[int, ...]]:
+    width, hidden = spec.width, spec.mlp_width
+    block = f"blocks.{spec.depth - 1}."
+    layers = {
+        f"{block}attn.qkv": (3 * width, width),
+        f"{block}attn.proj": (width, width),
+        f"{block}mlp.fc1": (hidden, width),
+        f"{block}mlp.fc2": (width, hidden),
+    }
+    norms = [f"{block}norm1", f"{block}norm2", "norm"]
+    shapes: dict[str, tuple[int, ...]] = {}
+    if spec.kind == "dinov2":
+        shapes |= {f"{block}{scale}.scale_factor": (width,) for scale in ("ls1", "ls2")}
+    else:
+        pool = "attn_pool."
+        layers |= {
+            f"{pool}q": (width, width),
+            f"{pool}kv": (2 * width, width),
+            f"{pool}proj": (width, width),
+            f"{pool}mlp.fc1": (hidden, width),
+            f"{pool}mlp.fc2": (width, hidden),
+        }
+        norms.append(f"{pool}norm")
+        shapes[f"{pool}latent"] = (1, 1, width)
+    for name, shape in layers.items():
+        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+    for name in norms:
+        shapes |= {f"{name}.weight": (width,), f"{name}.bias": (width,)}
+    return shapes

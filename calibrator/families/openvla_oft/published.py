@@ -60,6 +60,7 @@ def import_oft(checkpoint: Path, out: Path, settings: OftSettings) -> PolicyConf
     shards = weight_files(checkpoint, used + [checkpoint / LORA_ADAPTER] * settings.lora_merged)
     parts = {path: _tensors(path) for path in used}
     raw: dict[str, Any] = read_raw(checkpoint) | {
+        "model_type": "openvla_oft",
         "num_actions_chunk": settings.chunk,
         "num_images_in_input": settings.images,
         "use_proprio": projector is not None,

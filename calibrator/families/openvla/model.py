@@ -1,0 +1,86 @@
+"""OpenVLA: action tokens decided one after another by the Llama decoder behind vision backbone and projector."""
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, LlamaForCausalLM, LlamaModel
+
+from calibrator.modules.chain import DECIDED, Chain, Layers, Runs, Segment
+from calibrator.modules.llama import SEQUENCE, keep_rotary_frequencies, llama_config
+from calibrator.modules.policy import Inputs
+from calibrator.modules.prismatic import Prismatic
+from vla_policy.core.actions import finite
+from vla_policy.core.policy_config import PolicyConfig
+
+
+class OpenVLA(Prismatic):
+    """The policy.
+
+    A sequence is [BOS][patches][prompt][action tokens]. Sequences of one batch have the same length; shorter ones may
+    be padded at the right end, which causal attention never looks at.
+    """
+
+    def __init__(self, config: PolicyConfig) -> None:
+        super().__init__(config)
+        self.language_model = LlamaForCausalLM(llama_config(config.text))
+        keep_rotary_frequencies(self.language_model.model)
+
+    @property
+    def decoder(self) -> LlamaModel:
+        return self.language_model.model
+
+    def embed(self, input_ids: Tensor, patches: Tensor) -> Tensor:
+        """Input embeddings [B, L + P, hidden]: the patches follow BOS."""
+        words = self.language_model.model.embed_tokens(input_ids)
+        return torch.cat([words[:, :1], patches, words[:, 1:]], dim=1)
+
+    def hidden(self, embeddings: Tensor, cache: DynamicCache | None = None) -> Tensor:
+        """Final-norm hidden states [B, T, hidden]; `cache` is read and extended if given."""
+        output = self.language_model.model(inputs_embeds=embeddings, past_key_values=cache, use_cache=cache is not None)
+        return output.last_hidden_state
+
+    @torch.no_grad()
+    def decide(self, inputs: Inputs, size: int) -> Tensor:
+        """Greedy action tokens, int64 [B, size], with a key/value cache.
+
+        Restricting the choice to the action tokens changes nothing for a trained policy and keeps a damaged one from
+        producing words. Raises EngineError unless all their logits are finite.
+        """
+        first = self.config.token_vocab - self.config.n_action_bins
+        cache = DynamicCache(config=self.language_model.config)
+        embeddings = self.embed(inputs["input_ids"], self.patches(inputs["pixel_values"]))
+        chosen: list[Tensor] = []
+        scores: list[Tensor] = []
+        for _ in range(size):
+            logits = self.language_model.lm_head(self.hidden(embeddings, cache)[:, -1])
+            scores.append(logits[:, first : self.config.token_vocab])
+            chosen.append(first + scores[-1].argmax(-1))
+            embeddings = self.language_model.model.embed_tokens(chosen[-1])[:, None]
+        finite(torch.stack(scores).float().cpu().numpy(), "torch policy: logits of the action tokens")
+        return torch.stack(chosen, dim=1)
+
+    def chain(self, language_block: int | None = None) -> Chain:
+        """One pass that scores the action tokens `decided` [B, K]; its output are the logits, float32 [B, K, vocab]."""
+        model = self.decoder
+
+        def sequence(patches: Tensor, input_ids: Tensor, decided: Tensor) -> Tensor:
+            return self.embed(torch.cat([input_ids, decided[:, :-1]], dim=1), patches)
+
+        def states(x: Tensor, decided: Tensor) -> Tensor:
+            """What predicts `decided`."""
+            return model.norm(x)[:, -decided.shape[1] :]
+
+        def logits(states: Tensor) -> Tensor:
+            return self.language_model.lm_head(states).float()
+
+        def decoder_runs(prompt_tokens: float, decided: int) -> tuple[Runs, ...]:
+            """The sequence once, then a token for each that is still to be decided."""
+            return Runs(self.config.num_patches + prompt_tokens), Runs(1, decided - 1)
+
+        head = Layers("language_model.lm_head", "lm_head", "head", "head", lambda _, decided: (Runs(1, decided),))
+        return self.chain_of(
+            Segment(SEQUENCE, ("projector", "input_ids", DECIDED), sequence),
+            Segment("states", (self.after_decoder, DECIDED), states),
+            Segment("logits", ("states",), logits, head),
+            decoder_runs,
+            language_block,
+        )

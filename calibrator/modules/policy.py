@@ -1,0 +1,48 @@
+"""What every policy in torch can do, whatever it is made of."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from calibrator.modules.chain import DECIDED, Chain
+from vla_policy.core.observation import Observation
+from vla_policy.core.policy_config import PolicyConfig
+
+Inputs = Mapping[str, Tensor]
+"""What B states of equal prompt length give a policy: the first values of its chain. The first axis is B."""
+
+
+class Policy(nn.Module):
+    """A policy as torch modules; attribute paths equal the published tensor names."""
+
+    def __init__(self, config: PolicyConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    def chain(self, language_block: int | None = None) -> Chain:
+        """The policy's segments. language_block: whose input is the language boundary, None for the last one.
+
+        Raises PolicyError where there is no such block.
+        """
+        raise NotImplementedError
+
+    def inputs(self, unnorm_key: str, observations: Sequence[Observation], input_ids: np.ndarray) -> Inputs:
+        """Observations with their prompts' ids, int64 [B, L], on the policy's device and in its dtype."""
+        raise NotImplementedError
+
+    def decide(self, inputs: Inputs, size: int) -> Tensor:
+        """The decision that the policy takes by itself, [B, size] in the form of its family's `Decisions`."""
+        raise NotImplementedError
+
+    def output(self, inputs: Inputs, decided: Tensor) -> Tensor:
+        """What the policy answers when it is held to `decided` [B, size]: its chain's last value."""
+        chain = self.chain()
+        return chain.run({**inputs, DECIDED: decided})[chain.output]
+
+    def tensor(self, values: np.ndarray) -> Tensor:
+        """`values` on the policy's device; floating-point numbers in its dtype."""
+        weight = next(self.parameters())
+        found = torch.from_numpy(values).to(weight.device)
+        return found.to(weight.dtype) if found.is_floating_point() else found
