@@ -61,7 +61,7 @@ def stubs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_interface_that_is_used_exists(stubs: Path, tmp_path: Path) -> None:
     (tmp_path / "wrong.py").write_text(WRONG)
-    files = [Path(shutil.copyfile(path, tmp_path / f"checked_{path.name}")) for path in CHECKED]
+    files = [Path(shutil.copyfile(path, tmp_path / f"checked_{path.parents[1].name}_{path.name}")) for path in CHECKED]
     # Everything else is skipped, which makes it Any: following numpy and onnx takes four times as long.
     command = [sys.executable, "-m", "mypy", "--config-file=", "--follow-imports=skip", "--check-untyped-defs"]
     command += ["--ignore-missing-imports", "--disable-error-code=arg-type", "--disable-error-code=misc"]
