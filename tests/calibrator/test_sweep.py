@@ -199,7 +199,7 @@ def test_likelihood_is_what_quantization_adds_to_the_mean_log_probability(sweep:
         inputs, tokens = sweep.states.inputs(sweep.policy, (index,)), sweep.reference.decided[index]
         with torch.no_grad():
             wanted = torch.from_numpy(tokens)[None]
-            logits = sweep.policy.action_logits(inputs.pixel_values, inputs.input_ids, wanted)[0].double().numpy()
+            logits = sweep.policy.output(inputs, wanted)[0].double().numpy()
         chosen = logits[np.arange(len(tokens)), tokens]
         return float(np.mean(chosen - np.log(np.exp(logits).sum(-1))))
 
