@@ -32,13 +32,16 @@ from engine_build.plan import Plan, check_legal, uniform_plan
 from engine_build.weights import Layer, layers_of
 from vla_policy.core.bench import Bench
 from vla_policy.core.cli import run
+from vla_policy.core.files import claim_folder
 from vla_policy.core.formats import FULL_PRECISION, Format
 from vla_policy.core.manifest import Manifest
 from vla_policy.core.observation import Observation
+from vla_policy.core.outputs import FolderKind
 from vla_policy.core.policy_config import PolicyConfig
 from vla_policy.core.runner import load_engine
 from vla_policy.core.targets import Target, find_target
 
+_BESIDE = FolderKind("engine-benchmark", "engines.json")
 AVERAGE_BITS = 3.96
 DEPTH = 32
 PAPER_GB = "Mix-QVLA Table 1: 15.2 GB at 16 bits, 4.0 GB at 3.96 bits on average"
@@ -211,6 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     if arguments.beside_16_bit:
+        claim_folder(arguments.out, _BESIDE)
         bits, blocks, repeats = arguments.average_bits, arguments.blocks or 8, arguments.repeats
         print(beside_16_bit(bits, blocks, repeats, arguments.threads, arguments.out))
         return 0

@@ -12,7 +12,6 @@ import argparse
 import ctypes
 import functools
 import itertools
-import json
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +27,10 @@ from engine_build.packing import RUN, pack_runs, pack_scales
 from vla_policy.core.backends.cuda_graph import CudaGraph, load_driver
 from vla_policy.core.cli import run
 from vla_policy.core.errors import ArtefactError
+from vla_policy.core.files import write_json
+from vla_policy.core.outputs import check_file
 
+_KIND = "kernel-benchmark"
 A100 = (8, 0)
 PREFILL = 290
 """Tokens of OpenVLA's prompt: BOS, 256 patches and the instruction."""
@@ -334,6 +336,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--sweep", action="store_true", help="also time other cuts of the products")
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     arguments = parser.parse_args(argv)
+    if arguments.out:
+        check_file(arguments.out, _KIND)
     gpu = Gpu()
     print(f"{gpu.name}, {_sm(gpu.capability)}, torch {torch.__version__}")
     kernels = [Kernel(family, cut, group) for family in FAMILIES for cut in CUTS for group in GROUPS]
@@ -349,7 +353,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(table(rows))
     if arguments.out:
         content = {"gpu": gpu.name, "torch": torch.__version__, "error_over_allowed": worst}
-        arguments.out.write_text(json.dumps(content | {"rows": [asdict(row) | {"ratio": row.ratio} for row in rows]}))
+        rows_json = [asdict(row) | {"ratio": row.ratio} for row in rows]
+        write_json(arguments.out, {"schema_version": 1, "kind": _KIND, **content, "rows": rows_json})
     return 0
 
 

@@ -34,7 +34,10 @@ from vla_policy_interfaces.msg import ActionChunk
 from vla_policy.core import cli
 from vla_policy.core.contract import load_contract
 from vla_policy.core.errors import ArtefactError
+from vla_policy.core.files import write_json
+from vla_policy.core.outputs import check_file
 
+_KIND = "node-latency"
 PACKAGE = Path(__file__).resolve().parents[1] / "ros2_ws/src/vla_policy"
 PROFILE = PACKAGE / "config/fastdds_large_images.xml"
 WIDTH, HEIGHT, RATE_HZ = 640, 480, 30.0
@@ -198,6 +201,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only-profile", action="store_true", help="leave out the run with the default transport")
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
     arguments = parser.parse_args(argv)
+    if arguments.out:
+        check_file(arguments.out, _KIND, [arguments.engine, arguments.contract])
     results = []
     for profile in (True,) if arguments.only_profile else (True, False):
         served = arguments.engine, arguments.unnorm_key, arguments.contract
@@ -210,7 +215,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"engine p50 {result.engine_p50_ms:.2f} ms; publish to decision p50 {result.round_trip_p50_ms:.2f} ms"
         )
     if arguments.out:
-        arguments.out.write_text(json.dumps([asdict(result) for result in results], indent=1) + "\n", encoding="utf-8")
+        content = {"schema_version": 1, "kind": _KIND, "results": [asdict(result) for result in results]}
+        write_json(arguments.out, content)
     first = results[0]
     return 0 if first.overhead_p50_ms <= arguments.limit_ms and first.accounted == first.sent else 1
 

@@ -39,12 +39,16 @@ from calibrator.modules.chain import Chain
 from calibrator.sensitivity.measure import RunOptions, measure
 from calibrator.sensitivity.scores import ScoreSettings
 from calibrator.sensitivity.sweep import SweepSettings, SweepSpec
+from calibrator.tensors import disk_errors
 from demo.tokenizer import build_tokenizer
 from vla_policy.core.cli import run
-from vla_policy.core.files import atomic_folder, write_json
+from vla_policy.core.files import claim_folder, write_json
 from vla_policy.core.observation import Observation
-from vla_policy.core.policy_config import PolicyConfig
+from vla_policy.core.outputs import FolderKind, atomic_folder, check_file
+from vla_policy.core.policy_config import POLICY, PolicyConfig
 
+_KIND = "scale-benchmark"
+_WORK = FolderKind("scale-benchmark", "work.json")
 INSTRUCTION = "pick up the orange juice and place it in the basket"
 SWEEP_BITS = (2, 4, 8)
 """Widths of the whole sweep that is extrapolated to."""
@@ -87,19 +91,20 @@ def random_weights(config: PolicyConfig, device: str, seed: int = 0) -> Iterator
 
 def write_config(folder: Path, raw: dict[str, Any]) -> None:
     """What a policy folder holds beside its weights."""
-    (folder / "config.json").write_text(json.dumps(raw))
+    (folder / "config.json").write_text(json.dumps(raw | {"kind": POLICY.name}))
     build_tokenizer([INSTRUCTION], words=_LLAMA_WORDS).save(str(folder / "tokenizer.json"))
 
 
 def write_random_policy(folder: Path, raw: dict[str, Any]) -> None:
     """A policy folder with random weights in shards of about 1 GiB; no more than one is in memory."""
-    with atomic_folder(folder) as temporary:
+    with atomic_folder(folder, POLICY) as temporary:
         shard: dict[str, torch.Tensor] = {}
         weight_map: dict[str, str] = {}
 
         def flush() -> None:
             name = f"model-{len(set(weight_map.values())) + 1:05d}.safetensors"
-            save_file(shard, temporary / name, metadata={"format": "pt"})
+            with disk_errors():
+                save_file(shard, temporary / name, metadata={"format": "pt"})
             weight_map.update(dict.fromkeys(shard, name))
             shard.clear()
 
@@ -308,13 +313,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def command() -> int:
         check_device(args.device)
+        check_file(args.out, _KIND, [args.checkpoint])
+        work = args.out.with_name(f"{args.out.stem}.run")
+        claim_folder(work, _WORK)
         runs: list[dict[str, Any]] = []
         for batch_size in args.batch_sizes:
-            spec = make_spec(args, args.out.with_suffix(""), batch_size)
-            out = args.out.with_suffix("") / f"batch-{batch_size}" / "sensitivity.json"
+            spec = make_spec(args, work, batch_size)
+            out = work / f"batch-{batch_size}" / "sensitivity.json"
             runs.append(time_sweep(spec, out, args.layers, args.units, args.threads))
             # Written after every run: a batch that does not fit the device's memory ends the command.
-            write_json(args.out, {"schema_version": 1, "kind": "scale-benchmark", "runs": runs})
+            write_json(args.out, {"schema_version": 1, "kind": _KIND, "runs": runs})
             print(json.dumps(runs[-1], indent=1), flush=True)
         return 0
 

@@ -37,7 +37,9 @@ from calibrator.sensitivity.table import Objective, Sensitivity, UnitScores, loa
 from vla_policy.core.cli import run
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.files import sha256_policy, write_json
+from vla_policy.core.outputs import check_file
 
+_KIND = "sensitivity-benchmark"
 TARGETS = (3.0, 4.0, 6.0)
 
 
@@ -279,9 +281,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     def command() -> int:
+        check_file(args.out, _KIND, [args.policy, args.calibration, args.table])
         settings = SweepSettings(unnorm_key=args.unnorm_key)
         spec = SweepSpec(str(args.policy), str(args.calibration), settings, batch_size=16)
-        content: dict[str, Any] = {"schema_version": 1, "kind": "sensitivity-benchmark"}
+        content: dict[str, Any] = {"schema_version": 1, "kind": _KIND}
         content["exact"] = compare_exact(spec, args.stride, args.states)
         if args.table:
             with Clock() as clock:

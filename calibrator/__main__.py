@@ -150,10 +150,12 @@ def _import_oft(args: argparse.Namespace) -> int:
 
 
 def _collect(args: argparse.Namespace) -> int:
-    from calibrator.data.calibration import collect
+    from calibrator.data.calibration import CALIBRATION, collect
     from calibrator.data.sources import Hdf5Layout, open_sources
     from vla_policy.core.contract import load_contract
+    from vla_policy.core.outputs import check_folder
 
+    check_folder(args.out, CALIBRATION, [*args.sources, args.contract])
     contract = load_contract(args.contract) if args.contract else None
     layout = Hdf5Layout(args.hdf5_image, tuple(args.hdf5_state), not args.hdf5_upright, args.hdf5_crop_area)
     sources = open_sources(args.sources, contract, args.namespace, layout)
@@ -209,9 +211,14 @@ def _sensitivity(args: argparse.Namespace) -> int:
 
 def _allocate(args: argparse.Namespace) -> int:
     from calibrator.allocation.options import LatencyTable, Pin
-    from calibrator.allocation.planning import Limits, Planner, PlanRequest, write_frontier
+    from calibrator.allocation.plan import KIND as PLAN
+    from calibrator.allocation.planning import FRONTIER, Limits, Planner, PlanRequest, write_frontier
     from calibrator.sensitivity.table import Objective, Sensitivity
+    from vla_policy.core.outputs import check_file
 
+    check_file(args.out, PLAN, [args.sensitivity, args.latency_table])
+    if args.frontier:
+        check_file(args.frontier, FRONTIER, [args.sensitivity, args.latency_table, args.out])
     if args.frontier_points < 2:
         raise BudgetError(f"--frontier-points {args.frontier_points}: a curve needs at least 2")
     sensitivity = Sensitivity.load(args.sensitivity)

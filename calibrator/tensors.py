@@ -1,20 +1,25 @@
-"""Writing safetensors: a disk that refuses becomes an error for the user."""
+"""Writing safetensors: a disk that refuses is an OSError, as it is for any other file."""
 
-from collections.abc import Mapping
+import errno
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from vla_policy.core.errors import ArtefactError
 
-
-def save_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Writes `tensors` to `path`, a temporary name of the caller's. Raises ArtefactError when the disk refuses."""
+@contextmanager
+def disk_errors() -> Iterator[None]:
+    """Inside, what safetensors says when the disk refuses becomes an OSError, which `core.outputs` puts into words."""
     try:
-        save_file(dict(tensors), path)
+        yield
     except SafetensorError as error:
-        raise ArtefactError(
-            f"{path.parent}: tensors cannot be written ({error}); check free space and permissions"
-        ) from error
+        raise OSError(errno.EIO, str(error)) from error
+
+
+def save_tensors(path: Path, tensors: Mapping[str, np.ndarray], kind: str) -> None:
+    """Writes `tensors` to `path`, a temporary name of the caller's. kind: of the artefact, in the file's metadata."""
+    with disk_errors():
+        save_file(dict(tensors), path, metadata={"kind": kind})

@@ -17,21 +17,22 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from calibrator.tensors import disk_errors
 from demo.dataset import encode_png
 from demo.teachers import Lesson, LiberoTeacher, MetaWorldTeacher, Teacher
 from vla_policy.core import cli
 from vla_policy.core.errors import DataError
-from vla_policy.core.files import atomic_path, read_json, sha256_policy, write_json
+from vla_policy.core.files import claim_folder, sha256_policy, write_json
 from vla_policy.core.image import resize
 from vla_policy.core.observation import Actor, Observation
+from vla_policy.core.outputs import FolderKind, atomic_path
 
 TEACHERS: dict[str, type[LiberoTeacher] | type[MetaWorldTeacher]] = {
     "libero_object": LiberoTeacher,
     "metaworld": MetaWorldTeacher,
 }
 IMAGE_SIZE = 112
-_NOTE = "collection.json"
-_KIND = "demonstrations"
+_FOLDER = FolderKind("demonstrations", "collection.json")
 
 # DAgger's beta: the expert takes this share of a driving policy's decisions, so that a stuck policy moves on.
 _EXPERT_SHARE = 0.25
@@ -86,22 +87,20 @@ def make_teacher(benchmark: str) -> Teacher:
         raise DataError(message) from error
 
 
-def claim_folder(job: Job) -> None:
+def claim(job: Job) -> None:
     """Notes in the folder what its episodes are, or checks it: two collections in one folder would mix silently.
 
-    Raises DataError naming the first setting that differs.
+    Raises DataError naming the first setting that differs, ArtefactError for a folder of something else.
     """
+    policy = None if job.driver == "expert" else Path(job.driver)
     settings: dict[str, Any] = {
         "benchmark": job.benchmark,
-        "driver": job.driver if job.driver == "expert" else sha256_policy(Path(job.driver)),
+        "driver": job.driver if policy is None else sha256_policy(policy),
         "seed": job.seed,
         "tasks": list(job.tasks),
     }
-    note = job.out / _NOTE
-    if not note.exists():
-        write_json(note, {"schema_version": 1, "kind": _KIND, **settings})
-        return
-    stored = read_json(note, kind=_KIND)
+    note = job.out / _FOLDER.index
+    stored = claim_folder(job.out, _FOLDER, settings, [policy])
     for name, value in settings.items():
         if stored.get(name) != value:
             raise DataError(f"{note}: {name} is {stored.get(name)!r}, asked for {value!r}; use another --out folder")
@@ -186,7 +185,7 @@ def _write_episode(path: Path, columns: dict[str, list[np.ndarray]], metadata: d
     tensors = {name: np.stack(rows) for name, rows in columns.items()}
     tensors["png"] = np.concatenate(pictures)
     tensors["png_end"] = np.cumsum([len(picture) for picture in pictures])
-    with atomic_path(path) as temporary:
+    with atomic_path(path, None) as temporary, disk_errors():
         save_file(tensors, temporary, metadata=metadata)
 
 
@@ -236,7 +235,7 @@ def main(argv: list[str] | None = None) -> int:
     if unknown:
         raise DataError(f"--tasks: unknown {', '.join(unknown)}; choose from: {', '.join(known)}")
     job = Job(arguments.benchmark, arguments.out, arguments.driver, arguments.seed, tasks)
-    claim_folder(job)
+    claim(job)
     outcomes = collect(job, arguments.episodes, arguments.workers)
     tried, succeeded = Counter(o.task for o in outcomes), Counter(o.task for o in outcomes if o.success)
     for task in tasks:

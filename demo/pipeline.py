@@ -21,10 +21,11 @@ from vla_policy.core import cli
 from vla_policy.core.bag import summarise
 from vla_policy.core.contract import load_contract
 from vla_policy.core.errors import ArtefactError
-from vla_policy.core.files import read_json, write_json
+from vla_policy.core.files import claim_folder, read_json, write_json
 from vla_policy.core.formats import Format
 from vla_policy.core.manifest import Manifest
 from vla_policy.core.observe import check_contract
+from vla_policy.core.outputs import FolderKind
 from vla_policy.core.policy_config import PolicyConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,6 +33,7 @@ ROBOT = ROOT / "ros2_ws" / "src" / "vla_policy"
 _CORE, _CALIBRATOR, _ENGINE = ROBOT / "vla_policy", ROOT / "calibrator", ROOT / "engine_build"
 _REPLAY = ROOT / "evaluation" / "replay"
 _REFERENCE_FORMAT = "w16a16"
+_FOLDER = FolderKind("demo", "demo.json")
 
 
 @dataclass(frozen=True)
@@ -251,6 +253,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     job = _parse(argv)
     started = time.monotonic()
     check_inputs(job)
+    claim_folder(job.out, _FOLDER, inputs=[job.policy, job.bag, job.contract])
     results = run_stages(stages(job), job.out)
     _summary(results, time.monotonic() - started)
     print(f"report: {(job.out / 'report.html').resolve()}")

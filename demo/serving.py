@@ -34,9 +34,12 @@ from vla_policy.core import cli
 from vla_policy.core.bag import read_frames
 from vla_policy.core.contract import IMAGE, CameraTopic, Contract, load_contract
 from vla_policy.core.errors import VlaError
-from vla_policy.core.files import sha256_file, sha256_folder, write_json
+from vla_policy.core.files import claim_folder, sha256_file, sha256_folder, write_json
+from vla_policy.core.outputs import FolderKind, check_file
 from vla_policy.core.synchroniser import Frame
 
+_KIND = "served"
+_WORK = FolderKind("serving", "serving.json")
 NAMESPACE = "/demo"
 NODE = "policy"
 _START_TIMEOUT_S = 60.0
@@ -281,15 +284,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     contract = load_contract(arguments.contract)
     publisher = arguments.publisher or replay_command(arguments.bag, arguments.contract, arguments.rate)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    check_file(arguments.out, _KIND, [arguments.engine, arguments.bag, arguments.contract])
+    work = arguments.out.with_name(f"{arguments.out.stem}.run")
+    claim_folder(work, _WORK)
     use_sim_time = not arguments.publisher
-    record = serve(arguments.engine, arguments.bag, contract, publisher, arguments.out.parent, use_sim_time)
+    record = serve(arguments.engine, arguments.bag, contract, publisher, work, use_sim_time)
     parents = {
         "engine": sha256_file(arguments.engine / "manifest.json"),
         "contract": contract.sha256,
         "bag": sha256_folder(arguments.bag) if arguments.bag.is_dir() else sha256_file(arguments.bag),
     }
-    write_json(arguments.out, {"schema_version": 1, "kind": "served", "parents": parents, **asdict(record)})
+    write_json(arguments.out, {"schema_version": 1, "kind": _KIND, "parents": parents, **asdict(record)})
     served = len(record.decisions)
     print(f"served {served} of {record.expected} frames; drops: {record.drops or 'none'}")
     return 0

@@ -28,16 +28,19 @@ from tqdm import tqdm
 from calibrator.families.loading import load_policy, save_policy
 from calibrator.families.openvla import OpenVLA
 from calibrator.sensitivity.arithmetic import multiplies_bfloat16
+from calibrator.tensors import disk_errors
 from demo.batches import Batch, Batches
 from demo.dataset import Demonstrations, load_demonstrations, percentiles
 from demo.recipe import Recipe
 from demo.tokenizer import ACTION_BINS, save_tokenizer
 from vla_policy.core import cli
 from vla_policy.core.errors import ArtefactError, DataError
-from vla_policy.core.files import atomic_path, sha256_policy
-from vla_policy.core.policy_config import PolicyConfig
+from vla_policy.core.files import claim_folder, sha256_policy
+from vla_policy.core.outputs import FolderKind, atomic_path, check_folder
+from vla_policy.core.policy_config import POLICY, PolicyConfig
 
 _CPU = torch.device("cpu")
+_WORK = FolderKind("training", "training.json")
 # On CPUs the fused attention's backward pass takes half of all time; at these lengths plain products do not.
 _ATTENTION = {"cpu": [SDPBackend.MATH], "cuda": [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]}
 _STATE_NAMES = ["x", "y", "z", "gripper_width", "gripper_velocity"]
@@ -212,7 +215,7 @@ class Run:
         for name, parameter in self.parameters.items():
             for slot, value in self.optimiser.state[parameter].items():
                 tensors[f"optimiser.{slot}.{name}"] = value
-        with atomic_path(self.checkpoint) as temporary:
+        with atomic_path(self.checkpoint, None) as temporary, disk_errors():
             save_file(tensors, temporary, metadata={"step": str(self.step), "recipe": json.dumps(asdict(self.recipe))})
 
     def restore(self) -> None:
@@ -290,7 +293,8 @@ def train(
     labelled (DAgger).
     """
     work = out.with_name(out.name + ".work")
-    work.mkdir(parents=True, exist_ok=True)
+    check_folder(out, POLICY, [*data_folders, initial])
+    claim_folder(work, _WORK, inputs=[*data_folders, initial])
     data = load_demonstrations(data_folders)
     tokenizer = work / "tokenizer.json"
     if initial is None:

@@ -111,10 +111,16 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
 
 def _bench(arguments: argparse.Namespace) -> int:
     from engine_build.bench import bench, report
+    from engine_build.costs import KIND as COST_TABLE
     from engine_build.costs import cost_table
+    from vla_policy.core.bench import KIND as BENCH
     from vla_policy.core.files import write_json
     from vla_policy.core.manifest import Manifest
+    from vla_policy.core.outputs import check_file
 
+    for path, kind in ((arguments.out, BENCH), (arguments.cost_table, COST_TABLE)):
+        if path is not None:
+            check_file(path, kind, [arguments.engine, arguments.against])
     key = arguments.unnorm_key
     result = bench(arguments.engine, arguments.against, arguments.repeats, arguments.threads, unnorm_key=key)
     print(report(result))

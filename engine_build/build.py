@@ -24,9 +24,10 @@ from engine_build.ranges import input_peaks
 from engine_build.readback import Realised, canonical
 from engine_build.weights import Layer, Tensors, layers_of, open_checkpoint
 from vla_policy.core.errors import ArtefactError
-from vla_policy.core.files import atomic_folder, sha256_policy
+from vla_policy.core.files import sha256_policy
 from vla_policy.core.formats import FULL_PRECISION, Format
-from vla_policy.core.manifest import TOKENIZER, GraphSpec, Manifest, UnitRecord, file_records
+from vla_policy.core.manifest import ENGINE, TIMING_CACHE, TOKENIZER, GraphSpec, Manifest, UnitRecord, file_records
+from vla_policy.core.outputs import atomic_folder, check_folder
 from vla_policy.core.policy_config import PolicyConfig
 from vla_policy.core.targets import Backend, Target
 
@@ -83,10 +84,11 @@ class Policy:
 def build(request: Request) -> Manifest:
     """Builds the engine folder `request.out`; nothing is left there unless every layer has its planned format.
 
-    Raises PolicyError for unknown statistics, and ArtefactError for a plan of another policy, unknown or missing units,
-    formats that the target cannot run, a backend that is not installed, and a realised format that differs from the
-    plan's.
+    Raises PolicyError for unknown statistics, and ArtefactError for a folder there that is no engine, a plan of another
+    policy, unknown or missing units, formats that the target cannot run, a backend that is not installed, and a
+    realised format that differs from the plan's.
     """
+    check_folder(request.out, ENGINE, [request.policy, request.plan, request.calibration])
     config = PolicyConfig.load(request.policy)
     if request.unnorm_key is not None:
         config.unnorm_key(request.unnorm_key)
@@ -105,15 +107,15 @@ def build_engine(policy: Policy, plan: Plan, target: Target, out: Path) -> Manif
     layers, backend = layers_of(policy.config), target.backend
     if backend != "onnxruntime":
         tensorrt.load_module(backend)
-    with atomic_folder(out) as folder:
+    with atomic_folder(out, ENGINE) as folder:
         shutil.copyfile(policy.tokenizer, folder / TOKENIZER)
         graphs = export_graphs(folder, policy, layers, plan.assignment, backend)
         stored = stored_bytes(folder, graphs, layers)
         if backend == "onnxruntime":
             version, realised = onnxruntime.__version__, realised_formats(folder, graphs, layers)
         else:
-            if (out / tensorrt.TIMING_CACHE).is_file():
-                shutil.copyfile(out / tensorrt.TIMING_CACHE, folder / tensorrt.TIMING_CACHE)
+            if (out / TIMING_CACHE).is_file():
+                shutil.copyfile(out / TIMING_CACHE, folder / TIMING_CACHE)
             built = tensorrt.build_engines(backend, target, folder, graphs, policy.config)
             engines = {name: folder / file for name, file in built.files.items()}
             version, realised = built.version, engine_formats(folder, graphs, engines, layers, plan.assignment)

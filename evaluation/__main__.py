@@ -10,10 +10,12 @@ from evaluation.actors import ActorSpec
 from evaluation.benchmarks.registry import BENCHMARKS
 from evaluation.compare import compare, describe
 from evaluation.replay.command import add_replay
+from evaluation.results import KIND as ROLLOUT
 from evaluation.results import RolloutResult, describe_result
 from evaluation.rollout import Rollout, run
 from vla_policy.core import cli
 from vla_policy.core.formats import Format
+from vla_policy.core.outputs import check_file
 
 _WEIGHT_BITS = (8, 4, 3, 2)
 
@@ -89,6 +91,7 @@ def _rollout(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> 
         parser.error("--uniform-bits and --dtype belong to --policy; an engine has its formats built in")
     if arguments.group_size and not arguments.uniform_bits:
         parser.error("--group-size needs --uniform-bits")
+    check_file(arguments.out, ROLLOUT, [arguments.engine or arguments.policy])
     weights = Format(arguments.uniform_bits, 16, arguments.group_size or None) if arguments.uniform_bits else None
     actor = ActorSpec(
         kind="engine" if arguments.engine else "policy",

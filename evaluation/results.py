@@ -11,7 +11,8 @@ from typing import Any
 
 from evaluation.statistics import wilson_interval
 from vla_policy.core.errors import ArtefactError
-from vla_policy.core.files import atomic_path, read_json, write_json
+from vla_policy.core.files import read_json, write_json
+from vla_policy.core.outputs import atomic_path, check_file
 
 KIND = "rollout"
 _JOURNAL_KIND = "rollout-journal"
@@ -52,14 +53,15 @@ class Journal:
     """
 
     def __init__(self, path: Path, settings: Settings) -> None:
-        """Opens or creates the journal. Raises ArtefactError naming the first setting that differs."""
+        """Opens or creates the journal. Raises ArtefactError for anything but a journal of these settings."""
+        check_file(path, _JOURNAL_KIND)
         self.path = path
         self.episodes: dict[tuple[str, int], Episode] = {}
         header = {"kind": _JOURNAL_KIND, "schema_version": _SCHEMA_VERSION, "settings": settings}
         if path.exists():
             self._read(header)
         else:
-            with atomic_path(path) as temporary:
+            with atomic_path(path, _JOURNAL_KIND) as temporary:
                 temporary.write_text(json.dumps(header, sort_keys=True) + "\n", encoding="utf-8")
 
     def append(self, episode: Episode) -> None:

@@ -19,13 +19,16 @@ from tqdm import tqdm
 
 from evaluation.benchmarks.base import BenchmarkEnv
 from evaluation.benchmarks.registry import make_env
-from evaluation.results import Episode, Journal, RolloutResult, Settings
+from evaluation.results import KIND, Episode, Journal, RolloutResult, Settings
 from evaluation.video import write_video
 from vla_policy.core.errors import DataError, EngineError, VlaError
+from vla_policy.core.files import claim_folder
 from vla_policy.core.observation import Actor, Observation
+from vla_policy.core.outputs import FolderKind, check_file
 from vla_policy.core.policy_config import PolicyConfig
 
 Control = Literal["none", "blind", "wrong_instruction"]
+_FILMS = FolderKind("films", "films.json", ("*.mp4",))
 
 
 EnvFactory = Callable[[str, PolicyConfig], BenchmarkEnv]
@@ -154,11 +157,15 @@ def run(rollout: Rollout, tasks: tuple[str, ...], trials: int, out: Path, worker
     """Runs what the journal beside `out` does not hold yet, then writes the result to `out`.
 
     The journal makes the run resumable; more tasks or trials may be added later, any other change is refused.
-    Raises DataError for unknown tasks, ArtefactError for a journal with other settings.
+    Raises DataError for unknown tasks, ArtefactError for a journal with other settings, and where something of another
+    kind stands.
     """
+    check_file(out, KIND)
     config = rollout.actor.config()
     tasks = tasks or rollout.make_env(rollout.benchmark, config).tasks
     _check(rollout, config, tasks, trials)
+    if rollout.videos is not None:
+        claim_folder(rollout.videos, _FILMS)
     journal = Journal(out.with_suffix(".episodes.jsonl"), rollout.settings())
     jobs = [Job(task, trial) for task in tasks for trial in range(trials)]
     open_jobs = [job for job in jobs if (job.task, job.trial) not in journal.episodes]

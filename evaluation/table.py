@@ -17,9 +17,11 @@ from evaluation.results import RolloutResult
 from evaluation.rollout import Control, Rollout, run
 from evaluation.statistics import Interval, wilson_interval
 from vla_policy.core.errors import ArtefactError, VlaError
-from vla_policy.core.files import atomic_path
+from vla_policy.core.files import claim_folder
 from vla_policy.core.formats import Format
+from vla_policy.core.outputs import FolderKind, atomic_path
 
+_FOLDER = FolderKind("evaluation-table", "table.json")
 _SECTION_KEYS = {"name", "title", "benchmark", "policy", "unnorm_key", "tasks", "trials", "seed", "runs"}
 _RUN_KEYS = {"name", "engine", "weights", "dtype", "control", "trials"}
 
@@ -60,13 +62,14 @@ def run_table(config: Path, out: Path, workers: int) -> Path:
     The sections take turns, so that every reference is done before the first variant.
     """
     sections = read_config(config)
+    claim_folder(out, _FOLDER, inputs=[config])
     table = out / "table.md"
     results: dict[str, RolloutResult] = {}
     queue = [(turn, section, planned) for section in sections for turn, planned in enumerate(section.runs)]
     for _, section, planned in sorted(queue, key=lambda entry: entry[0]):
         slug = f"{section.name}-{planned.name}"
         results[slug] = run(planned.rollout, section.tasks, planned.trials, out / f"{slug}.json", workers)
-        with atomic_path(table) as temporary:
+        with atomic_path(table, None) as temporary:
             temporary.write_text(render(sections, results), encoding="utf-8")
     return table
 

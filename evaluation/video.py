@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 
 from vla_policy.core.errors import DataError
-from vla_policy.core.files import atomic_path
+from vla_policy.core.outputs import atomic_path
 
 
 def write_video(path: Path, frames: Sequence[np.ndarray], frames_per_second: float = 10.0) -> None:
-    """Writes `frames` (uint8 [H, W, 3], equal and even sizes) as H.264 MP4, atomically.
+    """Writes `frames` (uint8 [H, W, 3], equal and even sizes) as H.264 MP4, atomically; replaces an earlier film.
 
     Raises DataError without frames. Needs imageio-ffmpeg, which comes with the simulator extras.
     """
@@ -19,7 +19,7 @@ def write_video(path: Path, frames: Sequence[np.ndarray], frames_per_second: flo
     if not frames:
         raise DataError(f"{path}: no frames to write")
     height, width = frames[0].shape[:2]
-    with atomic_path(path) as temporary:
+    with atomic_path(path, None) as temporary:
         writer = imageio_ffmpeg.write_frames(
             str(temporary),
             (width, height),

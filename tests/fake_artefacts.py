@@ -151,7 +151,7 @@ def _write_sensitivity(folder: Path, generator: np.random.Generator, table: Tabl
     losses = stack_losses(records, proxies, calibration.progress, scores)
     for key, arrays in (("losses", losses), ("maps", maps)):
         path = folder / f"{key}.safetensors"
-        files[key] = {"name": path.name, "sha256": write_tensors(path, arrays)}
+        files[key] = {"name": path.name, "sha256": write_tensors(path, arrays, key)}
     content = {
         "schema_version": 1,
         "kind": "sensitivity",

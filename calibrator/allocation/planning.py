@@ -28,6 +28,7 @@ from vla_policy.core.files import write_json
 from vla_policy.core.formats import Format
 from vla_policy.core.targets import Target, find_target
 
+FRONTIER = "frontier"
 _GB_BITS = 8e9
 
 
@@ -240,7 +241,7 @@ def write_frontier(path: Path, planner: Planner, points: int) -> None:
         path,
         {
             "schema_version": 1,
-            "kind": "frontier",
+            "kind": FRONTIER,
             "parents": {
                 "sensitivity_sha256": planner.sensitivity.sha256,
                 "policy_sha256": planner.sensitivity.policy_sha256,

@@ -16,11 +16,13 @@ from tqdm import tqdm
 
 from calibrator.tensors import save_tensors
 from vla_policy.core.errors import ArtefactError, DataError
-from vla_policy.core.files import atomic_folder, read_json, sha256_file, sha256_folder, write_json
+from vla_policy.core.files import read_json, sha256_file, sha256_folder, write_json
 from vla_policy.core.observation import Observation
+from vla_policy.core.outputs import FolderKind, atomic_folder
 
 KIND = "calibration"
 _INDEX, _TENSORS = "calibration.json", "samples.safetensors"
+CALIBRATION = FolderKind(KIND, _INDEX, (_TENSORS,))
 
 
 def progress(step: int, length: int) -> float:
@@ -195,8 +197,8 @@ def collect(sources: list[Source], out: Path, count: int, seed: int) -> dict[str
         ],
         "samples": [asdict(sample) | {"progress": sample.progress} for sample in samples],
     }
-    with atomic_folder(out) as folder:
-        save_tensors(folder / _TENSORS, tensors)
+    with atomic_folder(out, CALIBRATION) as folder:
+        save_tensors(folder / _TENSORS, tensors, KIND)
         content["tensors_sha256"] = sha256_file(folder / _TENSORS)
         write_json(folder / _INDEX, content)
     return content

@@ -14,9 +14,11 @@ from torch import Tensor
 
 from calibrator.families.base import find_family
 from calibrator.modules.policy import Policy
+from calibrator.tensors import disk_errors
 from vla_policy.core.errors import ArtefactError, PolicyError
-from vla_policy.core.files import atomic_folder, read_json
-from vla_policy.core.policy_config import PolicyConfig
+from vla_policy.core.files import read_json
+from vla_policy.core.outputs import atomic_folder
+from vla_policy.core.policy_config import POLICY, PolicyConfig
 
 _INDEX = "model.safetensors.index.json"
 LORA_ADAPTER = "lora_adapter"
@@ -145,8 +147,10 @@ def _refuse_parts(parts: Sequence[Path], why: str) -> None:
 
 def save_policy(policy: Policy, folder: Path | str, tokenizer: Path, extra: dict[str, Any] | None = None) -> None:
     """Writes the policy in the published layout, weights in bfloat16 as published; `extra` updates config.json."""
-    with atomic_folder(folder) as temporary:
+    raw = policy.config.raw | (extra or {}) | {"kind": POLICY.name}
+    with atomic_folder(folder, POLICY) as temporary:
         weights = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in policy.state_dict().items()}
-        save_file(weights, temporary / "model.safetensors", metadata={"format": "pt"})
-        (temporary / "config.json").write_text(json.dumps(policy.config.raw | (extra or {}), indent=1) + "\n")
+        with disk_errors():
+            save_file(weights, temporary / "model.safetensors", metadata={"format": "pt"})
+        (temporary / "config.json").write_text(json.dumps(raw, indent=1) + "\n")
         shutil.copyfile(tokenizer, temporary / "tokenizer.json")

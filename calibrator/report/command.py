@@ -4,8 +4,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from vla_policy.core.files import atomic_path
+from vla_policy.core.outputs import atomic_path, check_file
 
+KIND = "report"
 _OPTIONS = (
     ("plan", "plan.json: adds the allocation and what it protects"),
     ("frontier", "frontier.json: adds what more or less memory would change"),
@@ -39,12 +40,14 @@ def run_report(argv: Sequence[str]) -> int:
     """Reads, checks, renders and writes. Raises ArtefactError for an artefact that cannot be used."""
     options = vars(_parser().parse_args(argv))
     out: Path = options.pop("out")
+    rollouts = tuple(options.pop("rollouts"))
+    check_file(out, KIND, [*options.values(), *rollouts])
     # The calibrator's readers import torch, which --help need not wait for.
     from calibrator.report.inputs import Inputs, Paths
     from calibrator.report.page import render
 
-    page = render(Inputs.load(Paths(**options | {"rollouts": tuple(options["rollouts"])})))
-    with atomic_path(out) as temporary:
+    page = render(Inputs.load(Paths(**options, rollouts=rollouts)))
+    with atomic_path(out, KIND) as temporary:
         temporary.write_text(page, encoding="utf-8")
     print(f"{out}: {len(page.encode()) / 1e6:.2f} MB, opens without a network")
     return 0

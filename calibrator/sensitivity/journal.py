@@ -5,7 +5,6 @@ some states), each written whole under a temporary name and renamed; a file that
 """
 
 import hashlib
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,12 @@ from calibrator.sensitivity.states import Reference
 from calibrator.sensitivity.sweep import UnitLosses
 from calibrator.tensors import save_tensors
 from vla_policy.core.errors import ArtefactError
-from vla_policy.core.files import atomic_path, read_json, write_json
+from vla_policy.core.files import claim_folder
+from vla_policy.core.outputs import FolderKind, atomic_path, remove_folder
 
 _KIND = "sweep-journal"
 _SIGNATURE, _REFERENCE, _UNITS = "signature.json", "reference.safetensors", "units"
+_FOLDER = FolderKind(_KIND, _SIGNATURE, (_REFERENCE, f"{_UNITS}/*.safetensors"))
 _ARRAYS = ("mass", "attribution", "action_error", "likelihood")
 
 
@@ -49,20 +50,18 @@ class Journal:
     """Records of one sweep, identified by the signature of everything its numbers depend on."""
 
     def __init__(self, folder: Path, signature: dict[str, Any]) -> None:
-        """Opens or creates the journal. Raises ArtefactError naming the difference when it is another sweep's."""
+        """Opens or creates the journal.
+
+        Raises ArtefactError naming the difference when it is another sweep's, and for a folder that is no journal.
+        """
         self.folder = folder
         self.signature = signature
-        path = folder / _SIGNATURE
-        if path.is_file():
-            changed = difference(read_json(path, _KIND)["signature"], signature)
-            if changed:
-                raise ArtefactError(
-                    f"{folder}: holds an unfinished sweep of other inputs ({changed}); "
-                    f"restore them, choose another --out, or discard it with --no-resume"
-                )
-        else:
-            (folder / _UNITS).mkdir(parents=True, exist_ok=True)
-            write_json(path, {"schema_version": 1, "kind": _KIND, "signature": signature})
+        changed = difference(claim_folder(folder, _FOLDER, {"signature": signature})["signature"], signature)
+        if changed:
+            raise ArtefactError(
+                f"{folder}: holds an unfinished sweep of other inputs ({changed}); "
+                f"restore them, choose another --out, or discard it with --no-resume"
+            )
 
     def lacks(self, unit: str, bits: tuple[int, ...], samples: tuple[int, ...]) -> bool:
         """Whether there is no record of `unit` at these widths on these states."""
@@ -70,17 +69,17 @@ class Journal:
 
     def write(self, losses: UnitLosses) -> None:
         tensors = {name: getattr(losses, name) for name in _ARRAYS}
-        with atomic_path(self._path(losses.unit, losses.bits, losses.samples)) as temporary:
-            save_tensors(temporary, tensors)
+        with atomic_path(self._path(losses.unit, losses.bits, losses.samples), None) as temporary:
+            save_tensors(temporary, tensors, _KIND)
 
     def read(self, unit: str, bits: tuple[int, ...], samples: tuple[int, ...]) -> UnitLosses:
         """A record. Raises ArtefactError when it is damaged."""
         return UnitLosses(unit, bits, samples, **_load(self._path(unit, bits, samples)))
 
     def write_reference(self, ref: Reference) -> None:
-        with atomic_path(self.folder / _REFERENCE) as temporary:
+        with atomic_path(self.folder / _REFERENCE, None) as temporary:
             means = {f"mean.{name}": mean for name, mean in ref.means.items()}
-            save_tensors(temporary, {"decided": ref.decided} | means)
+            save_tensors(temporary, {"decided": ref.decided} | means, _KIND)
 
     def read_reference(self) -> Reference | None:
         """The reference of the earlier start, or None when it had not got that far."""
@@ -93,8 +92,8 @@ class Journal:
 
     @staticmethod
     def discard(folder: Path) -> None:
-        """Removes a journal, if there is one."""
-        shutil.rmtree(folder, ignore_errors=True)
+        """Removes a journal, if there is one. Raises ArtefactError for a folder that is none."""
+        remove_folder(folder, _FOLDER)
 
     def _path(self, unit: str, bits: tuple[int, ...], samples: tuple[int, ...]) -> Path:
         digest = hashlib.sha256(repr(samples).encode()).hexdigest()[:16]

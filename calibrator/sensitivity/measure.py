@@ -39,6 +39,7 @@ from calibrator.sensitivity.table import (
 )
 from vla_policy.core.errors import ArtefactError, PolicyError
 from vla_policy.core.files import read_json, sha256_policy, write_json
+from vla_policy.core.outputs import check_file
 
 _MAP_SAMPLES = 3
 _SMALL_PARAMS = 100_000_000
@@ -131,6 +132,8 @@ def measure(spec: SweepSpec, out: Path, scores: ScoreSettings, options: RunOptio
     the device is not there or its memory does not suffice.
     """
     started_s = time.monotonic()
+    for kind, path in {KIND: out, **_tensor_files(out)}.items():
+        check_file(path, kind, [Path(spec.policy), Path(spec.calibration)])
     try:
         policy = spec.load_policy()
         with _threads(options.threads or _usual_threads(policy)), spec.arithmetic():
@@ -183,6 +186,12 @@ def _measure(
     result = _write(run, out, measured)
     Journal.discard(folder)
     return result
+
+
+def _tensor_files(out: Path) -> dict[str, Path]:
+    """Where the arrays of the artefact at `out` go, by their kind."""
+    prefix = "" if out.stem == "sensitivity" else f"{out.stem}."
+    return {kind: out.with_name(f"{prefix}{kind}.safetensors") for kind in ("losses", "maps")}
 
 
 def journal_folder(out: Path) -> Path:
@@ -331,11 +340,9 @@ def _write(run: _Run, out: Path, measured: _Measured) -> Sensitivity:
     maps, map_axes = _maps(run.sweep, units, run.scores)
     losses = stack_losses(measured.records, [proxy.action for proxy in measured.proxies], progress, run.scores)
     tensors = {"losses": losses, "maps": maps}
-    prefix = "" if out.stem == "sensitivity" else f"{out.stem}."
     files = {}
-    for key, arrays in tensors.items():
-        path = out.with_name(f"{prefix}{key}.safetensors")
-        files[key] = {"name": path.name, "sha256": write_tensors(path, arrays)}
+    for key, path in _tensor_files(out).items():
+        files[key] = {"name": path.name, "sha256": write_tensors(path, tensors[key], key)}
     names = {unit.name for unit in units}
     content = _header(run, phases) | measured.facts | {
         "units": [unit.to_json() for unit in units],

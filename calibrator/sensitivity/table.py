@@ -16,7 +16,8 @@ from calibrator.sensitivity.scores import ScoreSettings, evidence_loss, phase_of
 from calibrator.sensitivity.sweep import UnitLosses
 from calibrator.tensors import save_tensors
 from vla_policy.core.errors import ArtefactError
-from vla_policy.core.files import atomic_path, read_json, sha256_file
+from vla_policy.core.files import read_json, sha256_file
+from vla_policy.core.outputs import atomic_path
 
 KIND = "sensitivity"
 FULL_BITS = 16
@@ -246,10 +247,10 @@ def stack_losses(
     }
 
 
-def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> str:
+def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], kind: str) -> str:
     """Writes a safetensors file whole or not at all; returns its sha256."""
-    with atomic_path(path) as temporary:
-        save_tensors(temporary, tensors)
+    with atomic_path(path, kind) as temporary:
+        save_tensors(temporary, tensors, kind)
     return sha256_file(path)
 
 

@@ -22,14 +22,13 @@ import onnx
 from engine_build.kernels import NAMESPACE
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.files import sha256_file
-from vla_policy.core.manifest import GraphSpec
+from vla_policy.core.manifest import TIMING_CACHE, GraphSpec
 from vla_policy.core.policy_config import PolicyConfig
 from vla_policy.core.targets import Backend, Target
 
 if TYPE_CHECKING:
     import tensorrt as trt
 
-TIMING_CACHE = "timing.cache"
 PROMPT_LIMIT = 128
 """Longest prompt in ids; with the patches and the action tokens it bounds the key/value cache."""
 

@@ -16,11 +16,16 @@ from evaluation.replay.thresholds import Check, check, load_thresholds, write_ju
 from vla_policy.core.bag import read_frames
 from vla_policy.core.contract import Contract, load_contract
 from vla_policy.core.errors import ArtefactError
-from vla_policy.core.files import atomic_path, sha256_file, sha256_folder, write_json
+from vla_policy.core.files import sha256_file, sha256_folder, write_json
 from vla_policy.core.observe import observe
+from vla_policy.core.outputs import FolderKind, atomic_folder, check_folder
 from vla_policy.core.synchroniser import Frame
 
 SCHEMA_VERSION = 1
+_INPUTS = ("bag", "contract", "engine", "against", "served", "thresholds")
+REPLAY = FolderKind(
+    "replay", "replay.json", ("replay.html", "junit.xml", "served/metadata.yaml", "served/*.mcap", "served/*.db3")
+)
 
 
 def add_replay(parser: argparse.ArgumentParser) -> None:
@@ -55,19 +60,22 @@ def add_replay(parser: argparse.ArgumentParser) -> None:
 def replay(arguments: argparse.Namespace) -> int:
     """Runs the subcommand; returns 1 when a threshold failed."""
     begun = time.monotonic()
+    check_folder(arguments.out, REPLAY, [getattr(arguments, name) for name in _INPUTS])
     contract = load_contract(arguments.contract)
     names = tuple(dimension.name for dimension in contract.action.dimensions)
     thresholds = load_thresholds(arguments.thresholds, names) if arguments.thresholds else None
     for folder in (arguments.engine, arguments.against):
         if folder is not None:
             _spec(arguments, folder).config()
-    candidate, reference = (_live if arguments.live else _in_process)(arguments, contract)
-    comparison = None
-    if reference is not None:
-        comparison = compare(reference, candidate, contract.action, arguments.bins, arguments.worst)
-    checks = check(thresholds, candidate, comparison) if thresholds else []
-    sources = _sources(arguments, contract)
-    _write(arguments, contract, sources, reference, candidate, comparison, checks, time.monotonic() - begun)
+    with atomic_folder(arguments.out, REPLAY) as out:
+        served = out / "served" if arguments.live else arguments.served
+        candidate, reference = (_live if arguments.live else _in_process)(arguments, contract, served)
+        comparison = None
+        if reference is not None:
+            comparison = compare(reference, candidate, contract.action, arguments.bins, arguments.worst)
+        checks = check(thresholds, candidate, comparison) if thresholds else []
+        sources = _sources(arguments, contract, served)
+        _write(out, arguments, contract, sources, reference, candidate, comparison, checks, time.monotonic() - begun)
     _print(candidate, reference, comparison, checks, arguments.out)
     return 0 if all(item.passed for item in checks) else 1
 
@@ -83,27 +91,27 @@ def _answer(arguments: argparse.Namespace, contract: Contract, folder: Path) -> 
     return answer(arguments.bag, contract, _spec(arguments, folder).load(), folder.name, arguments.namespace)
 
 
-def _in_process(arguments: argparse.Namespace, contract: Contract) -> tuple[Answers, Answers | None]:
+def _in_process(
+    arguments: argparse.Namespace, contract: Contract, served: Path | None
+) -> tuple[Answers, Answers | None]:
     """Candidate and reference."""
     candidate = _answer(arguments, contract, arguments.engine)
-    if arguments.served is not None:
-        return candidate, recorded(arguments.served, candidate)
+    if served is not None:
+        return candidate, recorded(served, candidate)
     return candidate, None if arguments.against is None else _answer(arguments, contract, arguments.against)
 
 
-def _live(arguments: argparse.Namespace, contract: Contract) -> tuple[Answers, Answers | None]:
-    """Candidate as a node served it, and the reference in process."""
+def _live(arguments: argparse.Namespace, contract: Contract, served: Path) -> tuple[Answers, Answers | None]:
+    """Candidate as a node served it, which becomes the bag `served`, and the reference in process."""
     if arguments.served is not None or _spec(arguments, arguments.engine).kind != "engine":
         raise ArtefactError("--live serves an engine folder anew; give one, and leave out --served")
     reference = _answer(arguments, contract, arguments.against or arguments.engine)
-    served = arguments.out / "served"
     node = ServingNode(arguments.engine, arguments.contract, arguments.unnorm_key)
     serve(node, arguments.bag, arguments.namespace, arguments.rate, served)
     return recorded(served, reference), reference
 
 
-def _sources(arguments: argparse.Namespace, contract: Contract) -> dict[str, str]:
-    served = arguments.out / "served" if arguments.live else arguments.served
+def _sources(arguments: argparse.Namespace, contract: Contract, served: Path | None) -> dict[str, str]:
     given = {"bag": arguments.bag, "engine": arguments.engine, "against": arguments.against, "served": served}
     hashes = {
         f"{name} {path.name}": sha256_folder(path) if path.is_dir() else sha256_file(path)
@@ -114,6 +122,7 @@ def _sources(arguments: argparse.Namespace, contract: Contract) -> dict[str, str
 
 
 def _write(
+    out: Path,
     arguments: argparse.Namespace,
     contract: Contract,
     sources: dict[str, str],
@@ -123,7 +132,6 @@ def _write(
     checks: list[Check],
     seconds: float,
 ) -> None:
-    out: Path = arguments.out
     content = {
         "schema_version": SCHEMA_VERSION,
         "kind": "replay",
@@ -138,9 +146,8 @@ def _write(
     if arguments.thresholds:
         write_junit(out / "junit.xml", checks, seconds)
     views = _views(arguments, contract, reference, candidate, comparison)
-    with atomic_path(out / "replay.html") as temporary:
-        page = render(sources, reference, candidate, comparison, views, checks)
-        temporary.write_text(page, encoding="utf-8")
+    page = render(sources, reference, candidate, comparison, views, checks)
+    (out / "replay.html").write_text(page, encoding="utf-8")
 
 
 def _summary(answers: Answers) -> dict[str, Any]:

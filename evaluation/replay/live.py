@@ -1,6 +1,5 @@
 """A bag over DDS through the real policy node: recorded bytes, quality of service and timing, as on the robot."""
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,13 +20,11 @@ class ServingNode:
 
 
 def serve(node: ServingNode, bag: Path, namespace: str, rate: float, served: Path) -> None:
-    """Replays `bag` to a policy node in dry run; its decisions become the bag `served`, in place of a former one.
+    """Replays `bag` to a policy node in dry run; its decisions become the bag `served`, which must not exist.
 
     namespace: of the contract's topics in the bag. rate: times recorded speed, 0: as fast as the node answers. Raises
     ContractError when the replay cannot be done; the nodes' own messages are on stderr.
     """
-    shutil.rmtree(served, ignore_errors=True)
-    served.parent.mkdir(parents=True, exist_ok=True)
     policy = node_command(
         "vla_policy.nodes.policy_node",
         {

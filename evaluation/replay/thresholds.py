@@ -9,7 +9,6 @@ import numpy as np
 from evaluation.replay.compare import Comparison
 from evaluation.replay.run import Answers
 from vla_policy.core.errors import ContractError
-from vla_policy.core.files import atomic_path
 from vla_policy.core.yaml_fields import Fields
 
 
@@ -108,8 +107,7 @@ def write_junit(path: Path, checks: list[Check], seconds: float) -> None:
             ElementTree.SubElement(case, "system-out").text = item.detail
         else:
             ElementTree.SubElement(case, "failure", message=item.detail)
-    with atomic_path(path) as temporary:
-        ElementTree.ElementTree(suite).write(temporary, encoding="utf-8", xml_declaration=True)
+    ElementTree.ElementTree(suite).write(path, encoding="utf-8", xml_declaration=True)
 
 
 def _by_dimension(fields: Fields, dimensions: tuple[str, ...]) -> dict[str, float]:

@@ -28,10 +28,12 @@ from sensor_msgs.msg import CompressedImage, Image, JointState
 from std_msgs.msg import Float64MultiArray, Header, String
 from vla_policy_interfaces.msg import ActionChunk
 
+from evaluation.robot import SUMMARY
 from evaluation.robot.robot import CONTROL_PERIOD_NS, SETTLE_STEPS, Episode, LiberoRobot
 from vla_policy.core.contract import IMAGE, JOINT_STATE, load_contract
 from vla_policy.core.errors import ContractError
 from vla_policy.core.files import write_json
+from vla_policy.core.outputs import check_file
 from vla_policy.core.safety import Command, Limiter
 from vla_policy.nodes.outputs import CHUNK_TOPIC, to_time
 from vla_policy.nodes.process import run_node
@@ -61,6 +63,8 @@ class SimulatedRobotNode(Node):
         self._min_subscribers = self.declare_parameter("min_subscribers", 1).value
         self._wait_s = self.declare_parameter("wait_for_subscribers", 120.0).value
         self._summary = self.declare_parameter("summary", "").value
+        if self._summary:
+            check_file(self._summary, SUMMARY)
         if self._driver not in ("commands", "expert"):
             raise ContractError(f"simulated robot: driver must be commands or expert, got {self._driver!r}")
         if len(self._contract.cameras) != 1:
@@ -150,7 +154,7 @@ class SimulatedRobotNode(Node):
             finally:
                 robot.close()
             if self._summary:
-                write_json(self._summary, {"schema_version": 1, "kind": "simulated_episodes", "episodes": self.results})
+                write_json(self._summary, {"schema_version": 1, "kind": SUMMARY, "episodes": self.results})
         except Exception as error:
             self._error = error
         finally:

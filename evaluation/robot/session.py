@@ -8,7 +8,6 @@ kept only when every episode succeeded. Exit code 0: all succeeded; 1: one faile
 """
 
 import argparse
-import shutil
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -16,10 +15,13 @@ from functools import partial
 from pathlib import Path
 
 from evaluation.processes import Value, end, ended_in_order, node_command, running, shared_file
+from evaluation.robot import SUMMARY
 from vla_policy.core import cli
 from vla_policy.core.contract import load_contract
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.manifest import Manifest
+from vla_policy.core.outputs import atomic_folder, check_file, check_folder, scratch_beside
+from vla_policy.core.recording import BAG
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,23 +53,26 @@ def _run(arguments: argparse.Namespace) -> int:
     bag: Path | None = arguments.bag
     if bag is not None and bag.exists() and not arguments.replace:
         raise ArtefactError(f"{bag}: exists already; add --replace or choose another name")
+    inputs = [contract, arguments.engine]
+    if bag is not None:
+        check_folder(bag, BAG, inputs)
+    if arguments.summary is not None:
+        check_file(arguments.summary, SUMMARY, [*inputs, bag])
     if arguments.engine is not None:
         # What is no engine, or has no such statistics, is refused here, before the simulator waits for its policy.
         Manifest.load(arguments.engine).config.unnorm_key(arguments.unnorm_key)
-    recorded = None if bag is None else bag.with_name(f".{bag.name}.recording") / bag.name
     with ended_in_order(), ExitStack() as nodes:
         if arguments.engine is not None:
             nodes.enter_context(running(_policy(arguments.engine, arguments.unnorm_key, contract)))
-        if recorded is not None:
-            shutil.rmtree(recorded.parent, ignore_errors=True)
-            nodes.callback(shutil.rmtree, recorded.parent, ignore_errors=True)
+        if bag is not None:
+            recorded = nodes.enter_context(scratch_beside(bag)) / bag.name
             recorder = nodes.enter_context(running(_recorder(contract, recorded)))
         code = nodes.enter_context(running(_robot(arguments, contract))).wait()
-        if code == 0 and bag is not None and recorded is not None:
+        if code == 0 and bag is not None:
             if end(recorder) != 0:
                 raise ArtefactError(f"{bag}: the recorder failed; its message is above")
-            shutil.rmtree(bag, ignore_errors=True)
-            recorded.replace(bag)
+            with atomic_folder(bag, BAG) as folder:
+                recorded.replace(folder)
         elif bag is not None:
             print(f"{bag}: not written, as not every episode succeeded", file=sys.stderr)
         return code

@@ -273,7 +273,7 @@ def test_commands_lead_from_calibration_to_plan(
     assert main(["allocate", "--sensitivity", str(scores), "--out", str(plan), "--average-bits", "1"]) == 2
     error = capsys.readouterr().err
     assert error.splitlines()[-1].startswith("error: average bits 1 is below the minimum 2; feasible: 2 to 16")
-    assert main(["sensitivity", "--policy", str(tmp_path), *arguments[3:]]) == 2
+    assert main(["sensitivity", "--policy", str(tmp_path / "none"), *arguments[3:]]) == 2
     assert "config.json: cannot be read" in capsys.readouterr().err
 
 

@@ -11,11 +11,11 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from demo import collect as collecting
-from demo.collect import Job, claim_folder, collect, episode_path, failure_path, main, task_of
+from demo.collect import Job, claim, collect, episode_path, failure_path, main, task_of
 from demo.dataset import load_demonstrations
 from demo.teachers import Lesson, LiberoTeacher
 from evaluation.benchmarks.base import StepResult
-from vla_policy.core.errors import DataError
+from vla_policy.core.errors import ArtefactError, DataError
 from vla_policy.core.observation import Decision, Observation
 
 
@@ -118,10 +118,17 @@ def test_a_policy_s_failures_are_kept_with_the_expert_s_labels(tmp_path: Path, t
 
 
 def test_a_folder_belongs_to_one_collection(tmp_path: Path) -> None:
-    claim_folder(job_in(tmp_path))
-    claim_folder(job_in(tmp_path))
+    claim(job_in(tmp_path))
+    claim(job_in(tmp_path))
     with pytest.raises(DataError, match="seed is 3, asked for 4; use another --out"):
-        claim_folder(job_in(tmp_path, seed=4))
+        claim(job_in(tmp_path, seed=4))
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(ArtefactError, match=r"holds thesis\.tex and no collection\.json"):
+        claim(job_in(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 @pytest.mark.parametrize("arguments", [["--episodes", "0"], ["--episodes", "1", "--workers", "0"]])

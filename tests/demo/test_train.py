@@ -49,9 +49,11 @@ def write_episode(path: Path, seed: int, asked: tuple[str, ...] = ASKED, frames:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    write_episode(tmp_path / "000000.safetensors", 0)
-    write_episode(tmp_path / "000001.safetensors", 1, ASKED[::-1])
-    return tmp_path
+    folder = tmp_path / "demonstrations"
+    folder.mkdir()
+    write_episode(folder / "000000.safetensors", 0)
+    write_episode(folder / "000001.safetensors", 1, ASKED[::-1])
+    return folder
 
 
 def tools(folder: Path, run: Run) -> tuple[PromptTokenizer, ActionCodec]:

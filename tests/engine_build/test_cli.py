@@ -19,7 +19,8 @@ def test_build_then_inspect(workshop: Path, tmp_path: Path, capsys: pytest.Captu
 
 
 def test_errors_are_one_line_and_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code = run(lambda: main(["build", "--policy", str(tmp_path), "--uniform", "w16a16", "--out", str(tmp_path / "e")]))
+    arguments = ["build", "--policy", str(tmp_path / "p"), "--uniform", "w16a16", "--out", str(tmp_path / "e")]
+    code = run(lambda: main(arguments))
     captured = capsys.readouterr()
     assert code == 2
     assert captured.err.startswith("error: ") and captured.err.count("\n") == 1

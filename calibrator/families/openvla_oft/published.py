@@ -21,9 +21,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from calibrator.families.loading import LORA_ADAPTER, find_tensors, stored_shapes, weight_files
+from calibrator.tensors import disk_errors
 from vla_policy.core.errors import ArtefactError, PolicyError
-from vla_policy.core.files import atomic_folder
-from vla_policy.core.policy_config import NORMALIZATION_KEY, Normalization, PolicyConfig, read_raw
+from vla_policy.core.outputs import atomic_folder, check_folder
+from vla_policy.core.policy_config import NORMALIZATION_KEY, POLICY, Normalization, PolicyConfig, read_raw
 
 _OWN_SHARD = "model-oft.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -51,6 +52,7 @@ def import_oft(checkpoint: Path, out: Path, settings: OftSettings) -> PolicyConf
     Raises ArtefactError for a file that is missing, ambiguous, damaged, more than tensors, or a part that would be left
     out, and PolicyError for tensors, statistics or settings that do not fit.
     """
+    check_folder(out, POLICY, [checkpoint])
     head, projector = _part(checkpoint, "action_head"), _part(checkpoint, "proprio_projector")
     if head is None:
         raise ArtefactError(
@@ -65,17 +67,19 @@ def import_oft(checkpoint: Path, out: Path, settings: OftSettings) -> PolicyConf
         "num_images_in_input": settings.images,
         "use_proprio": projector is not None,
         NORMALIZATION_KEY: settings.normalization,
+        "kind": POLICY.name,
     }
     _name_state(raw, settings.state_names, 0 if projector is None else _inputs(parts[projector], projector), checkpoint)
     config = PolicyConfig.from_dict(raw, str(checkpoint / "config.json"))
     shapes = ((path, name, tuple(value.shape)) for path, part in parts.items() for name, value in part.items())
     find_tensors(chain(stored_shapes(shards), shapes), config, checkpoint)
     own = {name: value for part in parts.values() for name, value in part.items()}
-    with atomic_folder(out) as folder:
+    with atomic_folder(out, POLICY) as folder:
         for path in shards:
             _link(path, folder / path.name)
         weight_map = {name: path.name for path, name, _ in stored_shapes(shards)} | dict.fromkeys(own, _OWN_SHARD)
-        save_file(own, folder / _OWN_SHARD, metadata={"format": "pt"})
+        with disk_errors():
+            save_file(own, folder / _OWN_SHARD, metadata={"format": "pt"})
         (folder / _INDEX).write_text(json.dumps({"weight_map": weight_map}, indent=1) + "\n")
         (folder / "config.json").write_text(json.dumps(raw, indent=1) + "\n")
         tokenizer = checkpoint / "tokenizer.json"

@@ -1,16 +1,13 @@
-"""Reading and writing artefacts: hashed, typed, and never half-written."""
+"""Reading artefacts, hashed and typed; writing those that are JSON."""
 
 import hashlib
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from vla_policy.core.errors import ArtefactError
+from vla_policy.core.outputs import FolderKind, atomic_path, begin_folder
 
 STATISTICS = "dataset_statistics.json"
 """What OpenVLA's fine-tuning writes beside `config.json`: the statistics that count."""
@@ -49,51 +46,13 @@ def sha256_policy(folder: Path | str) -> str:
     return sha256_folder(folder, ("config.json", STATISTICS, "tokenizer.json", "*.safetensors"))
 
 
-@contextmanager
-def atomic_path(path: Path | str) -> Iterator[Path]:
-    """Yields a temporary file name beside `path`; renames it to `path` on success, removes it on any failure."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:
-        raise ArtefactError(
-            f"{path}: cannot be written ({error.strerror}); check free space and permissions"
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def atomic_folder(path: Path | str) -> Iterator[Path]:
-    """Yields a temporary folder beside `path`; replaces `path` by it on success, removes it on any failure."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    temporary.chmod(0o755)
-    replaced = temporary.with_name(temporary.name + ".old")
-    try:
-        yield temporary
-        if path.exists():
-            os.replace(path, replaced)
-        os.replace(temporary, path)
-    except OSError as error:
-        if replaced.exists() and not path.exists():
-            os.replace(replaced, path)
-        raise ArtefactError(
-            f"{path}: cannot be written ({error.strerror}); check free space and permissions"
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(replaced, ignore_errors=True)
-
-
 def write_json(path: Path | str, content: dict[str, Any]) -> None:
-    """Writes `content` atomically, keys sorted, NaN refused (a report must not hide one)."""
+    """Writes `content` atomically, keys sorted, NaN refused (a report must not hide one).
+
+    Raises ArtefactError where something stands that is not of the same `kind`; see `core.outputs`.
+    """
     text = json.dumps(content, indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n"
-    with atomic_path(path) as temporary:
+    with atomic_path(path, content["kind"]) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
@@ -117,3 +76,17 @@ def read_json(path: Path | str, kind: str | None = None, schema_version: int = 1
                 f"{path}: expected kind {kind!r} version {schema_version}, got kind {got[0]!r} version {got[1]!r}"
             )
     return content
+
+
+def claim_folder(
+    path: Path | str, kind: FolderKind, content: dict[str, Any] | None = None, inputs: Iterable[Path | None] = ()
+) -> dict[str, Any]:
+    """For folders that are filled bit by bit: `path` is one of `kind` from here on; returns what its index holds.
+
+    content: for the index, where there is none yet. inputs: see `outputs.check_file`. Raises ArtefactError for a folder
+    that holds anything else.
+    """
+    index = Path(path) / kind.index
+    if begin_folder(path, kind, inputs):
+        write_json(index, {"schema_version": 1, "kind": kind.name} | (content or {}))
+    return read_json(index, kind.name)

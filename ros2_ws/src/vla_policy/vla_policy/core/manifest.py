@@ -7,12 +7,16 @@ from typing import Any
 
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.files import read_json, sha256_file, write_json
+from vla_policy.core.outputs import FolderKind
 from vla_policy.core.policy_config import SPAN_EPSILON, PolicyConfig
 from vla_policy.core.targets import Backend
 
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
+TIMING_CACHE = "timing.cache"
 KIND = "engine"
+_GRAPH_FILES = (f"{graph}.{form}" for graph in ("vision", "decoder") for form in ("onnx", "data", "engine"))
+ENGINE = FolderKind(KIND, MANIFEST, (TOKENIZER, TIMING_CACHE, *_GRAPH_FILES))
 SCHEMA_VERSION = 1
 
 

@@ -21,6 +21,10 @@ import numpy as np
 
 from vla_policy.core.errors import DataError, PolicyError
 from vla_policy.core.files import STATISTICS, read_json
+from vla_policy.core.outputs import FolderKind
+
+POLICY = FolderKind("policy", "config.json", ("tokenizer.json", "*.safetensors", "model.safetensors.index.json"))
+"""Policy folders that were written here; a published one does not say so, and is never replaced."""
 
 SPAN_EPSILON = 1e-8
 """OpenVLA-OFT adds it to the span between low and high where it normalises and un-normalises."""

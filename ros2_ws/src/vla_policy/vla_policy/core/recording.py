@@ -1,8 +1,7 @@
 """Writing bags: serialised messages with their types and quality of service, and never a half-written bag."""
 
-import os
-import shutil
 import threading
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 
@@ -11,8 +10,10 @@ from rosbags.rosbag2 import StoragePlugin, Writer, WriterError
 from rosbags.typesys import Stores, get_types_from_msg, get_typestore
 
 from vla_policy.core.errors import ArtefactError, ContractError
+from vla_policy.core.outputs import FolderKind, atomic_folder
 
 STORAGES = ("mcap", "sqlite3")
+BAG = FolderKind("rosbag2", "metadata.yaml", ("*.mcap", "*.db3"))
 _FOREVER = QosTime(sec=9223372036, nsec=854775807)
 
 
@@ -43,8 +44,7 @@ class BagWriter:
         self._path = Path(path)
         if self._path.exists():
             raise ArtefactError(f"{self._path}: exists already; choose another name or remove it")
-        self._folder = self._path.with_name(f".{self._path.name}.{os.getpid()}.tmp")
-        self._writer = Writer(self._folder / self._path.name, version=9, storage_plugin=StoragePlugin[storage.upper()])
+        self._storage = StoragePlugin[storage.upper()]
         self._typestore = get_typestore(Stores.ROS2_JAZZY)
         for kind, text in (definitions or {}).items():
             self._typestore.register(get_types_from_msg(text, kind))
@@ -52,12 +52,18 @@ class BagWriter:
         self._lock = threading.Lock()
 
     def __enter__(self) -> "BagWriter":
-        try:
-            self._folder.mkdir(parents=True)
+        with ExitStack() as stack:
+            folder = stack.enter_context(atomic_folder(self._path, BAG))
+            folder.rmdir()  # the writer wants to make it
+            self._writer = Writer(folder, version=9, storage_plugin=self._storage)
             self._writer.open()
-        except OSError as error:
-            raise ArtefactError(f"{self._path}: cannot be written ({error.strerror}); check the path") from error
+            stack.callback(self._close)
+            self._open = stack.pop_all()
         return self
+
+    def _close(self) -> None:
+        with self._lock:
+            self._writer.close()
 
     def add_topic(self, topic: str, kind: str, qos: Qos) -> None:
         """Announces a topic by its absolute name. Raises ContractError for a type without a definition."""
@@ -81,12 +87,4 @@ class BagWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
-            with self._lock:
-                self._writer.close()
-            if kind is None:
-                os.replace(self._folder / self._path.name, self._path)
-        except OSError as failure:
-            raise ArtefactError(f"{self._path}: cannot be written ({failure.strerror}); check free space") from failure
-        finally:
-            shutil.rmtree(self._folder, ignore_errors=True)
+        self._open.__exit__(kind, error, trace)

@@ -31,6 +31,7 @@ from vla_policy.core.bag import contract_connections, open_bag, resolve
 from vla_policy.core.contract import load_contract
 from vla_policy.core.errors import ContractError
 from vla_policy.core.files import write_json
+from vla_policy.core.outputs import check_file
 from vla_policy.core.recording import BagWriter, recorded_qos
 from vla_policy.core.served import ACTION_CHUNK
 from vla_policy.nodes.inputs import MESSAGES
@@ -41,6 +42,7 @@ from vla_policy.nodes.recording import definition_of
 _CLOCK_PERIOD_S = 0.01
 _POLL_S = 0.02
 _QUEUE = 1000
+_SUMMARY = "replay_summary"
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,8 @@ def read_settings(node: Node) -> ReplaySettings:
         raise ContractError("replay: set the parameters bag and contract")
     if value["rate"] < 0 or value["max_in_flight"] < 1:
         raise ContractError("replay: rate must not be negative, and max_in_flight at least 1")
+    if value["summary"]:
+        check_file(value["summary"], _SUMMARY)
     return ReplaySettings(*value.values())
 
 
@@ -240,7 +244,7 @@ class ReplayNode(Node):
     def _summarise(self) -> None:
         self.get_logger().info(f"{self._sent} frames sent, {self._answered} answered")
         if self.settings.summary:
-            content = {"schema_version": 1, "kind": "replay_summary", "frames": self._sent, "answered": self._answered}
+            content = {"schema_version": 1, "kind": _SUMMARY, "frames": self._sent, "answered": self._answered}
             write_json(self.settings.summary, content | {"settings": asdict(self.settings)})
 
 
