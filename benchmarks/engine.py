@@ -25,6 +25,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from calibrator.families.loading import empty_policy
+from calibrator.quantizers import parse_choice
 from engine_build.bench import bench, peak_bytes, report
 from engine_build.build import Policy, build_engine
 from engine_build.inspect import summary
@@ -33,7 +34,7 @@ from engine_build.weights import Layer, layers_of
 from vla_policy.core.bench import Bench
 from vla_policy.core.cli import run
 from vla_policy.core.files import claim_folder
-from vla_policy.core.formats import FULL_PRECISION, Format
+from vla_policy.core.formats import FULL
 from vla_policy.core.manifest import Manifest
 from vla_policy.core.observation import Observation
 from vla_policy.core.outputs import FolderKind
@@ -82,13 +83,13 @@ class RandomTensors:
 
 def plan_at(average_bits: float, layers: dict[str, Layer]) -> Plan:
     """Towers, projector and head at 8 bits, the decoder at 4, its feed-forward layers from the middle out at 2."""
-    four, two, eight = Format(4, 16, 128), Format(2, 16, 128), Format(8, 16)
+    four, two, eight = map(parse_choice, ("w4a16_g128", "w2a16_g128", "w8a16"))
     assignment = {name: four if "model.layers." in name else eight for name in layers}
     total = sum(layer.weights for layer in layers.values())
     depth = 1 + max(int(name.split(".")[3]) for name in layers if "model.layers." in name)
     for index in sorted(range(depth), key=lambda place: abs(place - depth / 2)):
         for group in (("gate_proj", "up_proj"), ("down_proj",)):
-            bits = sum(layer.weights * assignment[name].weight_bits for name, layer in layers.items())
+            bits = sum(layer.weights * assignment[name].format.weight_bits for name, layer in layers.items())
             if bits <= average_bits * total:
                 return Plan(assignment, None)
             assignment |= {f"language_model.model.layers.{index}.mlp.{name}": two for name in group}
@@ -133,7 +134,7 @@ def beside_16_bit(average_bits: float, blocks: int, repeats: int, threads: int, 
     for depth in depths:
         mixed, full = out / f"mixed_{depth}", out / f"w16a16_{depth}"
         build_at(depth, thinned(average_bits, depth), find_target("cpu"), mixed)
-        build_at(depth, uniform_plan(FULL_PRECISION, layers_of(config_of(depth))), find_target("cpu"), full)
+        build_at(depth, uniform_plan(FULL, layers_of(config_of(depth))), find_target("cpu"), full)
         measured.append(bench(mixed, full, repeats, threads, warm_up=1))
         print(f"{depth} of {DEPTH} blocks, measured:\n{report(measured[-1])}", flush=True)
     lines = [f"{DEPTH} blocks at 16 bits, extrapolated from {depths[0]} and {depths[1]}:"]

@@ -36,6 +36,7 @@ from calibrator.data.calibration import SourceIndex, Trajectory, collect
 from calibrator.families import Policy, live_units
 from calibrator.families.loading import check_device, empty_policy, fill_policy
 from calibrator.modules.chain import Chain
+from calibrator.quantizers import parse_choices
 from calibrator.sensitivity.measure import RunOptions, measure
 from calibrator.sensitivity.scores import ScoreSettings
 from calibrator.sensitivity.sweep import SweepSettings, SweepSpec
@@ -50,8 +51,8 @@ from vla_policy.core.policy_config import POLICY, PolicyConfig
 _KIND = "scale-benchmark"
 _WORK = FolderKind("scale-benchmark", "work.json")
 INSTRUCTION = "pick up the orange juice and place it in the basket"
-SWEEP_BITS = (2, 4, 8)
-"""Widths of the whole sweep that is extrapolated to."""
+SWEEP_CHOICES = 3
+"""Choices per layer of the whole sweep that is extrapolated to."""
 _LLAMA_WORDS = 31_744
 _SHARD_BYTES = 1 << 30
 # Dense bf16 FLOP/s by name of the card, from their data sheets.
@@ -210,7 +211,7 @@ class Costs:
 
     @property
     def whole_sweep(self) -> int:
-        return len(SWEEP_BITS) * sum(self.evaluation.values()) + self.shared
+        return SWEEP_CHOICES * sum(self.evaluation.values()) + self.shared
 
 
 def dependent(chain: Chain, start: str) -> list[str]:
@@ -238,13 +239,13 @@ def time_sweep(
     options = RunOptions(unit_globs=tuple(names), progress=watch, threads=threads, resume=False)
     with Anonymous() as anonymous:
         result = measure(spec, out, ScoreSettings(), options)
-    states, widths = int(result.meta["calibration"]["samples"]), len(spec.settings.bits)
+    states, choices = int(result.meta["calibration"]["samples"]), len(spec.settings.choices)
     order = [unit.name for unit in result.units]
     # Batch by batch, and every layer of one before the next; the first of them pays for the shared pass.
     batches = math.ceil(states / spec.batch_size)
     spent = np.diff(watch.ended_s).reshape(batches, len(order)) / spec.batch_size
     per_state = [
-        costs.evaluation[name] * widths + (costs.shared if index == 0 else 0) for index, name in enumerate(order)
+        costs.evaluation[name] * choices + (costs.shared if index == 0 else 0) for index, name in enumerate(order)
     ]
     # The first batch also loads kernels, or weights from a disk, wherever there is a second.
     warm = spent[1:] if batches > 1 else spent
@@ -252,7 +253,7 @@ def time_sweep(
     return {
         "batch_size": spec.batch_size,
         "states": states,
-        "bits": list(spec.settings.bits),
+        "choices": list(map(str, spec.settings.choices)),
         "threads": threads or torch.get_num_threads(),
         "peak_anonymous_bytes": anonymous.peak_bytes,
         "cost": result.meta["cost"],
@@ -281,9 +282,7 @@ def make_spec(args: argparse.Namespace, work: Path, batch_size: int) -> SweepSpe
     calibration = work / f"calibration-{batch_size}"
     states = args.batches * batch_size
     collect([RandomSource(states)], calibration, states, seed=0)
-    settings = SweepSettings(
-        bits=tuple(sorted(args.bits)), group_size=128, dtype="bfloat16", unnorm_key=args.unnorm_key
-    )
+    settings = SweepSettings(parse_choices(args.choices), dtype="bfloat16", unnorm_key=args.unnorm_key)
     raw = published_config(args.decoder_layers, args.tower_depth)
     if args.checkpoint is None:
         folder = work / "policy"
@@ -304,7 +303,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tower-depth", type=int, help="of random weights; default as published (24, 27)")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1], help="states per pass, one run for each")
     parser.add_argument("--batches", type=int, default=1, help="of random images in each run")
-    parser.add_argument("--bits", type=int, nargs="+", default=[4])
+    parser.add_argument("--choices", nargs="+", default=["w4a16_g128"], help="what the layers are measured in")
     parser.add_argument("--layers", type=int, default=4, help="how many are measured, evenly spaced in the policy")
     parser.add_argument("--units", nargs="+", help="names of the layers to measure instead")
     parser.add_argument("--threads", type=int, help="torch threads; default all cores")

@@ -2,7 +2,7 @@
 
     python benchmarks/sensitivity.py --policy demo/policies/metaworld --calibration calibration/ --out result.json
 
-Naive is one full forward and one full backward pass per layer, width and state, states one by one. Naive and exact are
+Naive is one full forward and one full backward pass per layer, choice and state, states one by one. Naive and exact are
 timed on the same layers and states (wall and CPU time, in turns) and their losses compared. Screened is replayed on the
 table of a finished exact run (`--table sensitivity.json`): its evaluations are looked up there, so many seeds and
 calibration sets (random halves of the states) can be tried, and its plans are priced beside the exhaustive plans.
@@ -25,7 +25,7 @@ from tqdm import tqdm
 from calibrator.allocation.planning import Limits, Planner, PlanRequest
 from calibrator.data.calibration import load_calibration
 from calibrator.families import live_units
-from calibrator.quantizers.quantization import quantized
+from calibrator.quantizers import parse_choices, quantized
 from calibrator.sensitivity.evidence import BOUNDARIES, evidence_map, jensen_shannon, mass_distortion, profile
 from calibrator.sensitivity.journal import difference
 from calibrator.sensitivity.passes import Signals
@@ -37,6 +37,7 @@ from calibrator.sensitivity.table import Objective, Sensitivity, UnitScores, loa
 from vla_policy.core.cli import run
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.files import sha256_policy, write_json
+from vla_policy.core.formats import FULL, Choice
 from vla_policy.core.outputs import check_file
 
 _KIND = "sensitivity-benchmark"
@@ -57,10 +58,10 @@ def naive_signals(sweep: Sweep, state: int) -> Signals:
     return Signals(hidden, dict(zip(points, gradients, strict=True)), objective.detach(), output.detach())
 
 
-def naive_unit(sweep: Sweep, unit: str, bits: Sequence[int], states: int) -> np.ndarray:
-    """Evidence losses [bits, states, boundaries] of one layer without anything shared or batched."""
+def naive_unit(sweep: Sweep, unit: str, choices: Sequence[Choice], states: int) -> np.ndarray:
+    """Evidence losses [choices, states, boundaries] of one layer without anything shared or batched."""
     means = {name: torch.from_numpy(mean) for name, mean in sweep.reference.means.items()}
-    losses = np.zeros((len(bits), states, len(BOUNDARIES)))
+    losses = np.zeros((len(choices), states, len(BOUNDARIES)))
 
     def profiles(state: int) -> dict[str, Any]:
         found = naive_signals(sweep, state)
@@ -68,8 +69,8 @@ def naive_unit(sweep: Sweep, unit: str, bits: Sequence[int], states: int) -> np.
 
     for state in range(states):
         before = profiles(state)
-        for row, width in enumerate(bits):
-            with quantized(sweep.policy, unit, sweep.settings.format_of(width)):
+        for row, choice in enumerate(choices):
+            with quantized(sweep.policy, unit, choice):
                 now = profiles(state)
             for column, name in enumerate(BOUNDARIES):
                 attribution = jensen_shannon(before[name].attribution, now[name].attribution)
@@ -100,23 +101,23 @@ def compare_exact(spec: SweepSpec, stride: int, states: int) -> dict[str, Any]:
     states = min(states, len(sweep.states))
     naive, exact = Clock(), Clock()
     differences: list[float] = []
-    sweep.evaluate(names[0], spec.settings.bits[:1], (0,))  # loads kernels before the clocks start
+    sweep.evaluate(names[0], spec.settings.choices[:1], (0,))  # loads kernels before the clocks start
     before_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     for name in tqdm(names, desc="naive against exact", unit="layer"):
         with exact:
-            found = sweep.evaluate(name, spec.settings.bits, tuple(range(states)))
+            found = sweep.evaluate(name, spec.settings.choices, tuple(range(states)))
         with naive:
-            expected = naive_unit(sweep, name, spec.settings.bits, states)
+            expected = naive_unit(sweep, name, spec.settings.choices, states)
         difference = np.abs(found.mass + found.attribution - expected)
         differences.append(float((difference / (np.abs(expected) + 1e-4)).max()))
     # The naive loop computes the full-precision evidence once per layer and state; a sweep would keep it.
-    passes = len(spec.settings.bits) + 1
-    naive_cpu_s = naive.cpu_s * len(spec.settings.bits) / passes
+    passes = len(spec.settings.choices) + 1
+    naive_cpu_s = naive.cpu_s * len(spec.settings.choices) / passes
     return {
         "layers": len(names),
         "states": states,
         "naive_cpu_s": naive_cpu_s,
-        "naive_wall_s": naive.wall_s * len(spec.settings.bits) / passes,
+        "naive_wall_s": naive.wall_s * len(spec.settings.choices) / passes,
         "exact_cpu_s": exact.cpu_s,
         "exact_wall_s": exact.wall_s,
         "cpu_ratio": exact.cpu_s / naive_cpu_s,
@@ -132,7 +133,7 @@ class Replay:
     order; phases: [N]."""
 
     table: Sensitivity
-    bits: tuple[int, ...]
+    choices: tuple[Choice, ...]
     losses: np.ndarray
     predicted: np.ndarray
     phases: np.ndarray
@@ -151,7 +152,7 @@ class Replay:
             params=np.asarray([unit.params for unit in self.table.units], float),
             stages=[unit.stage for unit in self.table.units],
             groups=[unit.group for unit in self.table.units],
-            bits=self.bits,
+            bits=tuple(choice.format.weight_bits for choice in self.choices),
             predicted=self.predicted,
             phases=self.phases,
             alpha=Objective().alpha,
@@ -165,7 +166,7 @@ class Replay:
 
     def scored(self, omega: np.ndarray, omega_tau: np.ndarray) -> Sensitivity:
         """The table with these scores [U, B]."""
-        return replace(self.table, units=tuple(_with(self.table.units, self.bits, omega, omega_tau)))
+        return replace(self.table, units=tuple(_with(self.table.units, self.choices, omega, omega_tau)))
 
     def scored_by(self, losses: np.ndarray) -> Sensitivity:
         return self.scored(losses.mean(-1), temporal_score(losses, self.phases))
@@ -183,13 +184,12 @@ def load_replay(spec: SweepSpec, table: Sensitivity) -> Replay:
     if changed := difference({key: table.meta["identity"][key] for key in inputs}, inputs):
         raise ArtefactError(f"{table.path}: was measured with other inputs ({changed}); measure it again")
     tensors = load_tensors(table, "losses")
-    measured = dict(table.meta["identity"]["settings"])
-    bits = tuple(measured.pop("bits"))
-    spec = replace(spec, settings=SweepSettings(bits=bits, **measured))
+    settings = SweepSettings.from_json(table.meta["identity"]["settings"])
+    spec = replace(spec, settings=settings)
     found = first_order(spec.open(), [unit.name for unit in table.units], evidence=True)
     return Replay(
         table,
-        bits,
+        settings.choices,
         tensors["soft_bottleneck"].astype(np.float64),
         np.stack([soft_bottleneck(np.abs(item.mass), float(table.meta["kappa"])) for item in found]),
         phase_of(tensors["progress"], int(table.meta["bins"])),
@@ -243,13 +243,13 @@ def screened_row(replay: Replay, settings: ScreenSettings) -> dict[str, Any]:
 
 
 def _with(
-    units: Sequence[UnitScores], bits: Sequence[int], omega: np.ndarray, omega_tau: np.ndarray
+    units: Sequence[UnitScores], choices: Sequence[Choice], omega: np.ndarray, omega_tau: np.ndarray
 ) -> list[UnitScores]:
     return [
         replace(
             unit,
-            omega=dict(zip(bits, omega[row].tolist(), strict=True)) | {16: 0.0},
-            omega_tau=dict(zip(bits, omega_tau[row].tolist(), strict=True)) | {16: 0.0},
+            omega=dict(zip(choices, omega[row].tolist(), strict=True)) | {FULL: 0.0},
+            omega_tau=dict(zip(choices, omega_tau[row].tolist(), strict=True)) | {FULL: 0.0},
         )
         for row, unit in enumerate(units)
     ]
@@ -259,7 +259,7 @@ def plan_score(by: Sensitivity, priced: Sensitivity, target: float) -> float:
     """The certified plan of one table, priced by another."""
     plan = Planner.of(by, PlanRequest(Limits(average_bits=target))).plan()
     objective = Objective()
-    return sum(objective.score(unit, plan.assignment[unit.name].weight_bits) for unit in priced.units)
+    return sum(objective.score(unit, plan.assignment[unit.name]) for unit in priced.units)
 
 
 def _without_rows(summary: dict[str, Any]) -> dict[str, Any]:
@@ -272,6 +272,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--calibration", type=Path, required=True)
     parser.add_argument("--unnorm-key", help="which of the policy's statistics (default: the only ones)")
     parser.add_argument("--out", type=Path, required=True, help="JSON with all figures")
+    parser.add_argument(
+        "--choices", nargs="+", default=["w2a16_g64", "w4a16_g64", "w8a16_g64"], help="what is timed"
+    )
     parser.add_argument("--stride", type=int, default=6, help="every n-th layer is timed")
     parser.add_argument("--states", type=int, default=8, help="states that are timed")
     parser.add_argument("--table", type=Path, help="finished exact sensitivity.json, for the screened mode")
@@ -282,7 +285,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def command() -> int:
         check_file(args.out, _KIND, [args.policy, args.calibration, args.table])
-        settings = SweepSettings(unnorm_key=args.unnorm_key)
+        settings = SweepSettings(parse_choices(args.choices), unnorm_key=args.unnorm_key)
         spec = SweepSpec(str(args.policy), str(args.calibration), settings, batch_size=16)
         content: dict[str, Any] = {"schema_version": 1, "kind": _KIND}
         content["exact"] = compare_exact(spec, args.stride, args.states)

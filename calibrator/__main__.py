@@ -45,10 +45,13 @@ def _add_sensitivity(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--policy", type=Path, required=True, help="policy folder")
     parser.add_argument("--calibration", type=Path, required=True, help="calibration set")
     parser.add_argument("--out", type=Path, required=True, help="sensitivity.json to write")
-    parser.add_argument("--scheme", choices=("weight-only", "weight-activation"), default="weight-only")
-    parser.add_argument("--bits", type=int, nargs="+", default=[2, 4, 8], help="widths to measure, below 16")
     parser.add_argument(
-        "--group-size", type=int, default=64, help="inputs per weight scale, 0: one scale per output channel"
+        "--choices",
+        nargs="+",
+        default=["w2a16_g64", "w4a16_g64", "w8a16_g64"],
+        metavar="CHOICE",
+        help="what every layer is measured in: bits of weights and activations, inputs per weight scale (none: one "
+        "scale per output channel), rounding method, e.g. w4a8_g32:rtn; w16a16 is the reference",
     )
     parser.add_argument("--kappa", type=float, default=0.1, help="temperature of the soft bottleneck, Eq. (9)")
     parser.add_argument("--lambda", dest="weight", type=float, default=1.0, help="attribution weight, Eq. (8)")
@@ -99,7 +102,7 @@ def _add_allocate(parser: argparse.ArgumentParser) -> None:
         help="what is minimised: Mix-QVLA's scores, QVLA's action error, or its first-order estimate",
     )
     parser.add_argument("--solver", choices=("HIGHS", "ECOS_BB"), default="HIGHS")
-    parser.add_argument("--pin", nargs="*", default=[], metavar="GLOB=BITS", help="layers with a fixed width")
+    parser.add_argument("--pin", nargs="*", default=[], metavar="GLOB=CHOICE", help="layers with a fixed choice")
     parser.add_argument("--float-bits", type=int, choices=(16, 32), default=16, help="width of unquantized tensors")
     parser.add_argument("--target", help="name of the device the plan is for")
     parser.add_argument("--frontier", type=Path, help="also write the whole trade-off curve to this JSON")
@@ -168,15 +171,14 @@ def _collect(args: argparse.Namespace) -> int:
 
 
 def _sensitivity(args: argparse.Namespace) -> int:
+    from calibrator.quantizers import parse_choices
     from calibrator.sensitivity.measure import RunOptions, measure
     from calibrator.sensitivity.scores import ScoreSettings
     from calibrator.sensitivity.screening import ScreenSettings
     from calibrator.sensitivity.sweep import SweepSettings, SweepSpec
 
     settings = SweepSettings(
-        scheme=args.scheme,
-        bits=tuple(sorted(args.bits)),
-        group_size=args.group_size or None,
+        choices=parse_choices(args.choices),
         language_block=args.language_block,
         dtype=args.dtype,
         unnorm_key=args.unnorm_key,
@@ -193,10 +195,10 @@ def _sensitivity(args: argparse.Namespace) -> int:
         threads=args.threads,
     )
     result = measure(spec, args.out, ScoreSettings(args.kappa, args.weight, args.bins), options)
-    low = min(result.bits)
+    low = result.choices[0]
     worst = sorted(result.units, key=lambda unit: -unit.omega[low])[:3]
-    print(f"{args.out}: {len(result.units)} layers at {', '.join(map(str, settings.bits))} bits")
-    print(f"most fragile at {low} bits: " + ", ".join(f"{unit.name} {unit.omega[low]:.3f}" for unit in worst))
+    print(f"{args.out}: {len(result.units)} layers in {', '.join(map(str, settings.choices))}")
+    print(f"most fragile in {low}: " + ", ".join(f"{unit.name} {unit.omega[low]:.3f}" for unit in worst))
     if args.mode == "screened":
         facts = result.meta["screening"]
         bounds = {key: 100 * one["bound"] for key, one in facts["stop"]["regret"].items()}
@@ -205,7 +207,7 @@ def _sensitivity(args: argparse.Namespace) -> int:
         print(f"regret of the plan by average bits, with probability {facts['confidence']:g} at most: {regret}")
     if result.meta["inversions"]:
         count = len(result.meta["inversions"])
-        print(f"note: {count} times more bits scored worse than fewer; use more states if it matters")
+        print(f"note: {count} times the more precise of two choices scored worse; use more states if it matters")
     return 0
 
 

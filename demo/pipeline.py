@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from calibrator.allocation.plan import KIND, SCHEMA_VERSION
 from demo.stages import Stage, StageResult, run_stages
 from engine_build.build import check_realised, planned_bytes
 from vla_policy.core import cli
@@ -92,7 +93,7 @@ def stages(job: Job) -> list[Stage]:
         ),
         Stage(
             name="sensitivity",
-            title="task evidence and temporal sensitivity of every live layer at 2, 4 and 8 bits",
+            title="task evidence and temporal sensitivity of every live layer in each choice",
             parents=(job.policy, calibration),
             settings={},
             sources=(_CORE / "core", _CALIBRATOR),
@@ -208,7 +209,7 @@ def packed_against_plan(engine: Path, plan: Path) -> str:
     Raises ArtefactError when the engine's weights are not exactly those that the plan counts, or are packed in other
     bytes than their formats need.
     """
-    manifest, planned = Manifest.load(engine), read_json(plan, "plan")
+    manifest, planned = Manifest.load(engine), read_json(plan, KIND, SCHEMA_VERSION)
     bits = sum(unit.weights * Format.parse(unit.planned).weight_bits for unit in manifest.units)
     if bits != planned["weight_bits"]:
         raise ArtefactError(

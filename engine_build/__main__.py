@@ -34,7 +34,7 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--policy", type=Path, required=True, help="folder in the published OpenVLA layout")
     plan = parser.add_mutually_exclusive_group(required=True)
     plan.add_argument("--plan", type=Path, help="plan.json made by `calibrator allocate` for this policy")
-    plan.add_argument("--uniform", type=Format.parse, metavar="FORMAT", help="every layer in one format, e.g. w16a16")
+    plan.add_argument("--uniform", metavar="CHOICE", help="every layer the same, e.g. w16a16 or w4a16_g64:rtn")
     parser.add_argument("--target", choices=TARGETS, default="cpu", help="machine that runs the engine (default: cpu)")
     parser.add_argument("--backend", choices=BACKENDS, help="what runs the engine (default: the target's first)")
     parser.add_argument("--out", type=Path, required=True, help="engine folder to write; replaced when complete")
@@ -44,6 +44,7 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
 
 
 def _build(arguments: argparse.Namespace) -> int:
+    from calibrator.quantizers import parse_choice
     from engine_build.build import Request, build
     from engine_build.inspect import summary
 
@@ -52,7 +53,7 @@ def _build(arguments: argparse.Namespace) -> int:
         target=find_target(arguments.target),
         out=arguments.out,
         plan=arguments.plan,
-        uniform=arguments.uniform,
+        uniform=parse_choice(arguments.uniform) if arguments.uniform else None,
         legalize=arguments.legalize,
         backend=arguments.backend,
         calibration=arguments.calibration,

@@ -13,6 +13,7 @@ import onnxruntime
 from onnx import TensorProto
 from tqdm import tqdm
 
+from calibrator.quantizers import Codes, Computed
 from engine_build import readback, readback_tensorrt
 from engine_build.backends import tensorrt
 from engine_build.export import export
@@ -25,7 +26,7 @@ from engine_build.readback import Realised, canonical
 from engine_build.weights import Layer, Tensors, layers_of, open_checkpoint
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.files import sha256_policy
-from vla_policy.core.formats import FULL_PRECISION, Format
+from vla_policy.core.formats import FULL, Choice, Format
 from vla_policy.core.manifest import ENGINE, TIMING_CACHE, TOKENIZER, GraphSpec, Manifest, UnitRecord, file_records
 from vla_policy.core.outputs import atomic_folder, check_folder
 from vla_policy.core.policy_config import PolicyConfig
@@ -52,7 +53,7 @@ DIALECTS: dict[Backend, Dialect] = {
 
 @dataclass(frozen=True)
 class Request:
-    """What to build. At most one of `plan` (a file) and `uniform` (a format for every layer); 16 bits without either.
+    """What to build. At most one of `plan` (a file) and `uniform` (a choice for every layer); 16 bits without either.
 
     backend: one of the target's; None for its first.
     calibration: states that fix the activation scales of TensorRT's INT8 layers; not read otherwise. unnorm_key: the
@@ -63,7 +64,7 @@ class Request:
     target: Target
     out: Path
     plan: Path | None = None
-    uniform: Format | None = None
+    uniform: Choice | None = None
     legalize: bool = False
     backend: Backend | None = None
     calibration: Path | None = None
@@ -72,13 +73,17 @@ class Request:
 
 @dataclass(frozen=True)
 class Policy:
-    """What a build reads of a policy: tensors may come from a checkpoint or, to measure sizes, from a generator."""
+    """What a build reads of a policy: tensors may come from a checkpoint or, to measure sizes, from a generator.
+
+    codes: of its layers' weights; computed unless they lie in a store.
+    """
 
     config: PolicyConfig
     tensors: Tensors
     tokenizer: Path
     sha256: str
     input_peaks: Mapping[str, float] = field(default_factory=dict)
+    codes: Codes = field(default_factory=Computed)
 
 
 def build(request: Request) -> Manifest:
@@ -118,7 +123,7 @@ def build_engine(policy: Policy, plan: Plan, target: Target, out: Path) -> Manif
                 shutil.copyfile(out / TIMING_CACHE, folder / TIMING_CACHE)
             built = tensorrt.build_engines(backend, target, folder, graphs, policy.config)
             engines = {name: folder / file for name, file in built.files.items()}
-            version, realised = built.version, engine_formats(folder, graphs, engines, layers, plan.assignment)
+            version, realised = built.version, engine_formats(folder, graphs, engines, layers, plan.formats)
             graphs = _keep_only_engines(folder, graphs, built.files)
         units = tuple(
             unit_record(layer, plan.assignment[name], realised[name], stored[name]) for name, layer in layers.items()
@@ -154,7 +159,7 @@ def _plan(request: Request, target: Target, policy_sha256: str, layers: Mapping[
     if request.plan is not None:
         plan = load_plan(request.plan, policy_sha256, layers)
     else:
-        plan = uniform_plan(request.uniform or FULL_PRECISION, layers)
+        plan = uniform_plan(request.uniform or FULL, layers)
     if request.legalize:
         plan = legalize(plan, layers, target)
     check_legal(plan, layers, target)
@@ -163,7 +168,7 @@ def _plan(request: Request, target: Target, policy_sha256: str, layers: Mapping[
 
 def _input_peaks(request: Request, target: Target, plan: Plan) -> dict[str, float]:
     """Largest inputs of the layers whose activations TensorRT rounds with a fixed scale."""
-    names = [name for name, fmt in plan.assignment.items() if linear_tensorrt.has_fixed_scale(fmt)]
+    names = [name for name, fmt in plan.formats.items() if linear_tensorrt.has_fixed_scale(fmt)]
     if target.backend == "onnxruntime" or not names:
         return {}
     if request.calibration is None:
@@ -175,7 +180,7 @@ def _input_peaks(request: Request, target: Target, plan: Plan) -> dict[str, floa
 
 
 def export_graphs(
-    folder: Path, policy: Policy, layers: Mapping[str, Layer], assignment: Mapping[str, Format], backend: Backend
+    folder: Path, policy: Policy, layers: Mapping[str, Layer], assignment: Mapping[str, Choice], backend: Backend
 ) -> dict[str, GraphSpec]:
     """Writes the policy's graphs in the backend's dialect, with a progress bar."""
     total = sum(layer.weights for layer in layers.values())
@@ -187,7 +192,7 @@ def export_graphs(
     dialect = DIALECTS[backend]
     with bar:
         return export(
-            folder, policy.config, policy.tensors, layers, assignment, dialect.linear, advance,
+            folder, policy.config, policy.tensors, layers, assignment, policy.codes, dialect.linear, advance,
             dialect.float_type, dialect.opset, policy.input_peaks,
         )  # fmt: skip
 
@@ -276,17 +281,18 @@ def planned_bytes(unit: UnitRecord, backend: Backend) -> tuple[int, int]:
     return -(-unit.weights * fmt.weight_bits // 8), -(-filled * fmt.weight_bits // 8)
 
 
-def unit_record(layer: Layer, planned: Format, realised: Realised, stored: tuple[int, int]) -> UnitRecord:
+def unit_record(layer: Layer, planned: Choice, realised: Realised, stored: tuple[int, int]) -> UnitRecord:
     """The manifest's entry of one layer. `stored`: bytes of codes and scales."""
     return UnitRecord(
         name=layer.name,
         kind=layer.kind,
         outputs=layer.outputs,
         inputs=layer.inputs,
-        planned=str(planned),
+        planned=str(planned.format),
         realised=str(realised.format),
         arithmetic=realised.arithmetic,
         code_bytes=stored[0],
         scale_bytes=stored[1],
         resident_bytes=realised.resident_bytes,
+        recipe=planned.recipe,
     )

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from calibrator.families import live_units
 from calibrator.families.loading import empty_policy
 from calibrator.modules.chain import Runs
-from calibrator.quantizers.quantization import quantize_weight
+from calibrator.quantizers import parse_choice, quantize
 from engine_build.graph.builder import GraphBuilder
 from engine_build.graph.linear_onnxruntime import linear
 from engine_build.weights import Layer, LayerWeights, layers_of
@@ -99,8 +99,9 @@ def _milliseconds(outputs: int, inputs: int, tokens: int, fmt: Format, threads: 
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(outputs, inputs, generator=generator)
     layer = Layer("layer", "linear", "layer", outputs, inputs, bias=False)
-    full = fmt.weight_bits == FULL_PRECISION.weight_bits
-    weights = LayerWeights(layer, fmt, None if full else quantize_weight(rows, fmt), rows if full else None, None)
+    choice = parse_choice(str(fmt))  # how the codes were found does not change the time
+    codes = None if choice.recipe is None else quantize(rows, choice)
+    weights = LayerWeights(layer, fmt, codes, rows if codes is None else None, None)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "layer.onnx"
         with GraphBuilder(path) as builder:

@@ -5,11 +5,12 @@ from pathlib import Path
 
 from onnx import TensorProto, helper
 
+from calibrator.quantizers import Codes
 from engine_build.graph import decoder, vision
 from engine_build.graph.builder import OPSET, GraphBuilder
 from engine_build.graph.context import GraphContext, LinearWriter
 from engine_build.weights import Layer, Tensors
-from vla_policy.core.formats import Format
+from vla_policy.core.formats import Choice
 from vla_policy.core.manifest import GraphSpec, TensorSpec
 from vla_policy.core.policy_config import PolicyConfig
 
@@ -22,7 +23,8 @@ def export(
     config: PolicyConfig,
     tensors: Tensors,
     layers: Mapping[str, Layer],
-    assignment: Mapping[str, Format],
+    assignment: Mapping[str, Choice],
+    codes: Codes,
     write_linear: LinearWriter,
     on_layer: Callable[[Layer], None],
     float_type: int = TensorProto.FLOAT,
@@ -33,7 +35,9 @@ def export(
     graphs = {}
     for name, build in _ARCHITECTURES.items():
         with GraphBuilder(folder / f"{name}.onnx", float_type, opset) as builder:
-            context = GraphContext(builder, tensors, layers, assignment, write_linear, on_layer, input_peaks or {})
+            context = GraphContext(
+                builder, tensors, layers, assignment, codes, write_linear, on_layer, input_peaks or {}
+            )
             inputs, outputs = build(context, config)
             builder.save([_info(spec) for spec in inputs], [_info(spec) for spec in outputs])
         graphs[name] = GraphSpec(f"{name}.onnx", tuple(inputs), tuple(outputs))

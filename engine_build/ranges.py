@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from calibrator.data.calibration import load_calibration
 from calibrator.families import TorchActor
-from calibrator.quantizers.quantization import find_layer
+from calibrator.quantizers import find_layer
 from vla_policy.core.errors import ArtefactError
 
 

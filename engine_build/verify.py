@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from calibrator.data.calibration import load_calibration
 from calibrator.families import TorchActor
-from calibrator.quantizers.quantization import quantize_policy
+from calibrator.quantizers import quantize_policy
 from engine_build.build import (
     Policy,
     check_realised,
@@ -113,7 +113,7 @@ def _read_back(
     engine_folder: Path, manifest: Manifest, policy_folder: Path, layers: Mapping[str, Layer]
 ) -> dict[str, UnitRecord]:
     """The units' records, read again. A TensorRT engine is compared with graphs that are exported again for it."""
-    planned = {unit.name: Format.parse(unit.planned) for unit in manifest.units}
+    planned = {unit.name: unit.choice for unit in manifest.units}
     if manifest.backend == "onnxruntime":
         realised = realised_formats(engine_folder, manifest.graphs, layers)
         stored = stored_bytes(engine_folder, manifest.graphs, layers)
@@ -125,8 +125,9 @@ def _read_back(
         ):
             parent, peaks = manifest.parents["policy"], manifest.input_peaks
             policy = Policy(manifest.config, checkpoint, policy_folder / TOKENIZER, parent, peaks)
+            formats = {name: choice.format for name, choice in planned.items()}
             graphs = export_graphs(Path(folder), policy, layers, planned, manifest.backend)
-            realised = engine_formats(Path(folder), graphs, engines, layers, planned)
+            realised = engine_formats(Path(folder), graphs, engines, layers, formats)
             stored = stored_bytes(Path(folder), graphs, layers)
     return {name: unit_record(layer, planned[name], realised[name], stored[name]) for name, layer in layers.items()}
 
@@ -145,8 +146,7 @@ def reference_check(
     states = reference_states(engine, calibration, samples, seed)
     actor = TorchActor.load(policy_folder, unnorm_key)
     against_full = compare(engine, actor, states, "against full precision")
-    assignment = {unit.name: Format.parse(unit.planned) for unit in manifest.units}
-    quantize_policy(actor.policy, assignment)
+    quantize_policy(actor.policy, {unit.name: unit.choice for unit in manifest.units})
     against_same = compare(engine, actor, states, "against the same formats in torch")
     tolerance = tolerance_of(manifest)
     what = "logits" if manifest.config.chunk is None else "normalised actions"

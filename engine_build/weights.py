@@ -11,13 +11,10 @@ import torch
 
 from calibrator.families import live_units
 from calibrator.families.loading import empty_policy, open_weights, tensor_files
-from calibrator.quantizers.quantization import QuantizedWeight, quantize_weight
-from vla_policy.core.errors import PolicyError
-from vla_policy.core.formats import FULL_PRECISION, Format
+from calibrator.quantizers import Codes, QuantizedWeight
+from vla_policy.core.formats import Choice, Format
 from vla_policy.core.policy_config import PolicyConfig
 from vla_policy.core.targets import LayerKind
-
-_AT_ONCE = 1 << 22  # weights
 
 
 class Tensors(Protocol):
@@ -102,24 +99,15 @@ class LayerWeights:
         return self.quantized.scales.numpy().astype(np.float16)
 
 
-def layer_weights(tensors: Tensors, layer: Layer, fmt: Format, input_peak: float | None = None) -> LayerWeights:
-    """Reads one layer and quantizes it as the calibrator does; raises PolicyError naming a layer that cannot be."""
+def layer_weights(
+    tensors: Tensors, layer: Layer, choice: Choice, codes: Codes, input_peak: float | None = None
+) -> LayerWeights:
+    """Reads one layer; its codes come from the calibrator: nothing is rounded here. Raises as `codes` does."""
     weight = tensors.tensor(f"{layer.name}.weight")
     bias = as_float32(tensors.tensor(f"{layer.name}.bias")) if layer.bias else None
-    if fmt.weight_bits == FULL_PRECISION.weight_bits:
-        return LayerWeights(layer, fmt, None, weight.flatten(1), bias)
-    try:
-        return LayerWeights(layer, fmt, _quantized(weight, fmt), None, bias, input_peak)
-    except PolicyError as error:
-        raise PolicyError(f"{layer.name}: {error}") from error
-
-
-def _quantized(weight: torch.Tensor, fmt: Format) -> QuantizedWeight:
-    """`quantize_weight` of some rows at a time: its temporaries then stay in the processor's cache."""
-    rows = max(1, _AT_ONCE * len(weight) // weight.numel())
-    parts = [quantize_weight(part, fmt) for part in weight.split(rows)]
-    codes, scales = torch.cat([part.codes for part in parts]), torch.cat([part.scales for part in parts])
-    return QuantizedWeight(codes, scales, fmt, tuple(weight.shape))
+    if choice.recipe is None:
+        return LayerWeights(layer, choice.format, None, weight.flatten(1), bias)
+    return LayerWeights(layer, choice.format, codes.of(layer.name, weight, choice), None, bias, input_peak)
 
 
 def as_float32(tensor: torch.Tensor) -> np.ndarray:

@@ -14,10 +14,8 @@ from evaluation.results import KIND as ROLLOUT
 from evaluation.results import RolloutResult, describe_result
 from evaluation.rollout import Rollout, run
 from vla_policy.core import cli
-from vla_policy.core.formats import Format
+from vla_policy.core.formats import Choice
 from vla_policy.core.outputs import check_file
-
-_WEIGHT_BITS = (8, 4, 3, 2)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,16 +53,9 @@ def _add_rollout(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--unnorm-key", help="which of the policy's statistics to use (default: the only ones)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="torch policies only")
     parser.add_argument(
-        "--uniform-bits",
-        type=int,
-        choices=_WEIGHT_BITS,
-        help="round every live layer's weights to nearest, in bits (torch policies; default: leave them alone)",
-    )
-    parser.add_argument(
-        "--group-size",
-        type=int,
-        default=0,
-        help="inputs that share a scale with --uniform-bits; 0: one scale per output channel (default %(default)s)",
+        "--uniform",
+        metavar="CHOICE",
+        help="every live layer rounded, e.g. w4a16_g64:rtn (torch policies; default: leave them alone)",
     )
     control = parser.add_mutually_exclusive_group()
     control.add_argument("--blind", action="store_true", help="control: the policy sees a grey image")
@@ -87,17 +78,14 @@ def _rollout(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> 
         return 0
     if arguments.benchmark is None or arguments.out is None:
         parser.error("--benchmark and --out are needed to run episodes")
-    if arguments.engine and (arguments.uniform_bits or arguments.dtype != "float32"):
-        parser.error("--uniform-bits and --dtype belong to --policy; an engine has its formats built in")
-    if arguments.group_size and not arguments.uniform_bits:
-        parser.error("--group-size needs --uniform-bits")
+    if arguments.engine and (arguments.uniform or arguments.dtype != "float32"):
+        parser.error("--uniform and --dtype belong to --policy; an engine has its formats built in")
     check_file(arguments.out, ROLLOUT, [arguments.engine or arguments.policy])
-    weights = Format(arguments.uniform_bits, 16, arguments.group_size or None) if arguments.uniform_bits else None
     actor = ActorSpec(
         kind="engine" if arguments.engine else "policy",
         folder=arguments.engine or arguments.policy,
         unnorm_key=arguments.unnorm_key,
-        weights=weights,
+        uniform=_choice(arguments.uniform),
         dtype=arguments.dtype,
     )
     rollout = Rollout(
@@ -110,6 +98,12 @@ def _rollout(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> 
     result = run(rollout, tuple(arguments.tasks), arguments.trials, arguments.out, arguments.workers)
     print(describe_result(result))
     return 0
+
+
+def _choice(text: str | None) -> Choice | None:
+    from calibrator.quantizers import parse_choice
+
+    return None if text is None else parse_choice(text)
 
 
 def _table(arguments: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""Who decides in a rollout: a torch policy, plain or with uniformly rounded weights, or a built engine."""
+"""Who decides in a rollout: a torch policy, plain or with all layers rounded alike, or a built engine."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.files import sha256_folder, sha256_policy
-from vla_policy.core.formats import Format
+from vla_policy.core.formats import Choice
 from vla_policy.core.observation import Actor
 from vla_policy.core.policy_config import PolicyConfig
 
@@ -15,13 +15,13 @@ from vla_policy.core.policy_config import PolicyConfig
 class ActorSpec:
     """A recipe for an actor that can be sent to a worker process.
 
-    weights: format of every layer's weights by round-to-nearest; None leaves them alone. Policies only, as is dtype.
+    uniform: what every layer is; None leaves them alone. Policies only, as is dtype.
     """
 
     kind: Literal["policy", "engine"]
     folder: Path
     unnorm_key: str | None = None
-    weights: Format | None = None
+    uniform: Choice | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     def settings(self) -> dict[str, Any]:
@@ -34,7 +34,7 @@ class ActorSpec:
             "name": self.folder.resolve().name,
             "sha256": sha256,
             "unnorm_key": self.unnorm_key,
-            "weights": str(self.weights) if self.weights else None,
+            "uniform": self.uniform and self.uniform.to_json(),
             "dtype": self.dtype if self.kind == "policy" else None,
         }
 
@@ -58,10 +58,10 @@ class ActorSpec:
         import torch
 
         from calibrator.families import TorchActor, live_units
-        from calibrator.quantizers.quantization import quantize_policy
+        from calibrator.quantizers import quantize_policy
 
         torch.set_num_threads(1)
         actor = TorchActor.load(self.folder, self.unnorm_key, getattr(torch, self.dtype))
-        if self.weights is not None:
-            quantize_policy(actor.policy, {unit.name: self.weights for unit in live_units(actor.policy)})
+        if self.uniform is not None:
+            quantize_policy(actor.policy, {unit.name: self.uniform for unit in live_units(actor.policy)})
         return actor

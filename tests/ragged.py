@@ -10,10 +10,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from calibrator.families import save_policy
 from calibrator.families.loading import empty_policy
+from calibrator.quantizers import parse_choice
 from engine_build.build import Request, build
 from engine_build.weights import layers_of
 from vla_policy.core.files import sha256_policy
-from vla_policy.core.formats import Format
+from vla_policy.core.formats import Choice
 from vla_policy.core.observation import Observation
 from vla_policy.core.policy_config import PolicyConfig
 from vla_policy.core.targets import find_target
@@ -96,14 +97,14 @@ def write_policy(folder: Path, seed: int = 0, images: int = 1) -> Path:
     return folder
 
 
-def mixed_assignment(names: list[str], formats: list[str]) -> dict[str, Format]:
-    """The formats in turn over the layers."""
-    return {name: Format.parse(formats[index % len(formats)]) for index, name in enumerate(names)}
+def mixed_assignment(names: list[str], choices: list[str]) -> dict[str, Choice]:
+    """The choices in turn over the layers."""
+    return {name: parse_choice(choices[index % len(choices)]) for index, name in enumerate(names)}
 
 
-def write_plan(path: Path, policy_sha256: str, assignment: dict[str, Format]) -> Path:
-    entries = {name: {"bits": fmt.weight_bits, "format": str(fmt)} for name, fmt in assignment.items()}
-    plan = {"schema_version": 1, "kind": "plan", "policy_sha256": policy_sha256, "assignment": entries}
+def write_plan(path: Path, policy_sha256: str, assignment: dict[str, Choice]) -> Path:
+    entries = {name: choice.to_json() for name, choice in assignment.items()}
+    plan = {"schema_version": 2, "kind": "plan", "policy_sha256": policy_sha256, "assignment": entries}
     path.write_text(json.dumps(plan))
     return path
 

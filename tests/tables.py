@@ -1,17 +1,25 @@
 """Hand-made sensitivity tables."""
 
 import numpy as np
+from choices import CHOICES
 
 from calibrator.sensitivity.table import Sensitivity, UnitScores
+from vla_policy.core.formats import FULL, Choice
 
-BITS = (2, 4, 8, 16)
+BY_BITS = {choice.format.weight_bits: choice for choice in (*CHOICES, FULL)}
 
 
 def unit(
     name: str, omega: dict[int, float], inputs: int = 64, outputs: int = 10, group: str | None = None
 ) -> UnitScores:
-    """A layer whose temporal score is twice its score and whose action error is a tenth."""
-    full = omega | {16: 0.0}
+    """A layer whose temporal score is twice its score and whose action error is a tenth. omega: by weight bits."""
+    return scored(name, {BY_BITS[bits]: value for bits, value in (omega | {16: 0.0}).items()}, inputs, outputs, group)
+
+
+def scored(
+    name: str, omega: dict[Choice, float], inputs: int = 64, outputs: int = 10, group: str | None = None
+) -> UnitScores:
+    """As `unit`, by choice, full precision included."""
     return UnitScores(
         name=name,
         stage="language",
@@ -19,18 +27,19 @@ def unit(
         inputs=inputs,
         outputs=outputs,
         macs=inputs * outputs * 7,
-        omega=full,
-        omega_tau={bits: 2 * value for bits, value in full.items()},
-        action_mse={bits: value / 10 for bits, value in full.items()},
-        action_proxy={bits: value / 20 for bits, value in full.items()},
-        likelihood_drop={bits: value / 30 for bits, value in full.items()},
+        omega=omega,
+        omega_tau={choice: 2 * value for choice, value in omega.items()},
+        action_mse={choice: value / 10 for choice, value in omega.items()},
+        action_proxy={choice: value / 20 for choice, value in omega.items()},
+        likelihood_drop={choice: value / 30 for choice, value in omega.items()},
         boundary_loss={},
     )
 
 
-def table(units: list[UnitScores], scheme: str = "weight-only") -> Sensitivity:
+def table(units: list[UnitScores]) -> Sensitivity:
     meta = {"policy": {"id": "hand", "sha256": "p" * 64}, "calibration": {"sha256": "c" * 64}}
-    return Sensitivity(tuple(units), BITS, scheme, 32, 1000, meta, "sensitivity.json", "s" * 64)
+    choices = tuple(sorted(units[0].omega, key=lambda choice: choice.precision))
+    return Sensitivity(tuple(units), choices, 1000, meta, "sensitivity.json", "s" * 64)
 
 
 def random_table(count: int, seed: int, fused: bool = False) -> Sensitivity:

@@ -22,7 +22,7 @@ from evaluation.robot.session import main as session
 from tests.demo.materials import tiny_bag, tiny_contract
 from vla_policy.core import cli
 from vla_policy.core.errors import PolicyError
-from vla_policy.core.formats import Format
+from vla_policy.core.formats import FULL
 from vla_policy.core.manifest import Manifest
 from vla_policy.core.observation import Observation
 from vla_policy.core.runner import load_engine
@@ -120,7 +120,7 @@ def test_a_build_asks_where_it_reads_states(material: Path, tmp_path: Path) -> N
     with pytest.raises(PolicyError, match=CHOICES):
         input_peaks(material / "policy", material / "calibration", names)
     assert input_peaks(material / "policy", material / "calibration", names, "large")[names[0]] > 0
-    request = Request(material / "policy", find_target("cpu"), tmp_path, uniform=Format(16, 16), unnorm_key="bridge")
+    request = Request(material / "policy", find_target("cpu"), tmp_path, uniform=FULL, unnorm_key="bridge")
     with pytest.raises(PolicyError, match="unnorm_key 'bridge' is not in the policy's norm_stats"):
         build(request)
 

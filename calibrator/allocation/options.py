@@ -1,4 +1,4 @@
-"""What an allocation chooses from: groups of layers, their widths, and every width's score and costs."""
+"""What an allocation chooses from: groups of layers, what they can be, and the score and costs of each choice."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -7,11 +7,11 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
-from calibrator.quantizers.quantization import groups_per_row
-from calibrator.sensitivity.table import FULL_BITS, Objective, Sensitivity, UnitScores
+from calibrator.quantizers import groups_per_row, parse_choice
+from calibrator.sensitivity.table import Objective, Sensitivity, UnitScores
 from vla_policy.core.errors import ArtefactError, BudgetError
 from vla_policy.core.files import read_json
-from vla_policy.core.formats import FULL_PRECISION, Format
+from vla_policy.core.formats import FULL_PRECISION, Choice, Format
 from vla_policy.core.targets import Target
 
 SCALE_BITS = 16
@@ -57,13 +57,14 @@ class LatencyTable:
 
 @dataclass(frozen=True)
 class Option:
-    """One width of one group, summed over its layers.
+    """One choice of one group, summed over its layers.
 
-    code_bits: N_m b of Eq. (14c). size_bits: with scales, 16-bit weights at the plan's float width.
+    choice: as the target runs it. score: of the choice that was measured for it, see `offered`. code_bits: N_m b of
+    Eq. (14c). size_bits: with scales, 16-bit weights at the plan's float width.
     bitops: MACs times weight bits times activation bits, which is MACs b^2 where both have b bits.
     """
 
-    bits: int
+    choice: Choice
     score: float
     code_bits: int
     size_bits: int
@@ -76,47 +77,56 @@ class Option:
 
 @dataclass(frozen=True)
 class Group:
-    """Layers that share one width because the target fuses them."""
+    """Layers that share one choice because the target fuses them."""
 
     name: str
     units: tuple[str, ...]
     options: tuple[Option, ...]
 
 
+def ladder(group: Group) -> list[Option]:
+    """The best option of every number of code bits, most bits first."""
+    best: dict[int, Option] = {}
+    for option in sorted(group.options, key=lambda option: (-option.code_bits, option.score)):
+        best.setdefault(option.code_bits, option)
+    return list(best.values())
+
+
 @dataclass(frozen=True)
 class Pin:
-    """Layers whose names match `glob` get `bits`."""
+    """Layers whose names match `glob` get the measured `choice`."""
 
     glob: str
-    bits: int
+    choice: Choice
+
+    def __str__(self) -> str:
+        return f"{self.glob}={self.choice}"
 
     @staticmethod
     def parse(text: str) -> "Pin":
-        """From `glob=bits`. Raises BudgetError for any other text."""
-        glob, separator, bits = text.rpartition("=")
-        if not separator or not bits.isdigit():
-            raise BudgetError(f"--pin {text!r}: expected 'glob=bits', e.g. 'projector.*=16'")
-        return Pin(glob, int(bits))
+        """From `glob=choice`. Raises BudgetError for any other text, ArtefactError for a choice that does not exist."""
+        glob, separator, choice = text.partition("=")
+        if not separator:
+            raise BudgetError(f"--pin {text!r}: expected 'glob=choice', e.g. 'projector.*=w16a16'")
+        return Pin(glob, parse_choice(choice))
 
 
-def format_of(sensitivity: Sensitivity, bits: int) -> Format:
-    """The format that a width means in the scheme that was measured."""
-    if bits >= FULL_BITS:
-        return FULL_PRECISION
-    activation_bits = bits if sensitivity.scheme == "weight-activation" else 16
-    return Format(bits, activation_bits, sensitivity.group_size)
+def offered(choices: Sequence[Choice], target: Target | None) -> dict[Choice, Choice]:
+    """What the target runs, the least precise first, and the measured choice that is its score.
 
-
-def format_on(sensitivity: Sensitivity, bits: int, target: Target | None) -> Format | None:
-    """The format that a width gets on `target`: the measured one, or the nearest that the target runs.
-
-    None where no format of that width is legal there. Without a target nothing is excluded.
+    A measured format that the target lacks stands for the nearest that it runs, which loses nothing against it, unless
+    that has other weight bits. What was measured itself is never scored by something else, and of several that are
+    equally far the most precise is taken. Without a target nothing is excluded.
     """
-    measured = format_of(sensitivity, bits)
     if target is None:
-        return measured
-    nearest = target.nearest(measured)
-    return nearest if nearest.weight_bits == bits else None
+        return {choice: choice for choice in choices}
+    found: dict[Choice, Choice] = {}
+    for measured in sorted(choices, key=lambda choice: choice.precision):
+        nearest = target.nearest(measured.format)
+        if nearest.weight_bits == measured.format.weight_bits:
+            runs = Choice(nearest, measured.recipe)
+            found[runs] = runs if runs in choices else measured
+    return dict(sorted(found.items(), key=lambda item: item[0].precision))
 
 
 def build_groups(
@@ -127,8 +137,9 @@ def build_groups(
     latency: LatencyTable | None = None,
     target: Target | None = None,
 ) -> list[Group]:
-    """Every fused group with its allowed widths. Raises BudgetError for a pin that cannot hold."""
-    legal = {bits: fmt for bits in sensitivity.bits if (fmt := format_on(sensitivity, bits, target)) is not None}
+    """Every fused group with its allowed choices. Raises BudgetError for a pin that cannot hold."""
+    scored_by = offered(sensitivity.choices, target)
+    runs_as = {measured: runs for runs, measured in scored_by.items()}
     fixed = _pinned(sensitivity, pins)
     members: dict[str, list[UnitScores]] = {}
     for unit in sensitivity.units:
@@ -137,45 +148,46 @@ def build_groups(
     for name, units in members.items():
         wanted = {fixed[unit.name] for unit in units if unit.name in fixed}
         if len(wanted) > 1:
-            raise BudgetError(f"{name}: pinned to {sorted(wanted)} bits, but its layers are fused and share one width")
-        illegal = sorted(wanted - legal.keys())
-        if illegal:
-            raise BudgetError(f"{name}: pinned to {illegal[0]} bits, which the target cannot run; pin another width")
-        widths = wanted or legal.keys()
-        options = tuple(_option(units, bits, legal[bits], objective, float_bits, latency) for bits in sorted(widths))
+            pinned = " and ".join(sorted(map(str, wanted)))
+            raise BudgetError(f"{name}: pinned to {pinned}, but its layers are fused and share one choice")
+        if illegal := [choice for choice in wanted if choice not in runs_as]:
+            raise BudgetError(f"{name}: pinned to {illegal[0]}, which the target cannot run; pin another choice")
+        allowed = [runs_as[choice] for choice in wanted] or list(scored_by)
+        options = tuple(
+            _option(units, runs, scored_by[runs], objective, float_bits, latency) for runs in allowed
+        )
         groups.append(Group(name, tuple(unit.name for unit in units), options))
     return groups
 
 
-def _pinned(sensitivity: Sensitivity, pins: Sequence[Pin]) -> dict[str, int]:
-    fixed: dict[str, int] = {}
+def _pinned(sensitivity: Sensitivity, pins: Sequence[Pin]) -> dict[str, Choice]:
+    fixed: dict[str, Choice] = {}
     for pin in pins:
-        if pin.bits not in sensitivity.bits:
-            widths = ", ".join(map(str, sensitivity.bits))
-            raise BudgetError(f"--pin '{pin.glob}={pin.bits}': {pin.bits} bits were not measured; choose from {widths}")
+        if pin.choice not in sensitivity.choices:
+            measured = ", ".join(map(str, sensitivity.choices))
+            raise BudgetError(f"--pin '{pin}': {pin.choice} was not measured; choose from {measured}")
         matched = [unit.name for unit in sensitivity.units if fnmatchcase(unit.name, pin.glob)]
         if not matched:
-            raise BudgetError(
-                f"--pin '{pin.glob}={pin.bits}' matches no layer; names look like {sensitivity.units[0].name}"
-            )
+            raise BudgetError(f"--pin '{pin}' matches no layer; names look like {sensitivity.units[0].name}")
         for name in matched:
-            if fixed.setdefault(name, pin.bits) != pin.bits:
-                raise BudgetError(f"{name}: pinned to {fixed[name]} and to {pin.bits} bits; keep one of the two")
+            if fixed.setdefault(name, pin.choice) != pin.choice:
+                raise BudgetError(f"{name}: pinned to {fixed[name]} and to {pin.choice}; keep one of the two")
     return fixed
 
 
 def _option(
     units: Sequence[UnitScores],
-    bits: int,
-    fmt: Format,
+    runs: Choice,
+    measured: Choice,
     objective: Objective,
     float_bits: int,
     latency: LatencyTable | None,
 ) -> Option:
+    fmt = runs.format
     return Option(
-        bits=bits,
-        score=sum(objective.score(unit, bits) for unit in units),
-        code_bits=sum(unit.params * bits for unit in units),
+        choice=runs,
+        score=sum(objective.score(unit, measured) for unit in units),
+        code_bits=sum(unit.params * fmt.weight_bits for unit in units),
         size_bits=sum(weight_bits(unit, fmt, float_bits) + scale_bits(unit, fmt) for unit in units),
         bitops=sum(unit.macs * fmt.weight_bits * fmt.activation_bits for unit in units),
         latency_ms=sum(latency.latency_ms(unit.name, fmt) for unit in units) if latency else 0.0,
@@ -184,12 +196,12 @@ def _option(
 
 def weight_bits(unit: UnitScores, fmt: Format, float_bits: int) -> int:
     """Bits of a layer's weight without its scales."""
-    return unit.params * (fmt.weight_bits if fmt.weight_bits < FULL_BITS else float_bits)
+    return unit.params * (fmt.weight_bits if fmt.weight_bits < FULL_PRECISION.weight_bits else float_bits)
 
 
 def scale_bits(unit: UnitScores, fmt: Format) -> int:
     """Bits of a layer's weight scales: one float16 per group of inputs and output."""
-    if fmt.weight_bits >= FULL_BITS:
+    if fmt.weight_bits >= FULL_PRECISION.weight_bits:
         return 0
     return unit.outputs * groups_per_row(unit.inputs, fmt) * SCALE_BITS
 
@@ -210,12 +222,12 @@ class Budget:
         return f"{math.ceil(value / step - 1e-6) * step:.6g}"
 
 
-def totals(choice: Sequence[Option]) -> dict[str, Any]:
+def totals(options: Sequence[Option]) -> dict[str, Any]:
     """Score and costs of one option per group, summed in plain Python."""
     return {
-        "objective": sum(option.score for option in choice),
-        "code_bits": sum(option.code_bits for option in choice),
-        "size_bits": sum(option.size_bits for option in choice),
-        "bitops": sum(option.bitops for option in choice),
-        "latency_ms": sum(option.latency_ms for option in choice),
+        "objective": sum(option.score for option in options),
+        "code_bits": sum(option.code_bits for option in options),
+        "size_bits": sum(option.size_bits for option in options),
+        "bitops": sum(option.bitops for option in options),
+        "latency_ms": sum(option.latency_ms for option in options),
     }

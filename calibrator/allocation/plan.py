@@ -1,4 +1,4 @@
-"""The bit plan: which format every layer gets, why, and what it costs."""
+"""The bit plan: which format and recipe every layer gets, why, and what it costs."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from vla_policy.core.errors import ArtefactError
-from vla_policy.core.files import read_json, sha256_policy, write_json
-from vla_policy.core.formats import Format
+from vla_policy.core.files import read_json, sha256_file, sha256_policy, write_json
+from vla_policy.core.formats import Choice
 
 KIND = "plan"
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,14 @@ class PlanSize:
 class Plan:
     """`plan.json` as a type.
 
-    assignment: format by layer name, every measured layer. objective, bound, gap: of Mix-QVLA Eq. (14a); the gap is
-    (objective - bound) / objective, 0 for a certified optimum. average_bits: over the weights of the planned layers.
-    bitops: per action. latency_ms: from the target's table, None without one. details: every other entry of the file.
+    assignment: choice by layer name, every measured layer. scored_by: of choices that were not measured, because the
+    target runs them in the place of others, the measured ones that are their scores. objective, bound, gap: of Mix-QVLA
+    Eq. (14a); the gap is (objective - bound) / objective, 0 for a certified optimum. average_bits: over the weights of
+    the planned layers. bitops: per action. latency_ms: from the target's table, None without one. details: every other
+    entry of the file.
     """
 
-    assignment: Mapping[str, Format]
+    assignment: Mapping[str, Choice]
     policy_sha256: str
     alpha: float
     beta: float
@@ -47,16 +50,24 @@ class Plan:
     bitops: int
     latency_ms: float | None
     target: str | None
+    scored_by: Mapping[Choice, Choice] = field(default_factory=dict)
     details: Mapping[str, Any] = field(default_factory=dict)
+
+    def measured(self, unit: str) -> Choice:
+        """The measured choice that is the score of a layer's own."""
+        choice = self.assignment[unit]
+        return self.scored_by.get(choice, choice)
 
     def to_json(self) -> dict[str, Any]:
         return {
             **self.details,
-            "schema_version": 1,
+            "schema_version": SCHEMA_VERSION,
             "kind": KIND,
-            "assignment": {
-                unit: {"bits": fmt.weight_bits, "format": str(fmt)} for unit, fmt in self.assignment.items()
-            },
+            "assignment": {unit: choice.to_json() for unit, choice in self.assignment.items()},
+            "scored_by": [
+                {"choice": choice.to_json(), "measured": measured.to_json()}
+                for choice, measured in self.scored_by.items()
+            ],
             "policy_sha256": self.policy_sha256,
             "alpha": self.alpha,
             "beta": self.beta,
@@ -81,12 +92,15 @@ class Plan:
     @staticmethod
     def load(path: Path | str) -> "Plan":
         """Raises ArtefactError when the file is missing, damaged or no plan."""
-        raw = read_json(path, KIND)
+        raw = read_json(path, KIND, SCHEMA_VERSION)
         try:
             plan = Plan(
-                assignment={unit: Format.parse(entry["format"]) for unit, entry in raw["assignment"].items()},
+                assignment=_assignment(path, raw),
                 policy_sha256=raw["policy_sha256"],
                 size=PlanSize(raw["weight_bits"], raw["scale_bits"], raw["unquantized_bits"]),
+                scored_by={
+                    Choice.from_json(entry["choice"]): Choice.from_json(entry["measured"]) for entry in raw["scored_by"]
+                },
                 **{name: raw[name] for name in _PLAIN},
             )
         except KeyError as error:
@@ -105,3 +119,32 @@ class Plan:
 
 
 _PLAIN = ("alpha", "beta", "objective", "bound", "gap", "solver", "average_bits", "bitops", "latency_ms", "target")
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """The part of a plan that engines are built from. sha256: of the plan's file."""
+
+    choices: Mapping[str, Choice]
+    policy_sha256: str
+    sha256: str
+
+    @staticmethod
+    def load(path: Path) -> "Assignment":
+        """Raises ArtefactError when the file is missing, damaged or no plan."""
+        raw = read_json(path, KIND, SCHEMA_VERSION)
+        return Assignment(_assignment(path, raw), str(raw.get("policy_sha256")), sha256_file(path))
+
+
+def _assignment(path: Path | str, raw: Mapping[str, Any]) -> dict[str, Choice]:
+    entries = raw.get("assignment")
+    if not isinstance(entries, dict):
+        raise ArtefactError(f"{path}: 'assignment' is missing; expected an object from layer to format and recipe")
+    choices = {}
+    for unit, entry in entries.items():
+        try:
+            choices[unit] = Choice.from_json(entry)
+        except (KeyError, TypeError, AttributeError) as error:
+            expected = '{"format": "w4a16_g64", "recipe": {"method": "rtn", "version": 1, "parameters": {}}}'
+            raise ArtefactError(f"{path}: layer {unit!r}: expected e.g. {expected}, got {entry!r}") from error
+    return choices

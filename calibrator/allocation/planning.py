@@ -1,5 +1,6 @@
 """From a sensitivity table and budgets to a plan, and to the whole trade-off between size and score."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,8 +15,7 @@ from calibrator.allocation.options import (
     LatencyTable,
     Pin,
     build_groups,
-    format_of,
-    format_on,
+    offered,
     scale_bits,
     totals,
     weight_bits,
@@ -25,7 +25,7 @@ from calibrator.allocation.solve import Solution, Solver, feasible_range, greedy
 from calibrator.sensitivity.table import Objective, Sensitivity
 from vla_policy.core.errors import BudgetError
 from vla_policy.core.files import write_json
-from vla_policy.core.formats import Format
+from vla_policy.core.formats import Choice
 from vla_policy.core.targets import Target, find_target
 
 FRONTIER = "frontier"
@@ -143,7 +143,7 @@ class Planner:
         return self._as_plan(solution, greedy, budgets)
 
     def _as_plan(self, solution: Solution, greedy: Solution | None, budgets: Sequence[Budget]) -> Plan:
-        request, sums = self.request, totals(solution.choice)
+        request, sums = self.request, totals(solution.options)
         limits = request.limits
         details: dict[str, Any] = {
             "parents": {
@@ -152,10 +152,9 @@ class Planner:
                 "calibration_sha256": self.sensitivity.meta["calibration"]["sha256"],
             },
             "signal": request.objective.signal,
-            "scheme": self.sensitivity.scheme,
-            "pins": [f"{pin.glob}={pin.bits}" for pin in request.pins],
+            "pins": [str(pin) for pin in request.pins],
             "float_bits": request.float_bits,
-            "formats_adapted_to_target": self._adapted(),
+            "not_offered_by_target": [str(choice) for choice in self._not_offered()],
             "average_bits_budget": limits.average_bits,
             "size_budget_bits": None if limits.size_gb is None else round(limits.size_gb * _GB_BITS),
             "bitops_budget": None if limits.bitops_ratio is None else limits.bitops_ratio * self._full_bitops(),
@@ -178,27 +177,28 @@ class Planner:
             bitops=int(sums["bitops"]),
             latency_ms=None if fixed_ms is None else fixed_ms + sums["latency_ms"],
             target=request.target or (request.latency.target if request.latency else None),
+            scored_by={runs: measured for runs, measured in self._offered().items() if runs != measured},
             details=details,
         )
 
-    def _assignment(self, solution: Solution) -> dict[str, Format]:
+    def _assignment(self, solution: Solution) -> dict[str, Choice]:
         by_unit = {
-            unit: option.bits
-            for group, option in zip(self.groups, solution.choice, strict=True)
+            unit: option.choice
+            for group, option in zip(self.groups, solution.options, strict=True)
             for unit in group.units
         }
-        formats = {bits: format_on(self.sensitivity, bits, self.request.machine) for bits in set(by_unit.values())}
-        assignment = {unit.name: formats[by_unit[unit.name]] for unit in self.sensitivity.units}
-        return {name: fmt for name, fmt in assignment.items() if fmt is not None}
+        return {unit.name: by_unit[unit.name] for unit in self.sensitivity.units}
 
-    def _adapted(self) -> dict[str, str]:
-        """Measured formats that the target lacks, and what it runs in their place."""
-        pairs = ((bits, format_on(self.sensitivity, bits, self.request.machine)) for bits in self.sensitivity.bits)
-        measured = {str(format_of(self.sensitivity, bits)): str(fmt or "not offered") for bits, fmt in pairs}
-        return {name: fmt for name, fmt in measured.items() if fmt != name}
+    def _offered(self) -> dict[Choice, Choice]:
+        return offered(self.sensitivity.choices, self.request.machine)
+
+    def _not_offered(self) -> list[Choice]:
+        """Measured choices that no layer can have on the target."""
+        used = set(self._offered().values())
+        return [choice for choice in self.sensitivity.choices if choice not in used]
 
     def _size(self, solution: Solution) -> PlanSize:
-        formats = self._assignment(solution)
+        formats = {name: choice.format for name, choice in self._assignment(solution).items()}
         return PlanSize(
             weight_bits=sum(weight_bits(u, formats[u.name], self.request.float_bits) for u in self.sensitivity.units),
             scale_bits=sum(scale_bits(unit, formats[unit.name]) for unit in self.sensitivity.units),
@@ -213,8 +213,8 @@ class Planner:
             budgets = [Budget("size_bits", float(limit), "size")]
             solution = solve(self.groups, budgets, self.request.solver)
             greedy = greedy_demotion(self.groups, budgets)
-            sums = totals(solution.choice)
-            widths = [fmt.weight_bits for fmt in self._assignment(solution).values()]
+            sums = totals(solution.options)
+            layers = Counter(map(str, self._assignment(solution).values()))
             curve.append(
                 {
                     "size_bits": int(sums["size_bits"]) + self.unquantized_bits,
@@ -223,7 +223,7 @@ class Planner:
                     "objective": solution.objective,
                     "gap": solution.gap,
                     "greedy_objective": None if greedy is None else greedy.objective,
-                    "layers_by_bits": {str(bits): widths.count(bits) for bits in self.sensitivity.bits},
+                    "layers_by_choice": dict(layers),
                 }
             )
         return curve
@@ -249,7 +249,7 @@ def write_frontier(path: Path, planner: Planner, points: int) -> None:
             "alpha": objective.alpha,
             "beta": objective.beta,
             "signal": objective.signal,
-            "pins": [f"{pin.glob}={pin.bits}" for pin in planner.request.pins],
+            "pins": [str(pin) for pin in planner.request.pins],
             "solver": planner.request.solver,
             "points": planner.frontier(points),
         },

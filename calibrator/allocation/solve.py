@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from calibrator.allocation.options import Budget, Group, Option, totals
+from calibrator.allocation.options import Budget, Group, Option, ladder, totals
 from vla_policy.core.errors import ArtefactError, BudgetError
 
 Solver = Literal["HIGHS", "ECOS_BB"]
@@ -18,9 +18,9 @@ _FEASIBILITY = 1e-9
 
 @dataclass(frozen=True)
 class Solution:
-    """One option per group. bound: a proven lower bound of the objective; gap: (objective - bound) / objective."""
+    """One option per group, in their order. bound: of the objective, proven; gap: (objective - bound) / objective."""
 
-    choice: tuple[Option, ...]
+    options: tuple[Option, ...]
     objective: float
     bound: float
     gap: float
@@ -53,13 +53,13 @@ def solve(groups: Sequence[Group], budgets: Sequence[Budget], solver: Solver = "
     _check_scores(groups)
     check_budgets(groups, budgets)
     picks, bound = _solve_binary(groups, budgets, solver)
-    choice = tuple(group.options[pick] for group, pick in zip(groups, picks, strict=True))
-    _check(choice, budgets, solver)
-    objective = float(totals(choice)["objective"])
+    options = tuple(group.options[pick] for group, pick in zip(groups, picks, strict=True))
+    _check(options, budgets, solver)
+    objective = float(totals(options)["objective"])
     # The solver's sums differ from ours in the last digits; a bound above the objective would be a gap below 0.
     bound = min(bound, objective)
     gap = (objective - bound) / objective if objective > 0 else 0.0
-    return Solution(choice, objective, bound, gap, solver)
+    return Solution(options, objective, bound, gap, solver)
 
 
 def _check_scores(groups: Sequence[Group]) -> None:
@@ -67,14 +67,14 @@ def _check_scores(groups: Sequence[Group]) -> None:
         for option in group.options:
             if math.isnan(option.score):
                 raise ArtefactError(
-                    f"{group.name}: the screened run did not evaluate {option.bits} bits; measure it with --mode exact"
+                    f"{group.name}: the screened run did not evaluate {option.choice}; measure it with --mode exact"
                 )
 
 
-def _check(choice: Sequence[Option], budgets: Sequence[Budget], solver: str) -> None:
+def _check(options: Sequence[Option], budgets: Sequence[Budget], solver: str) -> None:
     """Re-checks the rounded plan in plain Python, in the budgets' own units."""
     for budget in budgets:
-        used = sum(option.cost(budget.cost) for option in choice)
+        used = sum(option.cost(budget.cost) for option in options)
         if used > budget.limit * (1 + 2 * _FEASIBILITY):
             raise BudgetError(
                 f"{solver} broke the budget {budget.label}: {budget.shown(used)} of {budget.shown(budget.limit)}; "
@@ -131,27 +131,27 @@ def _relaxation(score: np.ndarray, present: np.ndarray, costs: Sequence[np.ndarr
 
 
 def greedy_demotion(groups: Sequence[Group], budgets: Sequence[Budget]) -> Solution | None:
-    """QVLA's Algorithm 1 on groups of layers: from the highest width down, the smallest loss per saved bit first.
+    """QVLA's Algorithm 1 on groups of layers: from the most bits down, the smallest loss per saved bit first.
 
     Its ratio of Eq. (8) divides by the bits of one channel; here by the bits that the whole group saves, because
-    layers differ in size. Steps go to the adjacent lower width only and stop as soon as every budget is met; None
-    when they run out before. No optimality is claimed: bound 0.
+    layers differ in size. Steps go to the next lower number of bits only (to the best choice that has it) and stop as
+    soon as every budget is met; None when they run out before. No optimality is claimed: bound 0.
     """
-    options = [sorted(group.options, key=lambda option: -option.bits) for group in groups]
+    ladders = [ladder(group) for group in groups]
     position = [0] * len(groups)
     heap: list[tuple[float, int, int]] = []
 
     def push(index: int) -> None:
-        here, below = options[index][position[index]], position[index] + 1
-        if below < len(options[index]):
-            lower = options[index][below]
+        here, below = ladders[index][position[index]], position[index] + 1
+        if below < len(ladders[index]):
+            lower = ladders[index][below]
             heapq.heappush(heap, ((lower.score - here.score) / (here.code_bits - lower.code_bits), index, below))
 
     for index in range(len(groups)):
         push(index)
 
     def current() -> list[Option]:
-        return [items[place] for items, place in zip(options, position, strict=True)]
+        return [ladder[place] for ladder, place in zip(ladders, position, strict=True)]
 
     while any(sum(option.cost(budget.cost) for option in current()) > budget.limit for budget in budgets):
         if not heap:
@@ -159,5 +159,5 @@ def greedy_demotion(groups: Sequence[Group], budgets: Sequence[Budget]) -> Solut
         _, index, below = heapq.heappop(heap)
         position[index] = below
         push(index)
-    choice = tuple(current())
-    return Solution(choice, float(totals(choice)["objective"]), 0.0, 1.0, "GREEDY")
+    options = tuple(current())
+    return Solution(options, float(totals(options)["objective"]), 0.0, 1.0, "GREEDY")

@@ -1,1 +1,26 @@
-"""Rounding: weights to codes and scales, activations as engines round them."""
+"""Rounding: weights to codes and scales, activations as engines round them.
+
+A rounding method is one module in `methods`; nothing else has to know of it.
+"""
+
+from calibrator.quantizers.apply import find_layer, quantize_policy, quantized
+from calibrator.quantizers.base import Codes, LayerStatistics, WeightQuantizer
+from calibrator.quantizers.choices import find_method, parse_choice, parse_choices
+from calibrator.quantizers.compute import Computed, quantize
+from calibrator.quantizers.weights import QuantizedWeight, groups_per_row
+
+__all__ = [
+    "Codes",
+    "Computed",
+    "LayerStatistics",
+    "QuantizedWeight",
+    "WeightQuantizer",
+    "find_layer",
+    "find_method",
+    "groups_per_row",
+    "parse_choice",
+    "parse_choices",
+    "quantize",
+    "quantize_policy",
+    "quantized",
+]

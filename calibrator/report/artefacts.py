@@ -7,13 +7,14 @@ from typing import Any, TypeVar
 
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.files import read_json
+from vla_policy.core.formats import Choice
 
 _T = TypeVar("_T")
 
 
-def _read(path: Path, kind: str, parse: Callable[[dict[str, Any]], _T], remedy: str) -> _T:
+def _read(path: Path, kind: str, parse: Callable[[dict[str, Any]], _T], remedy: str, schema_version: int = 1) -> _T:
     """Parses an artefact; what its own schema does not allow becomes an ArtefactError that says what to do."""
-    content = read_json(path, kind)
+    content = read_json(path, kind, schema_version)
     try:
         return parse(content)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -151,9 +152,9 @@ class Rollout:
         def parse(raw: dict[str, Any]) -> Rollout:
             total, settings = raw["total"], raw["settings"]
             low, high = total["wilson95"]
-            actor, weights = settings["actor"], settings["actor"].get("weights")
-            name = f"{actor['kind']} {actor['name']}" + (f" in {weights}" if weights else "")
+            actor, uniform = settings["actor"], settings["actor"]["uniform"]
+            name = f"{actor['kind']} {actor['name']}" + (f" in {Choice.from_json(uniform)}" if uniform else "")
             figures = total["successes"], total["trials"], total["rate"], low, high
             return Rollout(actor["kind"], name, actor["sha256"], str(settings["benchmark"]), *figures)
 
-        return _read(path, "rollout", parse, "run `evaluation rollout` again")
+        return _read(path, "rollout", parse, "run `evaluation rollout` again", 2)

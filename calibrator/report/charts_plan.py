@@ -20,7 +20,7 @@ def allocation_chart(units: Sequence[UnitScores], plan: Plan) -> Markup:
     """A block per layer in network order: as wide as it has weights, as high as it has bits, so its area is memory."""
     top, bottom = 34, 210
     svg = Svg(_WIDTH, 262, "Bits of every layer in network order")
-    used = {0, *(fmt.weight_bits for fmt in plan.assignment.values())}
+    used = {0, *(choice.format.weight_bits for choice in plan.assignment.values())}
     y = Scale(0.0, max(used), bottom, top)
     for bits in sorted(used):
         svg.line(_LEFT, y(bits), _RIGHT, y(bits), "grid")
@@ -29,11 +29,12 @@ def allocation_chart(units: Sequence[UnitScores], plan: Plan) -> Markup:
     total = sum(unit.params for unit in units)
     edges = [_LEFT + (_RIGHT - _LEFT) * count / total for count in accumulate((u.params for u in units), initial=0)]
     for unit, left, right in zip(units, edges, edges[1:], strict=False):
-        fmt = plan.assignment[unit.name]
-        head = y(fmt.weight_bits)
-        tip = f"{unit.name}\n{fmt}, {in_bytes(unit.params * fmt.weight_bits / 8)} of {in_bytes(unit.params * 2)}"
+        choice = plan.assignment[unit.name]
+        bits = choice.format.weight_bits
+        head, packed = y(bits), in_bytes(unit.params * bits / 8)
+        tip = f"{unit.name}\n{choice}, {packed} of {in_bytes(unit.params * 2)}"
         gap = 1.0 if right - left > 4 else 0.0
-        svg.rect(left, head, right - left - gap, bottom - head, f"b{fmt.weight_bits}", tip)
+        svg.rect(left, head, right - left - gap, bottom - head, f"b{bits}", tip)
     mean = y(plan.average_bits)
     svg.line(_LEFT, mean, _RIGHT, mean, "mean")
     svg.text(_RIGHT, top - 12, f"dashed: average, {significant(plan.average_bits, 4)} bits", "axis strong", "end")
@@ -42,15 +43,16 @@ def allocation_chart(units: Sequence[UnitScores], plan: Plan) -> Markup:
 
 
 def stage_chart(stages: Sequence[StageShare]) -> Markup:
-    """One bar per stage: the share of its weights at each width."""
+    """One bar per stage: the share of its weights in each choice."""
     left, right, pitch = 92, 920, 34
-    svg = Svg(1080, 20 + pitch * len(stages), "Share of weights at each width, by stage")
+    svg = Svg(1080, 20 + pitch * len(stages), "Share of weights in each format, by stage")
     for index, stage in enumerate(stages):
         y, start = 8 + index * pitch, float(left)
         svg.text(left - 10, y + 16, stage.stage, "label", "end")
-        for bits, count in stage.weights_by_bits.items():
+        for choice, count in stage.weights_by_choice.items():
+            bits = choice.format.weight_bits
             width = (right - left) * count / stage.weights
-            tip = f"{stage.stage}\n{bits} bits  {significant(100 * count / stage.weights)} % of its weights"
+            tip = f"{stage.stage}\n{choice}  {significant(100 * count / stage.weights)} % of its weights"
             svg.rect(start, y, width - 1 if width > 2 else width, 24, f"b{bits}", tip)
             if width > 46:
                 svg.text(start + width / 2, y + 16, f"{100 * count / stage.weights:.0f} %", f"on-b{bits}", "middle")

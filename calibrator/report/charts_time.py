@@ -11,6 +11,7 @@ from calibrator.report.svg import Scale, Svg, linear_scale
 from calibrator.sensitivity.evidence import BOUNDARIES
 from calibrator.sensitivity.scores import phase_scores
 from calibrator.sensitivity.table import UnitScores
+from vla_policy.core.formats import Choice
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class PhaseBand:
 
 
 def phase_bands(losses: Mapping[str, np.ndarray], row: int, bins: int) -> list[PhaseBand]:
-    """Boundary losses averaged over layers, by phase. row: index of the bit-width in `losses['loss']`."""
+    """Boundary losses averaged over layers, by phase. row: index of the choice in `losses['loss']`."""
     per_state = losses["loss"][:, row].astype(np.float64).mean(0)
     phases = losses["phase"]
     bands = []
@@ -34,15 +35,15 @@ def phase_bands(losses: Mapping[str, np.ndarray], row: int, bins: int) -> list[P
     return bands
 
 
-def band_chart(bands: Sequence[PhaseBand], counts: Sequence[int], bits: int) -> Markup:
+def band_chart(bands: Sequence[PhaseBand], counts: Sequence[int], label: str) -> Markup:
     """Loss at each boundary over progress; the band is one standard deviation between the states of a phase."""
-    svg = Svg(530, 420, f"Loss at each boundary over the task, {bits} bits")
+    svg = Svg(530, 420, f"Loss at each boundary over the task, {label}")
     left, right, top, bottom = 64, 518, 34, 340
     bins = len(counts)
     x = Scale(0.0, 1.0, left, right)
     tops = np.concatenate([band.mean + band.deviation for band in bands])
     y = linear_scale(tops[np.isfinite(tops)].tolist(), bottom, top)
-    svg.y_axis(y, left, right, f"evidence loss, mean over layers, {bits} bits")
+    svg.y_axis(y, left, right, f"evidence loss, mean over layers, {label}")
     svg.x_axis(x, bottom, "progress through the task", 5)
     places = [(index + 0.5) / bins for index in range(bins)]
     for band in bands:
@@ -70,16 +71,22 @@ def known_phase_scores(losses: np.ndarray, phases: np.ndarray, bins: int) -> np.
 
 
 def heat_chart(
-    units: Sequence[UnitScores], losses: Mapping[str, np.ndarray], row: int, bins: int, bits: int, count: int = 20
+    units: Sequence[UnitScores],
+    losses: Mapping[str, np.ndarray],
+    row: int,
+    bins: int,
+    choice: Choice,
+    label: str,
+    count: int = 20,
 ) -> Markup:
     """Omega_q of Eq. (12) for the `count` layers of largest Omega; a dot marks a row's maximum, its Omega_tau."""
-    order = sorted(range(len(units)), key=lambda index: -units[index].omega[bits])[:count]
+    order = sorted(range(len(units)), key=lambda index: -units[index].omega[choice])[:count]
     scores = known_phase_scores(losses["soft_bottleneck"][order, row].astype(np.float64), losses["phase"], bins)
     left, right, top, pitch = 236, 518, 34, 15.3
-    svg = Svg(530, 420, f"Sensitivity of the {len(order)} most fragile layers over the task, {bits} bits")
+    svg = Svg(530, 420, f"Sensitivity of the {len(order)} most fragile layers over the task, {label}")
     cell = (right - left) / bins
     peak = max(scores[np.isfinite(scores)].tolist(), default=0.0) or 1.0
-    svg.text(left, top - 12, f"Ω per phase, {bits} bits", "axis")
+    svg.text(left, top - 12, f"Ω per phase, {label}", "axis")
     for line, index in enumerate(order):
         y = top + line * pitch
         svg.text(left - 8, y + 11, layer(units[index].name), "tick", "end", units[index].name)

@@ -1,4 +1,4 @@
-"""Evidence over the camera image at every bit-width: the cells of the paper's Fig. 1."""
+"""Evidence over the camera image in every choice: the cells of the paper's Fig. 1."""
 
 import base64
 import io
@@ -10,6 +10,7 @@ from PIL import Image
 
 from calibrator.data.calibration import CalibrationSet
 from calibrator.report.inputs import Maps
+from calibrator.report.labels import Labels
 
 _SMOOTH_PIXELS = 128
 _COLOURS = np.asarray(
@@ -34,7 +35,7 @@ class Cell:
     smooth, patches: shares of the map's evidence. change: share minus full precision's, per patch.
     """
 
-    bits: int
+    choice: str
     loss: float
     mass_ratio: float
     smooth: str
@@ -87,19 +88,19 @@ def _cells(maps: Maps, unit: int, state: int) -> tuple[Cell, ...]:
     evidence = maps.evidence[unit, state].astype(np.float64)
     totals = evidence.sum(1)
     shares = evidence / totals[:, None]
-    peak = shares.max()
+    peak, label = shares.max(), Labels.of(maps.choices)
     moved = shares - shares[0]
     largest = np.abs(moved).max() or 1.0
     return tuple(
         Cell(
-            bits=bits,
-            loss=float(maps.loss[unit, state, width]),
-            mass_ratio=float(totals[width] / totals[0]),
-            smooth=_overlay(_enlarged(shares[width].reshape(maps.grid)) / peak),
-            patches=_overlay(shares[width].reshape(maps.grid) / peak),
-            change=_change(moved[width].reshape(maps.grid) / largest),
+            choice=label(choice),
+            loss=float(maps.loss[unit, state, column]),
+            mass_ratio=float(totals[column] / totals[0]),
+            smooth=_overlay(_enlarged(shares[column].reshape(maps.grid)) / peak),
+            patches=_overlay(shares[column].reshape(maps.grid) / peak),
+            change=_change(moved[column].reshape(maps.grid) / largest),
         )
-        for width, bits in enumerate(maps.widths)
+        for column, choice in enumerate(maps.choices)
     )
 
 

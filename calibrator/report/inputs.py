@@ -14,6 +14,7 @@ from vla_policy.core.bench import Bench
 from vla_policy.core.contract import Contract, load_contract
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.files import sha256_file, sha256_folder
+from vla_policy.core.formats import Choice
 from vla_policy.core.manifest import MANIFEST, Manifest
 
 COMMANDS = {
@@ -71,16 +72,16 @@ class Source:
 
 @dataclass(frozen=True)
 class Maps:
-    """Evidence over the image. evidence: float32 [units, states, widths, patches]; loss: [units, states, widths].
+    """Evidence over the image. evidence: float32 [units, states, choices, patches]; loss: [units, states, choices].
 
-    widths: bits per entry, full precision (16) first. samples: indices into the calibration set.
+    choices: full precision first. samples: indices into the calibration set.
     """
 
     evidence: np.ndarray
     loss: np.ndarray
     units: tuple[str, ...]
     samples: tuple[int, ...]
-    widths: tuple[int, ...]
+    choices: tuple[Choice, ...]
     grid: tuple[int, int]
 
 
@@ -135,12 +136,13 @@ def _maps(sensitivity: Sensitivity) -> Maps | None:
         return None
     tensors = load_tensors(sensitivity, "maps")
     height, width = axes["grid"]
+    by_text = {str(choice): choice for choice in sensitivity.choices}
     return Maps(
         tensors["evidence"],
         tensors["loss"],
         tuple(axes["units"]),
         tuple(axes["samples"]),
-        tuple(axes["bits"]),
+        tuple(by_text[text] for text in axes["choices"]),
         (height, width),
     )
 

@@ -14,18 +14,21 @@ from markupsafe import Markup
 from calibrator.report import charts_engine, charts_layers, charts_plan, charts_served, charts_time, numbers, plan_facts
 from calibrator.report.evidence_images import evidence_blocks, photos
 from calibrator.report.inputs import COMMANDS, Inputs
-from calibrator.sensitivity.table import FULL_BITS
+from calibrator.report.labels import Labels
+from calibrator.sensitivity.table import shown_first
+from vla_policy.core.formats import FULL, Choice
 
 _FOLDER = Path(__file__).parent / "templates"
 _TOP = 20
+_PAIR = Markup('<div class="pair">{}{}</div>')
 
 
 @dataclass(frozen=True)
-class ByBits:
-    """One drawing per measured bit-width; `shown` is the one that is seen first."""
+class ByChoice:
+    """One drawing per measured choice, with its label; `shown` is the label of the one that is seen first."""
 
-    charts: tuple[tuple[int, Markup], ...]
-    shown: int
+    charts: tuple[tuple[str, Markup], ...]
+    shown: str
 
 
 @dataclass(frozen=True)
@@ -58,9 +61,11 @@ def render(inputs: Inputs) -> str:
         "given": lambda kinds: [inputs.sources[kind] for kind in kinds if kind in inputs.sources],
     }
     environment.globals |= {"sources": inputs.sources}
+    choices = _choices(inputs)
     sections = [section for make in _SECTIONS if (section := make(inputs)) is not None]
     return environment.get_template("page.html").render(
         inputs=inputs,
+        choices=list(map(Labels.of(choices), choices)),
         facts=plan_facts.plan_facts(inputs.plan, inputs.sensitivity) if inputs.plan else None,
         sections=sections,
         headline_sources=["plan", "sensitivity", "bench", "served", *(k for k in inputs.sources if "rollout" in k)],
@@ -71,15 +76,17 @@ def render(inputs: Inputs) -> str:
     )
 
 
-def _widths(inputs: Inputs) -> list[int]:
-    """Measured bit-widths below full precision, ascending: the rows of the loss arrays."""
-    return [bits for bits in sorted(inputs.sensitivity.bits) if bits < FULL_BITS]
+def _choices(inputs: Inputs) -> list[Choice]:
+    """What was measured below full precision: the rows of the loss arrays."""
+    return [choice for choice in inputs.sensitivity.choices if choice != FULL]
 
 
-def _by_bits(inputs: Inputs, draw: Callable[[int, int], Markup]) -> ByBits:
-    """`draw(row, bits)` for every width; 4 bits are shown first where measured."""
-    widths = _widths(inputs)
-    return ByBits(tuple((bits, draw(row, bits)) for row, bits in enumerate(widths)), 4 if 4 in widths else widths[0])
+def _by_choice(inputs: Inputs, charts: Sequence[Markup]) -> ByChoice:
+    """Charts in the order of the choices."""
+    choices = _choices(inputs)
+    label = Labels.of(choices)
+    labelled = zip(map(label, choices), charts, strict=True)
+    return ByChoice(tuple(labelled), label(shown_first(choices)))
 
 
 def _evidence(inputs: Inputs) -> Section | None:
@@ -93,14 +100,15 @@ def _evidence(inputs: Inputs) -> Section | None:
 
 
 def _layers(inputs: Inputs) -> Section:
-    units = inputs.sensitivity.units
-    shown = _by_bits(inputs, lambda row, bits: Markup()).shown
-    pair = _by_bits(
-        inputs,
-        lambda row, bits: Markup('<div class="pair">{}{}</div>').format(
-            charts_layers.boundary_chart(units, bits), charts_layers.error_chart(units, bits)
-        ),
-    )
+    units, choices = inputs.sensitivity.units, _choices(inputs)
+    shown, label = shown_first(choices), Labels.of(choices)
+    pairs = [
+        _PAIR.format(
+            charts_layers.boundary_chart(units, choice, label(choice)),
+            charts_layers.error_chart(units, choice, label(choice)),
+        )
+        for choice in choices
+    ]
     known = [unit for unit in units if unit.evaluated(shown)]
     errors = [unit.action_mse[shown] for unit in known]
     correlation = charts_layers.rank_correlation([unit.omega[shown] for unit in known], errors)
@@ -110,16 +118,17 @@ def _layers(inputs: Inputs) -> Section:
         "layers",
         "Which layers are fragile",
         {
-            "chart": charts_layers.layer_chart(units, inputs.sensitivity.bits, inputs.plan),
-            "pair": pair,
+            "chart": charts_layers.layer_chart(units, choices, inputs.plan),
+            "pair": _by_choice(inputs, pairs),
             "shown": shown,
+            "label": label,
             "top": ranked[:_TOP],
             "share_of_top": sum(unit.omega[shown] for unit in ranked[:_TOP]) / total if total else None,
             "known": len(known),
             "correlation": correlation if np.isfinite(correlation) else None,
             "moves_actions": any(errors),
             "missed": charts_layers.disagreement(known, shown, _TOP),
-            "widths": _widths(inputs),
+            "choices": choices,
             "evaluations": inputs.losses["soft_bottleneck"].size,
         },
     )
@@ -127,18 +136,21 @@ def _layers(inputs: Inputs) -> Section:
 
 def _time(inputs: Inputs) -> Section:
     units, losses, bins = inputs.sensitivity.units, inputs.losses, int(inputs.sensitivity.meta["bins"])
+    choices = _choices(inputs)
+    label = Labels.of(choices)
     # Screening leaves out most layers of most states: means over layers would compare different layers.
     complete = bool(np.isfinite(losses["loss"]).all())
     counts = np.bincount(losses["phase"], minlength=bins).tolist()
 
-    def draw(row: int, bits: int) -> Markup:
-        heat = charts_time.heat_chart(units, losses, row, bins, bits, _TOP)
+    def draw(row: int, choice: Choice) -> Markup:
+        heat = charts_time.heat_chart(units, losses, row, bins, choice, label(choice), _TOP)
         if not complete:
             return heat
         bands = charts_time.phase_bands(losses, row, bins)
-        return Markup('<div class="pair">{}{}</div>').format(charts_time.band_chart(bands, counts, bits), heat)
+        return _PAIR.format(charts_time.band_chart(bands, counts, label(choice)), heat)
 
-    variables = {"charts": _by_bits(inputs, draw), "bins": bins, "empty": counts.count(0), "complete": complete}
+    charts = [draw(row, choice) for row, choice in enumerate(choices)]
+    variables = {"charts": _by_choice(inputs, charts), "bins": bins, "empty": counts.count(0), "complete": complete}
     return Section("time", "When in the task", variables)
 
 
@@ -149,7 +161,7 @@ def _plan(inputs: Inputs) -> Section | None:
     facts = plan_facts.plan_facts(plan, sensitivity)
     step = 10.0 ** math.floor(math.log10(facts.size_bytes / 2))
     curve = inputs.frontier
-    protected = [item for item in facts.protections if item.bits >= 8]
+    protected = [item for item in facts.protections if item.choice.format.weight_bits >= 8]
     return Section(
         "plan",
         "What the plan protects, and why",
@@ -160,7 +172,8 @@ def _plan(inputs: Inputs) -> Section | None:
             "protected_count": len(protected),
             "allocation": charts_plan.allocation_chart(sensitivity.units, plan),
             "stages": charts_plan.stage_chart(facts.stages),
-            "bits": sorted(sensitivity.bits),
+            "choices": plan_facts.planned_choices(plan),
+            "label": Labels.of(sensitivity.choices),
             "frontier": charts_plan.frontier_chart(curve, plan, facts.alternatives) if curve else None,
             "exchanges": plan_facts.exchanges(curve, plan, step) if curve else [],
             "step": step,

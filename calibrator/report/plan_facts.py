@@ -4,41 +4,44 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from calibrator.allocation.options import Group, Option, Pin, build_groups, format_of, scale_bits, totals, weight_bits
+from calibrator.allocation.options import Group, Option, Pin, build_groups, ladder, scale_bits, totals, weight_bits
 from calibrator.allocation.plan import Plan
 from calibrator.report.artefacts import Frontier, FrontierPoint
+from calibrator.report.labels import Labels
 from calibrator.sensitivity.table import Objective, Sensitivity
+from vla_policy.core.formats import Choice
 
 
 @dataclass(frozen=True)
 class StageShare:
-    """One stage of the policy under the plan. weights_by_bits: number of weights at each width."""
+    """One stage of the policy under the plan. weights_by_choice: number of weights in each."""
 
     stage: str
     layers: int
     weights: int
-    weights_by_bits: dict[int, int]
+    weights_by_choice: dict[Choice, int]
     size_bytes: float
 
     @property
     def average_bits(self) -> float:
-        return sum(bits * count for bits, count in self.weights_by_bits.items()) / self.weights
+        bits = sum(choice.format.weight_bits * count for choice, count in self.weights_by_choice.items())
+        return bits / self.weights
 
 
 @dataclass(frozen=True)
 class Protection:
-    """A fused group above the smallest width, and what one width less would do to the plan.
+    """A fused group above the fewest bits, and what one step down would do to the plan.
 
-    damage: rise of the objective, None where a screened run did not evaluate the plan's signal. saved_bytes: of weights
-    and scales. omega: the group's Omega at the lower width, summed over its layers. pinned: its width was not the
-    solver's choice.
+    lower: the best choice of the next fewer bits. damage: rise of the objective, None where a screened run did not
+    evaluate the plan's signal. saved_bytes: of weights and scales. omega: the group's Omega in the lower choice, summed
+    over its layers. pinned: it was not the solver's choice.
     """
 
     group: str
     units: tuple[str, ...]
     stage: str
-    bits: int
-    lower_bits: int
+    choice: Choice
+    lower: Choice
     damage: float | None
     saved_bytes: float
     omega: float
@@ -107,13 +110,13 @@ def _stages(plan: Plan, sensitivity: Sensitivity) -> list[StageShare]:
     shares = []
     for stage in dict.fromkeys(unit.stage for unit in sensitivity.units):
         units = [unit for unit in sensitivity.units if unit.stage == stage]
-        by_bits = {bits: 0 for bits in sorted(sensitivity.bits)}
+        by_choice = {choice: 0 for choice in planned_choices(plan)}
         size_bits = 0
         for unit in units:
-            fmt = plan.assignment[unit.name]
-            by_bits[fmt.weight_bits] += unit.params
+            fmt = plan.assignment[unit.name].format
+            by_choice[plan.assignment[unit.name]] += unit.params
             size_bits += weight_bits(unit, fmt, plan.details["float_bits"]) + scale_bits(unit, fmt)
-        shares.append(StageShare(stage, len(units), sum(unit.params for unit in units), by_bits, size_bits / 8))
+        shares.append(StageShare(stage, len(units), sum(unit.params for unit in units), by_choice, size_bits / 8))
     return shares
 
 
@@ -121,25 +124,26 @@ def _protections(plan: Plan, sensitivity: Sensitivity, groups: Sequence[Group], 
     units = {unit.name: unit for unit in sensitivity.units}
     found = []
     for group in groups:
-        bits = plan.assignment[group.units[0]].weight_bits
-        place = [option.bits for option in group.options].index(bits)
-        if place == 0:
+        here = _option(group, plan.measured(group.units[0]))
+        lower = next((option for option in ladder(group) if option.code_bits < here.code_bits), None)
+        if lower is None:
             continue
-        here, lower = group.options[place], group.options[place - 1]
         found.append(
             Protection(
                 group=group.name,
                 units=group.units,
                 stage=units[group.units[0]].stage,
-                bits=bits,
-                lower_bits=lower.bits,
+                choice=plan.assignment[group.units[0]],
+                lower=lower.choice,
                 damage=_known(lower.score - here.score),
                 saved_bytes=(here.size_bits - lower.size_bits) / 8,
-                omega=sum(units[name].omega[lower.bits] for name in group.units),
+                omega=sum(units[name].omega[lower.choice] for name in group.units),
                 pinned=group.units[0] in pinned,
             )
         )
-    return sorted(found, key=lambda item: (-item.bits, item.damage is None, -(item.damage or 0.0)))
+    return sorted(
+        found, key=lambda item: (-item.choice.format.weight_bits, item.damage is None, -(item.damage or 0.0))
+    )
 
 
 def _alternatives(plan: Plan, sensitivity: Sensitivity, groups: Sequence[Group]) -> list[Alternative]:
@@ -147,11 +151,11 @@ def _alternatives(plan: Plan, sensitivity: Sensitivity, groups: Sequence[Group])
     rows = [Alternative("this plan", plan.average_bits, plan.size.total_bits / 8, plan.objective)]
     if greedy := plan.details["greedy"]:
         rows.append(Alternative("QVLA's greedy demotion, same budget", None, None, greedy["objective"]))
-    for bits in sorted(sensitivity.bits, reverse=True):
-        choice = [_option(group, bits) for group in groups]
-        sums = totals(choice)
+    label = Labels.of(sensitivity.choices)
+    for choice in reversed(sensitivity.choices):
+        sums = totals([_option(group, choice) for group in groups])
         size_bytes = (sums["size_bits"] + plan.size.unquantized_bits) / 8
-        name = f"every layer {format_of(sensitivity, bits)}"
+        name = f"every layer {label(choice)}"
         rows.append(Alternative(name, sums["code_bits"] / params, size_bytes, _known(sums["objective"])))
     return rows
 
@@ -160,8 +164,13 @@ def _known(score: float) -> float | None:
     return None if math.isnan(score) else score
 
 
-def _option(group: Group, bits: int) -> Option:
-    return next(option for option in group.options if option.bits == bits)
+def _option(group: Group, choice: Choice) -> Option:
+    return next(option for option in group.options if option.choice == choice)
+
+
+def planned_choices(plan: Plan) -> list[Choice]:
+    """What the plan's layers are, the least precise first."""
+    return sorted(set(plan.assignment.values()), key=lambda choice: choice.precision)
 
 
 def exchanges(frontier: Frontier, plan: Plan, unit_bytes: float) -> list[Exchange]:

@@ -7,14 +7,15 @@ from typing import Any, Protocol
 from calibrator.sensitivity.states import Reference
 from calibrator.sensitivity.sweep import Sweep, SweepSpec, UnitLosses
 from vla_policy.core.errors import VlaError
+from vla_policy.core.formats import Choice
 
 
 @dataclass(frozen=True)
 class Task:
-    """One layer at some bit-widths on some states."""
+    """One layer in some choices on some states."""
 
     unit: str
-    bits: tuple[int, ...]
+    choices: tuple[Choice, ...]
     samples: tuple[int, ...]
 
 
@@ -34,7 +35,7 @@ class LocalExecutor:
 
     def run(self, tasks: Sequence[Task]) -> Iterator[UnitLosses]:
         for task in tasks:
-            yield self.sweep.evaluate(task.unit, task.bits, task.samples)
+            yield self.sweep.evaluate(task.unit, task.choices, task.samples)
 
 
 _worker_sweeps: dict[str, Sweep] = {}
@@ -49,7 +50,7 @@ def _evaluate_on_worker(spec: SweepSpec, ref: Reference, key: str, task: Task, t
         _worker_sweeps.clear()
         _worker_sweeps[key] = spec.open(ref)
     with spec.arithmetic():
-        return _worker_sweeps[key].evaluate(task.unit, task.bits, task.samples)
+        return _worker_sweeps[key].evaluate(task.unit, task.choices, task.samples)
 
 
 class RayExecutor:

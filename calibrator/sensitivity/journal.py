@@ -1,6 +1,6 @@
 """Finished layers on disk: a killed sweep continues where it was, and never with other inputs.
 
-The folder holds `signature.json`, `reference.safetensors` and one file per finished task (a layer at some widths on
+The folder holds `signature.json`, `reference.safetensors` and one file per finished task (a layer in some choices on
 some states), each written whole under a temporary name and renamed; a file that exists is complete.
 """
 
@@ -17,6 +17,7 @@ from calibrator.sensitivity.sweep import UnitLosses
 from calibrator.tensors import save_tensors
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.files import claim_folder
+from vla_policy.core.formats import Choice
 from vla_policy.core.outputs import FolderKind, atomic_path, remove_folder
 
 _KIND = "sweep-journal"
@@ -28,13 +29,19 @@ _ARRAYS = ("mass", "attribution", "action_error", "likelihood")
 def difference(before: dict[str, Any], now: dict[str, Any], path: str = "") -> str | None:
     """The first entry that differs between two signatures, as text; None when they are equal."""
     for key in sorted(before.keys() | now.keys()):
-        old, new = before.get(key), now.get(key)
+        old, new = (_by_place(side.get(key)) for side in (before, now))
         if isinstance(old, dict) and isinstance(new, dict):
             if found := difference(old, new, f"{path}{key}."):
                 return found
         elif old != new:
             return f"{path}{key} was {_shown(old)}, is now {_shown(new)}"
     return None
+
+
+def _by_place(value: Any) -> Any:
+    """A list of objects as an object, so that the entry that differs is found in it."""
+    objects = isinstance(value, list) and all(isinstance(entry, dict) for entry in value)
+    return {str(place): entry for place, entry in enumerate(value)} if objects else value
 
 
 def _shown(value: Any) -> str:
@@ -63,18 +70,18 @@ class Journal:
                 f"restore them, choose another --out, or discard it with --no-resume"
             )
 
-    def lacks(self, unit: str, bits: tuple[int, ...], samples: tuple[int, ...]) -> bool:
-        """Whether there is no record of `unit` at these widths on these states."""
-        return not self._path(unit, bits, samples).is_file()
+    def lacks(self, unit: str, choices: tuple[Choice, ...], samples: tuple[int, ...]) -> bool:
+        """Whether there is no record of `unit` in these choices on these states."""
+        return not self._path(unit, choices, samples).is_file()
 
     def write(self, losses: UnitLosses) -> None:
         tensors = {name: getattr(losses, name) for name in _ARRAYS}
-        with atomic_path(self._path(losses.unit, losses.bits, losses.samples), None) as temporary:
+        with atomic_path(self._path(losses.unit, losses.choices, losses.samples), None) as temporary:
             save_tensors(temporary, tensors, _KIND)
 
-    def read(self, unit: str, bits: tuple[int, ...], samples: tuple[int, ...]) -> UnitLosses:
+    def read(self, unit: str, choices: tuple[Choice, ...], samples: tuple[int, ...]) -> UnitLosses:
         """A record. Raises ArtefactError when it is damaged."""
-        return UnitLosses(unit, bits, samples, **_load(self._path(unit, bits, samples)))
+        return UnitLosses(unit, choices, samples, **_load(self._path(unit, choices, samples)))
 
     def write_reference(self, ref: Reference) -> None:
         with atomic_path(self.folder / _REFERENCE, None) as temporary:
@@ -95,9 +102,9 @@ class Journal:
         """Removes a journal, if there is one. Raises ArtefactError for a folder that is none."""
         remove_folder(folder, _FOLDER)
 
-    def _path(self, unit: str, bits: tuple[int, ...], samples: tuple[int, ...]) -> Path:
-        digest = hashlib.sha256(repr(samples).encode()).hexdigest()[:16]
-        return self.folder / _UNITS / f"{unit}@{'-'.join(map(str, bits))}@{digest}.safetensors"
+    def _path(self, unit: str, choices: tuple[Choice, ...], samples: tuple[int, ...]) -> Path:
+        which = f"{' '.join(map(str, choices))} {samples}"
+        return self.folder / _UNITS / f"{unit}@{hashlib.sha256(which.encode()).hexdigest()[:16]}.safetensors"
 
 
 def _load(path: Path) -> dict[str, np.ndarray]:

@@ -5,21 +5,22 @@ from typing import Any
 
 import numpy as np
 
-from calibrator.quantizers.quantization import quantized
+from calibrator.quantizers import quantized
 from calibrator.sensitivity.evidence import jensen_shannon, mass_distortion, profile
 from calibrator.sensitivity.passes import signals
 from calibrator.sensitivity.scores import ScoreSettings
 from calibrator.sensitivity.sweep import Sweep
 from calibrator.sensitivity.table import UnitScores
+from vla_policy.core.formats import FULL, Choice
 
 _BOUNDARY = "vision"
 
 
-def pick_units(units: Sequence[UnitScores], bits: int) -> list[str]:
-    """The vision layer and the layer of the rest that lose most evidence at `bits`."""
+def pick_units(units: Sequence[UnitScores], choice: Choice) -> list[str]:
+    """The vision layer and the layer of the rest that lose most evidence in `choice`."""
     vision = [unit for unit in units if unit.stage == "vision"]
     rest = [unit for unit in units if unit.stage != "vision"]
-    return [max(pool, key=lambda unit: unit.omega[bits]).name for pool in (vision, rest) if pool]
+    return [max(pool, key=lambda unit: unit.omega[choice]).name for pool in (vision, rest) if pool]
 
 
 def pick_samples(progress: np.ndarray, count: int) -> list[int]:
@@ -36,12 +37,12 @@ def evidence_maps(
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """E of Eq. (4) at the vision boundary, summed over channels, and its loss of Eq. (8).
 
-    Returns tensors `evidence` float32 [units, states, 1 + bits, patches] (full precision first) and `loss` float32
-    [units, states, 1 + bits], and a description with the names of the axes.
+    Returns tensors `evidence` float32 [units, states, 1 + choices, patches] (full precision first) and `loss` float32
+    [units, states, 1 + choices], and a description with the names of the axes.
     """
-    bits = tuple(sorted(sweep.settings.bits, reverse=True))
+    choices = sweep.settings.choices[::-1]
     height, width = sweep.chain.image_grid
-    evidence = np.zeros((len(units), len(samples), 1 + len(bits), height * width), np.float32)
+    evidence = np.zeros((len(units), len(samples), 1 + len(choices), height * width), np.float32)
     loss = np.zeros(evidence.shape[:3], np.float32)
     for column, sample in enumerate(samples):
         trunk, full = sweep.full_precision((sample,))
@@ -49,13 +50,14 @@ def evidence_maps(
         reference = profile(before, sweep.settings.epsilon)
         for row, unit in enumerate(units):
             evidence[row, column, 0] = before.sum(-1)[0].cpu()
-            for depth, grade in enumerate(bits, 1):
-                with quantized(sweep.policy, unit, sweep.settings.format_of(grade)):
+            for depth, choice in enumerate(choices, 1):
+                with quantized(sweep.policy, unit, choice):
                     now = sweep.evidence(signals(trunk, sweep.units[unit].segment), _BOUNDARY)
                 changed = profile(now, sweep.settings.epsilon)
                 mass = mass_distortion(reference, changed, sweep.settings.epsilon)
                 attribution = jensen_shannon(reference.attribution, changed.attribution)
                 evidence[row, column, depth] = now.sum(-1)[0].cpu()
                 loss[row, column, depth] = float(mass + settings.weight * attribution)
-    axes = {"units": list(units), "samples": list(samples), "bits": [16, *bits], "grid": [height, width]}
+    shown = [str(choice) for choice in (FULL, *choices)]
+    axes = {"units": list(units), "samples": list(samples), "choices": shown, "grid": [height, width]}
     return {"evidence": evidence, "loss": loss}, {"boundary": _BOUNDARY, **axes}

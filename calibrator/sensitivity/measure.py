@@ -26,19 +26,21 @@ from calibrator.sensitivity.screening import Request, Screen, ScreenProblem, Scr
 from calibrator.sensitivity.states import States, reference
 from calibrator.sensitivity.sweep import Sweep, SweepSpec, UnitLosses
 from calibrator.sensitivity.table import (
-    FULL_BITS,
     KIND,
+    SCHEMA_VERSION,
     Estimate,
     Objective,
     Sensitivity,
     UnitShape,
     inversions,
     score_unit,
+    shown_first,
     stack_losses,
     write_tensors,
 )
 from vla_policy.core.errors import ArtefactError, PolicyError
 from vla_policy.core.files import read_json, sha256_policy, write_json
+from vla_policy.core.formats import FULL, Choice
 from vla_policy.core.outputs import check_file
 
 _MAP_SAMPLES = 3
@@ -203,7 +205,7 @@ def _finished(out: Path, identity: dict[str, Any]) -> Sensitivity | None:
     """The artefact at `out` if it is of these inputs, None if there is none."""
     if not out.is_file():
         return None
-    changed = difference(read_json(out, KIND)["identity"], identity)
+    changed = difference(read_json(out, KIND, SCHEMA_VERSION)["identity"], identity)
     if changed:
         raise ArtefactError(
             f"{out}: was measured with other inputs ({changed}); choose another --out, or replace it with --no-resume"
@@ -227,9 +229,9 @@ class _Ledger:
     """Evaluates tasks that the journal lacks, and merges all into one record per layer."""
 
     def __init__(self, run: _Run, executor: Executor, journal: Journal, options: RunOptions, most: int) -> None:
-        """most: evaluations (of a layer at one width on one state) at the progress bar's end."""
-        bits, count = run.spec.settings.bits, len(run.states)
-        self.records = {shape.name: _blank(shape.name, bits, count) for shape in run.chosen}
+        """most: evaluations (of a layer in one choice on one state) at the progress bar's end."""
+        choices, count = run.spec.settings.choices, len(run.states)
+        self.records = {shape.name: _blank(shape.name, choices, count) for shape in run.chosen}
         self._states, self._executor, self._journal = run.states, executor, journal
         self._bar = options.progress(total=most, desc="evaluations", unit="state")
 
@@ -243,39 +245,39 @@ class _Ledger:
     def take(self, tasks: Sequence[Task]) -> None:
         """All tasks, split into batches; every layer of a batch before the next batch."""
         split = [
-            Task(task.unit, task.bits, members) for task in tasks for members in self._states.split(task.samples)
+            Task(task.unit, task.choices, members) for task in tasks for members in self._states.split(task.samples)
         ]
         split.sort(key=lambda task: task.samples)
-        missing = [task for task in split if self._journal.lacks(task.unit, task.bits, task.samples)]
+        missing = [task for task in split if self._journal.lacks(task.unit, task.choices, task.samples)]
         self._bar.update(_evaluations(split) - _evaluations(missing))
         for losses in self._executor.run(missing):
             self._journal.write(losses)
             self._bar.update(_evaluations([losses]))
         for task in split:
-            self._merge(self._journal.read(task.unit, task.bits, task.samples))
+            self._merge(self._journal.read(task.unit, task.choices, task.samples))
 
     def _merge(self, losses: UnitLosses) -> None:
         record = self.records[losses.unit]
-        where = np.ix_([record.bits.index(width) for width in losses.bits], losses.samples)
+        where = np.ix_([record.choices.index(choice) for choice in losses.choices], losses.samples)
         for name in ("mass", "attribution", "action_error", "likelihood"):
             getattr(record, name)[where] = getattr(losses, name)
 
 
 def _evaluations(items: Sequence[Task] | Sequence[UnitLosses]) -> int:
-    return sum(len(item.bits) * len(item.samples) for item in items)
+    return sum(len(item.choices) * len(item.samples) for item in items)
 
 
-def _blank(unit: str, bits: tuple[int, ...], states: int) -> UnitLosses:
+def _blank(unit: str, choices: tuple[Choice, ...], states: int) -> UnitLosses:
     """A record of which nothing is known yet."""
-    flat = np.full((len(bits), states), np.nan)
+    flat = np.full((len(choices), states), np.nan)
     deep = np.full((*flat.shape, len(BOUNDARIES)), np.nan)
-    return UnitLosses(unit, bits, tuple(range(states)), deep, deep.copy(), flat, flat.copy())
+    return UnitLosses(unit, choices, tuple(range(states)), deep, deep.copy(), flat, flat.copy())
 
 
 def _exact(run: _Run, executor: Executor, journal: Journal, options: RunOptions) -> _Measured:
-    """Every chosen layer at every width on every state."""
+    """Every chosen layer in every choice on every state."""
     states = tuple(range(len(run.states)))
-    tasks = [Task(shape.name, run.spec.settings.bits, states) for shape in run.chosen]
+    tasks = [Task(shape.name, run.spec.settings.choices, states) for shape in run.chosen]
     with _Ledger(run, executor, journal, options, _evaluations(tasks)) as ledger:
         ledger.take(tasks)
     facts = {"mode": "exact", "exact_evaluations": _evaluations(tasks)}
@@ -284,15 +286,15 @@ def _exact(run: _Run, executor: Executor, journal: Journal, options: RunOptions)
 
 
 def _screened(run: _Run, executor: Executor, journal: Journal, options: RunOptions) -> _Measured:
-    """Layers, widths and states that `calibrator.sensitivity.screening` asks for; the rest is estimated."""
+    """Layers, choices and states that `calibrator.sensitivity.screening` asks for; the rest is estimated."""
     assert options.screen is not None
-    names, bits = [shape.name for shape in run.chosen], run.spec.settings.bits
+    names, choices = [shape.name for shape in run.chosen], run.spec.settings.choices
     proxies = first_order(run.sweep, names, evidence=True)
     problem = _screen_problem(run, proxies)
     with _Ledger(run, executor, journal, options, int(options.screen.cap * problem.predicted.size)) as ledger:
 
         def evaluate(requests: Sequence[Request]) -> list[np.ndarray]:
-            ledger.take([Task(names[r.unit], tuple(bits[column] for column in r.columns), r.states) for r in requests])
+            ledger.take([Task(names[r.unit], tuple(choices[place] for place in r.columns), r.states) for r in requests])
             results = []
             for request in requests:
                 record, where = ledger.records[names[request.unit]], np.ix_(request.columns, request.states)
@@ -312,7 +314,7 @@ def _screen_problem(run: _Run, proxies: Sequence[FirstOrder]) -> ScreenProblem:
         params=np.asarray([shape.inputs * shape.outputs for shape in run.chosen], float),
         stages=[shape.stage for shape in run.chosen],
         groups=[shape.group for shape in run.chosen],
-        bits=run.spec.settings.bits,
+        bits=tuple(choice.format.weight_bits for choice in run.spec.settings.choices),
         predicted=np.stack([soft_bottleneck(np.abs(proxy.mass), run.scores.kappa) for proxy in proxies]),
         phases=phase_of(run.states.calibration.progress, run.scores.bins),
         alpha=objective.alpha,
@@ -321,9 +323,8 @@ def _screen_problem(run: _Run, proxies: Sequence[FirstOrder]) -> ScreenProblem:
 
 
 def _maps(sweep: Sweep, units: Sequence[Any], scores: ScoreSettings) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    bits = 4 if 4 in sweep.settings.bits else min(sweep.settings.bits)
     samples = pick_samples(sweep.states.calibration.progress, min(_MAP_SAMPLES, len(sweep.states)))
-    return evidence_maps(sweep, pick_units(units, bits), samples, scores)
+    return evidence_maps(sweep, pick_units(units, shown_first(sweep.settings.choices)), samples, scores)
 
 
 def _write(run: _Run, out: Path, measured: _Measured) -> Sensitivity:
@@ -348,7 +349,7 @@ def _write(run: _Run, out: Path, measured: _Measured) -> Sensitivity:
         "units": [unit.to_json() for unit in units],
         "unmeasured": [shape.name for shape in run.shapes if shape.name not in names],
         "unquantized_params": _all_params(run) - sum(unit.params for unit in units),
-        "inversions": inversions(units),
+        "inversions": inversions(units, run.spec.settings.choices),
         "files": files,
         "maps": map_axes,
         "cost": _cost(run),
@@ -365,7 +366,7 @@ def _header(run: _Run, phases: np.ndarray) -> dict[str, Any]:
     """Parents, settings and versions."""
     calibration, settings = run.states.calibration, run.spec.settings
     return {
-        "schema_version": 1,
+        "schema_version": SCHEMA_VERSION,
         "kind": KIND,
         "identity": run.identity,
         "policy": {"id": Path(run.spec.policy).resolve().name, "sha256": run.identity["policy_sha256"]},
@@ -375,9 +376,7 @@ def _header(run: _Run, phases: np.ndarray) -> dict[str, Any]:
             "trajectories": calibration.trajectories,
             "phases": np.bincount(phases, minlength=run.scores.bins).tolist(),
         },
-        "scheme": settings.scheme,
-        "bits": [*settings.bits, FULL_BITS],
-        "group_size": settings.group_size,
+        "choices": [choice.to_json() for choice in (*settings.choices, FULL)],
         "kappa": run.scores.kappa,
         "lambda": run.scores.weight,
         "bins": run.scores.bins,

@@ -1,4 +1,4 @@
-"""First-order scores for every layer, bit-width and state from very few passes: no pass per layer.
+"""First-order scores for every layer, choice and state from very few passes: no pass per layer.
 
 Quantizing a layer moves its output X by dX = Q(layer)(x) - layer(x), known exactly from one full-precision pass. What
 dX does to the policy is estimated to first order:
@@ -21,22 +21,23 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from calibrator.families import Unit
-from calibrator.quantizers.quantization import quantize_input, quantize_weight
+from calibrator.quantizers import quantize
+from calibrator.quantizers.activations import quantize_input
 from calibrator.sensitivity.evidence import BOUNDARIES, evidence_map
 from calibrator.sensitivity.passes import Batch
 from calibrator.sensitivity.sweep import Sweep
 from vla_policy.core.errors import DataError
-from vla_policy.core.formats import Format
+from vla_policy.core.formats import Choice
 
 _KEPT_BYTES = 2 << 30
 
 
 @dataclass(frozen=True)
 class FirstOrder:
-    """One layer's estimates by bit-width (in the order of the settings) and state, float64.
+    """One layer's estimates by choice (in the order of the settings) and state, float64.
 
-    action: [bits, N], QVLA's action error, squared, in the units of the exact one. mass: [bits, N, boundaries], the
-    signed change of ln M, whose magnitude estimates Delta^mass of Eq. (6); empty boundaries where not asked for.
+    action: [choices, N], QVLA's action error, squared, in the units of the exact one. mass: [choices, N, boundaries],
+    the signed change of ln M, whose magnitude estimates Delta^mass of Eq. (6); empty boundaries where not asked for.
     """
 
     action: np.ndarray
@@ -48,10 +49,10 @@ def first_order(sweep: Sweep, units: Sequence[str], evidence: bool) -> list[Firs
 
     Raises DataError naming the first layer with an estimate that is not finite.
     """
-    count, bits = len(sweep.states), sweep.settings.bits
+    count, choices = len(sweep.states), sweep.settings.choices
     found = {
         unit: FirstOrder(
-            np.zeros((len(bits), count)), np.zeros((len(bits), count, len(BOUNDARIES) if evidence else 0))
+            np.zeros((len(choices), count)), np.zeros((len(choices), count, len(BOUNDARIES) if evidence else 0))
         )
         for unit in units
     }
@@ -59,8 +60,8 @@ def first_order(sweep: Sweep, units: Sequence[str], evidence: bool) -> list[Firs
         columns = list(samples)
         for share in _shares(sweep, units, len(samples)):
             for unit, layer in _pass(sweep, samples, share, evidence).items():
-                for row, width in enumerate(bits):
-                    action, mass = layer.estimate(sweep.settings.format_of(width))
+                for row, choice in enumerate(choices):
+                    action, mass = layer.estimate(choice)
                     found[unit].action[row, columns] = action.double().cpu()
                     found[unit].mass[row, columns] = mass.double().cpu()
     for unit, estimate in found.items():
@@ -118,11 +119,12 @@ class _Layer:
     backward: _Backward | None
 
     @torch.no_grad()
-    def estimate(self, fmt: Format) -> tuple[Tensor, Tensor]:
+    def estimate(self, choice: Choice) -> tuple[Tensor, Tensor]:
         """Squared action error [B] and change of ln M [B, boundaries], float32."""
         weight = self.module.weight
-        change = quantize_weight(weight, fmt).dequantize().to(weight.dtype) - weight
-        rounded = quantize_input(self.module, self.x, fmt.activation_bits) if fmt.activation_bits < 16 else self.x
+        coded = weight if choice.recipe is None else quantize(weight, choice).dequantize().to(weight.dtype)
+        change, bits = coded - weight, choice.format.activation_bits
+        rounded = quantize_input(self.module, self.x, bits) if bits < 16 else self.x
         # Q(W)Q(x) - Wx = (Q(W) - W)Q(x) + W(Q(x) - x): differences first, or they drown in the rounding of bfloat16.
         moved = self._apply(rounded, change)
         if rounded is not self.x:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vla_policy.core.errors import DataError
+from vla_policy.core.formats import Choice
 
 
 @dataclass(frozen=True)
@@ -55,14 +56,18 @@ def temporal_score(losses: np.ndarray, phases: np.ndarray) -> np.ndarray:
 
 
 def check_finite(
-    losses: np.ndarray, unit: str, bits: tuple[int, ...], samples: tuple[int, ...], boundaries: tuple[str, ...]
+    losses: np.ndarray,
+    unit: str,
+    choices: tuple[Choice, ...],
+    samples: tuple[int, ...],
+    boundaries: tuple[str, ...],
 ) -> None:
-    """Raises DataError naming unit, bits, sample and boundary of the first of `losses` [bits, N, boundaries]."""
+    """Raises DataError naming unit, choice, sample and boundary of the first of `losses` [choices, N, boundaries]."""
     bad = np.argwhere(~np.isfinite(losses))
     if len(bad):
-        width, sample, boundary = bad[0]
+        row, sample, boundary = bad[0]
         raise DataError(
-            f"{unit} at {bits[width]} bits: evidence of sample {samples[sample]} at boundary "
+            f"{unit} in {choices[row]}: evidence of sample {samples[sample]} at boundary "
             f"{boundaries[boundary]!r} is not finite ({len(bad)} such values); if the policy overflows, "
             f"use --dtype float32"
         )

@@ -1,6 +1,6 @@
 """Screened sensitivity: exact evaluation only where it can still change the allocation.
 
-Very few passes predict the loss L of Eq. (9) of every layer, width and state to first order (`proxy`): P.
+Very few passes predict the loss L of Eq. (9) of every layer, choice and state to first order (`proxy`): P.
 What exact evaluations tell beyond it is in `loss_model`.
 
 The posterior of a pair's phase means (Eq. (12)) is drawn: evaluated states are what they are, the others are predicted.
@@ -54,8 +54,8 @@ class ScreenProblem:
     """What is screened, as arrays.
 
     params: [U] weights per layer. stages, groups: [U] names; layers of one stage are alike, layers of one group share a
-    width. bits: [B] measured widths, ascending; 16 is added with loss 0. predicted: [U, B, N], P. phases: [N]. alpha,
-    beta: of Eq. (14a).
+    choice. bits: [B] weight bits of the measured choices; full precision is added with loss 0. predicted: [U, B, N], P.
+    phases: [N]. alpha, beta: of Eq. (14a).
     """
 
     params: np.ndarray
@@ -158,14 +158,15 @@ class Screen:
         units, widths, states = self.losses.shape
         limit = int(self.settings.cap * self.losses.size)
         step = max(1, states // 16)
-        # The narrowest width is the worst predicted and matters most; of the others, some layers show what to expect.
+        # The narrowest choice is the worst predicted and matters most; of the others, some layers show what to expect.
+        narrowest = int(np.argmin(self.problem.bits))
         every = max(1, min(_PILOT_EVERY, units // 3))
         self._extend(
             {
                 (unit, column)
                 for unit in range(units)
                 for column in range(widths)
-                if column == 0 or unit % every == column % every
+                if column == narrowest or unit % every == column % every
             },
             self.settings.pilot,
         )

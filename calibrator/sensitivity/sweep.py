@@ -1,8 +1,9 @@
-"""What one layer's low precision does to the policy: losses per bit-width and state, Mix-QVLA Eqs. (2) to (8)."""
+"""What one layer's low precision does to the policy: losses per choice and state, Mix-QVLA Eqs. (2) to (8)."""
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from calibrator.data.calibration import load_calibration
 from calibrator.families import Policy, live_units, load_policy
-from calibrator.quantizers.quantization import levels, quantized
+from calibrator.quantizers import quantized
 from calibrator.sensitivity.arithmetic import products
 from calibrator.sensitivity.evidence import (
     BOUNDARIES,
@@ -25,10 +26,9 @@ from calibrator.sensitivity.passes import Signals, Trunk, signals
 from calibrator.sensitivity.scores import check_finite
 from calibrator.sensitivity.states import Reference, States, reference
 from vla_policy.core.errors import PolicyError
-from vla_policy.core.formats import Format
+from vla_policy.core.formats import FULL, Choice
 from vla_policy.core.policy_config import PolicyConfig
 
-Scheme = Literal["weight-only", "weight-activation"]
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -36,39 +36,33 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class SweepSettings:
     """What the numbers depend on.
 
-    bits: widths that are measured; 16 is the reference. group_size: inputs per weight scale, None for one scale per
-    output channel. language_block: decoder block whose input is the language boundary, None for the last.
+    choices: what every layer is measured in; full precision is the reference. language_block: decoder block whose input
+    is the language boundary, None for the last.
     """
 
-    scheme: Scheme = "weight-only"
-    bits: tuple[int, ...] = (2, 4, 8)
-    group_size: int | None = 64
+    choices: tuple[Choice, ...]
     language_block: int | None = None
     epsilon: float = EPSILON
     dtype: str = "float32"
     unnorm_key: str | None = None
 
     def __post_init__(self) -> None:
-        for bits in self.bits:
-            levels(bits)
-        if not self.bits or len(set(self.bits)) != len(self.bits):
-            raise PolicyError(f"bits {list(self.bits)}: expected at least one width, each once")
-        if self.group_size is not None and self.group_size < 2:
-            raise PolicyError(f"group size {self.group_size}: expected at least 2 inputs, or 0 for output channels")
-
-    def format_of(self, bits: int) -> Format:
-        """The number format that `bits` means in this scheme; 16 is full precision."""
-        if bits >= 16:
-            return Format(16, 16)
-        return Format(bits, bits if self.scheme == "weight-activation" else 16, self.group_size)
+        if not self.choices or len(set(self.choices)) != len(self.choices) or FULL in self.choices:
+            raise PolicyError(
+                f"choices {' '.join(map(str, self.choices))}: expected at least one, each once; {FULL} is the reference"
+            )
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"bits": list(self.bits)}
+        return asdict(self) | {"choices": [choice.to_json() for choice in self.choices]}
+
+    @staticmethod
+    def from_json(raw: Mapping[str, Any]) -> "SweepSettings":
+        return SweepSettings(**{**raw, "choices": tuple(map(Choice.from_json, raw["choices"]))})
 
 
 @dataclass(frozen=True)
 class UnitLosses:
-    """One layer's record. Arrays are float64 with axes [bits, states] and, for the first two, [.., boundaries].
+    """One layer's record. Arrays are float64 with axes [choices, states] and, for the first two, [.., boundaries].
 
     mass, attribution: Delta^mass and Delta^attr of Eqs. (6), (7). action_error: QVLA Eq. (4) per state, squared
     distance of the teacher-forced action from the reference in normalised units ([-1, 1] per dimension).
@@ -76,7 +70,7 @@ class UnitLosses:
     """
 
     unit: str
-    bits: tuple[int, ...]
+    choices: tuple[Choice, ...]
     samples: tuple[int, ...]
     mass: np.ndarray
     attribution: np.ndarray
@@ -110,21 +104,21 @@ class Sweep:
         self.means = {name: torch.from_numpy(mean).to(device) for name, mean in ref.means.items()}
         self._last: tuple[tuple[int, ...], _FullPrecision] | None = None
 
-    def evaluate(self, unit: str, bits: tuple[int, ...], samples: tuple[int, ...]) -> UnitLosses:
-        """The record of layer `unit` at the given widths on the given states.
+    def evaluate(self, unit: str, choices: tuple[Choice, ...], samples: tuple[int, ...]) -> UnitLosses:
+        """The record of layer `unit` in each of `choices` on the given states.
 
-        Raises DataError when evidence is not finite, naming unit, width, state and boundary.
+        Raises DataError when evidence is not finite, naming unit, choice, state and boundary.
         """
         position = {sample: index for index, sample in enumerate(samples)}
-        mass = np.zeros((len(bits), len(samples), len(BOUNDARIES)))
+        mass = np.zeros((len(choices), len(samples), len(BOUNDARIES)))
         attribution = np.zeros_like(mass)
         action_error = np.zeros(mass.shape[:2])
         likelihood = np.zeros_like(action_error)
         for members in self.states.split(samples):
             full = self._full_precision(members)
             columns = [position[sample] for sample in members]
-            for row, width in enumerate(bits):
-                with quantized(self.policy, unit, self.settings.format_of(width)):
+            for row, choice in enumerate(choices):
+                with quantized(self.policy, unit, choice):
                     changed = signals(full.trunk, self.units[unit].segment)
                 for column, name in enumerate(BOUNDARIES):
                     now = profile(self.evidence(changed, name), self.settings.epsilon)
@@ -134,8 +128,8 @@ class Sweep:
                 batch = full.trunk.batch
                 action_error[row, columns] = batch.decisions.error(changed.output, batch.decided).cpu()
                 likelihood[row, columns] = (changed.objective - full.objective).cpu()
-        check_finite(mass + attribution, unit, bits, samples, BOUNDARIES)
-        return UnitLosses(unit, bits, samples, mass, attribution, action_error, likelihood)
+        check_finite(mass + attribution, unit, choices, samples, BOUNDARIES)
+        return UnitLosses(unit, choices, samples, mass, attribution, action_error, likelihood)
 
     def evidence(self, measured: Signals, boundary: str) -> Tensor:
         """E of Eq. (4) at one boundary, float32 [B, tokens, channels]."""

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import permutations
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,20 +17,22 @@ from calibrator.sensitivity.sweep import UnitLosses
 from calibrator.tensors import save_tensors
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.files import read_json, sha256_file
+from vla_policy.core.formats import FULL, Choice
 from vla_policy.core.outputs import atomic_path
 
 KIND = "sensitivity"
-FULL_BITS = 16
+SCHEMA_VERSION = 2
 Signal = Literal["evidence", "action", "proxy"]
 
 
 @dataclass(frozen=True)
 class UnitScores:
-    """One layer's row: what it costs and what each bit-width does to the policy.
+    """One layer's row: what it costs and what each choice does to the policy.
 
-    inputs, outputs: sides of its weight as a matrix. macs: per action. Scores are by bit-width, 16 included as 0.
+    inputs, outputs: sides of its weight as a matrix. macs: per action. Scores are by choice, full
+    precision included as 0.
     omega, omega_tau: Mix-QVLA Eqs. (10), (13). action_mse: QVLA Eq. (4). action_proxy: its first-order estimate.
-    action_mse, likelihood_drop and boundary_loss lack the widths that a screened run did not evaluate.
+    action_mse, likelihood_drop and boundary_loss lack the choices that a screened run did not evaluate.
     """
 
     name: str
@@ -39,20 +41,20 @@ class UnitScores:
     inputs: int
     outputs: int
     macs: int
-    omega: Mapping[int, float]
-    omega_tau: Mapping[int, float]
-    action_mse: Mapping[int, float]
-    action_proxy: Mapping[int, float]
-    likelihood_drop: Mapping[int, float]
-    boundary_loss: Mapping[int, Mapping[str, float]]
+    omega: Mapping[Choice, float]
+    omega_tau: Mapping[Choice, float]
+    action_mse: Mapping[Choice, float]
+    action_proxy: Mapping[Choice, float]
+    likelihood_drop: Mapping[Choice, float]
+    boundary_loss: Mapping[Choice, Mapping[str, float]]
 
     @property
     def params(self) -> int:
         return self.inputs * self.outputs
 
-    def evaluated(self, bits: int) -> bool:
-        """Whether `bits` was evaluated on any state, so that action error, likelihood and boundary losses are known."""
-        return bits in self.action_mse
+    def evaluated(self, choice: Choice) -> bool:
+        """Whether `choice` was evaluated on any state: then action error, likelihood and boundary losses are known."""
+        return choice in self.action_mse
 
     def to_json(self) -> dict[str, Any]:
         scores = ("omega", "omega_tau", "action_mse", "action_proxy", "likelihood_drop")
@@ -64,14 +66,16 @@ class UnitScores:
             "outputs": self.outputs,
             "params": self.params,
             "macs": self.macs,
-            **{key: {str(bits): value for bits, value in getattr(self, key).items()} for key in scores},
-            "boundary_loss": {str(bits): dict(values) for bits, values in self.boundary_loss.items()},
+            **{key: {str(choice): value for choice, value in getattr(self, key).items()} for key in scores},
+            "boundary_loss": {str(choice): dict(values) for choice, values in self.boundary_loss.items()},
         }
 
     @staticmethod
-    def from_json(raw: Mapping[str, Any]) -> "UnitScores":
-        def by_bits(key: str) -> dict[int, float]:
-            return {int(bits): float(value) for bits, value in raw[key].items()}
+    def from_json(raw: Mapping[str, Any], choices: Mapping[str, Choice]) -> "UnitScores":
+        """choices: by their text, which is the key of every score."""
+
+        def by_choice(key: str) -> dict[Choice, float]:
+            return {choices[text]: float(value) for text, value in raw[key].items()}
 
         return UnitScores(
             name=raw["name"],
@@ -80,12 +84,12 @@ class UnitScores:
             inputs=raw["inputs"],
             outputs=raw["outputs"],
             macs=raw["macs"],
-            omega=by_bits("omega"),
-            omega_tau=by_bits("omega_tau"),
-            action_mse=by_bits("action_mse"),
-            action_proxy=by_bits("action_proxy"),
-            likelihood_drop=by_bits("likelihood_drop"),
-            boundary_loss={int(bits): dict(values) for bits, values in raw["boundary_loss"].items()},
+            omega=by_choice("omega"),
+            omega_tau=by_choice("omega_tau"),
+            action_mse=by_choice("action_mse"),
+            action_proxy=by_choice("action_proxy"),
+            likelihood_drop=by_choice("likelihood_drop"),
+            boundary_loss={choices[text]: dict(values) for text, values in raw["boundary_loss"].items()},
         )
 
 
@@ -97,13 +101,13 @@ class Objective:
     beta: float = 0.25
     signal: Signal = "evidence"
 
-    def score(self, unit: UnitScores, bits: int) -> float:
-        """NaN where a screened run did not evaluate what the signal needs; an allocation refuses such a width."""
+    def score(self, unit: UnitScores, choice: Choice) -> float:
+        """NaN where a screened run did not evaluate what the signal needs; an allocation refuses such a choice."""
         if self.signal == "action":
-            return unit.action_mse[bits] if unit.evaluated(bits) else math.nan
+            return unit.action_mse[choice] if unit.evaluated(choice) else math.nan
         if self.signal == "proxy":
-            return unit.action_proxy[bits]
-        return self.alpha * unit.omega[bits] + self.beta * unit.omega_tau[bits]
+            return unit.action_proxy[choice]
+        return self.alpha * unit.omega[choice] + self.beta * unit.omega_tau[choice]
 
 
 @dataclass(frozen=True)
@@ -120,7 +124,7 @@ class UnitShape:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Omega and Omega_tau of one layer by width, where screening estimated them from part of the states."""
+    """Omega and Omega_tau of one layer by choice, where screening estimated them from part of the states."""
 
     omega: np.ndarray
     omega_tau: np.ndarray
@@ -134,7 +138,7 @@ def score_unit(
     settings: ScoreSettings,
     estimate: Estimate | None = None,
 ) -> UnitScores:
-    """Eqs. (8) to (13) for one layer. action_proxy: [bits, N]. phases: int64 [N], the bin of each state of `losses`.
+    """Eqs. (8) to (13) for one layer. action_proxy: [choices, N]. phases: int64 [N], the bin of each state of `losses`.
 
     With an estimate, `losses` are NaN for states that were not evaluated, and the other scores average the rest.
     """
@@ -143,13 +147,13 @@ def score_unit(
         bottleneck = soft_bottleneck(per_boundary, settings.kappa)
         estimate = Estimate(bottleneck.mean(-1), temporal_score(bottleneck, phases))
 
-    def by_bits(values: Sequence[float] | np.ndarray) -> dict[int, float]:
-        return {bits: float(value) for bits, value in zip(losses.bits, values, strict=True)} | {FULL_BITS: 0.0}
+    def by_choice(values: Sequence[float] | np.ndarray) -> dict[Choice, float]:
+        return {choice: float(value) for choice, value in zip(losses.choices, values, strict=True)} | {FULL: 0.0}
 
-    def evaluated(values: np.ndarray) -> dict[int, float]:
-        """Means over the evaluated states; a width without any has no entry."""
-        known = {bits: row[np.isfinite(row)] for bits, row in zip(losses.bits, values, strict=True)}
-        return {bits: float(row.mean()) for bits, row in known.items() if len(row)} | {FULL_BITS: 0.0}
+    def evaluated(values: np.ndarray) -> dict[Choice, float]:
+        """Means over the evaluated states; a choice without any has no entry."""
+        known = {choice: row[np.isfinite(row)] for choice, row in zip(losses.choices, values, strict=True)}
+        return {choice: float(row.mean()) for choice, row in known.items() if len(row)} | {FULL: 0.0}
 
     by_boundary = [evaluated(per_boundary[..., column]) for column in range(len(BOUNDARIES))]
     return UnitScores(
@@ -159,40 +163,59 @@ def score_unit(
         inputs=shape.inputs,
         outputs=shape.outputs,
         macs=shape.macs,
-        omega=by_bits(estimate.omega),
-        omega_tau=by_bits(estimate.omega_tau),
+        omega=by_choice(estimate.omega),
+        omega_tau=by_choice(estimate.omega_tau),
         action_mse=evaluated(losses.action_error),
-        action_proxy=by_bits(action_proxy.mean(-1)),
+        action_proxy=by_choice(action_proxy.mean(-1)),
         likelihood_drop=evaluated(-losses.likelihood),
         boundary_loss={
-            bits: {name: values[bits] for name, values in zip(BOUNDARIES, by_boundary, strict=True)}
-            for bits in losses.bits
-            if bits in by_boundary[0]
+            choice: {name: values[choice] for name, values in zip(BOUNDARIES, by_boundary, strict=True)}
+            for choice in losses.choices
+            if choice in by_boundary[0]
         },
     )
 
 
-def inversions(units: Sequence[UnitScores]) -> list[dict[str, Any]]:
-    """Neighbouring widths where more bits scored worse: noise of a small calibration set, reported, not clamped."""
-    found = []
-    for unit in units:
-        widths = sorted(unit.omega)
-        for low, high in pairwise(widths):
-            if unit.omega[high] > unit.omega[low]:
-                found.append(
-                    {"unit": unit.name, "bits": [low, high], "omega": [unit.omega[low], unit.omega[high]]}
-                )
-    return found
+def inversions(units: Sequence[UnitScores], choices: Sequence[Choice]) -> list[dict[str, Any]]:
+    """Where the more precise of two choices scored worse: noise of a small calibration set, reported, not clamped."""
+    pairs = _neighbours(choices)
+    return [
+        {"unit": unit.name, "choices": [str(low), str(high)], "omega": [unit.omega[low], unit.omega[high]]}
+        for unit in units
+        for low, high in pairs
+        if unit.omega[high] > unit.omega[low]
+    ]
+
+
+def _neighbours(choices: Sequence[Choice]) -> list[tuple[Choice, Choice]]:
+    """Pairs of one recipe, the second more precise on some count and at least as precise on all, with none between."""
+    pairs = [
+        (low, high)
+        for low, high in permutations(choices, 2)
+        if low.recipe == high.recipe and high.format.is_at_least(low.format)
+    ]
+    return [
+        (low, high)
+        for low, high in pairs
+        if not any((low, middle) in pairs and (middle, high) in pairs for middle in choices)
+    ]
+
+
+def shown_first(choices: Sequence[Choice]) -> Choice:
+    """The choice that figures show first: one of 4 bits where there is one, else the least precise."""
+    return next((choice for choice in choices if choice.format.weight_bits == 4), choices[0])
 
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """`sensitivity.json` as a type. `meta`: every other entry of the file; `path` and `sha256`: the file's own."""
+    """`sensitivity.json` as a type.
+
+    choices: what was measured, the least precise first, and full precision. meta: every other entry of the file. path,
+    sha256: the file's own.
+    """
 
     units: tuple[UnitScores, ...]
-    bits: tuple[int, ...]
-    scheme: str
-    group_size: int | None
+    choices: tuple[Choice, ...]
     unquantized_params: int
     meta: Mapping[str, Any]
     path: str
@@ -204,14 +227,14 @@ class Sensitivity:
 
     @staticmethod
     def load(path: Path | str) -> "Sensitivity":
-        """Raises ArtefactError when the file is missing, damaged or of another kind."""
-        raw = read_json(path, KIND)
+        """Raises ArtefactError when the file is missing, damaged or of another kind or version."""
+        raw = read_json(path, KIND, SCHEMA_VERSION)
         try:
+            choices = tuple(map(Choice.from_json, raw["choices"]))
+            by_text = {str(choice): choice for choice in choices}
             return Sensitivity(
-                units=tuple(UnitScores.from_json(unit) for unit in raw["units"]),
-                bits=tuple(raw["bits"]),
-                scheme=raw["scheme"],
-                group_size=raw["group_size"],
+                units=tuple(UnitScores.from_json(unit, by_text) for unit in raw["units"]),
+                choices=choices,
                 unquantized_params=raw["unquantized_params"],
                 meta={key: value for key, value in raw.items() if key != "units"},
                 path=str(path),
@@ -227,9 +250,9 @@ def stack_losses(
     progress: np.ndarray,
     settings: ScoreSettings,
 ) -> dict[str, np.ndarray]:
-    """`losses.safetensors`: everything per layer, bit-width and state, in the order of `units` in the JSON.
+    """`losses.safetensors`: everything per layer, choice and state, in the order of the JSON.
 
-    action_proxies: [bits, N] each.
+    action_proxies: [choices, N] each.
     """
     mass = np.stack([record.mass for record in records])
     attribution = np.stack([record.attribution for record in records])

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from calibrator.quantizers import Codes
 from engine_build.graph.builder import GraphBuilder
 from engine_build.weights import Layer, LayerWeights, Tensors, as_float32, layer_weights
 from vla_policy.core.errors import ArtefactError
-from vla_policy.core.formats import Format
+from vla_policy.core.formats import Choice
 
 LinearWriter = Callable[[GraphBuilder, str, LayerWeights], str]
 """Writes one linear layer behind a value of the graph; returns the result's name."""
@@ -18,14 +19,15 @@ LinearWriter = Callable[[GraphBuilder, str, LayerWeights], str]
 class GraphContext:
     """Everything that writing a graph needs.
 
-    on_layer: called with each layer once it is written (progress).
+    codes: of the layers' weights. on_layer: called with each layer once it is written (progress).
     input_peaks: largest |input| of layers whose activations get a fixed scale.
     """
 
     builder: GraphBuilder
     tensors: Tensors
     layers: Mapping[str, Layer]
-    assignment: Mapping[str, Format]
+    assignment: Mapping[str, Choice]
+    codes: Codes
     write_linear: LinearWriter
     on_layer: Callable[[Layer], None]
     input_peaks: Mapping[str, float]
@@ -33,12 +35,12 @@ class GraphContext:
     io_dtype = np.dtype(np.float32)
 
     def linear(self, x: str, name: str) -> str:
-        """The layer called `name`, in its planned format, applied to `x` [1, tokens, in].
+        """The layer called `name`, as planned, applied to `x` [1, tokens, in].
 
-        Raises ArtefactError or PolicyError for weights that this format cannot hold.
+        Raises ArtefactError or PolicyError for weights that its format cannot hold.
         """
         layer = self.layers[name]
-        weights = layer_weights(self.tensors, layer, self.assignment[name], self.input_peaks.get(name))
+        weights = layer_weights(self.tensors, layer, self.assignment[name], self.codes, self.input_peaks.get(name))
         most = float(np.finfo(self.builder.float_dtype).max)
         if weights.quantized is not None and weights.quantized.peak > most:
             raise ArtefactError(

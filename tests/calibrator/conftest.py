@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from choices import CHOICES
 from fake_source import FakeSource
 from tiny import tiny_policy_folder
 
@@ -24,7 +25,7 @@ def calibration_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def spec(policy_folder: Path, calibration_folder: Path) -> SweepSpec:
-    return SweepSpec(str(policy_folder), str(calibration_folder), SweepSettings(group_size=32), batch_size=4)
+    return SweepSpec(str(policy_folder), str(calibration_folder), SweepSettings(CHOICES), batch_size=4)
 
 
 @pytest.fixture(scope="session")
@@ -38,4 +39,4 @@ def two_images(tmp_path_factory: pytest.TempPathFactory) -> SweepSpec:
     folder = tmp_path_factory.mktemp("two_images")
     policy = tiny_policy_folder(folder / "policy", images=2)
     collect([FakeSource((5, 4), images=2)], folder / "calibration", count=4, seed=0)
-    return SweepSpec(str(policy), str(folder / "calibration"), SweepSettings(group_size=32), batch_size=3)
+    return SweepSpec(str(policy), str(folder / "calibration"), SweepSettings(CHOICES), batch_size=3)

@@ -6,15 +6,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tables import BITS, random_table, table, unit
+from tables import BY_BITS, random_table, scored, table, unit
 
 from calibrator.allocation.options import Budget, Group, LatencyTable, Option, Pin, build_groups, totals
 from calibrator.allocation.plan import Plan
 from calibrator.allocation.planning import Limits, Planner, PlanRequest, write_frontier
 from calibrator.allocation.solve import greedy_demotion, solve
+from calibrator.quantizers import parse_choice
 from calibrator.sensitivity.table import Objective
 from vla_policy.core.errors import ArtefactError, BudgetError
-from vla_policy.core.formats import Format
+from vla_policy.core.formats import FULL
 from vla_policy.core.targets import find_target
 
 
@@ -47,7 +48,7 @@ def test_highs_equals_brute_force(seed: int, fused: bool) -> None:
         solution = solve(groups, budgets)
         assert solution.objective == pytest.approx(expected, abs=1e-12)
         assert solution.gap == pytest.approx(0.0, abs=1e-9)
-        assert all(sum(option.cost(row.cost) for option in solution.choice) <= row.limit for row in budgets)
+        assert all(sum(option.cost(row.cost) for option in solution.options) <= row.limit for row in budgets)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -62,21 +63,21 @@ def test_eight_units_equal_brute_force(seed: int) -> None:
     assert ecos.bound <= expected + 1e-9
     greedy = greedy_demotion(groups, budgets)
     assert greedy is not None and greedy.objective >= expected - 1e-12
-    assert sum(option.code_bits for option in greedy.choice) <= budgets[0].limit
+    assert sum(option.code_bits for option in greedy.options) <= budgets[0].limit
 
 
 def test_a_budget_met_exactly_is_met_and_one_bit_less_is_not() -> None:
     groups = build_groups(random_table(6, 1), Objective())
     least = sum(min(option.code_bits for option in group.options) for group in groups)
     exact = solve(groups, [Budget("code_bits", least, "bits")])
-    assert totals(exact.choice)["code_bits"] == least
+    assert totals(exact.options)["code_bits"] == least
     with pytest.raises(BudgetError, match=f"bits {least - 1} is below the minimum {least};"):
         solve(groups, [Budget("code_bits", least - 1, "bits")])
 
 
 def test_budgets_that_cannot_be_met_together_are_refused() -> None:
-    cheap_size = Option(2, 1.0, 20, 20, 900, 0.0)
-    cheap_ops = Option(8, 0.5, 80, 80, 100, 0.0)
+    cheap_size = Option(BY_BITS[2], 1.0, 20, 20, 900, 0.0)
+    cheap_ops = Option(BY_BITS[8], 0.5, 80, 80, 100, 0.0)
     group = Group("layer", ("layer",), (cheap_size, cheap_ops))
     with pytest.raises(BudgetError, match="average bits and BitOps ratio cannot be met together"):
         solve([group], [Budget("code_bits", 50, "average bits"), Budget("bitops", 500, "BitOps ratio")])
@@ -88,24 +89,24 @@ def test_greedy_takes_the_cheapest_step_and_stops_at_the_budget() -> None:
     params = calm.params
     solution = greedy_demotion(groups, [Budget("code_bits", 18 * params, "bits")])
     assert solution is not None
-    assert [option.bits for option in solution.choice] == [2, 16]
+    assert [option.choice for option in solution.options] == [BY_BITS[2], BY_BITS[16]]
     assert greedy_demotion(groups, [Budget("code_bits", 3 * params, "bits")]) is None
 
 
 def test_objectives_read_their_own_scores() -> None:
     item = unit("layer", {2: 0.8, 4: 0.4, 8: 0.2})
-    assert Objective(0.75, 0.25).score(item, 4) == pytest.approx(0.75 * 0.4 + 0.25 * 0.8)
-    assert Objective(signal="action").score(item, 4) == pytest.approx(0.04)
-    assert Objective(signal="proxy").score(item, 4) == pytest.approx(0.02)
+    assert Objective(0.75, 0.25).score(item, BY_BITS[4]) == pytest.approx(0.75 * 0.4 + 0.25 * 0.8)
+    assert Objective(signal="action").score(item, BY_BITS[4]) == pytest.approx(0.04)
+    assert Objective(signal="proxy").score(item, BY_BITS[4]) == pytest.approx(0.02)
 
 
 def test_a_width_that_a_screened_run_did_not_evaluate_is_not_solved_for() -> None:
     known, partly = unit("known", {2: 0.8, 4: 0.4, 8: 0.2}), unit("partly", {2: 0.8, 4: 0.4, 8: 0.2})
-    screened = table([known, replace(partly, action_mse={2: 0.08, 16: 0.0})])
+    screened = table([known, replace(partly, action_mse={BY_BITS[2]: 0.08, FULL: 0.0})])
     by_action = replace(request(average_bits=8.0), objective=Objective(signal="action"))
-    with pytest.raises(ArtefactError, match="partly: the screened run did not evaluate 4 bits; measure it with"):
+    with pytest.raises(ArtefactError, match="partly: the screened run did not evaluate w4a16_g32:rtn; measure it"):
         Planner.of(screened, by_action).plan()
-    pinned = Planner.of(screened, replace(by_action, pins=(Pin("partly", 2),))).plan()
+    pinned = Planner.of(screened, replace(by_action, pins=(Pin("partly", BY_BITS[2]),))).plan()
     assert pinned.objective == pytest.approx(0.08 + 0.02)  # the other layer has room for 8 bits
 
 
@@ -116,8 +117,9 @@ def test_costs_are_counted_with_scales_and_activations() -> None:
     assert (four.code_bits, four.size_bits) == (2800, 2800 + 3 * 10 * 16)  # 70 inputs: groups of 32, 32 and 6
     assert (full.code_bits, full.size_bits) == (700 * 16, 700 * 32)
     assert four.bitops == item.macs * 4 * 16
-    (both,) = build_groups(table([item], "weight-activation"), Objective())
-    assert both.options[1].bitops == item.macs * 4**2
+    both = scored("layer", {parse_choice("w4a4_g32"): 0.4, FULL: 0.0}, inputs=70, outputs=10)
+    (group,) = build_groups(table([both]), Objective())
+    assert group.options[0].bitops == item.macs * 4**2
 
 
 def request(**limits: float) -> PlanRequest:
@@ -130,9 +132,10 @@ def test_plan_adds_up_and_survives_a_round_trip(tmp_path: Path) -> None:
     params = {item.name: item.params for item in sensitivity.units}
     assert plan.average_bits <= 4.0
     assert plan.average_bits == pytest.approx(
-        sum(params[name] * fmt.weight_bits for name, fmt in plan.assignment.items()) / sum(params.values())
+        sum(params[name] * choice.format.weight_bits for name, choice in plan.assignment.items()) / sum(params.values())
     )
-    assert plan.size.weight_bits == sum(params[name] * fmt.weight_bits for name, fmt in plan.assignment.items())
+    bits = {name: choice.format.weight_bits for name, choice in plan.assignment.items()}
+    assert plan.size.weight_bits == sum(params[name] * bits[name] for name in params)
     assert plan.size.unquantized_bits == 16_000
     for first in range(0, 6, 2):
         assert plan.assignment[f"layer_{first}"] == plan.assignment[f"layer_{first + 1}"]
@@ -140,7 +143,7 @@ def test_plan_adds_up_and_survives_a_round_trip(tmp_path: Path) -> None:
     assert Plan.load(tmp_path / "plan.json") == plan
     raw = json.loads((tmp_path / "plan.json").read_text())
     assert raw["size_bits"] == raw["weight_bits"] + raw["scale_bits"] + raw["unquantized_bits"]
-    assert raw["assignment"]["layer_0"]["format"].startswith(f"w{raw['assignment']['layer_0']['bits']}a16")
+    assert raw["assignment"]["layer_0"] == plan.assignment["layer_0"].to_json()
 
 
 def test_size_budget_covers_everything_in_the_engine() -> None:
@@ -175,7 +178,7 @@ def test_latency_budget_uses_the_measured_table(tmp_path: Path) -> None:
     limits = Limits(latency_ms=5.0 + 4 * 1.0)
     plan = Planner.of(sensitivity, PlanRequest(limits, latency=costs)).plan()
     # Only 4 bits everywhere is fast enough: 2 bits are slower on this target.
-    assert {fmt.weight_bits for fmt in plan.assignment.values()} == {4}
+    assert set(plan.assignment.values()) == {BY_BITS[4]}
     assert plan.latency_ms == pytest.approx(9.0) and plan.target == "cpu"
     with pytest.raises(BudgetError, match="5 ms that no plan can change"):
         Planner.of(sensitivity, PlanRequest(Limits(latency_ms=4.0), latency=costs)).plan()
@@ -188,14 +191,17 @@ def test_latency_budget_uses_the_measured_table(tmp_path: Path) -> None:
         Planner.of(sensitivity, PlanRequest(limits, latency=partial))
 
 
-def test_only_formats_of_the_target_are_chosen() -> None:
+def test_only_formats_of_the_target_are_chosen(tmp_path: Path) -> None:
     sensitivity = random_table(6, 9)
     anywhere = Planner.of(sensitivity, request(average_bits=6.0)).plan()
     on_a100 = Planner.of(sensitivity, replace(request(average_bits=6.0), target="a100")).plan()
     target = find_target("a100")
-    assert all(target.why_not(fmt) is None for fmt in on_a100.assignment.values())
-    assert on_a100.details["formats_adapted_to_target"] == {"w8a16_g32": "w8a16"}
-    assert anywhere.details["formats_adapted_to_target"] == {}
+    assert all(target.why_not(choice.format) is None for choice in on_a100.assignment.values())
+    assert on_a100.scored_by == {parse_choice("w8a16"): BY_BITS[8]} and anywhere.scored_by == {}
+    eight = next(name for name, choice in on_a100.assignment.items() if choice == parse_choice("w8a16"))
+    assert on_a100.measured(eight) == BY_BITS[8]
+    on_a100.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == on_a100
     with pytest.raises(ArtefactError, match="target 'toaster' is unknown"):
         Planner.of(sensitivity, replace(request(average_bits=6.0), target="toaster"))
 
@@ -204,28 +210,28 @@ def test_a_width_that_the_target_lacks_is_not_offered() -> None:
     sensitivity = random_table(6, 9)
     only_wide = replace(find_target("cpu"), rules=find_target("cpu").rules[:2])
     groups = build_groups(sensitivity, request(average_bits=6.0).objective, target=only_wide)
-    assert {option.bits for group in groups for option in group.options} == {8, 16}
-    with pytest.raises(BudgetError, match="pinned to 4 bits, which the target cannot run"):
-        build_groups(sensitivity, request(average_bits=6.0).objective, (Pin("layer_0", 4),), target=only_wide)
+    assert {option.choice for group in groups for option in group.options} == {BY_BITS[8], FULL}
+    with pytest.raises(BudgetError, match="pinned to w4a16_g32:rtn, which the target cannot run"):
+        build_groups(sensitivity, request(average_bits=6.0).objective, (Pin("layer_0", BY_BITS[4]),), target=only_wide)
 
 
 def test_pins_hold_and_bad_ones_are_named() -> None:
     sensitivity = random_table(6, 8, fused=True)
-    pinned = replace(request(average_bits=9.0), pins=(Pin.parse("layer_0=16"),))
+    pinned = replace(request(average_bits=9.0), pins=(Pin.parse("layer_0=w16a16"),))
     plan = Planner.of(sensitivity, pinned).plan()
-    assert plan.assignment["layer_0"] == plan.assignment["layer_1"] == Format(16, 16)
+    assert plan.assignment["layer_0"] == plan.assignment["layer_1"] == FULL
     for pins, message in (
-        (("layer_9=4",), "matches no layer"),
-        (("layer_0=5",), "5 bits were not measured"),
-        (("layer_0=4", "layer_1=8"), "fused and share one width"),
-        (("layer_0=4", "layer_*=8"), "pinned to 4 and to 8"),
+        (("layer_9=w4a16_g32",), "matches no layer"),
+        (("layer_0=w4a16",), "w4a16:rtn was not measured; choose from w2a16_g32:rtn, "),
+        (("layer_0=w4a16_g32", "layer_1=w8a16_g32:rtn"), "fused and share one choice"),
+        (("layer_0=w4a16_g32", "layer_*=w8a16_g32"), "pinned to w4a16_g32:rtn and to w8"),
     ):
         with pytest.raises(BudgetError, match=message):
             Planner.of(sensitivity, replace(pinned, pins=tuple(map(Pin.parse, pins))))
-    with pytest.raises(BudgetError, match="glob=bits"):
+    with pytest.raises(BudgetError, match="glob=choice"):
         Pin.parse("layer_0")
     with pytest.raises(BudgetError, match="unpin layers"):
-        Planner.of(sensitivity, replace(request(average_bits=3.0), pins=(Pin.parse("*=16"),))).plan()
+        Planner.of(sensitivity, replace(request(average_bits=3.0), pins=(Pin.parse("*=w16a16"),))).plan()
 
 
 def test_no_budget_is_refused() -> None:
@@ -240,7 +246,7 @@ def test_frontier_falls_as_size_grows_and_ends_at_full_precision(tmp_path: Path)
     assert scores == sorted(scores, reverse=True)
     assert curve[-1]["objective"] == 0.0
     assert curve[0]["size_bits"] < curve[-1]["size_bits"]
-    assert all(sum(point["layers_by_bits"].values()) == 10 for point in curve)
+    assert all(sum(point["layers_by_choice"].values()) == 10 for point in curve)
     assert all(point["greedy_objective"] is None or point["greedy_objective"] >= point["objective"] for point in curve)
     write_frontier(tmp_path / "frontier.json", planner, 3)
     assert len(json.loads((tmp_path / "frontier.json").read_text())["points"]) == 3
@@ -250,4 +256,3 @@ def test_a_plan_of_another_policy_is_refused(tmp_path: Path, policy_folder: Path
     plan = Planner.of(random_table(3, 1), request(average_bits=8.0)).plan()
     with pytest.raises(ArtefactError, match="made for the policy pppp"):
         plan.check_policy(policy_folder, "plan.json")
-    assert set(BITS) == {2, 4, 8, 16}

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from choices import W2, W8
 from deadly import DeadlySpec
 
 from calibrator.sensitivity.executors import LocalExecutor, RayExecutor, Task
@@ -35,7 +36,7 @@ def cluster() -> Any:
 def test_ray_gives_the_local_table_and_outlives_a_killed_worker(
     cluster: Any, spec: SweepSpec, sweep: Sweep, tmp_path: Path
 ) -> None:
-    tasks = [Task(unit, (2, 8), ALL) for unit in UNITS]
+    tasks = [Task(unit, (W2, W8), ALL) for unit in UNITS]
     marker = tmp_path / "killed"
     deadly = DeadlySpec.of(spec, marker, "projector.fc1")
     executor = RayExecutor(deadly, sweep.reference, "test", None, cpus_per_task=1)
@@ -53,7 +54,7 @@ def test_ray_gives_the_local_table_and_outlives_a_killed_worker(
 def test_an_error_on_a_worker_is_the_users_error(cluster: Any, spec: SweepSpec, sweep: Sweep) -> None:
     executor = RayExecutor(spec, sweep.reference, "error", None, cpus_per_task=1)
     with pytest.raises(PolicyError, match="has no layer"):
-        list(executor.run([Task("action_head.fc1", (2,), (0,))]))
+        list(executor.run([Task("action_head.fc1", (W2,), (0,))]))
 
 
 def test_a_cluster_without_a_gpu_is_refused(cluster: Any, spec: SweepSpec, sweep: Sweep) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from choices import CHOICES, W2, W4, W8
 from fake_source import FakeSource
 from tables import table, unit
 from tiny import tiny_policy_folder
@@ -18,6 +19,7 @@ from tiny import tiny_policy_folder
 from calibrator.__main__ import main
 from calibrator.allocation.plan import Plan
 from calibrator.data.calibration import collect
+from calibrator.quantizers import parse_choices
 from calibrator.sensitivity.executors import LocalExecutor, Task
 from calibrator.sensitivity.journal import Journal, difference
 from calibrator.sensitivity.measure import RunOptions, journal_folder, measure
@@ -26,6 +28,7 @@ from calibrator.sensitivity.screening import ScreenSettings
 from calibrator.sensitivity.sweep import Sweep, SweepSettings, SweepSpec, UnitLosses
 from calibrator.sensitivity.table import Sensitivity, inversions, load_tensors
 from vla_policy.core.errors import ArtefactError, DataError, PolicyError
+from vla_policy.core.formats import FULL, Choice
 
 
 class SilentBar:
@@ -68,21 +71,22 @@ def test_scores_follow_from_the_stored_losses(finished: Path) -> None:
     np.testing.assert_allclose(losses["loss"], losses["mass"] + losses["attribution"], rtol=1e-5)
     np.testing.assert_allclose(soft_bottleneck(losses["loss"], 0.1), losses["soft_bottleneck"], rtol=1e-4, atol=1e-7)
     for row, item in enumerate(sensitivity.units):
-        for column, bits in enumerate((2, 4, 8)):
+        for column, choice in enumerate(CHOICES):
             values = losses["soft_bottleneck"][row, column]
-            assert item.omega[bits] == pytest.approx(float(values.mean()), rel=1e-4)
+            assert item.omega[choice] == pytest.approx(float(values.mean()), rel=1e-4)
             by_phase = [values[losses["phase"] == phase].mean() for phase in set(losses["phase"].tolist())]
-            assert item.omega_tau[bits] == pytest.approx(float(max(by_phase)), rel=1e-4)
-            assert item.action_mse[bits] == pytest.approx(float(losses["action_error"][row, column].mean()), rel=1e-5)
+            assert item.omega_tau[choice] == pytest.approx(float(max(by_phase)), rel=1e-4)
+            assert item.action_mse[choice] == pytest.approx(float(losses["action_error"][row, column].mean()), rel=1e-5)
             drop = -losses["likelihood"][row, column].mean()
-            assert item.likelihood_drop[bits] == pytest.approx(float(drop), rel=1e-4)
-        assert item.omega[16] == item.omega_tau[16] == item.action_mse[16] == 0.0
+            assert item.likelihood_drop[choice] == pytest.approx(float(drop), rel=1e-4)
+        assert item.omega[FULL] == item.omega_tau[FULL] == item.action_mse[FULL] == 0.0
     np.testing.assert_array_equal(losses["phase"], phase_of(losses["progress"], 10))
 
 
 def test_artefact_names_its_parents_and_what_was_left_out(finished: Path, spec: SweepSpec) -> None:
     raw = json.loads(finished.read_text())
-    assert raw["bits"] == [2, 4, 8, 16] and raw["scheme"] == "weight-only"
+    assert raw["choices"] == [choice.to_json() for choice in (*CHOICES, FULL)]
+    assert set(raw["units"][0]["omega"]) == {"w2a16_g32:rtn", "w4a16_g32:rtn", "w8a16_g32:rtn", "w16a16"}
     assert raw["calibration"]["samples"] == 8 and sum(raw["calibration"]["phases"]) == 8
     policy = spec.load_policy()
     total = sum(parameter.numel() for parameter in policy.parameters())
@@ -95,7 +99,8 @@ def test_artefact_names_its_parents_and_what_was_left_out(finished: Path, spec: 
 def test_maps_show_full_precision_first(finished: Path, sweep: Sweep) -> None:
     sensitivity = Sensitivity.load(finished)
     maps, axes = load_tensors(sensitivity, "maps"), sensitivity.meta["maps"]
-    assert maps["evidence"].shape == (2, 3, 4, 4) and axes["grid"] == [2, 2] and axes["bits"] == [16, 8, 4, 2]
+    assert maps["evidence"].shape == (2, 3, 4, 4) and axes["grid"] == [2, 2]
+    assert axes["choices"] == ["w16a16", "w8a16_g32:rtn", "w4a16_g32:rtn", "w2a16_g32:rtn"]
     assert not maps["loss"][:, :, 0].any() and (maps["loss"][:, :, 1:] >= 0).all()
     np.testing.assert_array_equal(maps["evidence"][0, :, 0], maps["evidence"][1, :, 0])
     losses = load_tensors(sensitivity, "losses")["loss"]
@@ -135,16 +140,16 @@ def test_a_stopped_run_continues_to_the_identical_table(spec: SweepSpec, finishe
 
 
 def test_other_inputs_are_refused_with_the_difference(spec: SweepSpec, finished: Path, tmp_path: Path) -> None:
-    channel = replace(spec, settings=SweepSettings(group_size=None))
-    with pytest.raises(ArtefactError, match=r"settings.group_size was 32, is now None"):
+    channel = replace(spec, settings=SweepSettings(parse_choices(("w2a16", "w4a16", "w8a16"))))
+    with pytest.raises(ArtefactError, match=r"settings.choices.0.format was w2a16_g32, is now w2a16\)"):
         measure(channel, finished, SCORES, OPTIONS)
     with pytest.raises(ArtefactError, match=r"scores.kappa was 0.1, is now 0.2"):
         measure(spec, finished, ScoreSettings(kappa=0.2), OPTIONS)
     out = tmp_path / "sensitivity.json"
     with pytest.raises(KeyboardInterrupt):
         measure(spec, out, SCORES, replace(OPTIONS, progress=SilentBar(stop=1)))
-    with pytest.raises(ArtefactError, match=r"unfinished sweep of other inputs \(settings.bits was \[2, 4, 8\]"):
-        measure(replace(spec, settings=SweepSettings(bits=(2, 4), group_size=32)), out, SCORES, OPTIONS)
+    with pytest.raises(ArtefactError, match=r"unfinished sweep .* \(settings.choices.2 was {'format': 'w8a16_g32'"):
+        measure(replace(spec, settings=SweepSettings(CHOICES[:2])), out, SCORES, OPTIONS)
     measure(channel, out, SCORES, replace(OPTIONS, resume=False, unit_globs=("projector.fc1",)))
     assert [item.name for item in Sensitivity.load(out).units] == ["projector.fc1"]
 
@@ -197,10 +202,10 @@ def test_a_device_that_is_full_keeps_what_is_finished(
 ) -> None:
     out, evaluate = tmp_path / "sensitivity.json", Sweep.evaluate
 
-    def full(self: Sweep, unit: str, bits: tuple[int, ...], samples: tuple[int, ...]) -> UnitLosses:
+    def full(self: Sweep, unit: str, choices: tuple[Choice, ...], samples: tuple[int, ...]) -> UnitLosses:
         if unit == "projector.fc2":
             raise torch.OutOfMemoryError
-        return evaluate(self, unit, bits, samples)
+        return evaluate(self, unit, choices, samples)
 
     monkeypatch.setattr(Sweep, "evaluate", full)
     with pytest.raises(PolicyError, match="cpu: not enough memory for the policy and 4 states per pass; use a smaller"):
@@ -217,19 +222,24 @@ def test_journal_keeps_records_exactly(tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
     arrays = {name: generator.random((2, 3, 4)) for name in ("mass", "attribution")}
     arrays |= {name: generator.random((2, 3)) for name in ("action_error", "likelihood")}
-    record = UnitLosses("layer.a", (2, 4), (5, 1, 9), **arrays)
+    record = UnitLosses("layer.a", (W2, W4), (5, 1, 9), **arrays)
     Journal(tmp_path / "j", {"a": 1}).write(record)
     reopened = Journal(tmp_path / "j", {"a": 1})
     assert reopened.read_reference() is None
-    assert not reopened.lacks("layer.a", (2, 4), (5, 1, 9))
-    others = [("layer.b", (2, 4), (5, 1, 9)), ("layer.a", (2,), (5, 1, 9)), ("layer.a", (2, 4), (1, 5, 9))]
+    assert not reopened.lacks("layer.a", (W2, W4), (5, 1, 9))
+    others = [
+        ("layer.b", (W2, W4), (5, 1, 9)),
+        ("layer.a", (W2,), (5, 1, 9)),
+        ("layer.a", (W2, W8), (5, 1, 9)),
+        ("layer.a", (W2, W4), (1, 5, 9)),
+    ]
     assert all(reopened.lacks(*other) for other in others)
-    got = reopened.read("layer.a", (2, 4), (5, 1, 9))
+    got = reopened.read("layer.a", (W2, W4), (5, 1, 9))
     assert all(np.array_equal(getattr(got, name), array) for name, array in arrays.items())
     (path,) = (tmp_path / "j" / "units").iterdir()
     path.write_bytes(path.read_bytes()[:-3])
     with pytest.raises(ArtefactError, match="damaged or truncated"):
-        reopened.read("layer.a", (2, 4), (5, 1, 9))
+        reopened.read("layer.a", (W2, W4), (5, 1, 9))
 
 
 def test_difference_names_the_entry() -> None:
@@ -245,19 +255,17 @@ def test_long_differences_stay_on_one_short_line() -> None:
 
 
 def test_settings_that_make_no_sense_are_refused() -> None:
-    with pytest.raises(PolicyError, match="5-bit codes"):
-        SweepSettings(bits=(2, 5))
-    with pytest.raises(PolicyError, match="each once"):
-        SweepSettings(bits=(2, 2))
-    with pytest.raises(PolicyError, match="group size 1"):
-        SweepSettings(group_size=1)
+    for choices in ((), (W2, W2), (W2, FULL)):
+        with pytest.raises(PolicyError, match="at least one, each once; w16a16 is the reference"):
+            SweepSettings(choices)
     with pytest.raises(DataError, match="kappa > 0"):
         ScoreSettings(kappa=0.0)
 
 
 def test_inversions_are_reported() -> None:
     noisy = unit("layer", {2: 0.3, 4: 0.1, 8: 0.2})
-    assert inversions(table([noisy]).units) == [{"unit": "layer", "bits": [4, 8], "omega": [0.1, 0.2]}]
+    found = {"unit": "layer", "choices": ["w4a16_g32:rtn", "w8a16_g32:rtn"], "omega": [0.1, 0.2]}
+    assert inversions([noisy], table([noisy]).choices) == [found]
 
 
 def test_commands_lead_from_calibration_to_plan(
@@ -265,7 +273,7 @@ def test_commands_lead_from_calibration_to_plan(
 ) -> None:
     scores, plan = tmp_path / "sensitivity.json", tmp_path / "plan.json"
     arguments = ["sensitivity", "--policy", str(policy_folder), "--calibration", str(calibration_folder)]
-    arguments += ["--out", str(scores), "--group-size", "32", "--bits", "2", "8", "--units", "projector.*"]
+    arguments += ["--out", str(scores), "--choices", "w2a16_g32", "w8a16_g32", "--units", "projector.*"]
     assert main(arguments) == 0
     curve = ["--frontier", str(tmp_path / "frontier.json"), "--frontier-points", "3"]
     assert main(["allocate", "--sensitivity", str(scores), "--out", str(plan), "--average-bits", "8", *curve]) == 0

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from choices import CHOICES, W2, W8
 from fake_source import FakeSource
 from naive import naive_losses
 from safetensors.torch import load_file, save_file
@@ -38,7 +39,7 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> SweepSpec:
     folder = tmp_path_factory.mktemp("oft")
     policy = tiny_policy_folder(folder / "policy", images=2, chunk=CHUNK)
     collect([FakeSource((4, 3), images=2)], folder / "calibration", count=4, seed=0)
-    return SweepSpec(str(policy), str(folder / "calibration"), SweepSettings(group_size=32), batch_size=3)
+    return SweepSpec(str(policy), str(folder / "calibration"), SweepSettings(CHOICES), batch_size=3)
 
 
 @pytest.fixture(scope="module")
@@ -234,8 +235,8 @@ def test_losses_equal_a_naive_recomputation(sweep: Sweep, unit: str) -> None:
         scale = float(v @ (decided - means))
         return sum((actions[i] - means[i]) * v[i] / scale for i in range(SIZE))
 
-    losses = sweep.evaluate(unit, (2,), tuple(range(4)))
-    expected = np.asarray(naive_losses(sweep, unit, 2, objective_of, slice(-SIZE - 2, -2)))
+    losses = sweep.evaluate(unit, (W2,), tuple(range(4)))
+    expected = np.asarray(naive_losses(sweep, unit, W2, objective_of, slice(-SIZE - 2, -2)))
     np.testing.assert_allclose(losses.mass[0], expected[..., 0], rtol=2e-3, atol=2e-5)
     np.testing.assert_allclose(losses.attribution[0], expected[..., 1], rtol=2e-3, atol=1e-6)
     assert losses.mass.max() > 1e-3 and losses.action_error.max() > 0
@@ -255,8 +256,8 @@ def test_the_first_order_action_error_is_the_bound_that_it_claims_to_be(sweep: S
     """The actions are linear in the head's last layer. Norms over tokens do not tell which of the chunk's rows moved
     which action, so the bound exceeds the change by exactly their number there."""
     unit = "action_head.model.fc2"
-    exact = sweep.evaluate(unit, (8,), tuple(range(4))).action_error[0]
-    position = sweep.settings.bits.index(8)
+    exact = sweep.evaluate(unit, (W8,), tuple(range(4))).action_error[0]
+    position = sweep.settings.choices.index(W8)
     (estimate,) = first_order(sweep, [unit], evidence=False)
     np.testing.assert_allclose(estimate.action[position], CHUNK * exact, rtol=1e-3)
 
@@ -265,8 +266,8 @@ def test_eight_bits_of_the_last_layer_move_the_evidence_mass_as_predicted(sweep:
     """It changes no activation at a boundary, and the gradient that arrives at it is a constant."""
     unit = "action_head.model.fc2"
     (found,) = first_order(sweep, [unit], evidence=True)
-    exact = sweep.evaluate(unit, (8,), tuple(range(4))).mass[0]
-    predicted = np.abs(found.mass[sweep.settings.bits.index(8)])
+    exact = sweep.evaluate(unit, (W8,), tuple(range(4))).mass[0]
+    predicted = np.abs(found.mass[sweep.settings.choices.index(W8)])
     assert exact.mean(0).min() > 1e-5
     assert (np.abs(predicted - exact).mean(0) < 0.15 * exact.mean(0)).all()
 
@@ -290,8 +291,8 @@ def test_from_the_published_files_to_an_engine(spec: SweepSpec, tmp_path: Path) 
     loaded = load_policy(policy)
     assert isinstance(loaded, OpenVLAOFT) and not list(policy.glob("*.pt"))
     assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.state_dict().items())
-    calibration = ["--policy", str(policy), "--calibration", spec.calibration, "--group-size", "32"]
-    assert main(["sensitivity", *calibration, "--bits", "2", "4", "--out", str(scores)]) == 0
+    calibration = ["--policy", str(policy), "--calibration", spec.calibration]
+    assert main(["sensitivity", *calibration, "--choices", "w2a16_g32", "w4a16_g32", "--out", str(scores)]) == 0
     assert {unit.name for unit in Sensitivity.load(scores).units} == {unit.name for unit in live_units(loaded)}
     assert main(["allocate", "--sensitivity", str(scores), "--average-bits", "4", "--out", str(plan)]) == 0
     engine = tmp_path / "engine"

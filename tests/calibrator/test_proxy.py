@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from calibrator.families import Unit, live_units
+from calibrator.quantizers import parse_choice
 from calibrator.sensitivity import proxy
 from calibrator.sensitivity.evidence import BOUNDARIES
 from calibrator.sensitivity.proxy import first_order
@@ -24,14 +25,14 @@ UNITS = (
 ALL = tuple(range(8))
 
 
-@pytest.fixture(scope="module", params=["weight-only", "weight-activation"])
+@pytest.fixture(scope="module", params=["w8a16_g32", "w8a8_g32"])
 def small_steps(request: pytest.FixtureRequest, spec: SweepSpec) -> Sweep:
-    return replace(spec, settings=SweepSettings(scheme=request.param, bits=(8,), group_size=32)).open()
+    return replace(spec, settings=SweepSettings((parse_choice(request.param),))).open()
 
 
 def test_eight_bits_move_the_evidence_mass_as_predicted(small_steps: Sweep) -> None:
     for unit, found in zip(UNITS, first_order(small_steps, UNITS, evidence=True), strict=True):
-        exact = small_steps.evaluate(unit, (8,), ALL).mass
+        exact = small_steps.evaluate(unit, small_steps.settings.choices, ALL).mass
         predicted = np.abs(found.mass)
         scale = exact.mean((0, 1))
         assert scale.max() > 0

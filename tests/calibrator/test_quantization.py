@@ -5,18 +5,14 @@ import math
 import numpy as np
 import pytest
 import torch
+from choices import rtn
 from torch import nn
 
-from calibrator.quantizers.quantization import (
-    levels,
-    quantize_activation,
-    quantize_policy,
-    quantize_weight,
-    quantized,
-    quantized_units,
-)
-from vla_policy.core.errors import PolicyError
-from vla_policy.core.formats import Format
+from calibrator.quantizers import find_layer, parse_choice, quantize, quantize_policy, quantized
+from calibrator.quantizers.activations import input_rows, quantize_activation
+from calibrator.quantizers.weights import code_range
+from vla_policy.core.errors import ArtefactError, PolicyError
+from vla_policy.core.formats import FULL, Choice, Format, Recipe
 
 TOP = {2: 2, 3: 3, 4: 7, 8: 127}
 RANGE = {2: (-2, 1), 3: (-3, 3), 4: (-7, 7), 8: (-127, 127)}
@@ -39,7 +35,7 @@ def by_hand(row: list[float], bits: int, size: int, half_scales: bool = True) ->
 @pytest.mark.parametrize("group", [None, 8, 5])
 def test_weights_follow_the_rule(bits: int, group: int | None) -> None:
     weight = torch.randn(6, 24, generator=torch.Generator().manual_seed(bits))
-    quantized_weight = quantize_weight(weight, Format(bits, 16, group))
+    quantized_weight = quantize(weight, rtn(Format(bits, 16, group)))
     expected = torch.tensor([by_hand(row, bits, group or 24) for row in weight.tolist()])
     torch.testing.assert_close(quantized_weight.dequantize(), expected, rtol=1e-6, atol=1e-7)
     assert quantized_weight.codes.dtype == torch.int8
@@ -52,22 +48,22 @@ def test_convolution_is_its_linear_equivalent() -> None:
     conv = nn.Conv2d(3, 8, 4, stride=4)
     linear = nn.Linear(48, 8)
     linear.weight.data = conv.weight.data.flatten(1)
-    fmt = Format(4, 16, 16)
+    choice = parse_choice("w4a16_g16")
     assert torch.equal(
-        quantize_weight(conv.weight, fmt).dequantize().flatten(1), quantize_weight(linear.weight, fmt).dequantize()
+        quantize(conv.weight, choice).dequantize().flatten(1), quantize(linear.weight, choice).dequantize()
     )
 
 
 def test_zero_weights_stay_zero() -> None:
-    assert torch.equal(quantize_weight(torch.zeros(2, 8), Format(2)).dequantize(), torch.zeros(2, 8))
+    assert torch.equal(quantize(torch.zeros(2, 8), rtn(Format(2))).dequantize(), torch.zeros(2, 8))
 
 
 def test_error_is_at_most_half_a_step_except_the_clipped_2_bit_peak() -> None:
     weight = torch.randn(16, 64, generator=torch.Generator().manual_seed(1))
     for bits in (3, 4, 8):
-        result = quantize_weight(weight, Format(bits, 16, 64))
+        result = quantize(weight, rtn(Format(bits, 16, 64)))
         assert bool(((result.dequantize() - weight).abs() <= result.scales / 2 * (1 + 1e-5)).all())
-    result = quantize_weight(weight, Format(2, 16, 64))
+    result = quantize(weight, rtn(Format(2, 16, 64)))
     assert bool(((result.dequantize() - weight).abs() <= result.scales * (1 + 2e-3)).all())
 
 
@@ -84,18 +80,26 @@ def test_activations_are_rounded_per_token_and_pass_gradients(bits: int) -> None
 def test_patches_of_a_convolution_are_its_tokens() -> None:
     conv = nn.Conv2d(3, 4, 4, stride=4, bias=False)
     image = torch.randn(2, 3, 8, 12)
-    with torch.no_grad(), quantized(nn.Sequential(conv), "0", Format(16, 4)):
+    with torch.no_grad(), quantized(nn.Sequential(conv), "0", parse_choice("w16a4")):
         got = conv(image)
     columns = nn.functional.unfold(image, 4, stride=4).transpose(1, 2)
     expected = quantize_activation(columns, 4) @ conv.weight.detach().flatten(1).T
     torch.testing.assert_close(got.flatten(2).transpose(1, 2), expected)
 
 
+def test_rows_of_a_convolution_are_its_patches() -> None:
+    conv, image = nn.Conv2d(3, 4, (4, 2), stride=(4, 2)), torch.randn(2, 3, 8, 12)
+    columns = nn.functional.unfold(image, (4, 2), stride=(4, 2)).transpose(1, 2)
+    torch.testing.assert_close(input_rows(conv, image), columns.flatten(0, 1))
+    with pytest.raises(PolicyError, match="overlapping patches"):
+        input_rows(nn.Conv2d(3, 4, 3, stride=1), image)
+
+
 def test_context_restores_bit_for_bit_even_on_an_error() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     x = torch.randn(3, 8)
     before = model(x)
-    with pytest.raises(RuntimeError, match="stop"), quantized_units(model, {"0": Format(2, 4), "1": Format(4, 8)}):
+    with pytest.raises(RuntimeError, match="stop"), quantized(model, "0", parse_choice("w2a4")):
         assert not torch.equal(model(x), before)
         raise RuntimeError("stop")
     assert torch.equal(model(x), before)
@@ -104,20 +108,73 @@ def test_context_restores_bit_for_bit_even_on_an_error() -> None:
 def test_permanent_quantization_equals_the_context() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     x = torch.randn(3, 8)
-    plan = {"0": Format(2, 8, 4), "1": Format(8, 16)}
-    with quantized_units(model, plan):
+    plan = {"0": parse_choice("w2a8_g4"), "1": FULL}
+    with quantized(model, "0", plan["0"]):
         expected = model(x)
     quantize_policy(model, plan)
     assert torch.equal(model(x), expected)
 
 
+@pytest.mark.parametrize("deviation", [5e-4, 1e-6])
+def test_small_weights_keep_their_digits(deviation: float) -> None:
+    """Scales are float16 numbers as NumPy rounds them, subnormal ones included: they cost digits, not the weight."""
+    weight = deviation * torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
+    result = quantize(weight, parse_choice("w8a16_g64"))
+    peaks = weight.view(64, 4, 64).abs().amax(-1).numpy()
+    steps = (peaks / np.float32(127)).astype(np.float16)
+    expected = np.maximum(steps, np.nextafter(np.float16(0), np.float16(1))).astype(np.float32)
+    np.testing.assert_array_equal(result.scales.numpy(), expected)
+    error = (result.dequantize() - weight).square().mean() / weight.square().mean()
+    assert float(error) < (1e-4 if deviation == 5e-4 else 0.02)
+
+
+def test_scales_stay_within_float16() -> None:
+    tiny = quantize(torch.full((1, 4), 1e-9), parse_choice("w8a16"))
+    assert float(tiny.scales) == 2.0**-24 and not tiny.codes.any()
+    with pytest.raises(PolicyError, match=r"holds 3e\+08; scales are float16, so w8a16 holds at most 8.32e\+06"):
+        quantize(torch.full((1, 4), 3e8), parse_choice("w8a16"))
+
+
+@pytest.mark.parametrize(
+    ("text", "choice"),
+    [
+        ("w16a16", FULL),
+        ("w16a8", Choice(Format(16, 8), None)),
+        ("w4a16_g64", Choice(Format(4, 16, 64), Recipe("rtn", 1))),
+        ("w4a16_g64:rtn", Choice(Format(4, 16, 64), Recipe("rtn", 1))),
+        ("w8a8:rtn()", Choice(Format(8, 8), Recipe("rtn", 1))),
+    ],
+)
+def test_choices_are_read_from_their_text_and_from_json(text: str, choice: Choice) -> None:
+    assert parse_choice(text) == parse_choice(str(choice)) == Choice.from_json(choice.to_json()) == choice
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("int4", "format 'int4' is unknown"),
+        ("w5a16", "5-bit codes are not supported; choose from 2, 3, 4, 8 or 16"),
+        ("w4a16_g1", "a group needs at least 2 inputs"),
+        ("w4a16:best", "rounding method 'best' is unknown; choose one of: .*rtn"),
+        ("w4a16:rtn(", r"recipe 'rtn\(' is malformed"),
+        ("w4a16:rtn(steps=3)", "there is no parameter 'steps'; known, with their defaults: none"),
+        ("w16a16:rtn", "a recipe belongs to weights below 16 bits"),
+    ],
+)
+def test_text_that_is_no_choice_is_refused(text: str, message: str) -> None:
+    with pytest.raises((ArtefactError, PolicyError), match=message):
+        parse_choice(text)
+
+
 def test_errors_name_the_layer_or_width() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.GELU())
-    with pytest.raises(PolicyError, match="no layer '7'"), quantized(model, "7", Format(4)):
-        pass
-    with pytest.raises(PolicyError, match="'1' is a GELU"), quantized(model, "1", Format(4)):
+    with pytest.raises(PolicyError, match="no layer '7'"):
+        find_layer(model, "7")
+    with pytest.raises(PolicyError, match="'1' is a GELU"), quantized(model, "1", parse_choice("w4a16")):
         pass
     with pytest.raises(PolicyError, match="5-bit codes"):
-        levels(5)
+        code_range(5)
     with pytest.raises(PolicyError, match="not finite"):
-        quantize_weight(torch.tensor([[1.0, float("nan")]]), Format(4))
+        quantize(torch.tensor([[1.0, float("nan")]]), parse_choice("w4a16"))
+    with pytest.raises(ArtefactError, match="is of version 7 of rtn, which is now at 1; measure and allocate again"):
+        quantize(torch.ones(1, 2), Choice(Format(4), Recipe("rtn", 7)))

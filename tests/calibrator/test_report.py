@@ -8,19 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_artefacts import BITS, FRAMES, INSTRUCTION, FakeArtefacts, Table, fake_shapes
+from fake_artefacts import CHOICES, FRAMES, INSTRUCTION, FakeArtefacts, Table, fake_shapes
 
 import calibrator.report.page
 from calibrator.__main__ import main
 from calibrator.allocation.options import Pin
 from calibrator.allocation.plan import Plan
 from calibrator.allocation.planning import Limits, Planner, PlanRequest
-from calibrator.quantizers.quantization import WEIGHT_BITS
+from calibrator.quantizers import parse_choices
+from calibrator.quantizers.weights import WEIGHT_BITS
 from calibrator.report.inputs import Inputs, Paths
 from calibrator.report.page import render
-from calibrator.sensitivity.table import FULL_BITS, Objective, Sensitivity, UnitShape
+from calibrator.sensitivity.table import Objective, Sensitivity, UnitShape
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.files import read_json, write_json
+from vla_policy.core.formats import Choice
 
 _UNITS = {"GB": 1e9, "MB": 1e6, "kB": 1e3, "B": 1.0, "%": 0.01}
 _SUPERSCRIPT = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")
@@ -172,17 +174,18 @@ def test_layer_figures_equal_the_artefact(artefacts: FakeArtefacts, tree: Elemen
         lines = tip.split("\n")
         assert lines[0] == unit.name
         assert lines[-1].split() == ["plan", str(plan.assignment[unit.name])]
-        for bits in BITS:
-            shown, half = shown_number(next(line for line in lines if f"at {bits} bits" in line).split("  ")[1])
-            assert abs(shown - unit.omega[bits]) <= half * 1.0001
-    ranked = sorted(sensitivity.units, key=lambda unit: -unit.omega[4])
+        for choice in CHOICES:
+            line = next(line for line in lines if f"in {choice.format}" in line)
+            shown, half = shown_number(line.split("  ")[1])
+            assert abs(shown - unit.omega[choice]) <= half * 1.0001
+    ranked = sorted(sensitivity.units, key=lambda unit: -unit.omega[CHOICES[1]])
     rows = section.find("table")[0].find("tr")[1:]
     assert len(rows) == min(20, len(ranked))
     for row, unit in zip(rows, ranked, strict=False):
         assert row.find("code")[0].attributes["title"] == unit.name
         values = [float(node.attributes["value"]) for node in row.find("data")]
-        scores = [unit.omega[bits] for bits in BITS]
-        assert values == [unit.params, *scores, unit.omega_tau[4], unit.action_mse[4]]
+        scores = [unit.omega[choice] for choice in CHOICES]
+        assert values == [unit.params, *scores, unit.omega_tau[CHOICES[1]], unit.action_mse[CHOICES[1]]]
 
 
 def test_served_figures_equal_the_artefacts(artefacts: FakeArtefacts, tree: Element) -> None:
@@ -289,8 +292,12 @@ def test_a_rollout_of_another_engine_is_refused(artefacts: FakeArtefacts, tmp_pa
         Inputs.load(replace(artefacts.paths, rollouts=(tmp_path / "rollout.json",)))
 
 
-def _every_fourth(shape: UnitShape, bits: int) -> bool:
-    return bits == 2 or shape.macs // 1000 % 4 == 0
+W2, W4, W8 = CHOICES
+OTHERS = parse_choices(("w2a16_g64", "w3a16_g64", "w8a16_g64"))
+
+
+def _every_fourth(shape: UnitShape, choice: Choice) -> bool:
+    return choice == W2 or shape.macs // 1000 % 4 == 0
 
 
 _TWO_STAGES = tuple(shape for shape in fake_shapes() if shape.stage in ("head", "projector"))
@@ -300,29 +307,29 @@ _TWO_STAGES = tuple(shape for shape in fake_shapes() if shape.stage in ("head", 
     "table",
     [
         pytest.param(Table(screened=_every_fourth), id="as a pilot leaves it"),
-        pytest.param(Table(screened=lambda shape, bits: shape.stage != "head" or bits == 2), id="a stage"),
-        pytest.param(Table(screened=lambda shape, bits: bits == 2), id="the width shown first"),
-        pytest.param(Table(screened=lambda shape, bits: bits != 2), id="the narrowest width"),
-        pytest.param(Table(screened=lambda shape, bits: shape.stage == "language"), id="all stages but one"),
-        pytest.param(Table(screened=lambda shape, bits: False), id="everything"),
-        pytest.param(Table(screened=lambda shape, bits: True), id="only states"),
-        pytest.param(Table(bits=(2, 3, 8), screened=_every_fourth), id="other widths"),
-        pytest.param(Table(bits=(2, 3, 8)), id="nothing, other widths"),
-        pytest.param(Table(shapes=_TWO_STAGES, screened=lambda shape, bits: shape.stage == "head"), id="two stages"),
-        pytest.param(Table(shapes=_TWO_STAGES[:1], screened=lambda shape, bits: bits == 8), id="one layer"),
+        pytest.param(Table(screened=lambda shape, choice: shape.stage != "head" or choice == W2), id="a stage"),
+        pytest.param(Table(screened=lambda shape, choice: choice == W2), id="the choice shown first"),
+        pytest.param(Table(screened=lambda shape, choice: choice != W2), id="the narrowest choice"),
+        pytest.param(Table(screened=lambda shape, choice: shape.stage == "language"), id="all stages but one"),
+        pytest.param(Table(screened=lambda shape, choice: False), id="everything"),
+        pytest.param(Table(screened=lambda shape, choice: True), id="only states"),
+        pytest.param(Table(choices=OTHERS, screened=_every_fourth), id="other choices"),
+        pytest.param(Table(choices=OTHERS), id="nothing, other choices"),
+        pytest.param(Table(shapes=_TWO_STAGES, screened=lambda shape, choice: shape.stage == "head"), id="two stages"),
+        pytest.param(Table(shapes=_TWO_STAGES[:1], screened=lambda shape, choice: choice == W8), id="one layer"),
     ],
 )
 @pytest.mark.filterwarnings("error")
 def test_what_was_not_evaluated_is_said_and_nothing_else_is_lost(tmp_path: Path, table: Table) -> None:
-    """Screening leaves out layers, widths and states, --units leaves out layers, --bits may leave out 4."""
+    """Screening leaves out layers, choices and states, --units leaves out layers, --choices may leave out 4 bits."""
     tree = parse(render(Inputs.load(FakeArtefacts.write(tmp_path, table=table).paths)))
     words = " ".join(tree.text.split())
-    shown = 4 if 4 in table.bits else 2
-    ask = table.screened or (lambda shape, bits: True)
-    known = {(shape.name, bits) for shape in table.shapes for bits in table.bits if ask(shape, bits)}
-    at_shown = sum(bits == shown for _, bits in known)
+    shown = W4 if W4 in table.choices else W2
+    ask = table.screened or (lambda shape, choice: True)
+    known = {(shape.name, choice) for shape in table.shapes for choice in table.choices if ask(shape, choice)}
+    at_shown = sum(choice == shown for _, choice in known)
     assert ("not evaluated" in words) == (len(known) < len(table.shapes) * 3)
-    partly = f"Screening evaluated {at_shown} of {len(table.shapes)} layers at {shown} bits"
+    partly = f"Screening evaluated {at_shown} of {len(table.shapes)} layers in {shown.format}"
     assert (partly in words) == (at_shown < len(table.shapes))
     evaluations = f"120 of {len(table.shapes) * 3 * 12} evaluations"
     assert (evaluations in words and "(cap on <evaluations> reached)" in words) == (table.screened is not None)
@@ -331,27 +338,28 @@ def test_what_was_not_evaluated_is_said_and_nothing_else_is_lost(tmp_path: Path,
         name, error = row.find("code")[0].attributes["title"], row.find("td")[7]
         assert (error.text == "not evaluated") == ((name, shown) not in known), name
     drawings = {svg.attributes["aria-label"]: svg for svg in tree.find("svg")}
-    for bits in table.bits:
-        scatter = drawings[f"Evidence sensitivity against action error, {bits} bits"]
+    for choice in table.choices:
+        fmt = choice.format
+        scatter = drawings[f"Evidence sensitivity against action error, {fmt}"]
         dots = {node.attributes["data-tip"].split("\n")[0] for node in scatter.find("circle")}
-        assert dots == {name for name, width in known if width == bits}
+        assert dots == {name for name, one in known if one == choice}
         count = len(table.shapes) - len(dots)
         assert (f"{count} of {len(table.shapes)} layers not evaluated" in scatter.text) == (count > 0)
-        bars = drawings[f"Loss at each boundary and action error by quantized stage, {bits} bits"]
-        without = {s.stage for s in table.shapes} - {s.stage for s in table.shapes if (s.name, bits) in known}
+        bars = drawings[f"Loss at each boundary and action error by quantized stage, {fmt}"]
+        without = {s.stage for s in table.shapes} - {s.stage for s in table.shapes if (s.name, choice) in known}
         assert bars.text.count("not evaluated") == 2 * len(without)
-        heat = drawings[f"Sensitivity of the {len(table.shapes)} most fragile layers over the task, {bits} bits"]
+        heat = drawings[f"Sensitivity of the {len(table.shapes)} most fragile layers over the task, {fmt}"]
         assert heat.text.count("not evaluated") == count
         tips = [node.attributes.get("data-tip", "") for node in heat.walk()]
         assert any("was evaluated" in tip for tip in tips) == bool(dots), "of two or twelve states in ten phases"
 
 
 def test_a_plan_by_action_error_on_a_screened_table_says_what_it_cannot_compare(tmp_path: Path) -> None:
-    """Only widths that the pins leave open must be known to make it; the page compares it with others too."""
-    given = FakeArtefacts.write(tmp_path, table=Table(screened=lambda shape, bits: bits == 8))
+    """Only choices that the pins leave open must be known to make it; the page compares it with others too."""
+    given = FakeArtefacts.write(tmp_path, table=Table(screened=lambda shape, choice: choice == W8))
     sensitivity = Sensitivity.load(given.paths.sensitivity)
     limits, objective = Limits(average_bits=16.0), Objective(signal="action")
-    plan = Planner.of(sensitivity, PlanRequest(limits, objective, pins=(Pin("*", 8),))).plan()
+    plan = Planner.of(sensitivity, PlanRequest(limits, objective, pins=(Pin("*", W8),))).plan()
     plan.save(tmp_path / "by_action.json")
     tree = parse(render(Inputs.load(alone(given, "plan", tmp_path / "by_action.json"))))
     section = next(node for node in tree.find("section") if node.attributes.get("id") == "plan")
@@ -368,12 +376,12 @@ def test_a_plan_that_keeps_everything_is_shown(artefacts: FakeArtefacts, tmp_pat
     Planner.of(sensitivity, PlanRequest(Limits(average_bits=16.0))).plan().save(tmp_path / "all.json")
     paths = replace(alone(artefacts, "plan", tmp_path / "all.json"), frontier=artefacts.paths.frontier)
     words = " ".join(parse(render(Inputs.load(paths))).text.split())
-    assert "at 8 bits it alone would be the whole objective" in words
+    assert "in w8a16_g64 it alone would be the whole objective" in words
 
 
 def test_every_width_that_can_be_measured_has_its_colours() -> None:
     style = (Path(calibrator.report.page.__file__).parent / "templates" / "style.css").read_text()
-    for bits in (*WEIGHT_BITS, FULL_BITS):
+    for bits in (*WEIGHT_BITS, 16):
         for rule in (f".b{bits} {{", f".on-b{bits} {{"):
             assert rule in style
         assert style.count(f"--b{bits}:") == style.count(f"--on{bits}:") == 2, "a light and a dark theme"

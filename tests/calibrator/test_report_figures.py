@@ -1,10 +1,11 @@
 """What the figures compute, against independent computations."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_artefacts import BINS, BITS, FakeArtefacts
+from fake_artefacts import BINS, CHOICES, FakeArtefacts
 from scipy.stats import spearmanr
 
 from calibrator.allocation.options import build_groups
@@ -22,6 +23,7 @@ from calibrator.report.svg import Scale, Svg, log_scale
 from calibrator.sensitivity.evidence import BOUNDARIES
 from calibrator.sensitivity.table import Objective
 from vla_policy.core.contract import load_contract
+from vla_policy.core.formats import FULL, Choice
 from vla_policy.core.manifest import UnitRecord
 
 
@@ -86,7 +88,7 @@ def test_rank_correlation_is_spearmans() -> None:
 
 
 def test_phase_bands_by_loops(inputs: Inputs) -> None:
-    losses, row = inputs.losses, BITS.index(4)
+    losses, row = inputs.losses, 1
     for index, band in enumerate(phase_bands(losses, row, BINS)):
         assert band.boundary == BOUNDARIES[index]
         for phase in range(BINS):
@@ -103,21 +105,21 @@ def test_phase_bands_by_loops(inputs: Inputs) -> None:
 
 def test_heat_map_marks_omega_tau(inputs: Inputs) -> None:
     """The largest phase that is drawn is the Omega_tau of the artefact."""
-    units, row = inputs.sensitivity.units, BITS.index(4)
-    drawn = str(heat_chart(units, inputs.losses, row, BINS, 4, count=3))
-    for unit in sorted(units, key=lambda unit: -unit.omega[4])[:3]:
+    units, four = inputs.sensitivity.units, CHOICES[1]
+    drawn = str(heat_chart(units, inputs.losses, 1, BINS, four, "four", count=3))
+    for unit in sorted(units, key=lambda unit: -unit.omega[four])[:3]:
         assert f"{unit.name}\nphase" in drawn
-        assert f"Ω {significant(unit.omega_tau[4])}" in drawn
+        assert f"Ω {significant(unit.omega_tau[four])}" in drawn
     assert drawn.count('class="worst"') == 3
 
 
 def test_layer_chart_marks_the_choice(inputs: Inputs) -> None:
     assert inputs.plan is not None
-    drawn = str(layer_chart(inputs.sensitivity.units, inputs.sensitivity.bits, inputs.plan))
-    widths = [fmt.weight_bits for fmt in inputs.plan.assignment.values()]
-    assert drawn.count('class="ring"') == sum(width < 16 for width in widths)
-    assert drawn.count('class="kept"') == widths.count(16)
-    assert 'class="ring"' not in str(layer_chart(inputs.sensitivity.units, inputs.sensitivity.bits, None))
+    drawn = str(layer_chart(inputs.sensitivity.units, CHOICES, inputs.plan))
+    planned = list(inputs.plan.assignment.values())
+    assert drawn.count('class="ring"') == sum(choice != FULL for choice in planned)
+    assert drawn.count('class="kept"') == planned.count(FULL)
+    assert 'class="ring"' not in str(layer_chart(inputs.sensitivity.units, CHOICES, None))
 
 
 def test_evidence_maps_show_shares(inputs: Inputs) -> None:
@@ -127,7 +129,7 @@ def test_evidence_maps_show_shares(inputs: Inputs) -> None:
     for unit, block in enumerate(blocks):
         for state, row in enumerate(block.rows):
             assert row.progress == inputs.losses["progress"][inputs.maps.samples[state]]
-            assert [cell.bits for cell in row.cells] == [16, 8, 4, 2]
+            assert [cell.choice for cell in row.cells] == ["w16a16", "w8a16_g64", "w4a16_g64", "w2a16_g64"]
             for width, cell in enumerate(row.cells):
                 totals = inputs.maps.evidence[unit, state].astype(np.float64).sum(1)
                 assert cell.loss == inputs.maps.loss[unit, state, width]
@@ -141,31 +143,31 @@ def test_plan_facts_by_loops(inputs: Inputs) -> None:
     assert plan is not None
     facts = plan_facts(plan, sensitivity)
 
-    def objective(widths: dict[str, int]) -> float:
+    def objective(assignment: Mapping[str, Choice]) -> float:
         return sum(
-            0.75 * unit.omega[widths[unit.name]] + 0.25 * unit.omega_tau[widths[unit.name]]
+            0.75 * unit.omega[assignment[unit.name]] + 0.25 * unit.omega_tau[assignment[unit.name]]
             for unit in sensitivity.units
         )
 
-    chosen = {name: fmt.weight_bits for name, fmt in plan.assignment.items()}
+    chosen = dict(plan.assignment)
     assert objective(chosen) == pytest.approx(plan.objective)
-    above = {group.name for group in build_groups(sensitivity, Objective()) if chosen[group.units[0]] > 2}
+    above = {group.name for group in build_groups(sensitivity, Objective()) if chosen[group.units[0]] != CHOICES[0]}
     assert {item.group for item in facts.protections} == above
     for item in facts.protections:
-        demoted = chosen | {name: item.lower_bits for name in item.units}
+        demoted = chosen | {name: item.lower for name in item.units}
         assert objective(demoted) - objective(chosen) == pytest.approx(item.damage)
         assert not item.pinned
     assert sum(stage.size_bytes for stage in facts.stages) * 8 == plan.size.weight_bits + plan.size.scale_bits
-    for row in facts.alternatives[-4:]:
-        bits = round(row.average_bits or 0)
-        assert row.objective == pytest.approx(objective(dict.fromkeys(chosen, bits)))
+    for row, choice in zip(facts.alternatives[-4:], (FULL, *CHOICES[::-1]), strict=True):
+        assert row.name == f"every layer {choice.format}" and row.average_bits == choice.format.weight_bits
+        assert row.objective == pytest.approx(objective(dict.fromkeys(chosen, choice)))
 
 
 def test_pinned_groups_are_said_to_be_pinned(inputs: Inputs) -> None:
     plan = inputs.plan
     assert plan is not None
     pinned = Plan(
-        **{**plan.__dict__, "details": {**plan.details, "pins": ["projector.*=16"]}},
+        **{**plan.__dict__, "details": {**plan.details, "pins": ["projector.*=w16a16"]}},
     )
     facts = plan_facts(pinned, inputs.sensitivity)
     for item in facts.protections:
@@ -193,7 +195,7 @@ def test_exchange_takes_the_best_plan_that_fits(inputs: Inputs) -> None:
     ],
 )
 def test_as_planned(planned: str, realised: str, inputs: int, same: bool) -> None:
-    assert as_planned(UnitRecord("layer", "linear", 8, inputs, planned, realised, "", 1, 1, None)) == same
+    assert as_planned(UnitRecord("layer", "linear", 8, inputs, planned, realised, "", 1, 1, None, None)) == same
 
 
 def test_action_dimensions_are_named_by_the_contract() -> None:

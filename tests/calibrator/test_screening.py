@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tables import BY_BITS
 
 from calibrator.__main__ import main
 from calibrator.allocation.options import Budget, Group, Option
@@ -67,11 +68,11 @@ def score_of(problem: ScreenProblem, scores: np.ndarray, truth: np.ndarray, targ
     groups = []
     for members in rows:
         line, weights = scores[members].sum(0), int(problem.params[members].sum())
-        options = (Option(bits, float(line[k]), bits * weights, 0, 0, 0.0) for k, bits in enumerate(widths))
+        options = (Option(BY_BITS[bits], float(line[k]), bits * weights, 0, 0, 0.0) for k, bits in enumerate(widths))
         groups.append(Group("", ("",), tuple(options)))
-    choice = solve(groups, [Budget("code_bits", target * float(problem.params.sum()), "average bits")]).choice
+    choice = solve(groups, [Budget("code_bits", target * float(problem.params.sum()), "average bits")]).options
     taken = zip(rows, choice, strict=True)
-    return float(sum(truth[members, widths.index(option.bits)].sum() for members, option in taken))
+    return float(sum(truth[members, widths.index(option.choice.format.weight_bits)].sum() for members, option in taken))
 
 
 def relaxed(problem: ScreenProblem, scores: np.ndarray, target: float) -> np.ndarray:
@@ -276,7 +277,7 @@ def test_a_screened_run_gives_a_table_that_allocates(
     monkeypatch.setattr("calibrator.sensitivity.measure.Screen", Watched)
     out = tmp_path / "sensitivity.json"
     arguments = ["--policy", str(policy_folder), "--calibration", str(calibration_folder), "--out", str(out)]
-    screened = ["--mode", "screened", "--cap", "0.4", "--group-size", "32"]
+    screened = ["--mode", "screened", "--cap", "0.4", "--choices", "w2a16_g32", "w4a16_g32", "w8a16_g32"]
     assert main(["sensitivity", *arguments, *screened]) == 0
     raw = json.loads(out.read_text())
     units = len(raw["units"])
@@ -288,6 +289,6 @@ def test_a_screened_run_gives_a_table_that_allocates(
     assert (problem.alpha, problem.beta) == (Objective().alpha, Objective().beta), "what `allocate` minimises"
     assert problem.params.tolist() == [unit.params for unit in table.units]
     assert list(zip(problem.stages, problem.groups, strict=True)) == [(unit.stage, unit.group) for unit in table.units]
-    assert problem.bits == table.bits[:-1] and problem.phases.tolist() == losses["phase"].tolist()
+    assert problem.bits == BITS and problem.phases.tolist() == losses["phase"].tolist()
     plan = tmp_path / "plan.json"
     assert main(["allocate", "--sensitivity", str(out), "--out", str(plan), "--average-bits", "4"]) == 0

@@ -5,18 +5,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from choices import CHOICES, W2, W4, W8
 from naive import naive_losses
 from torch import Tensor
 
 from calibrator.families import live_units
 from calibrator.families.openvla import OpenVLA, TokenDecisions
 from calibrator.modules.prismatic import Prismatic
-from calibrator.quantizers.quantization import quantized
+from calibrator.quantizers import parse_choice, quantized
 from calibrator.sensitivity.evidence import BOUNDARIES
 from calibrator.sensitivity.passes import Signals, Trunk, signals
 from calibrator.sensitivity.sweep import Sweep, SweepSettings, SweepSpec
 from vla_policy.core.errors import DataError, PolicyError
-from vla_policy.core.formats import Format
+from vla_policy.core.formats import FULL, Choice
 
 UNITS = (
     "vision_backbone.featurizer.patch_embed.proj",
@@ -29,7 +30,7 @@ UNITS = (
 )
 
 
-def losses_by_loops(sweep: Sweep, unit: str, bits: int) -> list[list[tuple[float, float]]]:
+def losses_by_loops(sweep: Sweep, unit: str, choice: Choice) -> list[list[tuple[float, float]]]:
     """(mass, attribution) per state and boundary, with J by an explicit sum over the action tokens."""
     count = sweep.states.decisions.size
 
@@ -44,14 +45,14 @@ def losses_by_loops(sweep: Sweep, unit: str, bits: int) -> list[list[tuple[float
             objective = objective + torch.log(torch.softmax(logits[0, k], 0)[tokens[k]]) / count
         return objective
 
-    return naive_losses(sweep, unit, bits, objective_of, slice(-count, None))
+    return naive_losses(sweep, unit, choice, objective_of, slice(-count, None))
 
 
 @pytest.mark.parametrize("unit", UNITS)
 def test_losses_equal_a_naive_recomputation(sweep: Sweep, unit: str) -> None:
-    losses = sweep.evaluate(unit, (2, 8), tuple(range(8)))
-    for row, bits in enumerate((2, 8)):
-        expected = np.asarray(losses_by_loops(sweep, unit, bits))
+    losses = sweep.evaluate(unit, (W2, W8), tuple(range(8)))
+    for row, choice in enumerate((W2, W8)):
+        expected = np.asarray(losses_by_loops(sweep, unit, choice))
         np.testing.assert_allclose(losses.mass[row], expected[..., 0], rtol=2e-3, atol=2e-5)
         np.testing.assert_allclose(losses.attribution[row], expected[..., 1], rtol=2e-3, atol=1e-7)
     assert losses.mass[0].max() > 1e-3, "the comparison would say nothing if two bits changed nothing"
@@ -60,8 +61,8 @@ def test_losses_equal_a_naive_recomputation(sweep: Sweep, unit: str) -> None:
 @pytest.mark.parametrize("unit", UNITS[:3])
 def test_losses_over_two_images_equal_a_naive_recomputation(two_images: SweepSpec, unit: str) -> None:
     sweep = two_images.open()
-    losses = sweep.evaluate(unit, (2,), tuple(range(4)))
-    expected = np.asarray(losses_by_loops(sweep, unit, 2))
+    losses = sweep.evaluate(unit, (W2,), tuple(range(4)))
+    expected = np.asarray(losses_by_loops(sweep, unit, W2))
     np.testing.assert_allclose(losses.mass[0], expected[..., 0], rtol=2e-3, atol=2e-5)
     np.testing.assert_allclose(losses.attribution[0], expected[..., 1], rtol=2e-3, atol=1e-7)
 
@@ -126,7 +127,7 @@ def objective_from(policy: OpenVLA, trunk: Trunk, start: str, x: Tensor) -> Tens
 
 
 def test_full_precision_scores_exactly_zero(sweep: Sweep) -> None:
-    losses = sweep.evaluate("projector.fc1", (16,), tuple(range(8)))
+    losses = sweep.evaluate("projector.fc1", (FULL,), tuple(range(8)))
     assert not losses.mass.any() and not losses.attribution.any()
     assert not losses.action_error.any() and not losses.likelihood.any()
 
@@ -137,15 +138,15 @@ def test_a_layer_that_never_runs_scores_exactly_zero(spec: SweepSpec) -> None:
     # A checkpoint's last block is not built; hang a layer beside the live ones, where no forward pass goes.
     mlp.add_module("dead", torch.nn.Linear(64, 64).requires_grad_(False))
     sweep = Sweep(sweep.policy, sweep.states, sweep.reference, sweep.settings)
-    losses = sweep.evaluate("vision_backbone.featurizer.blocks.0.mlp.dead", (2,), tuple(range(8)))
+    losses = sweep.evaluate("vision_backbone.featurizer.blocks.0.mlp.dead", (W2,), tuple(range(8)))
     assert not losses.mass.any() and not losses.attribution.any() and not losses.action_error.any()
 
 
 def test_results_do_not_depend_on_batch_size(spec: SweepSpec, sweep: Sweep) -> None:
     single = replace(spec, batch_size=1).open()
     for unit in UNITS[1::2]:
-        one = single.evaluate(unit, (2, 8), tuple(range(8)))
-        many = sweep.evaluate(unit, (2, 8), tuple(range(8)))
+        one = single.evaluate(unit, (W2, W8), tuple(range(8)))
+        many = sweep.evaluate(unit, (W2, W8), tuple(range(8)))
         np.testing.assert_allclose(one.mass, many.mass, rtol=1e-3, atol=2e-5)
         np.testing.assert_allclose(one.attribution, many.attribution, rtol=1e-3, atol=1e-7)
 
@@ -163,26 +164,26 @@ def test_layers_of_a_batch_share_its_full_precision_pass(spec: SweepSpec, monkey
     split = sweep.states.split(range(8))
     for members in split:
         for unit in UNITS:
-            sweep.evaluate(unit, (4,), members)
+            sweep.evaluate(unit, (W4,), members)
     assert batches == split
 
 
 def test_weights_are_restored(sweep: Sweep) -> None:
     before = {name: tensor.clone() for name, tensor in sweep.policy.state_dict().items()}
     for unit in UNITS:
-        sweep.evaluate(unit, (2,), (0, 1))
+        sweep.evaluate(unit, (W2,), (0, 1))
     assert all(torch.equal(tensor, before[name]) for name, tensor in sweep.policy.state_dict().items())
 
 
 def test_action_error_is_the_squared_distance_of_decoded_actions(sweep: Sweep) -> None:
-    unit, fmt = "language_model.lm_head", Format(2, 16, 32)
-    losses = sweep.evaluate(unit, (2,), tuple(range(8)))
+    unit = "language_model.lm_head"
+    losses = sweep.evaluate(unit, (W2,), tuple(range(8)))
     assert isinstance(sweep.states.decisions, TokenDecisions)
     codec = sweep.states.decisions.codec
     for index in range(8):
         inputs = sweep.states.inputs(sweep.policy, (index,))
         tokens = sweep.reference.decided[index]
-        with quantized(sweep.policy, unit, fmt), torch.no_grad():
+        with quantized(sweep.policy, unit, W2), torch.no_grad():
             logits = sweep.policy.output(inputs, torch.from_numpy(tokens)[None])[0]
         chosen = codec.first_token + logits[:, codec.first_token : codec.last_token + 1].argmax(-1).numpy()
         distance = codec.tokens_to_normalised(chosen) - codec.tokens_to_normalised(tokens)
@@ -193,7 +194,7 @@ def test_action_error_is_the_squared_distance_of_decoded_actions(sweep: Sweep) -
 def test_likelihood_is_what_quantization_adds_to_the_mean_log_probability(sweep: Sweep) -> None:
     """Below zero where the decision became less likely. Oracle: softmax by float64 sums on the policy's own logits."""
     unit = "language_model.lm_head"
-    losses = sweep.evaluate(unit, (2,), tuple(range(8)))
+    losses = sweep.evaluate(unit, (W2,), tuple(range(8)))
 
     def mean_log_probability(index: int) -> float:
         inputs, tokens = sweep.states.inputs(sweep.policy, (index,)), sweep.reference.decided[index]
@@ -204,7 +205,7 @@ def test_likelihood_is_what_quantization_adds_to_the_mean_log_probability(sweep:
         return float(np.mean(chosen - np.log(np.exp(logits).sum(-1))))
 
     before = np.asarray([mean_log_probability(index) for index in range(8)])
-    with quantized(sweep.policy, unit, Format(2, 16, 32)):
+    with quantized(sweep.policy, unit, W2):
         after = np.asarray([mean_log_probability(index) for index in range(8)])
     # J is a float32 of size 6 that comes out of some 200 operations, and here is a difference of two of them.
     np.testing.assert_allclose(losses.likelihood[0], after - before, atol=1e-4)
@@ -212,12 +213,12 @@ def test_likelihood_is_what_quantization_adds_to_the_mean_log_probability(sweep:
     assert losses.likelihood[0].mean() < 0, "a greedy decision is likely where nothing was quantized"
 
 
-def test_weight_activation_scheme_changes_more_than_weights_alone(spec: SweepSpec, sweep: Sweep) -> None:
-    both = replace(spec, settings=SweepSettings(scheme="weight-activation", group_size=32)).open()
+def test_rounded_activations_change_more_than_weights_alone(sweep: Sweep) -> None:
     unit = "language_model.model.layers.0.self_attn.v_proj"
-    weights, with_activations = (item.evaluate(unit, (8,), tuple(range(8))) for item in (sweep, both))
+    both = parse_choice("w8a8_g32")
+    weights, with_activations = (sweep.evaluate(unit, (choice,), tuple(range(8))) for choice in (W8, both))
     assert not np.array_equal(weights.mass, with_activations.mass)
-    expected = np.asarray(losses_by_loops(both, unit, 8))
+    expected = np.asarray(losses_by_loops(sweep, unit, both))
     np.testing.assert_allclose(with_activations.attribution[0], expected[..., 1], rtol=2e-3, atol=1e-6)
 
 
@@ -225,13 +226,13 @@ def test_evidence_that_is_not_finite_is_named(spec: SweepSpec) -> None:
     sweep = spec.open()
     sweep.reference.means["vision"][:] = np.nan
     broken = Sweep(sweep.policy, sweep.states, sweep.reference, sweep.settings)
-    with pytest.raises(DataError, match=r"projector.fc1 at 4 bits: evidence of sample 2 at boundary 'vision'"):
-        broken.evaluate("projector.fc1", (4,), (2, 3))
+    with pytest.raises(DataError, match=r"projector.fc1 in w4a16_g32:rtn: evidence of sample 2 at boundary 'vision'"):
+        broken.evaluate("projector.fc1", (W4,), (2, 3))
 
 
 def test_unknown_blocks_are_refused(spec: SweepSpec) -> None:
     with pytest.raises(PolicyError, match="blocks 0 to 1"):
-        replace(spec, settings=SweepSettings(language_block=2)).open()
+        replace(spec, settings=SweepSettings(CHOICES, language_block=2)).open()
 
 
 def test_macs_count_the_tokens_that_pass(sweep: Sweep) -> None:

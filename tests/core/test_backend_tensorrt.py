@@ -19,7 +19,7 @@ from engine_build.weights import layers_of, open_checkpoint
 from vla_policy.core.backends.onnxruntime import open_session, session_options
 from vla_policy.core.backends.tensorrt import Modules, TensorRtBackend, load_modules
 from vla_policy.core.errors import ArtefactError
-from vla_policy.core.formats import FULL_PRECISION
+from vla_policy.core.formats import FULL
 from vla_policy.core.manifest import GraphSpec, Manifest
 from vla_policy.core.observation import Observation
 from vla_policy.core.policy_config import PolicyConfig
@@ -204,7 +204,7 @@ def export(folder: Path) -> Manifest:
     layers = layers_of(config)
     with open_checkpoint(folder / "policy", config) as checkpoint:
         policy = Policy(config, checkpoint, folder / "policy" / "tokenizer.json", "0")
-        graphs = export_graphs(folder, policy, layers, dict.fromkeys(layers, FULL_PRECISION), "tensorrt_rtx")
+        graphs = export_graphs(folder, policy, layers, dict.fromkeys(layers, FULL), "tensorrt_rtx")
     return Manifest("a100", "tensorrt_rtx", VERSION, "0", graphs, (), {}, {"policy": "0"}, config.raw, 0)
 
 

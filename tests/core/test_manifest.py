@@ -7,14 +7,17 @@ import pytest
 from ragged import config_dict
 
 from vla_policy.core.errors import ArtefactError
+from vla_policy.core.formats import Recipe
 from vla_policy.core.manifest import FileRecord, GraphSpec, Manifest, TensorSpec, UnitRecord, file_records
+
+RTN = Recipe("rtn", 1)
 
 
 def manifest() -> Manifest:
     graph = GraphSpec("vision.onnx", (TensorSpec("pixel_values", "float32", (1, 6, 16, 16), "pixels"),), ())
     units = (
-        UnitRecord("a", "linear", 8, 64, "w4a16_g32", "w4a16_g32", "MatMulNBits", 256, 32, 320),
-        UnitRecord("b", "linear", 8, 64, "w8a16", "w8a16", "MatMul", 512, 16, None),
+        UnitRecord("a", "linear", 8, 64, "w4a16_g32", "w4a16_g32", "MatMulNBits", 256, 32, 320, RTN),
+        UnitRecord("b", "linear", 8, 64, "w8a16", "w8a16", "MatMul", 512, 16, None, Recipe("mse", 3, (("steps", 40),))),
     )
     return Manifest(
         target="cpu",

@@ -81,7 +81,7 @@ def test_truncated_and_altered_files_are_refused(copied: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"schema_version": 99}, "expected kind 'engine' version 1, got kind 'engine' version 99"),
+        ({"schema_version": 99}, "expected kind 'engine' version 2, got kind 'engine' version 99"),
         ({"kind": "plan"}, "got kind 'plan'"),
         ({"target": "toaster"}, "target 'toaster' is unknown"),
         ({"backend": "tensorrt"}, "target cpu runs on onnxruntime, but the engine is for tensorrt"),

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
+from calibrator.quantizers import parse_choice
 from demo.decisions import ParityError, check_parity
 from engine_build.build import Request, build
 from tests.demo.materials import tiny_bag, tiny_contract
 from tests.tiny import tiny_policy_folder
 from vla_policy.core.bag import read_frames
 from vla_policy.core.contract import load_contract
-from vla_policy.core.formats import Format
 from vla_policy.core.observe import observe
 from vla_policy.core.runner import load_engine
 from vla_policy.core.synchroniser import Frame
@@ -50,7 +50,7 @@ class Setting:
 def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
     folder = tmp_path_factory.mktemp("serving")
     policy = tiny_policy_folder(folder / "policy")
-    uniform = Format.parse("w4a16_g64")
+    uniform = parse_choice("w4a16_g64")
     build(Request(policy=policy, target=find_target("cpu"), out=folder / "engine", uniform=uniform))
     return Setting(folder / "engine", tiny_bag(folder / "bag"), tiny_contract(folder / "contract.yaml"))
 

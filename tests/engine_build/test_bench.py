@@ -17,7 +17,7 @@ from engine_build.weights import layers_of
 from vla_policy.core.bench import Bench, Quantiles
 from vla_policy.core.errors import ArtefactError, EngineError
 from vla_policy.core.files import sha256_file
-from vla_policy.core.formats import Format
+from vla_policy.core.formats import FULL, Format
 from vla_policy.core.manifest import Manifest
 from vla_policy.core.targets import find_target
 
@@ -25,7 +25,7 @@ from vla_policy.core.targets import find_target
 @pytest.fixture(scope="module")
 def reference(workshop: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("reference") / "engine"
-    build(Request(workshop / "policy", find_target("cpu"), out, uniform=Format(16, 16)))
+    build(Request(workshop / "policy", find_target("cpu"), out, uniform=FULL))
     return out
 
 
@@ -105,6 +105,6 @@ def test_an_engine_that_overflows_is_named(tmp_path: Path) -> None:
     tensors["language_model.lm_head.weight"].fill_(2e38)
     save_file(tensors, path, metadata={"format": "pt"})
     engine = tmp_path / "engine"
-    build(Request(path.parent, find_target("cpu"), engine, uniform=Format(16, 16)))
+    build(Request(path.parent, find_target("cpu"), engine, uniform=FULL))
     with pytest.raises(EngineError, match=f"^{engine}: logits of the action tokens: 256 of 256 values are not finite"):
         bench(engine, engine, repeats=1, threads=1)

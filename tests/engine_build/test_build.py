@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from choices import rtn
 from ragged import build_engine, observation, write_policy
 from safetensors.torch import load_file, save_file
 from tiny import overflowing_policy_folder
 
 from calibrator.families import TorchActor
-from calibrator.quantizers.quantization import quantize_policy
+from calibrator.quantizers import quantize_policy
 from engine_build import build as build_module
 from engine_build.__main__ import main
 from engine_build.build import Request, build
@@ -23,7 +24,7 @@ from engine_build.weights import LayerWeights, layers_of
 from vla_policy.core.cli import run
 from vla_policy.core.errors import ArtefactError, DataError, EngineError, PolicyError, VlaError
 from vla_policy.core.files import sha256_policy
-from vla_policy.core.formats import Format
+from vla_policy.core.formats import FULL, Format
 from vla_policy.core.image import pixel_values, preprocess
 from vla_policy.core.manifest import Manifest
 from vla_policy.core.observation import Observation
@@ -143,13 +144,17 @@ def damaged_plan(workshop: Path, tmp_path: Path, change: str) -> Path:
     if change == "policy":
         content["policy_sha256"] = "0" * 64
     elif change == "unknown":
-        assignment["language_model.model.layers.99.mlp.up_proj"] = {"bits": 4, "format": "w4a16_g32"}
+        assignment["language_model.model.layers.99.mlp.up_proj"] = rtn(Format(4, 16, 32)).to_json()
     elif change == "missing":
         del assignment[first]
-    elif change == "contradiction":
-        assignment[first] = {"bits": 8, "format": "w4a16_g32"}
+    elif change == "recipe":
+        assignment[first] = {"format": "w4a16_g32", "recipe": None}
+    elif change == "version":
+        assignment[first]["recipe"] = {"method": "rtn", "version": 0, "parameters": {}}
+    elif change == "old":
+        content["schema_version"] = 1
     elif change == "illegal":
-        assignment[first] = {"bits": 4, "format": "w4a4_g32"}
+        assignment[first] = rtn(Format(4, 4, 32)).to_json()
     elif change == "shape":
         assignment[first] = 4
     path = tmp_path / "plan.json"
@@ -163,7 +168,9 @@ def damaged_plan(workshop: Path, tmp_path: Path, change: str) -> Path:
         ("policy", "made for the policy with sha256 000000000000"),
         ("unknown", r"unknown units: language_model.model.layers.99.mlp.up_proj"),
         ("missing", r"missing units: vision_backbone.featurizer.patch_embed.proj"),
-        ("contradiction", "bits 8 contradict format w4a16_g32"),
+        ("recipe", "choice w4a16_g32: a recipe belongs to weights below 16 bits"),
+        ("version", "w2a16_g32:rtn: is of version 0 of rtn, which is now at 1; measure and allocate again"),
+        ("old", "expected kind 'plan' version 2, got kind 'plan' version 1; made by another version: make it again"),
         ("illegal", r"1 layers have formats that target cpu cannot run, .*w4a4_g32: no kernel multiplies 4-bit"),
         ("shape", "expected .*got 4"),
         ("truncated", "not valid JSON"),
@@ -188,7 +195,7 @@ def test_a_truncated_checkpoint_is_refused(tmp_path: Path) -> None:
     weights = policy / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
     with pytest.raises(ArtefactError, match="damaged or truncated"):
-        build(Request(policy, CPU, tmp_path / "engine", uniform=Format(16, 16)))
+        build(Request(policy, CPU, tmp_path / "engine", uniform=FULL))
     assert not (tmp_path / "engine").exists()
 
 
@@ -211,7 +218,7 @@ def test_numbers_that_an_engine_cannot_hold_are_refused(name: str, value: float,
     damaged = tensors[name].float()
     damaged.view(-1)[-1] = value
     save_file(tensors | {name: damaged}, policy / "model.safetensors", metadata={"format": "pt"})
-    request = Request(policy, CPU, tmp_path / "engine", uniform=Format(16, 16))
+    request = Request(policy, CPU, tmp_path / "engine", uniform=FULL)
     if (value, _TENSORS[name]) == (3.4e38, "float32"):
         build(request)
         return
@@ -233,13 +240,13 @@ def test_weights_that_codes_cannot_stand_for_are_refused(value: float, message: 
     tensors[f"{name}.weight"][3, 7] = value
     save_file(tensors, policy / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(PolicyError, match=f"{name}: weight of shape .* {message}"):
-        build(Request(policy, CPU, tmp_path / "engine", uniform=Format.parse("w4a16_g32")))
+        build(Request(policy, CPU, tmp_path / "engine", uniform=rtn(Format(4, 16, 32))))
 
 
 def test_an_engine_that_overflows_is_reported_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Every weight is finite, and so is most states' arithmetic; what is not ends no command in a traceback."""
     policy, engine = overflowing_policy_folder(tmp_path / "policy"), tmp_path / "engine"
-    build(Request(policy, CPU, engine, uniform=Format(16, 16)))
+    build(Request(policy, CPU, engine, uniform=FULL))
     image = np.zeros((32, 32, 3), np.uint8)
     near, far = (Observation(image, "push", np.array(state, np.float32)) for state in ((0, 0), (1, 0.1)))
     loaded = load_engine(engine, threads=1)

@@ -10,9 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from choices import rtn
 from cpu_kernels import run_kernel
 
-from calibrator.quantizers.quantization import QuantizedWeight, quantize_activation, quantize_weight
+from calibrator.quantizers import QuantizedWeight, quantize
+from calibrator.quantizers.activations import quantize_activation
 from engine_build import kernels
 from engine_build.kernels import CUTS, FEW, GROUPS, MANY, Few, Kernel, Many, compile_ptx, product_kernel
 from engine_build.packing import RUN, SLAB, pack_runs, pack_scales
@@ -77,7 +79,7 @@ def random_case(case: Case, bits: int) -> tuple[torch.Tensor, QuantizedWeight]:
     generator = torch.Generator().manual_seed(case.inputs * 31 + case.outputs)
     x = torch.randn(case.tokens, case.inputs, generator=generator).half()
     weight = torch.randn(case.outputs, case.inputs, generator=generator) / case.inputs**0.5
-    return x, quantize_weight(weight, Format(bits, 16 if bits == 2 else 8, case.group))
+    return x, quantize(weight, rtn(Format(bits, 16 if bits == 2 else 8, case.group)))
 
 
 def check(y: np.ndarray, x: torch.Tensor, quantized: QuantizedWeight) -> None:

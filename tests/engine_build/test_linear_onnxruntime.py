@@ -6,9 +6,11 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from choices import rtn
 from onnx import TensorProto, helper
 
-from calibrator.quantizers.quantization import quantize_activation, quantize_weight
+from calibrator.quantizers import quantize
+from calibrator.quantizers.activations import quantize_activation
 from engine_build.graph.builder import GraphBuilder
 from engine_build.graph.linear_onnxruntime import linear
 from engine_build.readback import canonical, read_back
@@ -27,7 +29,7 @@ def random_layer(fmt: Format) -> tuple[LayerWeights, torch.Tensor, np.ndarray]:
     bias = torch.randn(OUTPUTS, generator=generator).numpy()
     if fmt.weight_bits == 16:
         return LayerWeights(LAYER, fmt, None, weight, bias), weight.float(), bias
-    quantized = quantize_weight(weight, fmt)
+    quantized = quantize(weight, rtn(fmt))
     return LayerWeights(LAYER, fmt, quantized, None, bias), quantized.dequantize(), bias
 
 

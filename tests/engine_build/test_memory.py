@@ -5,9 +5,10 @@ import sys
 from pathlib import Path
 
 import torch
+from choices import rtn
 from onnx import TensorProto, helper
 
-from calibrator.quantizers.quantization import quantize_weight
+from calibrator.quantizers import quantize
 from engine_build.graph.builder import GraphBuilder
 from engine_build.graph.linear_onnxruntime import linear
 from engine_build.weights import Layer, LayerWeights
@@ -42,7 +43,7 @@ def test_a_run_holds_the_floats_of_few_layers_at_a_time(tmp_path: Path) -> None:
             fmt = Format(8, 16) if index % 2 else Format(4, 16, 128)  # fused nodes between are what reorders a graph
             layer = Layer(f"layer.{index}", "linear", f"layer.{index}", WIDTH, WIDTH, bias=False)
             weights = torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(index))
-            packed = LayerWeights(layer, fmt, quantize_weight(weights, fmt), None, None)
+            packed = LayerWeights(layer, fmt, quantize(weights, rtn(fmt)), None, None)
             x = builder.node("Gelu", [linear(builder, x, packed)])
         builder.rename(x, "y")
         infos = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, "tokens", WIDTH]) for name in "xy"]

@@ -4,12 +4,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from choices import rtn
 from ragged import mixed_assignment, write_plan
 from tiny import INSTRUCTIONS, tiny_policy_folder
 
 from calibrator.families import TorchActor
 from calibrator.modules.chain import Runs
-from calibrator.quantizers.quantization import quantize_policy
+from calibrator.quantizers import quantize_policy
 from engine_build.backends.tensorrt import decoder_profiles
 from engine_build.bench import bench, report
 from engine_build.build import Request, build
@@ -18,7 +19,7 @@ from engine_build.verify import verify, verify_formats
 from engine_build.weights import layers_of
 from vla_policy.core.errors import DataError
 from vla_policy.core.files import sha256_policy
-from vla_policy.core.formats import Format
+from vla_policy.core.formats import FULL, Format
 from vla_policy.core.manifest import Manifest
 from vla_policy.core.observation import Observation
 from vla_policy.core.policy_config import PolicyConfig
@@ -37,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assignment = mixed_assignment(list(layers_of(PolicyConfig.load(policy))), FORMATS)
     plan = write_plan(made / "plan.json", sha256_policy(policy), assignment)
     build(Request(policy, find_target("cpu"), made / "engine", plan=plan))
-    build(Request(policy, find_target("cpu"), made / "engine16", uniform=Format(16, 16)))
+    build(Request(policy, find_target("cpu"), made / "engine16", uniform=FULL))
     return made
 
 
@@ -85,7 +86,7 @@ def test_the_cost_of_a_layer_is_that_of_its_one_pass(folder: Path) -> None:
 
 def test_an_a100_engine_is_built_without_a_gpu(folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX builds sm_80 engines anywhere once it is installed")
-    out, four = tmp_path / "engine", Format(4, 16, 64)
+    out, four = tmp_path / "engine", rtn(Format(4, 16, 64))
     manifest = build(Request(folder / "policy", find_target("a100"), out, uniform=four, legalize=True))
     assert verify_formats(tmp_path / "engine", folder / "policy") == manifest
     (profile,) = decoder_profiles(manifest.graphs["decoder"], manifest.config)

@@ -10,11 +10,13 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from choices import rtn
 from cpu_kernels import run_kernel
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from calibrator.quantizers.quantization import quantize_activation, quantize_weight
+from calibrator.quantizers import quantize
+from calibrator.quantizers.activations import quantize_activation
 from engine_build.backends import plugins
 from engine_build.build import planned_bytes
 from engine_build.graph.builder import GraphBuilder
@@ -39,7 +41,7 @@ def layer_weights(name: str, fmt: Format, seed: int) -> LayerWeights:
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(OUTPUTS, INPUTS, generator=generator) / INPUTS**0.5
     bias = torch.randn(OUTPUTS, generator=generator).half().float().numpy()
-    return LayerWeights(layer(name), fmt, quantize_weight(weight, fmt), None, bias)
+    return LayerWeights(layer(name), fmt, quantize(weight, rtn(fmt)), None, bias)
 
 
 @pytest.fixture
@@ -136,7 +138,7 @@ def test_bytes_are_counted_with_their_filling(fmt: Format, tmp_path: Path) -> No
     write(tmp_path / "layer.onnx", [layer_weights("stack.layer", fmt, seed=5)])
     tensors = {tensor.name: tensor for tensor in onnx.load(str(tmp_path / "layer.onnx")).graph.initializer}
     stored = len(tensors["stack.layer.codes"].raw_data)
-    unit = UnitRecord("stack.layer", "linear", OUTPUTS, INPUTS, str(fmt), str(fmt), "", stored, 0, None)
+    unit = UnitRecord("stack.layer", "linear", OUTPUTS, INPUTS, str(fmt), str(fmt), "", stored, 0, None, None)
     bare, filled = planned_bytes(unit, "tensorrt")
     assert bare == OUTPUTS * INPUTS * fmt.weight_bits // 8
     assert stored == filled == 48 * 256 * fmt.weight_bits // 8

@@ -10,11 +10,12 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from choices import rtn
 from onnx import TensorProto, helper
-from ragged import observation
+from ragged import observation, write_plan
 
 from calibrator.data.calibration import SourceIndex, Trajectory, collect, load_calibration
-from calibrator.quantizers.quantization import quantize_weight
+from calibrator.quantizers import Computed, quantize
 from engine_build import readback_tensorrt
 from engine_build.backends.tensorrt import decoder_profiles, load_module
 from engine_build.build import Request, build
@@ -29,6 +30,7 @@ from engine_build.verify import verify_formats
 from engine_build.weights import Layer, LayerWeights, layers_of
 from vla_policy.core.backends.onnxruntime import open_session, session_options
 from vla_policy.core.errors import ArtefactError
+from vla_policy.core.files import sha256_policy
 from vla_policy.core.formats import Format
 from vla_policy.core.image import preprocess
 from vla_policy.core.manifest import Manifest, file_records
@@ -62,7 +64,7 @@ def write_graph(path: Path, fmt: Format) -> tuple[torch.Tensor, np.ndarray]:
     generator = torch.Generator().manual_seed(5)
     weight = torch.randn(OUTPUTS, INPUTS, generator=generator) / INPUTS**0.5
     bias = torch.randn(OUTPUTS, generator=generator).half().float().numpy()
-    quantized = quantize_weight(weight, fmt) if fmt.weight_bits < 16 else None
+    quantized = quantize(weight, rtn(fmt)) if fmt.weight_bits < 16 else None
     weights = LayerWeights(LAYER, fmt, quantized, None if quantized else weight, bias, INPUT_PEAK)
     with GraphBuilder(path, TensorProto.FLOAT16, 21) as builder:
         builder.rename(linear(builder, "x", weights), "y")
@@ -89,7 +91,7 @@ def test_the_dialect_computes_the_planned_numbers(fmt: Format, tmp_path: Path) -
 
 def test_an_odd_row_of_two_bit_codes_is_paired(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(5)
-    quantized = quantize_weight(torch.randn(6, 7, generator=generator), Format(2, 16))
+    quantized = quantize(torch.randn(6, 7, generator=generator), rtn(Format(2, 16)))
     layer = Layer("odd", "linear", "odd", 6, 7, bias=False)
     with GraphBuilder(tmp_path / "odd.onnx", TensorProto.FLOAT16, 21) as builder:
         builder.rename(linear(builder, "x", LayerWeights(layer, Format(2, 16), quantized, None, None)), "y")
@@ -121,8 +123,10 @@ def test_codes_whose_weights_float16_cannot_hold_are_refused(tmp_path: Path) -> 
 
     for float_type, write in ((TensorProto.FLOAT, linear_onnxruntime.linear), (TensorProto.FLOAT16, linear)):
         with GraphBuilder(tmp_path / f"{float_type}.onnx", float_type) as builder:
-            plan = {"large": Format.parse("w4a16_g32")}
-            context = GraphContext(builder, OneWeight(), {"large": layer}, plan, write, lambda layer: None, {})
+            plan = {"large": rtn(Format(4, 16, 32))}
+            context = GraphContext(
+                builder, OneWeight(), {"large": layer}, plan, Computed(), write, lambda layer: None, {}
+            )
             if float_type == TensorProto.FLOAT:
                 context.linear("x", "large")
                 continue
@@ -200,7 +204,7 @@ def test_activation_scales_come_from_the_calibration_set(workshop: Path, tmp_pat
 
 def test_eight_bit_activations_need_a_calibration_set(workshop: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX builds sm_80 engines anywhere once it is installed")
-    request = Request(workshop / "policy", A100, tmp_path / "engine", uniform=Format(8, 8))
+    request = Request(workshop / "policy", A100, tmp_path / "engine", uniform=rtn(Format(8, 8)))
     with pytest.raises(ArtefactError, match=r"36 layers have 8-bit activations, .* name states .* --calibration"):
         build(request)
     collect([FakeStates()], tmp_path / "calibration", count=4, seed=0)
@@ -213,12 +217,12 @@ def test_fused_layers_must_share_a_format(workshop: Path, tmp_path: Path) -> Non
     layers = layers_of(Manifest.load(workshop / "engine").config)
     query = "language_model.model.layers.0.self_attn.q_proj"
     key = "language_model.model.layers.0.self_attn.k_proj"
-    plan = uniform_plan(Format(4, 16, 32), layers)
-    mixed = Plan(plan.assignment | {key: Format(8, 16)}, None)
+    plan = uniform_plan(rtn(Format(4, 16, 32)), layers)
+    mixed = Plan(plan.assignment | {key: rtn(Format(8, 16))}, None)
     with pytest.raises(ArtefactError, match="target a100 fuses layers of one input, which must share a format"):
         check_legal(mixed, layers, A100)
     raised = legalize(mixed, layers, A100)
-    assert str(raised.assignment[query]) == "w8a16"
+    assert str(raised.assignment[query]) == "w8a16:rtn"
     check_legal(raised, layers, A100)
 
 
@@ -240,7 +244,7 @@ def test_a_backend_that_is_not_installed_is_named(workshop: Path, tmp_path: Path
         assert "install TensorRT 10.x on the device" in str(error)
     else:
         pytest.skip("TensorRT is installed here")
-    request = Request(workshop / "policy", find_target("orin"), tmp_path / "engine", uniform=Format(16, 16))
+    request = Request(workshop / "policy", find_target("orin"), tmp_path / "engine", uniform=rtn(Format(16, 16)))
     with pytest.raises(ArtefactError, match="backend tensorrt is not installed"):
         build(request)
     assert list(tmp_path.iterdir()) == []
@@ -254,7 +258,7 @@ def record_of(engine: Path) -> dict[str, Any]:
 
 @pytest.mark.usefixtures("device")
 def test_on_the_device_the_timing_cache_is_kept_and_hashed(workshop: Path, tmp_path: Path) -> None:
-    request = Request(workshop / "policy", find_target("orin"), tmp_path / "engine", uniform=Format(8, 16))
+    request = Request(workshop / "policy", find_target("orin"), tmp_path / "engine", uniform=rtn(Format(8, 16)))
     first = build(request)
     assert (first.target, first.backend, first.backend_version) == ("orin", "tensorrt", "10.13.0")
     vision, decoder = (record_of(tmp_path / "engine" / f"{name}.engine") for name in ("vision", "decoder"))
@@ -269,13 +273,9 @@ def test_on_the_device_the_timing_cache_is_kept_and_hashed(workshop: Path, tmp_p
 @pytest.mark.usefixtures("device")
 def test_plugin_formats_are_in_the_engine_byte_for_byte(workshop: Path, tmp_path: Path) -> None:
     layers = layers_of(Manifest.load(workshop / "engine").config)
-    assignment = {
-        name: {"bits": 2, "format": "w2a16_g32"} if "mlp" in name else {"bits": 4, "format": "w4a8_g32"}
-        for name in layers
-    }
-    plan = json.loads((workshop / "plan.json").read_text()) | {"assignment": assignment}
-    (tmp_path / "plan.json").write_text(json.dumps(plan))
-    request = Request(workshop / "policy", find_target("orin"), tmp_path / "engine", plan=tmp_path / "plan.json")
+    assignment = {name: rtn(Format(2, 16, 32) if "mlp" in name else Format(4, 8, 32)) for name in layers}
+    plan = write_plan(tmp_path / "plan.json", sha256_policy(workshop / "policy"), assignment)
+    request = Request(workshop / "policy", find_target("orin"), tmp_path / "engine", plan=plan)
     manifest = build(request)
     names = ["quantize_rows", "w2a16", "w4a8"]
     assert record_of(tmp_path / "engine" / "decoder.engine")["plugins"] == names
@@ -302,7 +302,7 @@ def test_a_crash_of_the_builder_is_one_line_and_leaves_nothing(
     (tmp_path / "path" / "tensorrt" / "__init__.py").write_text(crash)
     monkeypatch.syspath_prepend(str(tmp_path / "path"))
     (tmp_path / "out").mkdir()
-    request = Request(workshop / "policy", find_target("orin"), tmp_path / "out" / "engine", uniform=Format(8, 16))
+    request = Request(workshop / "policy", find_target("orin"), tmp_path / "out" / "engine", uniform=rtn(Format(8, 16)))
     with pytest.raises(ArtefactError, match=r"vision.onnx: tensorrt crashed while building \(Segmentation fault\)"):
         build(request)
     assert list((tmp_path / "out").iterdir()) == []

@@ -79,5 +79,5 @@ def test_a_manifest_that_claims_another_format_is_noticed(workshop: Path, copied
 def test_planned_bytes_count_codes_and_at_most_one_filling(
     planned: str, inputs: int, backend: Backend, bytes_: tuple[int, int]
 ) -> None:
-    unit = UnitRecord("unit", "linear", 10, inputs, planned, planned, "", 0, 0, None)
+    unit = UnitRecord("unit", "linear", 10, inputs, planned, planned, "", 0, 0, None, None)
     assert planned_bytes(unit, backend) == bytes_

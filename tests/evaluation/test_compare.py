@@ -6,6 +6,7 @@ import pytest
 from fake_world import FakeEnv, FakeRecipe
 from scipy.stats import binomtest
 
+from calibrator.quantizers import parse_choice
 from evaluation import __main__ as command
 from evaluation.actors import ActorSpec
 from evaluation.compare import compare
@@ -13,7 +14,6 @@ from evaluation.results import Episode, RolloutResult
 from evaluation.rollout import Rollout
 from evaluation.table import PlannedRun, Section, read_config, render, run_table
 from vla_policy.core.errors import ArtefactError, DataError
-from vla_policy.core.formats import Format
 
 
 def result(outcomes: str, task: str = "open", state: str = "s") -> RolloutResult:
@@ -77,7 +77,7 @@ sections:
     trials: 3
     runs:
       - {name: bf16}
-      - {name: w4, weights: w4a16_g64, trials: 2}
+      - {name: w4, uniform: w4a16_g64, trials: 2}
       - {name: blind, control: blind}
 """
 
@@ -90,8 +90,8 @@ def test_configuration_is_read(tmp_path: Path) -> None:
     assert [run.trials for run in section.runs] == [3, 2, 3]
     assert [run.rollout.control for run in section.runs] == ["none", "none", "blind"]
     assert [run.rollout.actor for run in section.runs] == [
-        ActorSpec("policy", tmp_path / "policies" / "metaworld", weights=weights)
-        for weights in (None, Format(4, 16, 64), None)
+        ActorSpec("policy", tmp_path / "policies" / "metaworld", uniform=choice)
+        for choice in (None, parse_choice("w4a16_g64:rtn"), None)
     ]
 
 
@@ -99,7 +99,7 @@ def test_configuration_is_read(tmp_path: Path) -> None:
     ("old", "new", "message"),
     [
         ("control: blind", "control: deaf", r"runs\[2\].control: 'deaf' is unknown"),
-        ("weights: w4a16_g64", "weights: int4", r"runs\[1\].weights: format 'int4' is unknown"),
+        ("uniform: w4a16_g64", "uniform: int4", r"runs\[1\].uniform: format 'int4' is unknown"),
         ("trials: 3", "tries: 3", r"sections\[0\]: key 'tries' is unknown"),
         ("    trials: 3\n", "", r"sections\[0\]: key 'trials' is missing"),
         ("benchmark: metaworld", "benchmark: atari", "'atari' is unknown"),

@@ -22,7 +22,7 @@ from tests.demo.materials import hostile_bag, tiny_bag, tiny_contract
 from tests.tiny import overflowing_policy_folder, tiny_policy_folder
 from vla_policy.core.contract import Contract, load_contract
 from vla_policy.core.errors import ContractError, DataError
-from vla_policy.core.formats import Format
+from vla_policy.core.formats import FULL
 from vla_policy.core.targets import find_target
 
 ROOT = Path(__file__).parents[2]
@@ -195,7 +195,7 @@ def test_an_engine_that_overflows_is_counted_and_the_rest_answered(
 ) -> None:
     """A built engine of finite weights: two of ten states of each episode are too much for it."""
     policy, engine = overflowing_policy_folder(tmp_path / "policy"), tmp_path / "engine"
-    build(Request(policy, find_target("cpu"), engine, uniform=Format(16, 16)))
+    build(Request(policy, find_target("cpu"), engine, uniform=FULL))
     contract, bag = tiny_contract(tmp_path / "contract.yaml"), tiny_bag(tmp_path / "bag")
     command = ["replay", "--bag", str(bag), "--contract", str(contract), "--engine", str(engine)]
     assert main([*command, "--out", str(tmp_path / "out")]) == 0

@@ -18,7 +18,6 @@ from evaluation.results import RolloutResult, describe_result
 from evaluation.rollout import Rollout, run, spoken_instruction
 from evaluation.statistics import wilson_interval
 from vla_policy.core.errors import ArtefactError, DataError, VlaError
-from vla_policy.core.formats import Format
 from vla_policy.core.observation import Observation
 
 TASKS = ("read", "negate")
@@ -197,13 +196,14 @@ def test_actor_settings_follow_the_content_and_weights_are_rounded(tmp_path: Pat
     from tiny import tiny_policy_folder
 
     from calibrator.families import TorchActor
+    from calibrator.quantizers import parse_choice
 
     folder = tiny_policy_folder(tmp_path / "policy")
-    plain, rounded = ActorSpec("policy", folder), ActorSpec("policy", folder, weights=Format(2, 16, 32))
+    plain, rounded = ActorSpec("policy", folder), ActorSpec("policy", folder, uniform=parse_choice("w2a16_g32"))
     copy = tiny_policy_folder(tmp_path / "elsewhere" / "policy")
     assert plain.settings() == ActorSpec("policy", copy).settings()
     assert plain.settings()["sha256"] != ActorSpec("policy", tiny_policy_folder(tmp_path / "b", 1)).settings()["sha256"]
-    assert rounded.settings()["weights"] == "w2a16_g32"
+    assert rounded.settings()["uniform"] == parse_choice("w2a16_g32").to_json()
     weights = []
     for spec in (plain, rounded):
         actor = spec.load()
@@ -249,8 +249,7 @@ def test_a_missing_policy_folder_is_named(tmp_path: Path, capsys: pytest.Capture
     "arguments",
     [
         ["--policy", "p"],
-        ["--engine", "e", "--benchmark", "metaworld", "--out", "o", "--uniform-bits", "4"],
-        ["--policy", "p", "--benchmark", "metaworld", "--out", "o", "--group-size", "64"],
+        ["--engine", "e", "--benchmark", "metaworld", "--out", "o", "--uniform", "w4a16"],
         ["--policy", "p", "--engine", "e"],
         ["--policy", "p", "--blind", "--wrong-instruction"],
         [],

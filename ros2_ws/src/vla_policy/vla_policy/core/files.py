@@ -72,8 +72,10 @@ def read_json(path: Path | str, kind: str | None = None, schema_version: int = 1
     if kind is not None:
         got = (content.get("kind"), content.get("schema_version"))
         if got != (kind, schema_version):
+            remedy = "made by another version: make it again" if got[0] == kind else "name the right file"
             raise ArtefactError(
-                f"{path}: expected kind {kind!r} version {schema_version}, got kind {got[0]!r} version {got[1]!r}"
+                f"{path}: expected kind {kind!r} version {schema_version}, got kind {got[0]!r} version {got[1]!r}; "
+                f"{remedy}"
             )
     return content
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.files import read_json, sha256_file, write_json
+from vla_policy.core.formats import Choice, Format, Recipe
 from vla_policy.core.outputs import FolderKind
 from vla_policy.core.policy_config import SPAN_EPSILON, PolicyConfig
 from vla_policy.core.targets import Backend
@@ -17,7 +18,7 @@ TIMING_CACHE = "timing.cache"
 KIND = "engine"
 _GRAPH_FILES = (f"{graph}.{form}" for graph in ("vision", "decoder") for form in ("onnx", "data", "engine"))
 ENGINE = FolderKind(KIND, MANIFEST, (TOKENIZER, TIMING_CACHE, *_GRAPH_FILES))
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,9 @@ class GraphSpec:
 class UnitRecord:
     """One quantizable layer as planned and as read back from the built engine.
 
-    realised, arithmetic: weight format, and what multiplies it, as the backend reports after its optimisations.
-    code_bytes, scale_bytes: in the engine's files. resident_bytes: of both once loaded; None where not reported.
+    planned, recipe: its format, and how its codes were found. realised, arithmetic: weight format, and what multiplies
+    it, as the backend reports after its optimisations. code_bytes, scale_bytes: in the engine's files. resident_bytes:
+    of both once loaded; None where not reported.
     """
 
     name: str
@@ -57,10 +59,23 @@ class UnitRecord:
     code_bytes: int
     scale_bytes: int
     resident_bytes: int | None
+    recipe: Recipe | None
 
     @property
     def weights(self) -> int:
         return self.outputs * self.inputs
+
+    @property
+    def choice(self) -> Choice:
+        """What was planned."""
+        return Choice(Format.parse(self.planned), self.recipe)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"recipe": self.recipe and self.recipe.to_json()}
+
+    @staticmethod
+    def from_json(raw: Mapping[str, Any]) -> "UnitRecord":
+        return UnitRecord(**{**raw, "recipe": Recipe.from_json(raw["recipe"])})
 
 
 @dataclass(frozen=True)
@@ -109,6 +124,7 @@ class Manifest:
             "schema_version": SCHEMA_VERSION,
             "kind": KIND,
             **asdict(self),
+            "units": [unit.to_json() for unit in self.units],
             "preprocessing": _preprocessing(config),
             "actions": {key: _action_layout(config, key) for key in config.norm_stats},
             "totals": self.totals(),
@@ -173,7 +189,7 @@ def _parse(content: Mapping[str, Any]) -> Manifest:
         backend_version=content["backend_version"],
         builder_version=content["builder_version"],
         graphs={name: _graph(value) for name, value in content["graphs"].items()},
-        units=tuple(UnitRecord(**unit) for unit in content["units"]),
+        units=tuple(UnitRecord.from_json(unit) for unit in content["units"]),
         files={name: FileRecord(**record) for name, record in content["files"].items()},
         parents=dict(content["parents"]),
         policy_config=dict(content["policy_config"]),

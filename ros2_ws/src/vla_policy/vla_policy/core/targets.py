@@ -68,7 +68,7 @@ class Target:
     def legal(self, kind: LayerKind = "linear") -> tuple[Format, ...]:
         """Every format that a layer of this kind may have, most precise first."""
         formats = [fmt for rule in self._rules(kind) for fmt in rule.formats()]
-        return tuple(sorted(formats, key=_precision, reverse=True))
+        return tuple(sorted(formats, key=lambda fmt: fmt.precision, reverse=True))
 
     def _rules(self, kind: LayerKind) -> list[Rule]:
         return [rule for rule in self.rules if kind in rule.kinds and self.backend in rule.backends]
@@ -98,10 +98,6 @@ class Target:
             if legal.weight_bits >= fmt.weight_bits and legal.activation_bits >= fmt.activation_bits
         ]
         return min(at_least, key=lambda legal: (legal.weight_bits, legal.activation_bits, _group_distance(legal, fmt)))
-
-
-def _precision(fmt: Format) -> tuple[int, int, float]:
-    return fmt.weight_bits, fmt.activation_bits, -(fmt.group_size or float("inf"))
 
 
 def _group(group: int | None) -> str:

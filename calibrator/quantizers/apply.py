@@ -1,0 +1,62 @@
+"""A policy as its engine computes it: some layers' weights in codes, their inputs rounded."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+from torch import nn
+
+from calibrator.quantizers.activations import quantize_input
+from calibrator.quantizers.base import Codes
+from calibrator.quantizers.compute import Computed
+from vla_policy.core.errors import PolicyError
+from vla_policy.core.formats import Choice
+
+
+def find_layer(policy: nn.Module, unit: str) -> nn.Linear | nn.Conv2d:
+    """The linear or convolution layer called `unit`. Raises PolicyError naming what is there instead."""
+    try:
+        module = policy.get_submodule(unit)
+    except AttributeError as error:
+        raise PolicyError(f"policy has no layer {unit!r}; the plan belongs to another policy") from error
+    if not isinstance(module, nn.Linear | nn.Conv2d):
+        raise PolicyError(f"{unit!r} is a {type(module).__name__}; only linear and convolution layers are quantized")
+    return module
+
+
+def _apply(policy: nn.Module, unit: str, choice: Choice, codes: Codes) -> Callable[[], None]:
+    """Puts one layer into its choice; returns what takes that back, bit for bit."""
+    module = find_layer(policy, unit)
+    original, bits = module.weight.data, choice.format.activation_bits
+    if choice.recipe is not None:
+        module.weight.data = codes.of(unit, original, choice).dequantize().to(original.dtype)
+    rounding = None
+    if bits < 16:
+        rounding = module.register_forward_pre_hook(
+            lambda layer, args: (quantize_input(layer, args[0], bits), *args[1:])
+        )
+
+    def restore() -> None:
+        module.weight.data = original
+        if rounding is not None:
+            rounding.remove()
+
+    return restore
+
+
+@contextmanager
+def quantized(policy: nn.Module, unit: str, choice: Choice, codes: Codes | None = None) -> Iterator[None]:
+    """Runs the block with one layer in `choice` and everything else as it was; restored bit for bit, even on errors.
+
+    Weights of 16 bits are left alone, and so are activations of 16 bits. codes: computed unless somebody has them.
+    """
+    restore = _apply(policy, unit, choice, codes or Computed())
+    try:
+        yield
+    finally:
+        restore()
+
+
+def quantize_policy(policy: nn.Module, assignment: Mapping[str, Choice], codes: Codes | None = None) -> None:
+    """Quantizes the named layers for good, in place; the simulated twin of the engine that the plan gives."""
+    for unit, choice in assignment.items():
+        _apply(policy, unit, choice, codes or Computed())

@@ -1,0 +1,59 @@
+"""What a rounding method is, what it may know of a layer, and who has a layer's codes."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from calibrator.quantizers.weights import QuantizedWeight
+from vla_policy.core.formats import Choice, Format, Parameter
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """What a layer's input looked like over a calibration set, in full precision.
+
+    tokens: how many there were. peaks: float32 [in], largest |x| per channel. second_moment: float64 [in, in], mean of
+    x x^T over the tokens; None where nobody asked for it.
+    """
+
+    tokens: int
+    peaks: Tensor
+    second_moment: Tensor | None = None
+
+    @property
+    def peak(self) -> float:
+        """The largest |x| of all."""
+        return float(self.peaks.max())
+
+
+class WeightQuantizer(Protocol):
+    """A rounding method: `QUANTIZER` of a module in `calibrator.quantizers.methods`, called as the module.
+
+    version: goes up whenever some weight gets other codes than before. defaults: every parameter with its usual value.
+    needs_statistics: whether the codes depend on the layer's input.
+    """
+
+    @property
+    def version(self) -> int: ...
+
+    @property
+    def defaults(self) -> Mapping[str, Parameter]: ...
+
+    @property
+    def needs_statistics(self) -> bool: ...
+
+    def quantize(
+        self, weight: Tensor, fmt: Format, parameters: Mapping[str, Parameter], statistics: LayerStatistics | None
+    ) -> QuantizedWeight:
+        """Codes and scales of a finite weight [out, ...]. parameters: all of `defaults`, some with other values."""
+        ...
+
+
+class Codes(Protocol):
+    """Who has the codes of a policy's layers: they are computed, or read from a store."""
+
+    def of(self, unit: str, weight: Tensor, choice: Choice) -> QuantizedWeight:
+        """The codes of a layer in a choice below 16 bits."""
+        ...
