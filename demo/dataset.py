@@ -120,7 +120,7 @@ def encode_png(image: np.ndarray) -> np.ndarray:
 
 def _decode(png: np.ndarray, ends: list[int], path: Path) -> Tensor:
     try:
-        parts = [memoryview(png[a:b]) for a, b in zip([0, *ends], ends, strict=False)]
+        parts = [memoryview(png[a:b].tobytes()) for a, b in zip([0, *ends], ends, strict=False)]
         return torch.from_numpy(np.stack([CompressedImage("png", part).decode() for part in parts]))
     except (DataError, ValueError) as error:
         raise ArtefactError(f"{path}: an image is damaged ({error}); delete it and collect again") from error

@@ -120,7 +120,7 @@ def build_engine(policy: Policy, plan: Plan, target: Target, out: Path) -> Manif
             version, realised = onnxruntime.__version__, realised_formats(folder, graphs, layers)
         else:
             if (out / TIMING_CACHE).is_file():
-                shutil.copyfile(out / TIMING_CACHE, folder / TIMING_CACHE)
+                (folder / TIMING_CACHE).write_bytes(_former_timing_cache(out))
             built = tensorrt.build_engines(backend, target, folder, graphs, policy.config)
             engines = {name: folder / file for name, file in built.files.items()}
             version, realised = built.version, engine_formats(folder, graphs, engines, layers, plan.formats)
@@ -150,6 +150,14 @@ def build_engine(policy: Policy, plan: Plan, target: Target, out: Path) -> Manif
         )
         manifest.write(folder)
     return manifest
+
+
+def _former_timing_cache(out: Path) -> bytes:
+    """Of the engine that is to be replaced. Raises ArtefactError where it is not the one that was built there."""
+    try:
+        return Manifest.load(out).read_file(out, TIMING_CACHE)
+    except ArtefactError as error:
+        raise ArtefactError(f"{error}; or delete {TIMING_CACHE} there, to build without it") from error
 
 
 _UNRUN = "built but not run: formats are proven by the codes found in the engine, speed and numbers are not"

@@ -16,7 +16,7 @@ from calibrator.families.base import find_family
 from calibrator.modules.policy import Policy
 from calibrator.tensors import disk_errors
 from vla_policy.core.errors import ArtefactError, PolicyError
-from vla_policy.core.files import read_json
+from vla_policy.core.files import named_file, read_json
 from vla_policy.core.outputs import atomic_folder
 from vla_policy.core.policy_config import POLICY, PolicyConfig
 
@@ -124,7 +124,7 @@ def weight_files(folder: Path, used: Collection[Path] = ()) -> list[Path]:
     index = folder / _INDEX
     files = sorted(folder.glob("*.safetensors"))
     if index.is_file():
-        listed = set(read_json(index)["weight_map"].values())
+        listed = {named_file(folder, name).name for name in read_json(index)["weight_map"].values()}
         absent = sorted(listed - {path.name for path in files})
         if absent:
             raise ArtefactError(f"{folder / absent[0]}: missing shard (listed in {_INDEX}); copy it again")

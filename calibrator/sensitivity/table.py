@@ -16,7 +16,7 @@ from calibrator.sensitivity.scores import ScoreSettings, evidence_loss, phase_of
 from calibrator.sensitivity.sweep import UnitLosses
 from calibrator.tensors import save_tensors
 from vla_policy.core.errors import ArtefactError
-from vla_policy.core.files import read_json, sha256_file
+from vla_policy.core.files import named_file, read_json, sha256_file
 from vla_policy.core.formats import FULL, Choice
 from vla_policy.core.outputs import atomic_path
 
@@ -282,7 +282,7 @@ def load_tensors(sensitivity: Sensitivity, which: str) -> dict[str, np.ndarray]:
     entry = sensitivity.meta["files"].get(which)
     if entry is None:
         raise ArtefactError(f"{sensitivity.path}: has no {which}; measure the sensitivity again")
-    path = Path(sensitivity.path).parent / entry["name"]
+    path = named_file(Path(sensitivity.path).parent, entry["name"])
     if sha256_file(path) != entry["sha256"]:
         raise ArtefactError(f"{path}: not the file that {sensitivity.path} was written with; measure again")
     try:

@@ -190,6 +190,13 @@ def test_a_changed_neighbour_file_is_refused(spec: SweepSpec, tmp_path: Path) ->
         stream.write(b"x")
     with pytest.raises(ArtefactError, match=r"other\.losses\.safetensors: not the file"):
         load_tensors(result, "losses")
+    (tmp_path / "below").mkdir()
+    content = json.loads(out.read_text())
+    for entry in content["files"].values():
+        entry["name"] = f"../{entry['name']}"
+    (tmp_path / "below/other.json").write_text(json.dumps(content))
+    with pytest.raises(ArtefactError, match=r"below: an artefact names the file '\.\./other\.maps\.safetensors'"):
+        load_tensors(Sensitivity.load(tmp_path / "below/other.json"), "maps")
 
 
 def test_a_device_that_is_not_there_is_named(spec: SweepSpec, tmp_path: Path) -> None:

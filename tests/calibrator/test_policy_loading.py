@@ -104,6 +104,10 @@ def test_weights_that_the_index_does_not_list_are_named(folder: Path) -> None:
     save_file({"x": torch.zeros(1)}, folder / "more.safetensors")
     with pytest.raises(ArtefactError, match=r"more.safetensors would be left out of the policy \(not listed in model"):
         load_policy(folder)
+    for path in (str(folder / "model.safetensors"), "../policy/model.safetensors", "shards/model.safetensors"):
+        index.write_text(json.dumps({"weight_map": dict.fromkeys(names, path)}))
+        with pytest.raises(ArtefactError, match=f"names the file '{path}'; expected a plain name in this folder"):
+            load_policy(folder)
 
 
 def test_the_engine_is_not_built_from_a_foreign_tensor_either(folder: Path) -> None:

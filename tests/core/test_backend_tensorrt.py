@@ -20,7 +20,7 @@ from vla_policy.core.backends.onnxruntime import open_session, session_options
 from vla_policy.core.backends.tensorrt import Modules, TensorRtBackend, load_modules
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.formats import FULL
-from vla_policy.core.manifest import GraphSpec, Manifest
+from vla_policy.core.manifest import GraphSpec, Manifest, file_records
 from vla_policy.core.observation import Observation
 from vla_policy.core.policy_config import PolicyConfig
 from vla_policy.core.prompt import PromptTokenizer
@@ -205,7 +205,8 @@ def export(folder: Path) -> Manifest:
     with open_checkpoint(folder / "policy", config) as checkpoint:
         policy = Policy(config, checkpoint, folder / "policy" / "tokenizer.json", "0")
         graphs = export_graphs(folder, policy, layers, dict.fromkeys(layers, FULL), "tensorrt_rtx")
-    return Manifest("a100", "tensorrt_rtx", VERSION, "0", graphs, (), {}, {"policy": "0"}, config.raw, 0)
+    files = file_records(folder)
+    return Manifest("a100", "tensorrt_rtx", VERSION, "0", graphs, (), files, {"policy": "0"}, config.raw, 0)
 
 
 def test_decisions_equal_the_torch_policy_over_several_states(exported: tuple[Path, Manifest]) -> None:
@@ -250,6 +251,30 @@ def test_a_graph_that_cannot_be_captured_is_named(exported: tuple[Path, Manifest
     engine.act(observation(0))
     with pytest.raises(ArtefactError, match=r"CUDA could not end capture \(CUresult 901\)"):
         engine.act(observation(0))
+
+
+def test_only_the_bytes_that_were_hashed_are_deserialized(tmp_path: Path) -> None:
+    """Altered after a check of the folder, or of no known hash: TensorRT never sees them."""
+    write_policy(tmp_path / "policy")
+    manifest = export(tmp_path)
+    modules, decoder = fake_modules(tmp_path, manifest, (8, 0)), tmp_path / "decoder.onnx"
+    TensorRtBackend(tmp_path, manifest, modules)
+    modules.tensorrt.Runtime = lambda logger: SimpleNamespace(deserialize_cuda_engine=pytest.fail)
+    vision = {"vision.onnx": manifest.files["vision.onnx"]}
+    with pytest.raises(ArtefactError, match=r"manifest.json needs 'vision.onnx', of which the manifest has no hash"):
+        TensorRtBackend(tmp_path, replace(manifest, files={}), modules)
+    modules.tensorrt.Runtime = lambda logger: SimpleNamespace(deserialize_cuda_engine=lambda content: object())
+    with pytest.raises(ArtefactError, match=r"manifest.json needs 'decoder.onnx', of which"):
+        TensorRtBackend(tmp_path, replace(manifest, files=vision), modules)
+    content = decoder.read_bytes()
+    decoder.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(ArtefactError, match=r"decoder.onnx: sha256 differs"):
+        TensorRtBackend(tmp_path, manifest, modules)
+    decoder.unlink()
+    (tmp_path.parent / "elsewhere.onnx").write_bytes(content)
+    decoder.symlink_to(tmp_path.parent / "elsewhere.onnx")
+    with pytest.raises(ArtefactError, match=r"decoder.onnx: links to .*elsewhere.onnx, outside its folder"):
+        TensorRtBackend(tmp_path, manifest, modules)
 
 
 def test_another_gpu_or_version_is_refused(exported: tuple[Path, Manifest]) -> None:

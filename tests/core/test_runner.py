@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from ragged import build_engine, observation
 
+from engine_build.verify import verify_formats
 from vla_policy.core.errors import DataError, VlaError
+from vla_policy.core.files import sha256_file
 from vla_policy.core.observation import Observation
 from vla_policy.core.runner import load_engine
 
@@ -93,6 +96,64 @@ def test_wrong_manifests_are_refused(changes: dict[str, Any], message: str, copi
     edit_manifest(copied, **changes)
     with pytest.raises(VlaError, match=message):
         load_engine(copied)
+
+
+def outside(folder: Path, name: str) -> Path:
+    """`name` of the engine moved beside the folder."""
+    evil = folder.parent / "evil"
+    evil.mkdir(exist_ok=True)
+    shutil.move(folder / name, evil / name)
+    return evil / name
+
+
+@pytest.mark.parametrize("form", ["../evil/decoder.onnx", "{absolute}", "link"])
+@pytest.mark.parametrize("name", ["decoder.onnx", "decoder.data", "tokenizer.json"])
+def test_nothing_outside_the_folder_is_loaded(form: str, name: str, copied: Path) -> None:
+    """Every hash fits; only the place is wrong."""
+    evil, manifest = outside(copied, name), json.loads((copied / "manifest.json").read_text())
+    if form == "link":
+        (copied / name).symlink_to(evil)
+        message = rf"{name}: links to {evil}, outside its folder"
+    else:
+        given = str(evil) if form == "{absolute}" else f"../evil/{name}"
+        manifest["files"][given] = manifest["files"].pop(name)
+        if name == "decoder.onnx":
+            manifest["graphs"]["decoder"]["file"] = given
+        edit_manifest(copied, **manifest)
+        message = f"an artefact names the file '{given}'; expected a plain name in this folder"
+    with pytest.raises(VlaError, match=message):
+        load_engine(copied)
+
+
+@pytest.mark.parametrize(
+    ("name", "by"),
+    [("vision.onnx", "manifest.json"), ("tokenizer.json", "manifest.json"), ("vision.data", "vision.onnx")],
+)
+def test_nothing_without_a_hash_is_loaded(name: str, by: str, copied: Path) -> None:
+    files = json.loads((copied / "manifest.json").read_text())["files"]
+    edit_manifest(copied, files={key: record for key, record in files.items() if key != name})
+    with pytest.raises(VlaError, match=f"{by} needs '{name}', of which the manifest has no hash; build"):
+        load_engine(copied)
+
+
+@pytest.mark.parametrize("location", ["../evil/decoder.data", "other.data"])
+def test_a_graph_reads_no_data_but_the_engine_s(location: str, copied: Path) -> None:
+    """The graph's own hash is right: whoever wrote it also wrote the manifest."""
+    (copied / "other.data").write_bytes((copied / "decoder.data").read_bytes())
+    (copied.parent / "evil").mkdir()
+    shutil.copyfile(copied / "decoder.data", copied.parent / "evil/decoder.data")
+    model = onnx.load(str(copied / "decoder.onnx"), load_external_data=False)
+    for tensor in model.graph.initializer[:9]:
+        for entry in tensor.external_data:
+            entry.value = location if entry.key == "location" else entry.value
+    (copied / "decoder.onnx").write_bytes(model.SerializeToString())
+    files = json.loads((copied / "manifest.json").read_text())["files"]
+    record = {"sha256": sha256_file(copied / "decoder.onnx"), "bytes": (copied / "decoder.onnx").stat().st_size}
+    edit_manifest(copied, files=files | {"decoder.onnx": record})
+    with pytest.raises(VlaError, match=f"decoder.onnx needs '{location}', of which the manifest has no hash"):
+        load_engine(copied)
+    with pytest.raises(VlaError, match=f"decoder.onnx needs '{location}'"):
+        verify_formats(copied, copied.parent / "policy")
 
 
 def test_a_folder_without_manifest_is_no_engine(tmp_path: Path) -> None:

@@ -268,6 +268,9 @@ def test_on_the_device_the_timing_cache_is_kept_and_hashed(workshop: Path, tmp_p
     assert "timing.cache" in first.files
     build(request)
     assert record_of(tmp_path / "engine" / "vision.engine")["cache"] == "++"
+    (tmp_path / "engine" / "timing.cache").write_bytes(b"from elsewhere")
+    with pytest.raises(ArtefactError, match=r"timing.cache: 14 bytes, expected \d+; .* or delete timing.cache there"):
+        build(request)
 
 
 @pytest.mark.usefixtures("device")

@@ -143,6 +143,23 @@ def retarget(path: Path) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"target": "a100"}))
 
 
+def escape(path: Path) -> None:
+    """Names files of another engine, every hash right."""
+    path.write_text(path.read_text().replace('"decoder.onnx"', '"../engine/decoder.onnx"'))
+
+
+def link(path: Path) -> None:
+    outside = path.parent.with_suffix(".moved")
+    path.rename(outside)
+    path.symlink_to(outside)
+
+
+def forget(path: Path) -> None:
+    content = json.loads(path.read_text())
+    del content["files"]["decoder.data"]
+    path.write_text(json.dumps(content))
+
+
 def test_configure_refuses_a_damaged_or_foreign_engine(world: World, material: Path, tmp_path: Path) -> None:
     """One after the other in one process, and the undamaged engine at the end."""
     log, contract = tmp_path / "log", str(material / "contract.yaml")
@@ -158,6 +175,9 @@ def test_configure_refuses_a_damaged_or_foreign_engine(world: World, material: P
             ("manifest.json", truncate, "not valid JSON"),
             ("manifest.json", retarget, "target a100 runs on"),
             ("vision.onnx", Path.unlink, "vision.onnx: missing"),
+            ("manifest.json", escape, "an artefact names the file '../engine/decoder.onnx'"),
+            ("decoder.data", link, "decoder.data: links to"),
+            ("manifest.json", forget, "decoder.onnx needs 'decoder.data', of which the manifest has no hash"),
         ):
             engine = tmp_path / f"{spoil.__name__}_{name}"
             shutil.copytree(material / "engine", engine)
@@ -166,7 +186,7 @@ def test_configure_refuses_a_damaged_or_foreign_engine(world: World, material: P
         assert not configured(material / "engine", str(CONTRACT))
         assert "the policy takes the states x, gripper_width" in log.read_text()
         assert configured(material / "engine", contract)
-    assert log.read_text().count("configure refused") == 6 and "Traceback" not in log.read_text()
+    assert log.read_text().count("configure refused") == 9 and "Traceback" not in log.read_text()
 
 
 def test_an_engine_that_overflows_holds_and_latches(world: World, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,24 @@ def sha256_file(path: Path | str) -> str:
     except OSError as error:
         raise ArtefactError(f"{path}: cannot be read ({error.strerror}); check the path") from error
     return digest.hexdigest()
+
+
+def named_file(folder: Path | str, name: Any) -> Path:
+    """The file of `folder` that an artefact there calls `name`. Raises ArtefactError unless that is a plain name.
+
+    What an artefact names lies beside it; a path could lead anywhere.
+    """
+    if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\0" in name:
+        raise ArtefactError(f"{folder}: an artefact names the file {name!r}; expected a plain name in this folder")
+    return Path(folder) / name
+
+
+def confined_file(folder: Path | str, name: Any) -> Path:
+    """`named_file`, which must also be no link to somewhere else."""
+    path = named_file(folder, name)
+    if os.path.dirname(os.path.realpath(path)) != os.path.realpath(folder):
+        raise ArtefactError(f"{path}: links to {os.path.realpath(path)}, outside its folder; copy the file itself")
+    return path
 
 
 def sha256_folder(folder: Path | str, patterns: Iterable[str] = ("*",)) -> str:

@@ -1,13 +1,15 @@
 """`manifest.json`: what an engine folder holds, from what it was made, and which formats its layers really have."""
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from vla_policy.core.errors import ArtefactError
-from vla_policy.core.files import read_json, sha256_file, write_json
+from vla_policy.core.files import confined_file, named_file, read_json, sha256_file, write_json
 from vla_policy.core.formats import Choice, Format, Recipe
+from vla_policy.core.onnx_files import external_files
 from vla_policy.core.outputs import FolderKind
 from vla_policy.core.policy_config import SPAN_EPSILON, PolicyConfig
 from vla_policy.core.targets import Backend
@@ -85,6 +87,16 @@ class FileRecord:
     sha256: str
     bytes: int
 
+    def check_size(self, path: Path, size: int) -> None:
+        """Raises ArtefactError for a file at `path` of another size."""
+        if size != self.bytes:
+            raise ArtefactError(f"{path}: {size} bytes, expected {self.bytes}; truncated: copy or build it again")
+
+    def check_sha256(self, path: Path, sha256: str) -> None:
+        """Raises ArtefactError for a file at `path` of another content."""
+        if sha256 != self.sha256:
+            raise ArtefactError(f"{path}: sha256 differs from the manifest's; altered: copy or build it again")
+
 
 @dataclass(frozen=True)
 class Manifest:
@@ -153,27 +165,56 @@ class Manifest:
 
     @staticmethod
     def load(folder: Path | str) -> "Manifest":
-        """Reads `folder/manifest.json`. Raises ArtefactError if it is missing, damaged or of another version."""
+        """Reads `folder/manifest.json`.
+
+        Raises ArtefactError if it is missing, damaged or of another version, or names a file outside the folder.
+        """
         path = Path(folder) / MANIFEST
         if not path.is_file():
             raise ArtefactError(f"{path}: no such file; expected an engine folder made by `engine_build build`")
         content = read_json(path, KIND, SCHEMA_VERSION)
         try:
-            return _parse(content)
+            manifest = _parse(content)
+            for name in (*manifest.files, *(graph.file for graph in manifest.graphs.values())):
+                named_file(path.parent, name)
+            return manifest
         except (KeyError, TypeError, AttributeError) as error:
             raise ArtefactError(f"{path}: field {error} is missing or malformed; build the engine again") from error
 
     def check_files(self, folder: Path | str) -> None:
-        """Raises ArtefactError for the first file that is missing, truncated or altered."""
+        """Raises ArtefactError for the first file that is missing, truncated, altered or a link out of the folder.
+
+        Also for one that would be loaded without being among the files: the tokenizer, a graph, a graph's data.
+        """
+        graphs = [graph.file for graph in self.graphs.values()]
+        self._check_recorded(folder, "manifest.json", (TOKENIZER, *graphs))
         for name, record in self.files.items():
-            path = Path(folder) / name
+            path = confined_file(folder, name)
             if not path.is_file():
                 raise ArtefactError(f"{path}: missing from the engine; copy or build it again")
-            size = path.stat().st_size
-            if size != record.bytes:
-                raise ArtefactError(f"{path}: {size} bytes, expected {record.bytes}; truncated: copy or build it again")
-            if sha256_file(path) != record.sha256:
-                raise ArtefactError(f"{path}: sha256 differs from the manifest's; altered: copy or build it again")
+            record.check_size(path, path.stat().st_size)
+            record.check_sha256(path, sha256_file(path))
+        for name in graphs if self.backend == "onnxruntime" else ():
+            self._check_recorded(folder, name, sorted(external_files(Path(folder) / name)))
+
+    def read_file(self, folder: Path | str, name: str) -> bytes:
+        """The content of one of the files. Raises ArtefactError unless the very bytes that are returned are right."""
+        self._check_recorded(folder, "manifest.json", (name,))
+        path = confined_file(folder, name)
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise ArtefactError(f"{path}: cannot be read ({error.strerror}); copy or build the engine again") from error
+        self.files[name].check_size(path, len(content))
+        self.files[name].check_sha256(path, hashlib.sha256(content).hexdigest())
+        return content
+
+    def _check_recorded(self, folder: Path | str, by: str, names: Iterable[str]) -> None:
+        for name in names:
+            if name not in self.files:
+                raise ArtefactError(
+                    f"{folder}: {by} needs {name!r}, of which the manifest has no hash; build the engine again"
+                )
 
 
 def file_records(folder: Path) -> dict[str, FileRecord]:

@@ -86,8 +86,8 @@ class TensorRtBackend:
         with self._current():
             self._stream = self._cuda.Stream()
             self._runtime = tensorrt.Runtime(tensorrt.Logger(tensorrt.Logger.ERROR))
-            vision = self._deserialize(folder / manifest.graphs["vision"].file)
-            self._engine = self._deserialize(folder / decoder.file)
+            vision = self._deserialize(folder, manifest, manifest.graphs["vision"].file)
+            self._engine = self._deserialize(folder, manifest, decoder.file)
             self._vision = vision.create_execution_context()
             self._prefill = self._context(_PREFILL)
             self._buffers = self._allocate(manifest)
@@ -172,10 +172,10 @@ class TensorRtBackend:
         finally:
             self._device.pop()
 
-    def _deserialize(self, path: Path) -> "trt.ICudaEngine":
-        engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
+    def _deserialize(self, folder: Path, manifest: Manifest, file: str) -> "trt.ICudaEngine":
+        engine = self._runtime.deserialize_cuda_engine(manifest.read_file(folder, file))
         if engine is None:
-            raise ArtefactError(f"{path}: TensorRT {self._version} cannot load it; build the engine again")
+            raise ArtefactError(f"{folder / file}: TensorRT {self._version} cannot load it; build the engine again")
         return engine
 
     def _context(self, profile: int) -> "trt.IExecutionContext":
