@@ -33,15 +33,15 @@ BINS = 10
 
 def fake_shapes() -> list[UnitShape]:
     """Two small towers, a projector, two decoder blocks with fused groups, a head."""
-    towers = [
-        (f"vision_backbone.{tower}.blocks.{block}.{layer}", "vision", None)
-        for tower in ("featurizer", "fused_featurizer")
+    vision = [
+        (f"{tower}.blocks.{block}.{layer}", "vision", f"vision: {track}", None)
+        for tower, track in (("featurizer", "DINOv2"), ("fused_featurizer", "SigLIP"))
         for block in range(2)
         for layer in ("attn.qkv", "mlp.fc1")
     ]
-    projector = [(f"projector.fc{number}", "projector", None) for number in (1, 2)]
+    projector = [(f"projector.fc{number}", "projector", "projector", None) for number in (1, 2)]
     decoder = [
-        (f"language_model.model.layers.{block}.{layer}", "language", f"language_model.model.layers.{block}.{group}")
+        (f"layers.{block}.{layer}", "language", "language", f"layers.{block}.{group}")
         for block in range(2)
         for layer, group in (
             ("self_attn.q_proj", "qkv"),
@@ -50,10 +50,21 @@ def fake_shapes() -> list[UnitShape]:
             ("mlp.down_proj", "down_proj"),
         )
     ]
-    head = [("language_model.lm_head", "head", None)]
+    head = [("lm_head", "head", "head", None)]
     return [
-        UnitShape(name, stage, group or name, inputs=128, outputs=64 + 64 * (index % 3), macs=1000 * (index + 1))
-        for index, (name, stage, group) in enumerate([*towers, *projector, *decoder, *head])
+        UnitShape(
+            name=f"policy.{label}",
+            label=label,
+            stage=stage,
+            track=track,
+            segment=stage,
+            kind="head" if stage == "head" else "linear",
+            group=group or label,
+            inputs=128,
+            outputs=64 + 64 * (index % 3),
+            macs=1000 * (index + 1),
+        )
+        for index, (label, stage, track, group) in enumerate([*vision, *projector, *decoder, *head])
     ]
 
 

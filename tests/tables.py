@@ -22,7 +22,11 @@ def scored(
     """As `unit`, by choice, full precision included."""
     return UnitScores(
         name=name,
+        label=name,
         stage="language",
+        track="language",
+        segment="language",
+        kind="linear",
         group=group or name,
         inputs=inputs,
         outputs=outputs,

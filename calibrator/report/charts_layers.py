@@ -8,7 +8,7 @@ from markupsafe import Markup
 
 from calibrator.allocation.plan import Plan
 from calibrator.report.labels import Labels
-from calibrator.report.numbers import layer, significant
+from calibrator.report.numbers import significant
 from calibrator.report.svg import Scale, Svg, linear_scale, log_scale
 from calibrator.sensitivity.evidence import BOUNDARIES
 from calibrator.sensitivity.table import UnitScores
@@ -59,20 +59,13 @@ def _layer_tip(unit: UnitScores, choices: Sequence[Choice], plan: Plan | None) -
 def stage_band(svg: Svg, units: Sequence[UnitScores], edges: Sequence[float], y: float) -> None:
     """A coloured band under a chart whose layer i spans edges[i] to edges[i + 1]; its parts are named."""
     start = 0
-    for (stage, part), members in groupby(units, key=lambda unit: (unit.stage, _part(unit))):
+    for (stage, track), members in groupby(units, key=lambda unit: (unit.stage, unit.track)):
         count = len(list(members))
         left, right = edges[start], edges[start + count]
-        svg.rect(left + 0.5, y, right - left - 1, 5, f"s-{stage}", "\n".join([part, f"{count} layers"]))
-        if right - left > 7 * len(part):
-            svg.text((left + right) / 2, y + 22, part, "tick", "middle")
+        svg.rect(left + 0.5, y, right - left - 1, 5, f"s-{stage}", "\n".join([track, f"{count} layers"]))
+        if right - left > 7 * len(track):
+            svg.text((left + right) / 2, y + 22, track, "tick", "middle")
         start += count
-
-
-def _part(unit: UnitScores) -> str:
-    if unit.stage != "vision":
-        return unit.stage
-    tower = unit.name.removeprefix("vision_backbone.").split(".")[0]
-    return {"featurizer": "vision: DINOv2", "fused_featurizer": "vision: SigLIP"}.get(tower, unit.stage)
 
 
 def boundary_chart(units: Sequence[UnitScores], choice: Choice, label: str) -> Markup:
@@ -163,4 +156,4 @@ def disagreement(units: Sequence[UnitScores], choice: Choice, count: int) -> lis
     """
     by_evidence = sorted(units, key=lambda unit: -unit.omega[choice])[:count]
     by_action = {unit.name for unit in sorted(units, key=lambda unit: -unit.action_mse[choice])[:count]}
-    return [layer(unit.name) for unit in by_evidence if unit.name not in by_action]
+    return [unit.label for unit in by_evidence if unit.name not in by_action]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from markupsafe import Markup
 
-from calibrator.report.numbers import layer, significant
+from calibrator.report.numbers import significant
 from calibrator.report.svg import Scale, Svg, linear_scale
 from calibrator.sensitivity.evidence import BOUNDARIES
 from calibrator.sensitivity.scores import phase_scores
@@ -89,7 +89,7 @@ def heat_chart(
     svg.text(left, top - 12, f"Ω per phase, {label}", "axis")
     for line, index in enumerate(order):
         y = top + line * pitch
-        svg.text(left - 8, y + 11, layer(units[index].name), "tick", "end", units[index].name)
+        svg.text(left - 8, y + 11, units[index].label, "tick", "end", units[index].name)
         if not np.isfinite(scores[line]).any():
             svg.text((left + right) / 2, y + 11, "not evaluated", "tick", "middle")
             continue

@@ -53,11 +53,3 @@ def size(size_bytes: float, digits: int = 3) -> Markup:
 def percent(share: float, digits: int = 3) -> Markup:
     """A share, shown as a percentage."""
     return data(share, f"{significant(100 * share, digits)} %")
-
-
-def layer(name: str) -> str:
-    """A layer's name without the prefixes that say nothing new; still enough to find it."""
-    for prefix in ("vision_backbone.", "language_model.model.", "language_model."):
-        if name.startswith(prefix):
-            return name.removeprefix(prefix)
-    return name

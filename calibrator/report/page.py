@@ -57,7 +57,7 @@ def render(inputs: Inputs) -> str:
         "size": numbers.size,
         "percent": numbers.percent,
         "evaluated": numbers.evaluated,
-        "layer": numbers.layer,
+        "layer": {unit.name: unit.label for unit in inputs.sensitivity.units}.__getitem__,
         "given": lambda kinds: [inputs.sources[kind] for kind in kinds if kind in inputs.sources],
     }
     environment.globals |= {"sources": inputs.sources}

@@ -38,6 +38,7 @@ class Protection:
     """
 
     group: str
+    label: str
     units: tuple[str, ...]
     stage: str
     choice: Choice
@@ -131,6 +132,7 @@ def _protections(plan: Plan, sensitivity: Sensitivity, groups: Sequence[Group], 
         found.append(
             Protection(
                 group=group.name,
+                label=_joined_labels([units[name].label for name in group.units]),
                 units=group.units,
                 stage=units[group.units[0]].stage,
                 choice=plan.assignment[group.units[0]],
@@ -144,6 +146,13 @@ def _protections(plan: Plan, sensitivity: Sensitivity, groups: Sequence[Group], 
     return sorted(
         found, key=lambda item: (-item.choice.format.weight_bits, item.damage is None, -(item.damage or 0.0))
     )
+
+
+def _joined_labels(labels: Sequence[str]) -> str:
+    """Labels of fused layers, with their common parent once: `layers.0.self_attn.q_proj, k_proj`."""
+    first, *others = labels
+    parent = first.rpartition(".")[0]
+    return ", ".join([first, *(label.removeprefix(f"{parent}.") for label in others)])
 
 
 def _alternatives(plan: Plan, sensitivity: Sensitivity, groups: Sequence[Group]) -> list[Alternative]:

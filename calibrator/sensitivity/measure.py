@@ -68,9 +68,13 @@ def unit_shapes(policy: Policy, states: States) -> list[UnitShape]:
     """Every live layer with its cost per action on these states."""
     return [
         UnitShape(
-            unit.name,
-            unit.stage,
-            unit.group,
+            name=unit.name,
+            label=unit.label,
+            stage=unit.stage,
+            track=unit.track,
+            segment=unit.segment,
+            kind=unit.kind,
+            group=unit.group,
             inputs=unit.params // unit.module.weight.shape[0],
             outputs=unit.module.weight.shape[0],
             macs=round(unit.params * unit.tokens(states.mean_prompt_tokens, states.decisions.size)),
@@ -311,7 +315,7 @@ def _screened(run: _Run, executor: Executor, journal: Journal, options: RunOptio
 def _screen_problem(run: _Run, proxies: Sequence[FirstOrder]) -> ScreenProblem:
     objective = Objective()
     return ScreenProblem(
-        params=np.asarray([shape.inputs * shape.outputs for shape in run.chosen], float),
+        params=np.asarray([shape.params for shape in run.chosen], float),
         stages=[shape.stage for shape in run.chosen],
         groups=[shape.group for shape in run.chosen],
         bits=tuple(choice.format.weight_bits for choice in run.spec.settings.choices),

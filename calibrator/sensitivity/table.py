@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import permutations
 from pathlib import Path
 from typing import Any, Literal
@@ -26,31 +26,43 @@ Signal = Literal["evidence", "action", "proxy"]
 
 
 @dataclass(frozen=True)
-class UnitScores:
-    """One layer's row: what it costs and what each choice does to the policy.
+class UnitShape:
+    """What a layer is, before anything is measured; see `calibrator.families.Unit`.
 
-    inputs, outputs: sides of its weight as a matrix. macs: per action. Scores are by choice, full
-    precision included as 0.
-    omega, omega_tau: Mix-QVLA Eqs. (10), (13). action_mse: QVLA Eq. (4). action_proxy: its first-order estimate.
-    action_mse, likelihood_drop and boundary_loss lack the choices that a screened run did not evaluate.
+    inputs, outputs: sides of its weight as a matrix. macs: per action.
     """
 
     name: str
+    label: str
     stage: str
+    track: str
+    segment: str
+    kind: str
     group: str
     inputs: int
     outputs: int
     macs: int
+
+    @property
+    def params(self) -> int:
+        return self.inputs * self.outputs
+
+
+@dataclass(frozen=True)
+class UnitScores(UnitShape):
+    """One layer's row: what it costs and what each choice does to the policy.
+
+    Scores are by choice, full precision included as 0. omega, omega_tau: Mix-QVLA Eqs. (10), (13). action_mse: QVLA
+    Eq. (4). action_proxy: its first-order estimate. action_mse, likelihood_drop and boundary_loss lack the choices that
+    a screened run did not evaluate.
+    """
+
     omega: Mapping[Choice, float]
     omega_tau: Mapping[Choice, float]
     action_mse: Mapping[Choice, float]
     action_proxy: Mapping[Choice, float]
     likelihood_drop: Mapping[Choice, float]
     boundary_loss: Mapping[Choice, Mapping[str, float]]
-
-    @property
-    def params(self) -> int:
-        return self.inputs * self.outputs
 
     def evaluated(self, choice: Choice) -> bool:
         """Whether `choice` was evaluated on any state: then action error, likelihood and boundary losses are known."""
@@ -59,13 +71,8 @@ class UnitScores:
     def to_json(self) -> dict[str, Any]:
         scores = ("omega", "omega_tau", "action_mse", "action_proxy", "likelihood_drop")
         return {
-            "name": self.name,
-            "stage": self.stage,
-            "group": self.group,
-            "inputs": self.inputs,
-            "outputs": self.outputs,
+            **{field.name: getattr(self, field.name) for field in fields(UnitShape)},
             "params": self.params,
-            "macs": self.macs,
             **{key: {str(choice): value for choice, value in getattr(self, key).items()} for key in scores},
             "boundary_loss": {str(choice): dict(values) for choice, values in self.boundary_loss.items()},
         }
@@ -78,12 +85,7 @@ class UnitScores:
             return {choices[text]: float(value) for text, value in raw[key].items()}
 
         return UnitScores(
-            name=raw["name"],
-            stage=raw["stage"],
-            group=raw["group"],
-            inputs=raw["inputs"],
-            outputs=raw["outputs"],
-            macs=raw["macs"],
+            **{field.name: raw[field.name] for field in fields(UnitShape)},
             omega=by_choice("omega"),
             omega_tau=by_choice("omega_tau"),
             action_mse=by_choice("action_mse"),
@@ -108,18 +110,6 @@ class Objective:
         if self.signal == "proxy":
             return unit.action_proxy[choice]
         return self.alpha * unit.omega[choice] + self.beta * unit.omega_tau[choice]
-
-
-@dataclass(frozen=True)
-class UnitShape:
-    """What a layer is, before anything is measured."""
-
-    name: str
-    stage: str
-    group: str
-    inputs: int
-    outputs: int
-    macs: int
 
 
 @dataclass(frozen=True)
@@ -157,12 +147,7 @@ def score_unit(
 
     by_boundary = [evaluated(per_boundary[..., column]) for column in range(len(BOUNDARIES))]
     return UnitScores(
-        name=shape.name,
-        stage=shape.stage,
-        group=shape.group,
-        inputs=shape.inputs,
-        outputs=shape.outputs,
-        macs=shape.macs,
+        **vars(shape),
         omega=by_choice(estimate.omega),
         omega_tau=by_choice(estimate.omega_tau),
         action_mse=evaluated(losses.action_error),

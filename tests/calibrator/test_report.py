@@ -188,6 +188,15 @@ def test_layer_figures_equal_the_artefact(artefacts: FakeArtefacts, tree: Elemen
         assert values == [unit.params, *scores, unit.omega_tau[CHOICES[1]], unit.action_mse[CHOICES[1]]]
 
 
+def test_layers_and_parts_are_called_as_the_table_says(artefacts: FakeArtefacts, tree: Element) -> None:
+    """A tensor's name is only what appears beside its label."""
+    units = {unit.name: unit for unit in Sensitivity.load(artefacts.paths.sensitivity).units}
+    labelled = [node for node in tree.find("code") if node.attributes.get("title") in units]
+    assert labelled and all(node.text == units[node.attributes["title"]].label for node in labelled)
+    bands = {node.text for node in tree.find("text", "tick")}
+    assert {unit.track for unit in units.values()} <= bands
+
+
 def test_served_figures_equal_the_artefacts(artefacts: FakeArtefacts, tree: Element) -> None:
     section = next(node for node in tree.find("section") if node.attributes.get("id") == "served")
     values = [float(node.attributes["value"]) for node in section.find("data")]

@@ -157,6 +157,8 @@ def test_plan_facts_by_loops(inputs: Inputs) -> None:
         demoted = chosen | {name: item.lower for name in item.units}
         assert objective(demoted) - objective(chosen) == pytest.approx(item.damage)
         assert not item.pinned
+    labels = {item.label for item in facts.protections}
+    assert "layers.0.self_attn.q_proj, k_proj" in labels and "lm_head" in labels, labels
     assert sum(stage.size_bytes for stage in facts.stages) * 8 == plan.size.weight_bits + plan.size.scale_bits
     for row, choice in zip(facts.alternatives[-4:], (FULL, *CHOICES[::-1]), strict=True):
         assert row.name == f"every layer {choice.format}" and row.average_bits == choice.format.weight_bits
@@ -167,7 +169,7 @@ def test_pinned_groups_are_said_to_be_pinned(inputs: Inputs) -> None:
     plan = inputs.plan
     assert plan is not None
     pinned = Plan(
-        **{**plan.__dict__, "details": {**plan.details, "pins": ["projector.*=w16a16"]}},
+        **{**plan.__dict__, "details": {**plan.details, "pins": ["policy.projector.*=w16a16"]}},
     )
     facts = plan_facts(pinned, inputs.sensitivity)
     for item in facts.protections:
