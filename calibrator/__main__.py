@@ -2,13 +2,12 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
-from typing import get_args
 
 from vla_policy.core.cli import run
 from vla_policy.core.errors import BudgetError, VlaError
-from vla_policy.core.policy_config import Normalization
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -20,11 +19,8 @@ def _parser() -> argparse.ArgumentParser:
         commands.add_parser("sensitivity", help="policy + calibration set -> scores", formatter_class=formatter)
     )
     _add_allocate(commands.add_parser("allocate", help="scores + budget -> bit plan", formatter_class=formatter))
-    _add_import_oft(
-        commands.add_parser("import-oft", help="OpenVLA-OFT checkpoint -> policy folder", formatter_class=formatter)
-    )
-    # The report's options belong to its own module; `report --help` is answered there.
-    commands.add_parser("report", help="scores + plan -> one HTML file", add_help=False)
+    for name, (_, text) in _ELSEWHERE.items():
+        commands.add_parser(name, help=text, add_help=False)
     return parser
 
 
@@ -107,49 +103,6 @@ def _add_allocate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", help="name of the device the plan is for")
     parser.add_argument("--frontier", type=Path, help="also write the whole trade-off curve to this JSON")
     parser.add_argument("--frontier-points", type=int, default=33, help="sizes on the curve")
-
-
-def _add_import_oft(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--checkpoint", type=Path, required=True, help="folder as published, LoRA weights merged")
-    parser.add_argument("--out", type=Path, required=True, help="policy folder to write")
-    parser.add_argument(
-        "--chunk", type=int, required=True, help="actions that one decision holds; published: LIBERO 8, ALOHA 25"
-    )
-    parser.add_argument(
-        "--images", type=int, required=True, help="images that one decision looks at; published: LIBERO 2, ALOHA 3"
-    )
-    parser.add_argument(
-        "--normalization",
-        choices=get_args(Normalization),
-        required=True,
-        help="what -1 and 1 of actions and state are in the statistics: min and max (bounds; published: ALOHA) or q01 "
-        "and q99 (bounds_q99; published: LIBERO, Bridge)",
-    )
-    parser.add_argument(
-        "--state-names",
-        nargs="+",
-        default=[],
-        metavar="NAME",
-        help="names of the state's values, in order; published LIBERO policies: x y z, axis-angle, two fingers",
-    )
-    parser.add_argument(
-        "--lora-merged",
-        action="store_true",
-        help="the weights contain the lora_adapter/ that lies beside them, as OpenVLA-OFT's own scripts leave it",
-    )
-
-
-def _import_oft(args: argparse.Namespace) -> int:
-    from calibrator.families.openvla_oft.published import OftSettings, import_oft
-
-    settings = OftSettings(args.chunk, args.images, args.normalization, tuple(args.state_names), args.lora_merged)
-    config = import_oft(args.checkpoint, args.out, settings)
-    state = f"a state of {config.state_dim} values" if config.use_proprio else "no state"
-    print(
-        f"{args.out}: {config.chunk} actions of {config.action_dim} values, {config.num_images} images, {state}; "
-        f"normalised by {config.normalization}"
-    )
-    return 0
 
 
 def _collect(args: argparse.Namespace) -> int:
@@ -253,11 +206,25 @@ def _allocate(args: argparse.Namespace) -> int:
 
 
 _COMMANDS = {
-    "import-oft": _import_oft,
     "collect": _collect,
     "sensitivity": _sensitivity,
     "allocate": _allocate,
 }
+
+
+# Commands whose options belong to their own modules, which also answer `--help`.
+_ELSEWHERE = {
+    "import-oft": ("calibrator.families.openvla_oft.published", "OpenVLA-OFT checkpoint -> policy folder"),
+    "report": ("calibrator.report", "scores + plan -> one HTML file"),
+}
+
+
+def _elsewhere(command: str) -> Callable[[Sequence[str]], int]:
+    try:
+        main: Callable[[Sequence[str]], int] = import_module(_ELSEWHERE[command][0]).main
+    except ImportError as error:
+        raise VlaError(f"{command} needs {error.name}; install the project again") from error
+    return main
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -265,12 +232,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
 
     def command() -> int:
-        if arguments[:1] == ["report"]:
-            try:
-                from calibrator.report import main as report
-            except ImportError as error:
-                raise VlaError(f"the report needs {error.name}; install the project again") from error
-            return report(arguments[1:])
+        if arguments and arguments[0] in _ELSEWHERE:
+            return _elsewhere(arguments[0])(arguments[1:])
         args = _parser().parse_args(arguments)
         return _COMMANDS[args.command](args)
 

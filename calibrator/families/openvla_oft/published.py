@@ -6,6 +6,7 @@ command lines and source code. Here they are brought together once, on a worksta
 afterwards meets no pickle.
 """
 
+import argparse
 import json
 import os
 import pickle  # for the name of the error only
@@ -14,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from safetensors.torch import save_file
@@ -138,3 +139,48 @@ def _link(source: Path, target: Path) -> None:
         os.link(source.resolve(), target)
     except OSError:  # another file system, or one without links
         shutil.copyfile(source, target)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m calibrator import-oft", description=__doc__)
+    parser.add_argument("--checkpoint", type=Path, required=True, help="folder as published, LoRA weights merged")
+    parser.add_argument("--out", type=Path, required=True, help="policy folder to write")
+    parser.add_argument(
+        "--chunk", type=int, required=True, help="actions that one decision holds; published: LIBERO 8, ALOHA 25"
+    )
+    parser.add_argument(
+        "--images", type=int, required=True, help="images that one decision looks at; published: LIBERO 2, ALOHA 3"
+    )
+    parser.add_argument(
+        "--normalization",
+        choices=get_args(Normalization),
+        required=True,
+        help="what -1 and 1 of actions and state are in the statistics: min and max (bounds; published: ALOHA) or q01 "
+        "and q99 (bounds_q99; published: LIBERO, Bridge)",
+    )
+    parser.add_argument(
+        "--state-names",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="names of the state's values, in order; published LIBERO policies: x y z, axis-angle, two fingers",
+    )
+    parser.add_argument(
+        "--lora-merged",
+        action="store_true",
+        help="the weights contain the lora_adapter/ that lies beside them, as OpenVLA-OFT's own scripts leave it",
+    )
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command line of `import_oft`."""
+    args = _parser().parse_args(argv)
+    settings = OftSettings(args.chunk, args.images, args.normalization, tuple(args.state_names), args.lora_merged)
+    config = import_oft(args.checkpoint, args.out, settings)
+    state = f"a state of {config.state_dim} values" if config.use_proprio else "no state"
+    print(
+        f"{args.out}: {config.chunk} actions of {config.action_dim} values, {config.num_images} images, {state}; "
+        f"normalised by {config.normalization}"
+    )
+    return 0
