@@ -25,7 +25,8 @@ class Answers:
 
     stamp_ns, episode, step: int64 [N]. tokens: int64 [N, H K]. actions: float64 [N, H K], un-normalised, the policy's
     units; H is 1 unless the policy decides chunks. latency_ms: float64 [N], the actor's own. drops: messages and frames
-    without an answer, by reason; particulars: of the first one for each reason.
+    without an answer, by reason; particulars: of the first one for each reason; refused: frames among them that the
+    actor or the decoder refused, reason by stamp.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Answers:
     latency_ms: np.ndarray
     drops: dict[str, int]
     particulars: dict[str, str] = field(default_factory=dict)
+    refused: dict[int, str] = field(default_factory=dict)
 
     @property
     def sha256(self) -> str:
@@ -74,6 +76,7 @@ def answer(bag: Path, contract: Contract, actor: Actor, name: str, namespace: st
     """Runs the whole bag. Raises ContractError when bag, contract and actor do not fit, or nothing can be served."""
     check_contract(contract, actor.config, actor.unnorm_key)
     drops = _Drops()
+    refused: dict[int, str] = {}
     rows: list[tuple[Frame, np.ndarray, np.ndarray, float]] = []
     total = summarise(bag, contract, namespace).messages[contract.primary.topic]
     frames_read = _served_frames(bag, contract, namespace, drops)
@@ -81,6 +84,7 @@ def answer(bag: Path, contract: Contract, actor: Actor, name: str, namespace: st
         outcome = decide(actor, contract, frame)
         if isinstance(outcome, Refusal):
             drops.add(outcome.reason, str(outcome.error))
+            refused[frame.stamp_ns] = outcome.reason.value
             continue
         decision, latency_ms = outcome
         rows.append((frame, decision.tokens, decision.action, latency_ms))
@@ -98,16 +102,20 @@ def answer(bag: Path, contract: Contract, actor: Actor, name: str, namespace: st
         latency_ms=np.asarray([row[3] for row in rows]),
         drops=dict(sorted(drops.counts.items())),
         particulars=drops.first,
+        refused=refused,
     )
 
 
 def recorded(served: Path, frames: Answers) -> Answers:
     """The decisions that a node served live, on the frames of an in-process run.
 
+    What neither answered is dropped for the same reason; "unanswered" is what the node alone left out.
     Raises ContractError when the recording answers none of these frames, or one of them twice differently.
     """
     by_stamp: dict[int, ServedAction] = {}
     for action in read_served(served):
+        if not np.isfinite(action.actions).all():  # no answer: nothing may move on it
+            continue
         former = by_stamp.setdefault(action.stamp_ns, action)
         if not np.array_equal(former.actions, action.actions):
             raise ContractError(f"{served}: two different decisions for the image of {action.stamp_ns} ns")
@@ -115,7 +123,9 @@ def recorded(served: Path, frames: Answers) -> Answers:
     if not kept.any():
         raise ContractError(f"{served}: answers no frame of this bag; was it recorded from another one?")
     chosen = [by_stamp[stamp] for stamp in frames.stamp_ns[kept].tolist()]
-    missing = int((~kept).sum())
+    drops = Counter(frames.drops)
+    drops.subtract(reason for stamp, reason in frames.refused.items() if stamp in by_stamp)
+    drops["unanswered"] += int((~kept).sum())
     return Answers(
         name=served.name,
         stamp_ns=frames.stamp_ns[kept],
@@ -125,7 +135,8 @@ def recorded(served: Path, frames: Answers) -> Answers:
         tokens=np.stack([action.tokens for action in chosen]),
         actions=np.stack([action.actions.reshape(-1) for action in chosen]),
         latency_ms=np.asarray([action.latency_ms for action in chosen]),
-        drops={"unanswered": missing} if missing else {},
+        drops=dict(sorted((+drops).items())),
+        particulars={reason: detail for reason, detail in frames.particulars.items() if drops[reason] > 0},
     )
 
 

@@ -14,6 +14,7 @@ from calibrator.__main__ import main as calibrator
 from calibrator.data.calibration import load_calibration
 from engine_build.build import Request, build
 from evaluation.__main__ import main
+from evaluation.replay import run
 from evaluation.replay.compare import compare
 from evaluation.replay.run import Answers, answer
 from evaluation.replay.thresholds import check, load_thresholds
@@ -23,6 +24,7 @@ from tests.tiny import overflowing_policy_folder, tiny_policy_folder
 from vla_policy.core.contract import Contract, load_contract
 from vla_policy.core.errors import ContractError, DataError
 from vla_policy.core.formats import FULL
+from vla_policy.core.served import ServedAction
 from vla_policy.core.targets import find_target
 
 ROOT = Path(__file__).parents[2]
@@ -234,3 +236,25 @@ def test_hostile_images_are_counted_and_the_rest_answered_and_collected(material
     assert calibrator(["collect", str(bag), "--contract", contract, "--out", str(out), "--samples", "4"]) == 0
     collected = load_calibration(out)
     assert len(collected) == 4 and all(np.array_equal(image, PICTURE) for image in collected.images)
+
+
+def test_a_recording_drops_what_its_node_did_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two frames are refused in process, one of them is answered live; of two others the node leaves one out, and what
+    it answers to the other is no number."""
+    refused = {5: "engine_error", 6: "engine_error"}
+    frames = replace(
+        answers([[0, 0, 0]] * 4),
+        drops={"engine_error": 2, "no_instruction": 1},
+        particulars={"engine_error": "overflow", "no_instruction": "none yet"},
+        refused=refused,
+    )
+    rows = {1: 0.0, 3: float("nan"), 4: 0.0, 5: 0.0}
+    served = [
+        ServedAction(stamp, 0, 0, 0, np.full((1, 3), value), np.zeros(3, np.int64), "go", "e", 1.0)
+        for stamp, value in rows.items()
+    ]
+    monkeypatch.setattr(run, "read_served", lambda path: iter(served))
+    found = run.recorded(Path("served"), frames)
+    assert found.stamp_ns.tolist() == [1, 4]
+    assert found.drops == {"engine_error": 1, "no_instruction": 1, "unanswered": 2}
+    assert found.particulars == frames.particulars
