@@ -64,7 +64,7 @@ def compare(reference: Answers, candidate: Answers, contract: ActionContract, bi
         sizes = candidate.actions.shape[1], reference.actions.shape[1]
         raise DataError(f"{candidate.name} answers {sizes[0]} values per frame, {reference.name} {sizes[1]}")
     scales = np.asarray([abs(dimension.scale) for dimension in contract.dimensions])
-    limits = np.asarray([dimension.limit for dimension in contract.dimensions])
+    limits = np.asarray([max(-dimension.lower, dimension.upper) for dimension in contract.dimensions])
     difference = np.abs(candidate.actions[right] - reference.actions[left])
     error = difference.reshape(len(shared), -1, len(scales)).max(axis=1) * scales
     progress = reference.progress[left]

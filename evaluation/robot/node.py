@@ -8,8 +8,9 @@ older than `incoming_command_timeout` (simulated seconds) stops the arm. An epis
 `max_steps` control steps, by default the suite's.
 
 `driver` "commands" obeys whoever commands. With `lockstep` (the default) simulated time waits after each image for the
-decision on that image, so a slow policy or a busy machine changes nothing; without it the simulation runs at
-`real_time_factor`. `driver` "expert" lets the scripted expert drive, and publishes its commands: so bags are recorded.
+decision on that image, and each step for the command that its instant brings, so a slow policy or a busy machine
+changes nothing; without it the simulation runs at `real_time_factor`. `driver` "expert" lets the scripted expert drive,
+and publishes its commands: so bags are recorded.
 """
 
 import io
@@ -40,7 +41,7 @@ from vla_policy.nodes.process import run_node
 
 _START_NS = 10**9
 _DECISION_TIMEOUT_S = 10.0
-_COMMAND_AFTER_CHUNK_S = 0.05
+_COMMAND_TIMEOUT_S = 0.05  # a policy that holds is silent
 _SETTLE_PERIOD_S = 0.01
 
 
@@ -80,8 +81,7 @@ class SimulatedRobotNode(Node):
         self._changed = threading.Condition()
         self._twist: tuple[int, dict[str, float]] | None = None
         self._opening_m: float | None = None
-        self._received = {"twist": 0, "gripper": 0}
-        self._received_before_answer = dict(self._received)
+        self._commanded_ns = self._gripped = 0
         self._answered_ns = 0
         self._create_topics()
         self._done, self._closing = done, threading.Event()
@@ -124,20 +124,19 @@ class SimulatedRobotNode(Node):
         values = {f"{part}.{axis}": getattr(vector, axis) for part, vector in parts for axis in "xyz"}
         with self._changed:
             self._twist = (self._now_ns, values)
-            self._received["twist"] += 1
+            self._commanded_ns = message.header.stamp.sec * 10**9 + message.header.stamp.nanosec
             self._changed.notify_all()
 
     def _on_gripper(self, message: Float64MultiArray) -> None:
         with self._changed:
             self._opening_m = message.data[0] if message.data else None
-            self._received["gripper"] += 1
+            self._gripped += 1
             self._changed.notify_all()
 
     def _on_chunk(self, message: ActionChunk) -> None:
         with self._changed:
             stamp = message.observation_stamp
             self._answered_ns = stamp.sec * 10**9 + stamp.nanosec
-            self._received_before_answer = dict(self._received)
             self._changed.notify_all()
 
     # --- simulation ---------------------------------------------------------------------------------------------
@@ -186,9 +185,11 @@ class SimulatedRobotNode(Node):
             if step % self._steps_per_image == 0:
                 self._publish_image(robot.observe().image)
                 self._decide(robot)
+            gripped = self._gripped
+            self._advance()
+            self._await_command(gripped)
             self._obey(robot)
             success, step = robot.step(), step + 1
-            self._advance()
             self._pace(begun_s)
         self.results.append({"task": episode.task, "trial": episode.trial, "success": success, "steps": step})
         self.get_logger().info(f"{episode.task} {episode.trial}: {'success' if success else 'failure'}, {step} steps")
@@ -207,12 +208,18 @@ class SimulatedRobotNode(Node):
                         f"simulated robot: no decision on the image of {stamp_ns} ns within {_DECISION_TIMEOUT_S:g} s; "
                         "is the policy node active, and does it use_sim_time?"
                     )
-                self._changed.wait_for(self._commanded, _COMMAND_AFTER_CHUNK_S)
 
-    def _commanded(self) -> bool:
-        """Whether every command that the newest decision brings has come; a policy that holds sends no gripper."""
-        wanted = ["twist"] if self._contract.action.gripper is None else ["twist", "gripper"]
-        return all(self._received[name] > self._received_before_answer[name] for name in wanted)
+    def _await_command(self, gripped: int) -> None:
+        """In lockstep, the command of the instant that the clock has just reached; `gripped`: gripper's before it."""
+        if self._driver != "commands" or not self._lockstep:
+            return
+        grips = self._contract.action.gripper is not None
+
+        def commanded() -> bool:
+            return self._commanded_ns >= self._now_ns and (not grips or self._gripped > gripped)
+
+        with self._changed:
+            self._changed.wait_for(commanded, _COMMAND_TIMEOUT_S)
 
     def _drive(self, action: np.ndarray) -> None:
         command = Limiter(self._contract.action).command(action, self._now_ns)

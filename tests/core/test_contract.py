@@ -5,9 +5,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from vla_policy.core.contract import Contract, load_contract
+from vla_policy.core.contract import Contract, WorkspaceAxis, load_contract
 from vla_policy.core.errors import ContractError
 
+JOINT = {"name": "q", "target": "elbow", "unit": "rad", "lower": -1.0, "upper": 2.0, "slew": 1.0}
+POSITION = {"command": "joint_trajectory", "topic": "arm"}
+BOX = {"target": "linear.x", "state": "x", "lower": -0.2, "upper": 0.3}
 LIBERO = Path(__file__).parents[2] / "ros2_ws/src/vla_policy/config/libero.yaml"
 
 
@@ -17,6 +20,23 @@ def edited(tmp_path: Path, edit) -> Contract:
     path = tmp_path / "contract.yaml"
     path.write_text(yaml.safe_dump(content))
     return load_contract(path)
+
+
+def position_control(content) -> None:
+    content["action"].update(POSITION | {"dimensions": [JOINT]})
+    del content["action"]["gripper"]
+
+
+def without(key: str) -> dict[str, object]:
+    return {name: value for name, value in JOINT.items() if name != key}
+
+
+def test_limits_of_velocities_positions_and_the_workspace(tmp_path: Path) -> None:
+    twist = edited(tmp_path, lambda c: c["action"].update(workspace=[BOX])).action
+    assert (twist.dimensions[0].lower, twist.dimensions[0].upper) == (-1.0, 1.0)
+    assert twist.workspace == (WorkspaceAxis("linear.x", "x", -0.2, 0.3),)
+    arm = edited(tmp_path, position_control)
+    assert (arm.action.dimensions[0].lower, arm.action.dimensions[0].upper, arm.action.hold_commands) == (-1.0, 2.0, 4)
 
 
 def test_the_shipped_contract_names_states_in_the_policy_s_order() -> None:
@@ -50,9 +70,21 @@ def test_defaults_are_sensor_qos(tmp_path: Path) -> None:
         (lambda c: c["cameras"][0].update(topic="wrist-camera/image"), "expected a ROS topic name"),
         (lambda c: c["action"].update(topic="0_cmd"), "expected a ROS topic name"),
         (
-            lambda c: c["action"].update(command="joint_trajectory") or c.pop("states"),
+            lambda c: position_control(c) or c.pop("states"),
             "add a sensor_msgs/msg/JointState",
         ),
+        (lambda c: c["action"].update(POSITION | {"dimensions": [JOINT | {"slew": None}]}), "slew: expected float"),
+        (lambda c: c["action"].update(POSITION | {"dimensions": [without("slew")]}), "missing key 'slew'"),
+        (lambda c: c["action"].update(POSITION | {"dimensions": [without("upper")]}), "missing key 'upper'"),
+        (lambda c: c["action"].update(POSITION | {"dimensions": [JOINT | {"limit": 2.0}]}), "unknown key.s. limit"),
+        (lambda c: c["action"].update(POSITION | {"dimensions": [JOINT | {"lower": 3.0}]}), "lower below upper"),
+        (lambda c: c["action"].pop("controller_timeout_s"), "missing key 'controller_timeout_s'"),
+        (lambda c: c["action"].update(controller_timeout_s=0.02), "would stop between two commands"),
+        (lambda c: c["action"].update(hold_commands=-1), "hold_commands: expected 0 or more"),
+        (lambda c: c["action"].update(workspace=[BOX | {"state": "elbow"}]), "state 'elbow' is not a name of states"),
+        (lambda c: c["action"].update(workspace=[BOX | {"target": "angular.x"}]), "expected a linear twist field"),
+        (lambda c: c["action"].update(workspace=[BOX | {"lower": 9.0}]), "lower below upper"),
+        (lambda c: c["action"]["dimensions"][0].update(scale=float("inf")), "scale: expected a finite number"),
         (lambda c: c["action"].pop("gripper"), "missing key 'gripper'"),
         (lambda c: c["action"]["dimensions"][0].update(target="linear.w"), "expected one of linear.x"),
         (lambda c: c["action"]["dimensions"][0].update(limit=0), "limit: expected a number above 0"),

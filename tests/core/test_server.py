@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from tests.core import ros_messages as msgs
-from vla_policy.core.contract import Contract, load_contract
+from vla_policy.core.contract import ActionDimension, Contract, load_contract
 from vla_policy.core.errors import DataError
 from vla_policy.core.observation import Decision, Observation
 from vla_policy.core.policy_config import ActionStats, NormStats, PolicyConfig, TextSpec, TowerSpec
@@ -388,11 +388,177 @@ def test_silence_is_never_seen_as_a_mere_disabling(bench: Bench) -> None:
     with ThreadPoolExecutor(1) as pool:
         polling = pool.submit(poll)
         bench.server.silence()
-        assert bench.server.tick().command is None
         done.set()
         polling.result(TIMEOUT_S)
     assert all(status.active == status.enabled for status in [*seen, bench.server.status()])
     assert not bench.server.status().active
+
+
+def test_a_motion_ends_with_the_contract_s_holds_and_then_silence(bench: Bench) -> None:
+    """Whoever takes the arm over after a stop is not fought: four holds of zero velocity, then nothing."""
+    bench.moving()
+    bench.server.stop(Latch("button"))
+    sent = [bench.server.tick().command for _ in range(8)]
+    assert [command is not None for command in sent] == [True] * 4 + [False] * 4
+    assert all(not command.motion.any() and command.gripper_m is None for command in sent if command is not None)
+    bench.server.enable(False)
+    assert bench.server.tick().command is None, "a second reason to hold ends no second motion"
+
+
+@pytest.mark.parametrize("end", ["disable", "finish", "silence", "stale"])
+def test_every_end_of_a_motion_is_a_hold(bench: Bench, end: str) -> None:
+    bench.moving()
+    if end == "stale":
+        bench.now_ns += 10**9
+    else:
+        {"disable": lambda: bench.server.enable(False), "finish": bench.server.finish, "silence": bench.server.silence}[
+            end
+        ]()
+    halt = bench.server.last_halt()
+    assert halt is not None and not halt.motion.any()
+
+
+def test_nothing_is_sent_where_nothing_was_commanded(bench: Bench) -> None:
+    bench.instruct()
+    bench.server.enable(True)
+    assert [bench.server.tick().command for _ in range(3)] == [None] * 3
+    assert bench.server.last_halt() is None
+
+
+def test_holds_go_on_where_the_contract_asks_for_it() -> None:
+    endless = replace(CONTRACT, action=replace(CONTRACT.action, hold_commands=0))
+    bench = Bench(endless).moving()
+    bench.server.stop(Latch("button"))
+    assert all(bench.server.tick().command is not None for _ in range(20))
+
+
+def test_a_fault_that_lasts_disarms(bench: Bench) -> None:
+    """The camera comes back after a coffee: the arm must not go on by itself."""
+    bench.moving()
+    bench.now_ns += 10**9
+    assert HoldReason.NOT_STARTED not in bench.reasons(), "a short fault is no reason to ask somebody"
+    bench.see()
+    bench.answered()
+    assert bench.server.tick().command is not None
+    for _ in range(7):
+        bench.now_ns += 10**9
+        bench.server.tick()
+    bench.see()
+    bench.answered()
+    assert bench.reasons() == {HoldReason.NOT_STARTED}
+    assert bench.server.start() is None
+    bench.see()
+    bench.answered()
+    assert bench.server.tick().command is not None
+
+
+@pytest.mark.parametrize("topic", [CAMERA, STATE])
+def test_a_clock_that_runs_ahead_is_seen(bench: Bench, topic: str) -> None:
+    """Samples of 0.3 s ahead are old samples that look fresh."""
+    bench.moving()
+    ahead_ns = bench.now_ns + 300 * 10**6
+    if topic == STATE:
+        bench.server.receive(STATE, msgs.joints(ahead_ns, [0.25, 0, 0, 0.04]))
+    else:
+        bench.server.receive(CAMERA, msgs.compressed(ahead_ns, msgs.picture(5, 4)))
+    assert HoldReason.FUTURE_STAMP in bench.reasons()
+    assert bench.server.status().faults == {topic: HoldReason.FUTURE_STAMP}
+
+
+def test_simulated_time_that_nobody_publishes_is_named(bench: Bench) -> None:
+    bench.instruct()
+    bench.now_ns = 0
+    assert HoldReason.NO_CLOCK in bench.reasons()
+
+
+def test_a_run_keeps_its_instruction(bench: Bench) -> None:
+    bench.moving()
+    bench.server.claim("sort the screws")
+    for text in ("something else", ""):
+        bench.instruct(text)
+        assert bench.server.status().instruction == "sort the screws"
+    assert bench.server.status().drops[DropReason.INSTRUCTION_CLAIMED].count == 2
+    with pytest.raises(DataError, match="a run has its own instruction"):
+        bench.server.instruct("no")
+    bench.server.finish()
+    assert bench.server.status().instruction == "", "the topic took it away meanwhile"
+    bench.instruct("back")
+    bench.server.claim("again")
+    bench.server.finish()
+    assert bench.server.status().instruction == "back"
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_dead_engine_is_not_reset(bench: Bench) -> None:
+    bench.moving()
+    bench.actor.error = RuntimeError("defect")
+    bench.see()
+    waiter = threading.Event()
+    while (refused := bench.server.reset()) is None:
+        assert not waiter.wait(0.01)
+        bench.see()
+    assert "clean up, configure and activate again" in refused
+
+
+JOINTS = tuple(ActionDimension(f"q{k}", f"joint{k}", "rad", 1.0, 0.0, -2.0, 2.0, 1.0) for k in range(2))
+GRIPPER_CHOICE = CONTRACT.action.dimensions[-1]
+
+
+class Arm(Bench):
+    """Position control of two joints that are measured beside the policy's state."""
+
+    def __init__(self) -> None:
+        action = replace(CONTRACT.action, command="joint_trajectory", dimensions=(*JOINTS, GRIPPER_CHOICE))
+        super().__init__(replace(CONTRACT, action=action))
+        self.actor.rows = np.asarray([[1.5, -1.5, 1.0]])
+        self.joints = [0.0, 0.0]
+
+    def see(self, x: float = 0.25, advance_ms: int = 50, picture: int | None = None) -> None:
+        self.now_ns += advance_ms * 10**6
+        names = (*msgs.JOINTS, "joint0", "joint1")
+        message = msgs.joints(self.now_ns, [x, 0, 0, 0.04, *self.joints], names=names)
+        self.server.receive(STATE, message)
+        self.server.receive(CAMERA, msgs.compressed(self.now_ns, msgs.picture(self.now_ns // 10**6, 4)))
+
+    def step(self) -> np.ndarray | None:
+        """The next command's positions, which the arm reaches."""
+        self.see()
+        self.answered()
+        command = self.server.tick().command
+        if command is not None:
+            self.joints = command.motion.tolist()
+        return None if command is None else command.motion
+
+
+def test_an_arm_that_was_moved_by_hand_starts_where_it_is() -> None:
+    arm = Arm()
+    arm.moving()
+    for _ in range(5):
+        arm.step()
+    arm.server.enable(False)
+    for _ in range(6):
+        arm.step()
+    arm.joints = [-1.0, 1.0]  # by hand
+    assert arm.step() is None, "nobody is fought"
+    arm.server.enable(True)
+    first = arm.step()
+    assert first is not None
+    np.testing.assert_allclose(first, [-0.95, 0.95], err_msg="a slew's step from where the arm is")
+
+
+def test_a_latched_stop_holds_what_was_measured() -> None:
+    arm = Arm()
+    arm.moving()
+    for _ in range(5):
+        arm.step()
+    arm.joints = [0.2, -0.2]  # the arm lags behind what was commanded
+    arm.see()
+    arm.server.stop(Latch("button"))
+    halts = [arm.server.tick().command for _ in range(6)]
+    assert [halt is None for halt in halts] == [False] * 4 + [True] * 2
+    arm.joints = [1.0, 1.0]  # guided by hand: nothing answers
+    arm.see()
+    assert arm.server.tick().command is None
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

@@ -28,6 +28,7 @@ action:
   topic: cmd_twist
   frame_id: world
   control_rate_hz: 20
+  controller_timeout_s: 0.5
   dimensions:
     - {name: dx, target: linear.x, unit: m/s}
     - {name: dy, target: linear.y, unit: m/s}

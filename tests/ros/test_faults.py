@@ -40,7 +40,7 @@ def configured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     folder = tmp_path_factory.mktemp("faults")
     world = World(fresh_domain())
     world.engine, world.log = fake_engine(folder / "engine"), folder / "log"
-    command = node_command(world.engine, autostart=False, source_timeout=0.5, freeze_timeout=0.6)
+    command = node_command(world.engine, autostart=False, source_timeout=0.5, freeze_timeout=0.6, disarm_after=0.0)
     with process(command, world.domain, world.log) as node:
         assert world.change_state(Transition.TRANSITION_CONFIGURE), world.log.read_text()
         yield world
@@ -258,9 +258,10 @@ def test_kill_and_restart(world: World, tmp_path: Path) -> None:
         world.start_policy()
         node.send_signal(signal.SIGKILL)
         node.wait()
-    count = len(world.chunks)
+    count, commands = len(world.chunks), len(world.twists)
     with process(command, world.domain, tmp_path / "log2"):
-        world.wait_holding("no_instruction")
+        world.wait(lambda: "no_instruction" in world.diagnostics.get("holding", ""), "the successor, which waits")
+        assert len(world.twists) == commands, "it did not move, so there is nothing that it has to end"
         world.instruct()
         world.wait(lambda: len(world.chunks) > count, "chunks of the successor")
         world.wait_moving()

@@ -31,7 +31,7 @@ from rclpy.qos import DurabilityPolicy, QoSProfile
 from rclpy.time import Time
 from rosgraph_msgs.msg import Clock
 from sensor_msgs.msg import CompressedImage, Image, JointState
-from std_msgs.msg import Float64MultiArray, String
+from std_msgs.msg import Bool, Float64MultiArray, String
 from std_srvs.srv import SetBool, Trigger
 from vla_policy_interfaces.msg import ActionChunk
 
@@ -241,9 +241,8 @@ class World:
         self.wait(lambda: len(self.twists) > start and self.moving, "motion")
 
     def wait_holding(self, reason: str) -> None:
-        """Until the newest commands are holds and the diagnostics name the reason."""
-        start = len(self.twists)
-        self.wait(lambda: len(self.twists) > start + 2 and not self.moving, f"a hold ({reason})")
+        """Until the newest command is a hold and the diagnostics name the reason."""
+        self.wait(lambda: not self.moving, f"a hold ({reason})")
         self.wait(lambda: reason in " ".join(self.diagnostics.values()), f"diagnostics that name {reason}")
         assert not self.moving
 
@@ -304,6 +303,13 @@ class World:
 
     def wait_active(self) -> None:
         self.wait(lambda: self.node.count_subscribers("instruction") > 0, "the active policy node")
+
+    def press_e_stop(self, pressed: bool = True, latched: bool = False) -> None:
+        """Publishes on the topic once it is heard; `latched` as a driver that keeps its last word for late joiners."""
+        kept = DurabilityPolicy.TRANSIENT_LOCAL if latched else DurabilityPolicy.VOLATILE
+        publisher = self.node.create_publisher(Bool, "e_stop", QoSProfile(depth=1, durability=kept))
+        self.wait(lambda: latched or publisher.get_subscription_count() > 0, "somebody who hears the e-stop")
+        publisher.publish(Bool(data=pressed))
 
     def start_policy(self) -> None:
         """Instructs, enables, and waits until the robot moves."""

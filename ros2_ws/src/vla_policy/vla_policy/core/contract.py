@@ -89,9 +89,10 @@ class Synchronisation:
 
 @dataclass(frozen=True)
 class ActionDimension:
-    """What one action value means: command = scale * value + offset, in `unit`, kept within +-limit.
+    """What one action value means: command = scale * value + offset, in `unit`, kept within lower to upper.
 
-    `target` is a twist field, a joint name, or "gripper". `slew` bounds the change per second; None leaves it free.
+    `target` is a twist field, a joint name, or "gripper". A velocity's limit is the same to both sides. `slew` bounds
+    the change per second; None leaves it free, which position control does not allow.
     """
 
     name: str
@@ -99,8 +100,20 @@ class ActionDimension:
     unit: str
     scale: float
     offset: float
-    limit: float
+    lower: float
+    upper: float
     slew: float | None
+
+
+@dataclass(frozen=True)
+class WorkspaceAxis:
+    """One side of the box that velocity control may not leave: `state` (a name of the contract's states, m) is what
+    the twist field `target` moves, and stays within lower to upper."""
+
+    target: str
+    state: str
+    lower: float
+    upper: float
 
 
 @dataclass(frozen=True)
@@ -115,13 +128,21 @@ class GripperCommand:
 
 @dataclass(frozen=True)
 class ActionContract:
-    """The robot's command interface."""
+    """The robot's command interface.
+
+    hold_commands: how many holds end a motion before the node falls silent, 0: as many as the hold lasts.
+    controller_timeout_s: after so long without a command the robot's own controller stops the robot; nothing else does
+    when this process dies.
+    """
 
     command: str
     topic: str
     frame_id: str
     control_rate_hz: float
+    hold_commands: int
+    controller_timeout_s: float
     dimensions: tuple[ActionDimension, ...]
+    workspace: tuple[WorkspaceAxis, ...]
     gripper: GripperCommand | None
 
     @property
@@ -178,6 +199,10 @@ def load_contract(path: Path | str) -> Contract:
         raise ContractError(f"{path}: cameras: expected at least one")
     if contract.action.command == "joint_trajectory" and JOINT_STATE not in (item.type for item in contract.states):
         raise ContractError(f"{path}: joint_trajectory starts from the measured joints; add a {JOINT_STATE} to states")
+    strange = [axis.state for axis in contract.action.workspace if axis.state not in contract.state_names]
+    if strange:
+        known = ", ".join(contract.state_names) or "none"
+        raise ContractError(f"{path}: action: workspace: state {strange[0]!r} is not a name of states; known: {known}")
     for what, names in (
         ("topic", [source.topic for source in contract.sources]),
         ("camera name", [camera.name for camera in contract.cameras]),
@@ -277,11 +302,39 @@ def _action(fields: Fields) -> ActionContract:
         topic=_topic(fields),
         frame_id=fields.take("frame_id", str, ""),
         control_rate_hz=fields.positive("control_rate_hz", 20.0),
+        hold_commands=fields.take("hold_commands", int, 4),
+        controller_timeout_s=fields.positive("controller_timeout_s"),
         dimensions=dimensions,
+        workspace=tuple(_axis(item, command, dimensions) for item in fields.sequence("workspace", [])),
         gripper=_gripper(fields.mapping("gripper")) if has_gripper else None,
     )
     fields.end()
+    if action.hold_commands < 0:
+        raise ContractError(f"{fields.where}: hold_commands: expected 0 or more, got {action.hold_commands}")
+    if action.controller_timeout_s * 1e9 <= action.control_period_ns:
+        raise ContractError(
+            f"{fields.where}: controller_timeout_s: {action.controller_timeout_s:g} s is not above the control period "
+            f"of {action.control_period_ns / 1e9:g} s; the robot would stop between two commands"
+        )
     return action
+
+
+def _axis(fields: Fields, command: str, dimensions: tuple[ActionDimension, ...]) -> WorkspaceAxis:
+    target, (lower, upper) = fields.take("target", str), _range(fields)
+    axis = WorkspaceAxis(target, fields.take("state", str), lower, upper)
+    fields.end()
+    if command != "twist" or target not in (item.target for item in dimensions) or not target.startswith("linear."):
+        raise ContractError(
+            f"{fields.where}: target: expected a linear twist field that the dimensions command, got {target!r}"
+        )
+    return axis
+
+
+def _range(fields: Fields) -> tuple[float, float]:
+    lower, upper = fields.finite("lower"), fields.finite("upper")
+    if not lower < upper:
+        raise ContractError(f"{fields.where}: lower {lower}, upper {upper}: expected lower below upper")
+    return lower, upper
 
 
 def _dimension(fields: Fields, command: str) -> ActionDimension:
@@ -290,16 +343,23 @@ def _dimension(fields: Fields, command: str) -> ActionDimension:
         raise ContractError(
             f"{fields.where}: target: expected one of {', '.join((*TWIST_FIELDS, GRIPPER))}, got {target!r}"
         )
+    position = command == "joint_trajectory" and target != GRIPPER
+    if position:
+        lower, upper = _range(fields)
+    else:
+        upper = fields.positive("limit", 1.0)
+        lower = -upper
     dimension = ActionDimension(
         name=name,
         target=target,
         unit=fields.take("unit", str),
-        scale=fields.take("scale", float, 1.0),
-        offset=fields.take("offset", float, 0.0),
-        limit=fields.positive("limit", 1.0),
-        slew=fields.take("slew", float, None),
+        scale=fields.finite("scale", 1.0),
+        offset=fields.finite("offset", 0.0),
+        lower=lower,
+        upper=upper,
+        slew=fields.positive("slew") if position else fields.take("slew", float, None),
     )
-    if dimension.slew is not None and not dimension.slew > 0:
+    if dimension.slew is not None and not 0 < dimension.slew < float("inf"):
         raise ContractError(f"{fields.where}: slew: expected a number above 0 per second, got {dimension.slew}")
     fields.end()
     return dimension

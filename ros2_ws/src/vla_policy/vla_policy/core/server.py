@@ -19,7 +19,7 @@ from vla_policy.core.events import Event, to_event
 from vla_policy.core.latency import Percentiles, RateCounter, RollingWindow
 from vla_policy.core.observation import Actor
 from vla_policy.core.ros_image import CompressedImage, RawImage
-from vla_policy.core.safety import Command, FreezeDetector, HoldReason, Limiter
+from vla_policy.core.safety import MEANT, Command, FreezeDetector, HoldReason, Limiter, Room
 from vla_policy.core.synchroniser import Dropped, DropReason, Frame, Synchroniser
 from vla_policy.core.worker import Answer, InferenceWorker
 
@@ -30,11 +30,13 @@ _LOSSLESS_WAIT_NS = 10 * 10**9
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """Times in seconds; `freeze_timeout_s` 0 turns the frozen-camera check off. See the node's parameters."""
+    """Times in seconds; 0 turns the frozen-camera check and disarming off. See the node's parameters."""
 
     lossless: bool = False
     queue_size: int = 256
     source_timeout_s: float = 0.5
+    future_tolerance_s: float = 0.05
+    disarm_after_s: float = 5.0
     inference_deadline_s: float = 0.5
     freeze_timeout_s: float = 1.0
     chunk_grace_s: float = 0.1
@@ -61,7 +63,7 @@ class ServedChunk:
 
 @dataclass(frozen=True)
 class Step:
-    """One control step: a command, or none and the reasons for holding."""
+    """One control step. `command`: what to send, None for silence. `reasons`: for holding; empty where it moves."""
 
     command: Command | None
     reasons: tuple[HoldReason, ...]
@@ -150,12 +152,16 @@ class PolicyServer:
         )
         self._enabled = self._started = self._active = False
         self._latch: Latch | None = None
+        self._claim: str | None = None  # while a run has its instruction: the one that follows it
         self._late_since_chunk = False
         self._wanting: HoldReason | None = None
         self._received = dict.fromkeys(contract.input_types, 0)
         self._last_stamp_ns: dict[str, int] = {}
         self._joint_positions: dict[str, float] = {}
+        self._measured: dict[str, float] = {}
         self._last_tick_ns: int | None = None
+        self._halts = _Halts(contract.action.hold_commands)
+        self._held_since_ns: int | None = None
         self._sequence = self._commands = self._limited = self._late = 0
         self._drops: dict[DropReason, Drops] = {}
         self._rates = {topic: RateCounter() for topic in (*contract.input_types, "chunks", "commands")}
@@ -194,6 +200,13 @@ class PolicyServer:
     def receive(self, topic: str, message: Any) -> None:
         """Takes a message of one of the contract's topics."""
         now_ns = self._clock()
+        if topic == self._contract.instruction.topic and self._claim is not None:
+            self._claim = message.data
+            self._drop(Dropped(topic, now_ns, DropReason.INSTRUCTION_CLAIMED, "a run has its own until it ends"))
+            return
+        self._take(topic, message, now_ns)
+
+    def _take(self, topic: str, message: Any, now_ns: int) -> None:
         try:
             event: Event | Dropped = to_event(self._contract, topic, message, now_ns)
         except DataError as error:
@@ -212,9 +225,24 @@ class PolicyServer:
 
     def instruct(self, text: str) -> str:
         """Sets the instruction as its topic would. Returns it as the policy uses it; raises DataError if refused."""
-        topic = self._contract.instruction.topic
-        self.receive(topic, _Text(text))
-        return str(to_event(self._contract, topic, _Text(text), self._clock()).payload)
+        if self._claim is not None:
+            raise DataError("a run has its own instruction until it ends; cancel it first")
+        return self._instruct(text)
+
+    def _instruct(self, text: str) -> str:
+        topic, now_ns = self._contract.instruction.topic, self._clock()
+        instruction = str(to_event(self._contract, topic, _Text(text), now_ns).payload)
+        self._take(topic, _Text(text), now_ns)
+        return instruction
+
+    def claim(self, text: str) -> None:
+        """`instruct` for a run, whose instruction stays until `finish`, whatever topic and service say meanwhile.
+
+        Raises DataError as `instruct` does.
+        """
+        former = self._synchroniser.instruction
+        self.instruct(text)
+        self._claim = former
 
     def _note(self, event: Event | Dropped, now_ns: int) -> None:
         self._received[event.topic] += 1
@@ -229,7 +257,10 @@ class PolicyServer:
         if isinstance(event.payload, RawImage | CompressedImage):
             self._freezes[event.topic].see(event.payload.checksum(), event.stamp_ns)
         if event.positions is not None:
-            self._joint_positions.update(event.positions)
+            self._joint_positions = self._joint_positions | dict(event.positions)
+        if isinstance(event.payload, np.ndarray):
+            source = next(state for state in self._contract.states if state.topic == event.topic)
+            self._measured |= zip((value.name for value in source.values), event.payload.tolist(), strict=True)
 
     def _handle(self, results: list[Frame | Dropped]) -> None:
         for result in results:
@@ -283,7 +314,11 @@ class PolicyServer:
             self._overhead.add(total_ms - answer.latency_ms - answer.queued_ms)
 
     def tick(self) -> Step:
-        """What the robot should do now: called once per control step, and when a chunk has just arrived."""
+        """What the robot should do now: called once per control step.
+
+        A hold ends a motion with the contract's number of holds and then falls silent, so that whoever takes over is
+        not fought. Where nothing was commanded there is nothing to end.
+        """
         with self._lock:
             now_ns = self._clock()  # under the lock: read before, another thread's later step would look like a jump
             reasons = self._reasons(now_ns)
@@ -292,21 +327,59 @@ class PolicyServer:
                 self._chunks.clear()
             outcome = None if reasons else self._command(now_ns)
             self._wanting = outcome if isinstance(outcome, HoldReason) else None
-            if not isinstance(outcome, Command):
-                self._limiter.rest(self._positions())
-                return Step(None, tuple(reasons) if outcome is None else (outcome,))
-            self._commands += 1
-            self._limited += outcome.limited
-            self._rates["commands"].add(now_ns)
-            return Step(outcome, ())
+            if isinstance(outcome, Command):
+                self._held_since_ns = None
+                self._halts.moved()
+                self._commands += 1
+                self._limited += outcome.limited
+                self._rates["commands"].add(now_ns)
+                return Step(outcome, ())
+            held = tuple(reasons) if outcome is None else (outcome,)
+            self._disarm(held, now_ns)
+            return Step(self._halt(now_ns), held)
+
+    def last_halt(self) -> Command | None:
+        """One hold if a motion has not ended: for the end of service, and for the watchdog. Waits for nobody: the
+        control loop that stands still may hold the lock."""
+        return self._halt(self._clock())
+
+    def _halt(self, now_ns: int) -> Command | None:
+        """The next hold of a motion that has to end, None when it has ended."""
+        if not self._halts.due:
+            self._limiter.rest(self._positions())
+            return None
+        target = self._positions() if self._halts.target is None else self._halts.target
+        self._halts.sent(target)
+        return self._limiter.halt(target, now_ns)
+
+    def _disarm(self, held: tuple[HoldReason, ...], now_ns: int) -> None:
+        """A fault that lasts ends the permission to move: nobody expects the arm to go on by itself any more."""
+        if not self._started or set(held) <= MEANT:
+            self._held_since_ns = None
+            return
+        if self._held_since_ns is None or now_ns < self._held_since_ns:
+            self._held_since_ns = now_ns
+        if 0 < self._settings.disarm_after_s * 1e9 <= now_ns - self._held_since_ns:
+            self._started = False
+            self._chunks.clear()
 
     def _command(self, now_ns: int) -> Command | HoldReason:
         """What is due now, or why nothing is although motion is allowed."""
         action = self._chunks.action(now_ns)
         if action is None:
             return HoldReason.DEADLINE_MISSED if self._late_since_chunk else HoldReason.NO_CHUNK
-        command = self._limiter.command(action, now_ns)
+        command = self._limiter.command(action, now_ns, self._room(now_ns))
         return HoldReason.STALE_STATE if command is None else command
+
+    def _room(self, now_ns: int) -> Room | None:
+        """What the workspace leaves: the arm moves on for a period, and has moved since it was measured."""
+        action = self._contract.action
+        if not action.workspace:
+            return None
+        topics = {value.name: state.topic for state in self._contract.states for value in state.values}
+        oldest_ns = min(self._last_stamp_ns[topics[axis.state]] for axis in action.workspace)
+        reach_ns = action.control_period_ns + max(0, now_ns - oldest_ns)
+        return Room.of(self._limiter.targets, action.workspace, self._measured, reach_ns / 1e9)
 
     def _positions(self) -> np.ndarray | None:
         known = [self._joint_positions.get(target, np.nan) for target in self._limiter.targets]
@@ -324,6 +397,8 @@ class PolicyServer:
             reasons.append(HoldReason.NOT_STARTED)
         if not self._synchroniser.instruction:
             reasons.append(HoldReason.NO_INSTRUCTION)
+        if now_ns == 0:  # simulated time of which nothing was heard
+            reasons.append(HoldReason.NO_CLOCK)
         if self._last_tick_ns is not None and now_ns < self._last_tick_ns:
             reasons.append(HoldReason.CLOCK_JUMP)
         return list(dict.fromkeys([*reasons, *self._faults(now_ns).values()]))
@@ -337,7 +412,7 @@ class PolicyServer:
             age_ns = now_ns - self._last_stamp_ns.get(topic, -(1 << 62))
             if age_ns > timeout_ns:
                 faults[topic] = HoldReason.STALE_STATE if camera is None else HoldReason.STALE_CAMERA
-            elif age_ns < -timeout_ns:
+            elif age_ns < -self._settings.future_tolerance_s * 1e9:
                 faults[topic] = HoldReason.FUTURE_STAMP
             elif camera is not None and camera.frozen:
                 faults[topic] = HoldReason.FROZEN_CAMERA
@@ -356,6 +431,8 @@ class PolicyServer:
             self._enabled = enabled
             self._started = enabled and self._latch is None
             self._chunks.clear()
+            if enabled:
+                self._begin()
 
     def start(self) -> str | None:
         """Resumes after a stop was reset. Returns why not, or None."""
@@ -365,13 +442,22 @@ class PolicyServer:
             if not self._enabled:
                 return "output is disabled (dry run); enable it first"
             self._started = True
+            self._begin()
             return None
 
+    def _begin(self) -> None:
+        """Motion begins where the robot is now, whatever was commanded before."""
+        self._halts.forget()
+        self._limiter.rest(self._positions())
+
     def finish(self) -> None:
-        """Ends motion without a latch: a run is over."""
+        """Ends motion without a latch: a run is over. The instruction is again what the topic says."""
         with self._lock:
             self._started = False
             self._chunks.clear()
+        former, self._claim = self._claim, None
+        if former is not None:
+            self._take(self._contract.instruction.topic, _Text(former), self._clock())
 
     def stop(self, latch: Latch) -> None:
         """Latches a stop, unless one is: the robot is held until `reset` and then `start`."""
@@ -380,11 +466,14 @@ class PolicyServer:
             self._started = False
             self._chunks.clear()
 
-    def reset(self) -> None:
-        """Takes the latch back. Motion needs a new `start`."""
+    def reset(self) -> str | None:
+        """Takes the latch back; motion needs a new `start`. Returns why not, or None."""
         with self._lock:
+            if self._latch is not None and self._latch.engine_failed and self._worker.dead:
+                return "the engine has failed and cannot answer; deactivate, clean up, configure and activate again"
             self._latch = None
             self._chunks.clear()
+            return None
 
     def expire(self) -> None:
         """Decides frames whose state did not come in time; call a few times per second."""
@@ -427,3 +516,29 @@ class PolicyServer:
 @dataclass(frozen=True)
 class _Text:
     data: str
+
+
+class _Halts:
+    """How many holds a motion still needs to end; `most` 0: as many as the hold lasts."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._left = 0
+        self.target: np.ndarray | None = None
+        """Where the first hold of this motion found the joints, which the later ones repeat."""
+
+    @property
+    def due(self) -> bool:
+        return self._left > 0
+
+    def moved(self) -> None:
+        self._left, self.target = self._most or 1, None
+
+    def sent(self, target: np.ndarray | None) -> None:
+        self.target = target
+        if self._most:
+            self._left -= 1
+
+    def forget(self) -> None:
+        """There is nothing to end: what was commanded before is no longer what the robot does."""
+        self._left, self.target = 0, None

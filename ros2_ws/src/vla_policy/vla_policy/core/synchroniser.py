@@ -36,6 +36,7 @@ class DropReason(Enum):
     CLOCK_JUMP = "clock_jump"
     UNSYNCHRONISED = "unsynchronised"
     NO_INSTRUCTION = "no_instruction"
+    INSTRUCTION_CLAIMED = "instruction_claimed"
     SUPERSEDED = "superseded"
     UNDECODABLE = "undecodable"
     ENGINE_ERROR = "engine_error"

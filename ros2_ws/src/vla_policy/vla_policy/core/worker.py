@@ -83,6 +83,11 @@ class InferenceWorker:
     def start(self) -> None:
         self._thread.start()
 
+    @property
+    def dead(self) -> bool:
+        """Whether the thread has ended without being told to: there will be no further answer."""
+        return self._thread.ident is not None and not self._thread.is_alive() and not self._stopping
+
     def submit(self, frame: Frame) -> list[Dropped]:
         """Queues a frame; returns those that this displaced."""
         with self._changed:

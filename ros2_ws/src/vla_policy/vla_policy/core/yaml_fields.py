@@ -1,6 +1,7 @@
 """Typed access to a YAML mapping, with errors that name the file and the key."""
 
 from collections.abc import Iterator
+from math import isfinite
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -47,7 +48,14 @@ class Fields:
             raise ContractError(f"{self.where}: {key}: expected {kind.__name__}, got {value!r}")
         return value
 
-    def positive(self, key: str, default: float) -> float:
+    def finite(self, key: str, default: Any = _REQUIRED) -> float:
+        """A number that is neither infinite nor NaN."""
+        value = self.take(key, float, default)
+        if not isfinite(value):
+            raise ContractError(f"{self.where}: {key}: expected a finite number, got {value}")
+        return value
+
+    def positive(self, key: str, default: Any = _REQUIRED) -> float:
         """A finite number above zero."""
         value = self.take(key, float, default)
         if not 0 < value < float("inf"):

@@ -7,11 +7,8 @@ from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
 from std_msgs.msg import Header
 
 from vla_policy.core.latency import Percentiles
-from vla_policy.core.safety import HoldReason
+from vla_policy.core.safety import MEANT, HoldReason
 from vla_policy.core.server import Status
-
-# Holds that an operator asked for; every other one says that something is wrong.
-_MEANT = {HoldReason.INACTIVE, HoldReason.DISABLED, HoldReason.NOT_STARTED, HoldReason.NO_INSTRUCTION}
 
 
 def to_diagnostics(
@@ -53,7 +50,7 @@ def to_diagnostics(
 def _summary(status: Status) -> tuple[bytes, str]:
     if status.latch is not None:
         return DiagnosticStatus.ERROR, f"stopped until reset: {status.latch.reason}"
-    wrong = [reason for reason in status.holding if reason not in _MEANT]
+    wrong = [reason for reason in status.holding if reason not in MEANT]
     if wrong:
         return DiagnosticStatus.ERROR, f"held by a fault: {', '.join(_with_topics(reason, status) for reason in wrong)}"
     if status.holding:

@@ -37,8 +37,6 @@ class Outputs:
             self._gripper = node.create_lifecycle_publisher(
                 Float64MultiArray, action.gripper.topic, QoSProfile(depth=1)
             )
-        self._targets: tuple[str, ...] = ()
-        self._positions: tuple[float, ...] = ()
 
     def destroy(self) -> None:
         for publisher in (self._chunks, self._commands, self._gripper):
@@ -66,34 +64,25 @@ class Outputs:
         )
 
     def command(self, command: Command) -> None:
-        """One control step of motion."""
-        motion = command.motion.tolist()
-        if self._contract.action.command == "twist":
-            self._commands.publish(self._twist(dict(zip(command.targets, motion, strict=True))))
-        else:
-            self._targets, self._positions = command.targets, tuple(motion)
-            self._commands.publish(self._trajectory())
+        """One control step of motion, or a hold."""
+        kind = self._twist if self._contract.action.command == "twist" else self._trajectory
+        self._commands.publish(kind(command))
         if self._gripper is not None and command.gripper_m is not None:
             self._gripper.publish(Float64MultiArray(data=[command.gripper_m]))
-
-    def hold(self) -> None:
-        """The declared hold: zero velocity, or the last commanded positions. The gripper keeps its opening."""
-        if self._contract.action.command == "twist":
-            self._commands.publish(self._twist({}))
-        elif self._targets:
-            self._commands.publish(self._trajectory())
 
     def _header(self) -> Header:
         return Header(stamp=self._node.get_clock().now().to_msg(), frame_id=self._contract.action.frame_id)
 
-    def _twist(self, values: dict[str, float]) -> TwistStamped:
+    def _twist(self, command: Command) -> TwistStamped:
         message = TwistStamped(header=self._header())
-        for target, value in values.items():
+        for target, value in zip(command.targets, command.motion.tolist(), strict=True):
             part, axis = target.split(".")
             setattr(getattr(message.twist, part), axis, value)
         return message
 
-    def _trajectory(self) -> JointTrajectory:
+    def _trajectory(self, command: Command) -> JointTrajectory:
         period = to_duration(self._contract.action.control_period_ns)
-        point = JointTrajectoryPoint(positions=list(self._positions), time_from_start=period)
-        return JointTrajectory(header=self._header(), joint_names=list(self._targets), points=[point])
+        point = JointTrajectoryPoint(positions=command.motion.tolist(), time_from_start=period)
+        # No stamp means "now" to a controller; ours would be in its past or future where two clocks differ.
+        header = Header(frame_id=self._contract.action.frame_id)
+        return JointTrajectory(header=header, joint_names=list(command.targets), points=[point])

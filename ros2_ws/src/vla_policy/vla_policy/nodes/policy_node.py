@@ -36,6 +36,7 @@ from vla_policy.core.observe import check_contract
 from vla_policy.core.server import Latch, PolicyServer, ServedChunk
 from vla_policy.core.synchroniser import Dropped, DropReason
 from vla_policy.nodes import diagnostics, inputs, parameters
+from vla_policy.nodes.emergency_stop import EmergencyStop
 from vla_policy.nodes.exclusive import NameLock
 from vla_policy.nodes.outputs import Outputs
 from vla_policy.nodes.process import run_node
@@ -80,7 +81,8 @@ class PolicyNode(LifecycleNode):
         self._periodic: list[Timer] = []
         self._latch: Latch | None = None
         self._drops_logged_s: dict[DropReason, float] = {}
-        self._runs = RunPolicyServer(self, lambda: self._server)
+        self._runs = RunPolicyServer(self, lambda: self._server, lambda: self._contract)
+        self._emergency_stop = EmergencyStop(self, self._on_emergency_stop)
         self._diagnostics = self.create_publisher(DiagnosticArray, "/diagnostics", QoSProfile(depth=10))
         self.create_service(SetBool, "~/enable", self._on_enable)
         self.create_service(Trigger, "~/start", self._on_start)
@@ -152,6 +154,7 @@ class PolicyNode(LifecycleNode):
         self._server = server
         if self._latch is not None:
             server.stop(self._latch)
+            self._latch = None
         if settings.instruction:
             try:
                 server.instruct(settings.instruction)
@@ -200,6 +203,7 @@ class PolicyNode(LifecycleNode):
             self.trigger_shutdown()
         self._end_serving()
         self._runs.close()
+        self._emergency_stop.close()
         self._release()
 
     def _autostart(self) -> None:
@@ -216,13 +220,13 @@ class PolicyNode(LifecycleNode):
         for timer in self._periodic:
             self.destroy_timer(timer)
         self._inputs, self._periodic = [], []
-        self._latch = server.status().latch
+        self._latch = self._latch or server.status().latch
         with self._output_lock:
             # Silenced first: a decision that arrives now must not command after the hold.
-            enabled = server.enabled
             server.silence()
-            if enabled and self._outputs is not None:
-                self._outputs.hold()
+            halt = server.last_halt()
+            if halt is not None and self._outputs is not None:
+                self._outputs.command(halt)
         if self._watchdog is not None:
             self._watchdog.close()
         if not server.deactivate():
@@ -284,8 +288,6 @@ class PolicyNode(LifecycleNode):
         if outputs is None or self._server is None:
             return
         outputs.chunk(chunk)
-        if chunk.usable:
-            self._control()
 
     def _on_drop(self, dropped: Dropped) -> None:
         # By reason: the frames that a broken state leaves unsynchronised must not hide why it is broken.
@@ -305,14 +307,13 @@ class PolicyNode(LifecycleNode):
             step = server.tick()
             if step.command is not None:
                 outputs.command(step.command)
-            elif server.enabled:
-                outputs.hold()
         watchdog.feed()
 
     def _watchdog_hold(self) -> None:
         server, outputs = self._server, self._outputs
-        if server is not None and outputs is not None and server.enabled:
-            outputs.hold()
+        halt = None if server is None else server.last_halt()
+        if halt is not None and outputs is not None:
+            outputs.command(halt)
             self.get_logger().error("control loop stands still: holding", throttle_duration_sec=_DROP_LOG_PERIOD_S)
 
     def _diagnose(self) -> None:
@@ -330,8 +331,8 @@ class PolicyNode(LifecycleNode):
         def act(server: PolicyServer) -> None:
             with self._output_lock:
                 server.enable(request.data)
-                if not request.data and self._outputs is not None:
-                    self._outputs.hold()
+            if not request.data:
+                self._control()  # the first hold, not a control period later
             latch = server.status().latch
             response.message = "disabled: dry run" if not request.data else "enabled"
             if request.data and latch is not None:
@@ -348,6 +349,15 @@ class PolicyNode(LifecycleNode):
             self._control()
 
         return self._answer(response, act, "stopped until reset")
+
+    def _on_emergency_stop(self) -> None:
+        """From the e-stop's own thread. Kept while the node is not active, too: it begins with the latch."""
+        latch, server = Latch("e-stop"), self._server
+        if server is None:
+            self._latch = self._latch or latch
+        else:
+            server.stop(latch)
+            self._control()
 
     def _on_reset(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
         return self._answer(response, lambda server: server.reset(), "latch reset; start to move again")
