@@ -86,24 +86,23 @@ def signals(trunk: Trunk, segment: str) -> Signals:
         if one.name == segment or not changed.keys().isdisjoint(one.reads)
     )
     rest = chain.trunk[start:]
-    # Where the gradient leaves the part that is computed again: values that the full-precision graph leads to.
     made = {one.name for one in rest}
+    # Where the gradient leaves what is computed again: values of the full-precision graph.
     entries = [name for one in rest for name in one.reads if name not in made and full[name].requires_grad]
     entries = list(dict.fromkeys(entries))
+    behind = [name for name in chain.boundaries.values() if name in made]
+    before = [name for name in chain.boundaries.values() if name not in made]
     values = {**full, **changed}
     with torch.enable_grad():
         for name in entries:
             values[name] = values[name].detach().requires_grad_()
         values = run_segments(rest, values)
         objective = trunk.batch.objective(values[chain.output])
-        points = list(dict.fromkeys([*entries, *(name for name in chain.boundaries.values() if name in made)]))
-        found = torch.autograd.grad(objective.sum(), [values[name] for name in points])
-    gradients = dict(zip(points, found, strict=True))
-    earlier = [name for name in chain.boundaries.values() if name not in gradients]
-    if earlier:
-        arriving = [gradients[name] for name in entries]
-        at = [full[name] for name in entries], [full[name] for name in earlier]
-        gradients |= zip(earlier, torch.autograd.grad(*at, arriving, retain_graph=True), strict=True)
+        found = torch.autograd.grad(objective.sum(), [values[name] for name in [*entries, *behind]])
+    arriving, gradients = found[: len(entries)], dict(zip(behind, found[len(entries) :], strict=True))
+    if before:
+        at = [full[name] for name in entries], [full[name] for name in before]
+        gradients |= zip(before, torch.autograd.grad(*at, arriving, retain_graph=True), strict=True)
     return _signals(chain, values, gradients, objective)
 
 
