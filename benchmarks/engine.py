@@ -33,12 +33,13 @@ from engine_build.plan import Plan, check_legal, uniform_plan
 from engine_build.weights import Layer, layers_of
 from vla_policy.core.bench import Bench
 from vla_policy.core.cli import run
+from vla_policy.core.families.openvla import FAMILY
 from vla_policy.core.files import claim_folder
 from vla_policy.core.formats import FULL
 from vla_policy.core.manifest import Manifest
 from vla_policy.core.observation import Observation
 from vla_policy.core.outputs import FolderKind
-from vla_policy.core.policy_config import PolicyConfig
+from vla_policy.core.prismatic.config import PrismaticConfig
 from vla_policy.core.runner import load_engine
 from vla_policy.core.targets import Target, find_target
 
@@ -61,7 +62,7 @@ _INSTRUCTION = "pick up the orange juice and place it in the basket"
 class RandomTensors:
     """Weights of the published shapes: windows into one pool of normal numbers, at an offset drawn per tensor."""
 
-    def __init__(self, config: PolicyConfig, seed: int) -> None:
+    def __init__(self, config: PrismaticConfig, seed: int) -> None:
         self._shapes = {name: tensor.shape for name, tensor in empty_policy(config).state_dict().items()}
         self._pool = torch.randn(_POOL, generator=torch.Generator().manual_seed(seed)).to(torch.bfloat16)
         self._offsets = np.random.default_rng(seed).integers(0, _POOL, len(self._shapes))
@@ -96,10 +97,10 @@ def plan_at(average_bits: float, layers: dict[str, Layer]) -> Plan:
     return Plan(assignment, None)
 
 
-def config_of(blocks: int) -> PolicyConfig:
+def config_of(blocks: int) -> PrismaticConfig:
     """The published policy with fewer decoder blocks."""
     text = _CONFIG["text_config"] | {"num_hidden_layers": blocks}
-    return PolicyConfig.from_dict(_CONFIG | {"text_config": text}, "published shapes")
+    return FAMILY.config(_CONFIG | {"text_config": text}, "published shapes")
 
 
 def thinned(average_bits: float, blocks: int) -> Plan:
@@ -119,8 +120,8 @@ def build_at(blocks: int, plan: Plan, target: Target, out: Path) -> Manifest:
     config = config_of(blocks)
     check_legal(plan, layers_of(config), target)
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer = write_tokenizer(Path(folder) / "tokenizer.json")
-        policy = Policy(config, RandomTensors(config, seed=0), tokenizer, sha256="0" * 64)
+        write_tokenizer(Path(folder) / "tokenizer.json")
+        policy = Policy(config, RandomTensors(config, seed=0), Path(folder), sha256="0" * 64)
         return build_engine(policy, plan, target, out)
 
 
@@ -140,7 +141,7 @@ def beside_16_bit(average_bits: float, blocks: int, repeats: int, threads: int, 
     lines = [f"{DEPTH} blocks at 16 bits, extrapolated from {depths[0]} and {depths[1]}:"]
     for what, value in (
         ("action, s", lambda figures: figures.stages["action"].median_ms / 1e3),
-        ("decode step, s", lambda figures: figures.stages["decode_step"].median_ms / 1e3),
+        ("decode step, s", lambda figures: figures.stages["step"].median_ms / 1e3),
         ("peak memory, GB", lambda figures: figures.peak_bytes / 1e9),
         ("on disk, GB", lambda figures: figures.disk_bytes / 1e9),
     ):
@@ -155,14 +156,13 @@ def extrapolate(depths: tuple[int, int], values: tuple[float, float]) -> float:
     return values[1] + slope * (DEPTH - depths[1])
 
 
-def write_tokenizer(path: Path) -> Path:
+def write_tokenizer(path: Path) -> None:
     """Whole words: enough for one prompt of a policy without meaning."""
     words = ("<unk>", "<s>", "▁", "In:", "Out:", *_INSTRUCTION.split())
     tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(dict.fromkeys(words))}, "<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     tokenizer.save(str(path))
-    return path
 
 
 def account(manifest: Manifest) -> str:
@@ -170,7 +170,8 @@ def account(manifest: Manifest) -> str:
     totals = manifest.totals()
     weights = totals["weights"]
     language = sum(unit.weights for unit in manifest.units if unit.name.startswith("language_model."))
-    embedding = 2 * manifest.config.text.vocab_size * manifest.config.text.hidden_size
+    text = FAMILY.config(manifest.policy_config, "manifest.json").text
+    embedding = 2 * text.vocab_size * text.hidden_size
     lines = [
         f"weights of live layers       {weights:>16,}",
         f"codes                        {totals['code_bytes']:>16,} B = {totals['average_bits']} bits per weight",
@@ -193,11 +194,10 @@ def decide_once(folder: Path, threads: int) -> str:
     load_s = time.perf_counter() - started
     image = np.random.default_rng(0).integers(0, 256, (224, 224, 3), dtype=np.uint8)
     decision, timings = engine.decide(Observation(image, _INSTRUCTION))
-    steps = ", ".join(f"{step:.0f}" for step in timings.decode_ms)
+    calls = ", ".join(f"{call} {milliseconds:.0f}" for call, milliseconds in timings.calls)
     return (
         f"load {load_s:.1f} s (hashes included), peak memory {peak_bytes() / 1e9:.2f} GB\n"
-        f"vision {timings.vision_ms:.0f} ms, prefill {timings.prefill_ms:.0f} ms, decode steps {steps} ms, "
-        f"action {timings.total_ms / 1e3:.2f} s, tokens {decision.tokens.tolist()}"
+        f"calls, ms: {calls}; action {timings.total_ms / 1e3:.2f} s, tokens {decision.tokens.tolist()}"
     )
 
 

@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from engine_build.kernels import CUTS, GROUPS, Few, Kernel, Many, compile_ptx, product_kernel
+from engine_build.backends.tensorrt.kernels import CUTS, GROUPS, Few, Kernel, Many, compile_ptx, product_kernel
 from engine_build.packing import RUN, pack_runs, pack_scales
-from vla_policy.core.backends.cuda_graph import CudaGraph, load_driver
+from vla_policy.core.backends.tensorrt.cuda_graph import CudaGraph, load_driver
 from vla_policy.core.cli import run
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.files import write_json

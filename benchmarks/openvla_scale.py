@@ -43,6 +43,7 @@ from calibrator.sensitivity.sweep import SweepSettings, SweepSpec
 from calibrator.tensors import disk_errors
 from demo.tokenizer import build_tokenizer
 from vla_policy.core.cli import run
+from vla_policy.core.families.openvla import FAMILY
 from vla_policy.core.files import claim_folder, write_json
 from vla_policy.core.observation import Observation
 from vla_policy.core.outputs import FolderKind, atomic_folder, check_file
@@ -73,7 +74,7 @@ def published_config(decoder_layers: int, tower_depth: int | None) -> dict[str, 
         "norm_stats": {"scale": {"action": {"q01": [-1.0] * 7, "q99": [1.0] * 7}}},
     }
     if tower_depth is not None:
-        towers = PolicyConfig.from_dict(raw, "published").towers
+        towers = FAMILY.config(raw, "published").towers
         raw["vision_towers"] = [asdict(replace(tower, depth=tower_depth)) for tower in towers]
     return raw
 

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from demo.dataset import Demonstrations
 from demo.recipe import Recipe
-from vla_policy.core.actions import ActionCodec
-from vla_policy.core.policy_config import PolicyConfig
-from vla_policy.core.prompt import PromptTokenizer
+from vla_policy.core.prismatic.actions import ActionCodec
+from vla_policy.core.prismatic.config import PrismaticConfig
+from vla_policy.core.prismatic.prompt import PromptTokenizer
 
 _CPU = torch.device("cpu")
 
@@ -51,7 +51,7 @@ class Prompts:
     token_vocab: int
 
     @staticmethod
-    def of(tokenizer: PromptTokenizer, config: PolicyConfig, key: str, instructions: tuple[str, ...]) -> "Prompts":
+    def of(tokenizer: PromptTokenizer, config: PrismaticConfig, key: str, instructions: tuple[str, ...]) -> "Prompts":
         proprio = config.stats(key).proprio
         limits = (proprio.low, proprio.high) if proprio is not None and config.state_in_prompt else ((), ())
         low, high = (torch.tensor(values, dtype=torch.float64) for values in limits)
@@ -90,7 +90,7 @@ class Batches:
     def __init__(
         self,
         data: Demonstrations,
-        config: PolicyConfig,
+        config: PrismaticConfig,
         folder: Path,
         recipe: Recipe,
         key: str,

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from calibrator.allocation.plan import KIND, SCHEMA_VERSION
 from demo.stages import Stage, StageResult, run_stages
+from engine_build.backends import find_backend
 from engine_build.build import check_realised, planned_bytes
 from vla_policy.core import cli
 from vla_policy.core.bag import summarise
@@ -215,8 +216,9 @@ def packed_against_plan(engine: Path, plan: Path) -> str:
         raise ArtefactError(
             f"{engine}: {bits} bits of weights, {plan} plans {planned['weight_bits']}; build the engine again"
         )
-    check_realised(engine, manifest.units, manifest.backend)
-    bare = sum(planned_bytes(unit, manifest.backend)[0] for unit in manifest.units)
+    backend = find_backend(manifest.backend)
+    check_realised(engine, manifest.units, backend)
+    bare = sum(planned_bytes(unit, backend)[0] for unit in manifest.units)
     totals = manifest.totals()
     filling = f", {totals['code_bytes'] - bare:,} more fill up groups" if totals["code_bytes"] > bare else ""
     scales = 100 * totals["scale_bytes"] / totals["code_bytes"]

@@ -35,9 +35,11 @@ from demo.recipe import Recipe
 from demo.tokenizer import ACTION_BINS, save_tokenizer
 from vla_policy.core import cli
 from vla_policy.core.errors import ArtefactError, DataError
+from vla_policy.core.families.openvla import FAMILY
 from vla_policy.core.files import claim_folder, sha256_policy
 from vla_policy.core.outputs import FolderKind, atomic_path, check_folder
-from vla_policy.core.policy_config import POLICY, PolicyConfig
+from vla_policy.core.policy_config import POLICY
+from vla_policy.core.prismatic.config import PrismaticConfig
 
 _CPU = torch.device("cpu")
 _WORK = FolderKind("training", "training.json")
@@ -46,7 +48,7 @@ _ATTENTION = {"cpu": [SDPBackend.MATH], "cuda": [SDPBackend.FLASH_ATTENTION, SDP
 _STATE_NAMES = ["x", "y", "z", "gripper_width", "gripper_velocity"]
 
 
-def policy_config(data: Demonstrations, recipe: Recipe, key: str, steps_per_action: int, vocab: int) -> PolicyConfig:
+def policy_config(data: Demonstrations, recipe: Recipe, key: str, steps_per_action: int, vocab: int) -> PrismaticConfig:
     """The config.json of the policy to train, with statistics of `data`."""
     action_q01, action_q99 = percentiles(data.actions)
     state_q01, state_q99 = percentiles(data.states)
@@ -94,7 +96,7 @@ def policy_config(data: Demonstrations, recipe: Recipe, key: str, steps_per_acti
             }
         },
     }
-    return PolicyConfig.from_dict(raw, "config.json")
+    return FAMILY.config(raw, "config.json")
 
 
 def initialise(policy: OpenVLA) -> None:
@@ -273,7 +275,7 @@ def continued_policy(initial: Path, recipe: Recipe, tokenizer: Path) -> OpenVLA:
     trained = load_policy(initial)
     shutil.copyfile(initial / "tokenizer.json", tokenizer)
     raw = trained.config.raw | {"state_in_prompt": recipe.state_in_prompt}
-    policy = OpenVLA(PolicyConfig.from_dict(raw, str(initial / "config.json")))
+    policy = OpenVLA(FAMILY.config(raw, str(initial / "config.json")))
     policy.load_state_dict(trained.state_dict(), strict=True)
     return policy
 

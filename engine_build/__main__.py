@@ -5,9 +5,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from vla_policy.core.backends import backend_names
 from vla_policy.core.cli import run
 from vla_policy.core.formats import Format
-from vla_policy.core.targets import BACKENDS, TARGETS, find_target
+from vla_policy.core.targets import TARGETS, find_target
 
 _COST_FORMATS = ("w16a16", "w8a16_g64", "w4a16_g64", "w2a16_g64")
 
@@ -36,7 +37,7 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
     plan.add_argument("--plan", type=Path, help="plan.json made by `calibrator allocate` for this policy")
     plan.add_argument("--uniform", metavar="CHOICE", help="every layer the same, e.g. w16a16 or w4a16_g64:rtn")
     parser.add_argument("--target", choices=TARGETS, default="cpu", help="machine that runs the engine (default: cpu)")
-    parser.add_argument("--backend", choices=BACKENDS, help="what runs the engine (default: the target's first)")
+    parser.add_argument("--backend", choices=backend_names(), help="what runs the engine (default: the target's first)")
     parser.add_argument("--out", type=Path, required=True, help="engine folder to write; replaced when complete")
     parser.add_argument("--calibration", type=Path, help="calibration set: fixes the scales of TensorRT's w8a8 layers")
     _add_unnorm_key(parser, "which of the policy's statistics the calibration set's states are normalised by")

@@ -27,7 +27,6 @@ from vla_policy.core.observation import Observation
 from vla_policy.core.runner import Timings, load_engine
 
 _KIB = 1024
-_STAGES = ("vision", "prefill", "decode_step", "action")
 _INSTRUCTION = "pick up the object and place it in the basket"
 
 
@@ -69,7 +68,7 @@ def report(result: Bench) -> str:
     """The figures side by side."""
     lines = [f"{'':24}{'engine':>16}{'16-bit':>16}", f"{result.machine}, {result.threads} threads"]
     sides = (result.engine, result.reference)
-    for stage in (name for name in _STAGES if name in result.engine.stages):
+    for stage in result.engine.stages:
         for name in ("median_ms", "p90_ms", "p99_ms"):
             values = [getattr(side.stages[stage], name) for side in sides]
             lines.append(f"{stage + ' ' + name:24}" + "".join(f"{value:16.3f}" for value in values))
@@ -82,12 +81,11 @@ def report(result: Bench) -> str:
 
 
 def _figures(worker: "_Worker", path: Path, manifest: Manifest, timings: Sequence[Timings]) -> EngineFigures:
-    laps = {
-        "vision": [lap.vision_ms for lap in timings],
-        "prefill": [lap.prefill_ms for lap in timings],
-        "decode_step": [step for lap in timings for step in lap.decode_ms],
-        "action": [lap.total_ms for lap in timings],
-    }
+    laps: dict[str, list[float]] = {"preprocess": [timing.preprocess_ms for timing in timings]}
+    for timing in timings:
+        for call, milliseconds in timing.calls:
+            laps.setdefault(call, []).append(milliseconds)
+    laps["action"] = [timing.total_ms for timing in timings]
     totals = manifest.totals()
     return EngineFigures(
         engine=path.resolve().name,
@@ -97,7 +95,7 @@ def _figures(worker: "_Worker", path: Path, manifest: Manifest, timings: Sequenc
         load_s=worker.load_s,
         idle_bytes=worker.idle_bytes,
         peak_bytes=worker.peak_bytes(),
-        stages={name: Quantiles.of(values) for name, values in laps.items() if values},  # one pass has no decode steps
+        stages={name: Quantiles.of(values) for name, values in laps.items()},
     )
 
 

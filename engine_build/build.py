@@ -9,46 +9,24 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-import onnxruntime
-from onnx import TensorProto
 from tqdm import tqdm
 
 from calibrator.quantizers import Codes, Computed
-from engine_build import readback, readback_tensorrt
-from engine_build.backends import tensorrt
+from engine_build.backends import find_backend
+from engine_build.backends.base import Backend, Realised, Written, canonical
 from engine_build.export import export
-from engine_build.graph import builder, linear_onnxruntime, linear_plugin, linear_tensorrt
-from engine_build.graph.context import LinearWriter
-from engine_build.packing import RUN, SLAB
 from engine_build.plan import Plan, check_legal, legalize, load_plan, uniform_plan
 from engine_build.ranges import input_peaks
-from engine_build.readback import Realised, canonical
 from engine_build.weights import Layer, Tensors, layers_of, open_checkpoint
+from vla_policy.core.backends.base import parse_version
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.files import sha256_policy
 from vla_policy.core.formats import FULL, Choice, Format
-from vla_policy.core.manifest import ENGINE, TIMING_CACHE, TOKENIZER, GraphSpec, Manifest, UnitRecord, file_records
+from vla_policy.core.manifest import ENGINE, Manifest, UnitRecord, file_records
 from vla_policy.core.outputs import atomic_folder, check_folder
 from vla_policy.core.policy_config import PolicyConfig
-from vla_policy.core.targets import Backend, Target
-
-_TOWERS = "vision_backbone."
-
-
-@dataclass(frozen=True)
-class Dialect:
-    """How the one exporter writes for a backend: activation type, operator set, and the form of a linear layer."""
-
-    float_type: int
-    opset: int
-    linear: LinearWriter
-
-
-DIALECTS: dict[Backend, Dialect] = {
-    "onnxruntime": Dialect(TensorProto.FLOAT, builder.OPSET, linear_onnxruntime.linear),
-    "tensorrt_rtx": Dialect(TensorProto.FLOAT16, 21, linear_tensorrt.linear),
-    "tensorrt": Dialect(TensorProto.FLOAT16, 21, linear_plugin.linear),
-}
+from vla_policy.core.program import GraphSpec
+from vla_policy.core.targets import Target
 
 
 @dataclass(frozen=True)
@@ -56,8 +34,8 @@ class Request:
     """What to build. At most one of `plan` (a file) and `uniform` (a choice for every layer); 16 bits without either.
 
     backend: one of the target's; None for its first.
-    calibration: states that fix the activation scales of TensorRT's INT8 layers; not read otherwise. unnorm_key: the
-    statistics that these states are normalised by; the engine holds all.
+    calibration: states that fix the scales of activations where the backend needs them ahead; not read otherwise.
+    unnorm_key: the statistics that these states are normalised by; the engine holds all.
     """
 
     policy: Path
@@ -66,7 +44,7 @@ class Request:
     plan: Path | None = None
     uniform: Choice | None = None
     legalize: bool = False
-    backend: Backend | None = None
+    backend: str | None = None
     calibration: Path | None = None
     unnorm_key: str | None = None
 
@@ -75,12 +53,13 @@ class Request:
 class Policy:
     """What a build reads of a policy: tensors may come from a checkpoint or, to measure sizes, from a generator.
 
-    codes: of its layers' weights; computed unless they lie in a store.
+    folder: holds the files that the engine takes as they are. codes: of its layers' weights; computed unless they lie
+    in a store.
     """
 
     config: PolicyConfig
     tensors: Tensors
-    tokenizer: Path
+    folder: Path
     sha256: str
     input_peaks: Mapping[str, float] = field(default_factory=dict)
     codes: Codes = field(default_factory=Computed)
@@ -100,43 +79,36 @@ def build(request: Request) -> Manifest:
     layers = layers_of(config)
     policy_sha256 = sha256_policy(request.policy)
     target = request.target.on(request.backend)
-    plan = _plan(request, target, policy_sha256, layers)
-    peaks = _input_peaks(request, target, plan)
+    backend = find_backend(target.backend)
+    plan = _plan(request, target.on(None, parse_version(backend.version())), policy_sha256, layers)
+    peaks = _input_peaks(request, backend, plan)
     with open_checkpoint(request.policy, config) as checkpoint:
-        policy = Policy(config, checkpoint, request.policy / TOKENIZER, policy_sha256, peaks)
+        policy = Policy(config, checkpoint, request.policy, policy_sha256, peaks)
         return build_engine(policy, plan, target, request.out)
 
 
 def build_engine(policy: Policy, plan: Plan, target: Target, out: Path) -> Manifest:
     """The part of `build` behind the checks of its inputs, for the target's first backend."""
-    layers, backend = layers_of(policy.config), target.backend
-    if backend != "onnxruntime":
-        tensorrt.load_module(backend)
+    layers, backend = layers_of(policy.config), find_backend(target.backend)
+    version = backend.version()
     with atomic_folder(out, ENGINE) as folder:
-        shutil.copyfile(policy.tokenizer, folder / TOKENIZER)
-        graphs = export_graphs(folder, policy, layers, plan.assignment, backend)
-        stored = stored_bytes(folder, graphs, layers)
-        if backend == "onnxruntime":
-            version, realised = onnxruntime.__version__, realised_formats(folder, graphs, layers)
-        else:
-            if (out / TIMING_CACHE).is_file():
-                (folder / TIMING_CACHE).write_bytes(_former_timing_cache(out))
-            built = tensorrt.build_engines(backend, target, folder, graphs, policy.config)
-            engines = {name: folder / file for name, file in built.files.items()}
-            version, realised = built.version, engine_formats(folder, graphs, engines, layers, plan.formats)
-            graphs = _keep_only_engines(folder, graphs, built.files)
-        units = tuple(
-            unit_record(layer, plan.assignment[name], realised[name], stored[name]) for name, layer in layers.items()
-        )
+        for name in policy.config.family.files:
+            shutil.copyfile(policy.folder / name, folder / name)
+        written = export_graphs(folder, policy, layers, plan.assignment, backend)
+        graphs = backend.compile(written, target, out)
+        built = {name: folder / spec.file for name, spec in graphs.items()}
+        units = unit_records(written, built, layers, plan.assignment, backend)
         check_realised(out, units, backend)
+        _keep_only(folder, written.graphs, graphs)
         files = file_records(folder)
         counted = sum(unit.code_bytes + unit.scale_bytes for unit in units)
         manifest = Manifest(
             target=target.name,
-            backend=backend,
+            backend=target.backend,
             backend_version=version,
             builder_version=metadata.version("vla-deploy"),
             graphs=graphs,
+            program=dict(written.program),
             units=units,
             files=files,
             parents={"policy": policy.sha256} | ({"plan": plan.sha256} if plan.sha256 else {}),
@@ -144,20 +116,12 @@ def build_engine(policy: Policy, plan: Plan, target: Target, out: Path) -> Manif
             other_bytes=sum(record.bytes for record in files.values()) - counted,
             legalized=plan.legalized,
             input_peaks=dict(policy.input_peaks),
-            ran_on_target=backend == "onnxruntime",
-            notes=() if backend == "onnxruntime" else (_UNRUN,),
+            ran_on_target=not backend.compiles,
+            notes=(_UNRUN,) if backend.compiles else (),
             versions={"onnx": onnx.__version__, "python": platform.python_version()},
         )
         manifest.write(folder)
     return manifest
-
-
-def _former_timing_cache(out: Path) -> bytes:
-    """Of the engine that is to be replaced. Raises ArtefactError where it is not the one that was built there."""
-    try:
-        return Manifest.load(out).read_file(out, TIMING_CACHE)
-    except ArtefactError as error:
-        raise ArtefactError(f"{error}; or delete {TIMING_CACHE} there, to build without it") from error
 
 
 _UNRUN = "built but not run: formats are proven by the codes found in the engine, speed and numbers are not"
@@ -174,22 +138,22 @@ def _plan(request: Request, target: Target, policy_sha256: str, layers: Mapping[
     return plan
 
 
-def _input_peaks(request: Request, target: Target, plan: Plan) -> dict[str, float]:
-    """Largest inputs of the layers whose activations TensorRT rounds with a fixed scale."""
-    names = [name for name, fmt in plan.formats.items() if linear_tensorrt.has_fixed_scale(fmt)]
-    if target.backend == "onnxruntime" or not names:
+def _input_peaks(request: Request, backend: Backend, plan: Plan) -> dict[str, float]:
+    """Largest inputs of the layers whose activations the backend rounds with a fixed scale."""
+    names = [name for name, fmt in plan.formats.items() if backend.needs_input_range(fmt)]
+    if not names:
         return {}
     if request.calibration is None:
         raise ArtefactError(
             f"plan: {len(names)} layers have 8-bit activations, e.g. {names[0]}, for which "
-            f"{target.backend} needs fixed scales; name states to take them from with --calibration"
+            "the backend needs fixed scales; name states to take them from with --calibration"
         )
     return input_peaks(request.policy, request.calibration, names, request.unnorm_key)
 
 
 def export_graphs(
     folder: Path, policy: Policy, layers: Mapping[str, Layer], assignment: Mapping[str, Choice], backend: Backend
-) -> dict[str, GraphSpec]:
+) -> Written:
     """Writes the policy's graphs in the backend's dialect, with a progress bar."""
     total = sum(layer.weights for layer in layers.values())
     bar: tqdm[Any] = tqdm(total=total, desc="packing weights", unit="weight", unit_scale=True, disable=None)
@@ -197,52 +161,52 @@ def export_graphs(
     def advance(layer: Layer) -> None:
         bar.update(layer.weights)
 
-    dialect = DIALECTS[backend]
     with bar:
         return export(
-            folder, policy.config, policy.tensors, layers, assignment, policy.codes, dialect.linear, advance,
-            dialect.float_type, dialect.opset, policy.input_peaks,
+            folder, policy.config, policy.tensors, layers, assignment, policy.codes, backend.dialect, advance,
+            policy.input_peaks,
         )  # fmt: skip
 
 
-def _keep_only_engines(folder: Path, graphs: Mapping[str, GraphSpec], files: Mapping[str, str]) -> dict[str, GraphSpec]:
-    """Removes the ONNX graphs, whose weights the engines now hold."""
-    for spec in graphs.values():
-        (folder / spec.file).unlink()
-        (folder / spec.file).with_suffix(".data").unlink()
-    return {name: GraphSpec(files[name], spec.inputs, spec.outputs) for name, spec in graphs.items()}
+def _keep_only(folder: Path, written: Mapping[str, GraphSpec], built: Mapping[str, GraphSpec]) -> None:
+    """Removes the ONNX graphs whose weights compiled ones now hold."""
+    for name, spec in written.items():
+        if built[name].file != spec.file:
+            (folder / spec.file).unlink()
+            (folder / spec.file).with_suffix(".data").unlink()
 
 
-def graph_of(layer: str) -> str:
-    """Which graph a layer lives in."""
-    return "vision" if layer.startswith((_TOWERS, "projector.")) else "decoder"
-
-
-def _by_graph(layers: Mapping[str, Layer], graph: str) -> dict[str, Layer]:
-    return {name: layer for name, layer in layers.items() if graph_of(name) == graph}
-
-
-def realised_formats(folder: Path, graphs: Mapping[str, GraphSpec], layers: Mapping[str, Layer]) -> dict[str, Realised]:
-    """What each layer became, from the graphs that ONNX Runtime runs."""
-    realised: dict[str, Realised] = {}
-    for name, spec in graphs.items():
-        realised |= readback.read_back(folder / spec.file, _by_graph(layers, name))
-    return realised
-
-
-def engine_formats(
-    folder: Path,
-    graphs: Mapping[str, GraphSpec],
-    engines: Mapping[str, Path],
+def unit_records(
+    written: Written,
+    built: Mapping[str, Path],
     layers: Mapping[str, Layer],
-    planned: Mapping[str, Format],
-) -> dict[str, Realised]:
-    """What each layer became, from the engines that TensorRT wrote for the graphs in `folder`."""
+    planned: Mapping[str, Choice],
+    backend: Backend,
+) -> tuple[UnitRecord, ...]:
+    """What every layer became, read back. built: by graph, the files that run."""
     realised: dict[str, Realised] = {}
-    for name, spec in graphs.items():
-        mine = _by_graph(layers, name)
-        realised |= readback_tensorrt.read_back(folder / spec.file, engines[name], mine, planned)
-    return realised
+    formats = {name: choice.format for name, choice in planned.items()}
+    for graph, spec in written.graphs.items():
+        mine = {name: layer for name, layer in layers.items() if written.holders[name] == graph}
+        realised |= backend.read_back(written.folder / spec.file, built[graph], mine, formats)
+    stored = stored_bytes(written.folder, written.graphs, layers)
+    return tuple(
+        UnitRecord(
+            name=name,
+            kind=layer.kind,
+            graph=written.holders[name],
+            outputs=layer.outputs,
+            inputs=layer.inputs,
+            planned=str(planned[name].format),
+            realised=str(realised[name].format),
+            arithmetic=realised[name].arithmetic,
+            code_bytes=stored[name][0],
+            scale_bytes=stored[name][1],
+            resident_bytes=realised[name].resident_bytes,
+            recipe=planned[name].recipe,
+        )
+        for name, layer in layers.items()
+    )
 
 
 def stored_bytes(
@@ -276,31 +240,8 @@ def check_realised(folder: Path, units: tuple[UnitRecord, ...], backend: Backend
 
 
 def planned_bytes(unit: UnitRecord, backend: Backend) -> tuple[int, int]:
-    """Bytes that the planned format needs for a unit's codes: bare, and with what the backend may fill up.
-
-    Groups of inputs must be whole where codes lie in groups, pairs where two share an INT4, and slabs and runs where a
-    plugin reads them.
-    """
+    """Bytes that the planned format needs for a unit's codes: bare, and with what the backend may fill up."""
     fmt = Format.parse(unit.planned)
-    rows, columns = 1, fmt.group_size or (2 if fmt.weight_bits == 2 else 1)
-    if backend == "tensorrt" and linear_plugin.is_plugin(fmt):
-        rows, columns = SLAB, RUN
+    rows, columns = backend.filling(fmt)
     filled = -(-unit.outputs // rows) * rows * -(-unit.inputs // columns) * columns
     return -(-unit.weights * fmt.weight_bits // 8), -(-filled * fmt.weight_bits // 8)
-
-
-def unit_record(layer: Layer, planned: Choice, realised: Realised, stored: tuple[int, int]) -> UnitRecord:
-    """The manifest's entry of one layer. `stored`: bytes of codes and scales."""
-    return UnitRecord(
-        name=layer.name,
-        kind=layer.kind,
-        outputs=layer.outputs,
-        inputs=layer.inputs,
-        planned=str(planned.format),
-        realised=str(realised.format),
-        arithmetic=realised.arithmetic,
-        code_bytes=stored[0],
-        scale_bytes=stored[1],
-        resident_bytes=realised.resident_bytes,
-        recipe=planned.recipe,
-    )

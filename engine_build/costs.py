@@ -11,20 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import torch
-from onnx import TensorProto, helper
+from onnx import helper
 from tqdm import tqdm
 
 from calibrator.families import live_units
 from calibrator.families.loading import empty_policy
 from calibrator.modules.chain import Runs
 from calibrator.quantizers import parse_choice, quantize
+from engine_build.backends import find_backend
+from engine_build.backends.base import Backend
 from engine_build.graph.builder import GraphBuilder
-from engine_build.graph.linear_onnxruntime import linear
 from engine_build.weights import Layer, LayerWeights, layers_of
-from vla_policy.core.backends.onnxruntime import open_session, session_options
-from vla_policy.core.errors import ArtefactError
 from vla_policy.core.formats import FULL_PRECISION, Format
 from vla_policy.core.manifest import Manifest
 from vla_policy.core.policy_config import PolicyConfig
@@ -41,17 +39,14 @@ def cost_table(
     repeats: int = 7,
     unnorm_key: str | None = None,
 ) -> dict[str, Any]:
-    """Median milliseconds per action, `{"units": {unit: {format: ms}}}`, measured on this machine's CPU.
+    """Median milliseconds per action, `{"units": {unit: {format: ms}}}`, measured on this machine.
 
     action_16bit_ms: a whole action of the 16-bit engine; what its layers do not account for is `fixed_ms`: attention,
     norms, embedding, preprocessing.
 
-    Raises ArtefactError for an engine that the CPU does not run.
+    Raises ArtefactError for a backend whose layers cannot be measured here.
     """
-    if manifest.backend != "onnxruntime":
-        raise ArtefactError(
-            f"cost tables are measured on the CPU, this engine is for {manifest.backend}; name a CPU engine"
-        )
+    backend = find_backend(manifest.backend)
     config = manifest.config
     layers, runs = layers_of(config), runs_per_action(config, unnorm_key)
     shapes = {(layer.outputs, layer.inputs, run.tokens) for name, layer in layers.items() for run in runs[name]}
@@ -59,7 +54,8 @@ def cost_table(
     formats = list(dict.fromkeys([FULL_PRECISION, *formats]))
     jobs = [(*shape, fmt) for shape in sorted(shapes) for fmt in formats]
     for outputs, inputs, tokens, fmt in tqdm(jobs, desc="timing layers", unit="shape", disable=None):
-        measured[outputs, inputs, tokens, fmt] = _milliseconds(outputs, inputs, int(tokens), fmt, threads, repeats)
+        seen = (outputs, inputs, int(tokens))
+        measured[outputs, inputs, tokens, fmt] = _milliseconds(backend, seen, fmt, threads, repeats)
     units = {name: _costs(layer, runs[name], formats, measured) for name, layer in layers.items()}
     layers_16bit_ms = sum(costs[str(FULL_PRECISION)] for costs in units.values())
     return {
@@ -68,7 +64,7 @@ def cost_table(
         "target": manifest.target,
         "policy_sha256": manifest.parents["policy"],
         "threads": threads,
-        "versions": {"onnxruntime": onnxruntime.__version__},
+        "versions": {manifest.backend: backend.version()},
         "fixed_ms": max(0.0, action_16bit_ms - layers_16bit_ms),
         "units": units,
     }
@@ -79,7 +75,7 @@ def runs_per_action(config: PolicyConfig, unnorm_key: str | None = None) -> dict
 
     unnorm_key: of the statistics, which tell how many values an action has.
     """
-    decided = config.stats(unnorm_key).action.dim * (config.chunk or 1)
+    decided = config.stats(unnorm_key).action.dim * config.horizon
     return {unit.name: unit.runs(PROMPT_TOKENS, decided) for unit in live_units(empty_policy(config))}
 
 
@@ -95,7 +91,9 @@ def _costs(
     }
 
 
-def _milliseconds(outputs: int, inputs: int, tokens: int, fmt: Format, threads: int, repeats: int) -> float:
+def _milliseconds(backend: Backend, seen: tuple[int, int, int], fmt: Format, threads: int, repeats: int) -> float:
+    """Of a layer of outputs and inputs on a number of tokens."""
+    outputs, inputs, tokens = seen
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(outputs, inputs, generator=generator)
     layer = Layer("layer", "linear", "layer", outputs, inputs, bias=False)
@@ -104,19 +102,20 @@ def _milliseconds(outputs: int, inputs: int, tokens: int, fmt: Format, threads: 
     weights = LayerWeights(layer, fmt, codes, rows if codes is None else None, None)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "layer.onnx"
-        with GraphBuilder(path) as builder:
-            builder.rename(linear(builder, "x", weights), "y")
+        dialect = backend.dialect
+        with GraphBuilder(path, dialect.float_type, dialect.opset) as builder:
+            builder.rename(dialect.linear(builder, "x", weights), "y")
             infos = [
-                helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, tokens, size])
+                helper.make_tensor_value_info(name, dialect.float_type, [1, tokens, size])
                 for name, size in (("x", inputs), ("y", outputs))
             ]
             builder.save(infos[:1], infos[1:])
-        session = open_session(path, session_options(threads))
-        x = {"x": torch.randn(1, tokens, inputs, generator=generator).numpy()}
-        session.run(None, x)
+        run = backend.open_layer(path, threads)
+        x = {"x": torch.randn(1, tokens, inputs, generator=generator).numpy().astype(builder.float_dtype)}
+        run(x)
         laps = []
         for _ in range(repeats):
             started = time.perf_counter()
-            session.run(None, x)
+            run(x)
             laps.append((time.perf_counter() - started) * 1e3)
     return float(np.median(laps))

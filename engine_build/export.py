@@ -1,21 +1,23 @@
-"""Policy and plan to ONNX: the two graphs, their weights packed as planned, streamed to disk layer by layer."""
+"""Policy and plan to ONNX: a family's graphs, their weights packed as planned, streamed to disk layer by layer."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 from onnx import TensorProto, helper
 
 from calibrator.quantizers import Codes
-from engine_build.graph import decoder, vision
-from engine_build.graph.builder import OPSET, GraphBuilder
-from engine_build.graph.context import GraphContext, LinearWriter
+from engine_build.backends.base import Dialect, Written
+from engine_build.families import find_family
+from engine_build.graph.builder import GraphBuilder
+from engine_build.graph.context import GraphContext
 from engine_build.weights import Layer, Tensors
+from vla_policy.core.errors import ArtefactError
 from vla_policy.core.formats import Choice
-from vla_policy.core.manifest import GraphSpec, TensorSpec
 from vla_policy.core.policy_config import PolicyConfig
+from vla_policy.core.program import GraphSpec, TensorSpec, check_program
 
 _ONNX_TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "int64": TensorProto.INT64}
-_ARCHITECTURES = {"vision": vision.build, "decoder": decoder.build}
 
 
 def export(
@@ -25,23 +27,39 @@ def export(
     layers: Mapping[str, Layer],
     assignment: Mapping[str, Choice],
     codes: Codes,
-    write_linear: LinearWriter,
+    dialect: Dialect,
     on_layer: Callable[[Layer], None],
-    float_type: int = TensorProto.FLOAT,
-    opset: int = OPSET,
-    input_peaks: Mapping[str, float] | None = None,
-) -> dict[str, GraphSpec]:
-    """Writes `vision.onnx` and `decoder.onnx`, each with its `.data`, into `folder`; same input, same bytes."""
-    graphs = {}
-    for name, build in _ARCHITECTURES.items():
-        with GraphBuilder(folder / f"{name}.onnx", float_type, opset) as builder:
+    input_peaks: Mapping[str, float],
+) -> Written:
+    """Writes every graph of the policy as `<graph>.onnx` with its `.data` into `folder`; same input, same bytes.
+
+    Raises ArtefactError for a layer that is in no graph or in two.
+    """
+    holders: dict[str, str] = {}
+
+    def hold(graph: str, layer: Layer) -> None:
+        if layer.name in holders:
+            raise ArtefactError(f"{layer.name}: written into graph {holders[layer.name]} and again into {graph}")
+        holders[layer.name] = graph
+        on_layer(layer)
+
+    family = find_family(config)
+    graphs: dict[str, GraphSpec] = {}
+    for name, write in family.graphs.items():
+        with GraphBuilder(folder / f"{name}.onnx", dialect.float_type, dialect.opset) as builder:
+            on_written = partial(hold, name)
             context = GraphContext(
-                builder, tensors, layers, assignment, codes, write_linear, on_layer, input_peaks or {}
+                builder, tensors, layers, assignment, codes, dialect.linear, on_written, input_peaks
             )
-            inputs, outputs = build(context, config)
+            inputs, outputs = write(context, config)
             builder.save([_info(spec) for spec in inputs], [_info(spec) for spec in outputs])
         graphs[name] = GraphSpec(f"{name}.onnx", tuple(inputs), tuple(outputs))
-    return graphs
+    missing = [name for name in layers if name not in holders]
+    if missing:
+        raise ArtefactError(f"{missing[0]}: a layer of the policy that no graph holds")
+    program = family.program(config)
+    check_program(graphs, program)
+    return Written(folder, graphs, program, holders)
 
 
 def _info(spec: TensorSpec) -> "helper.ValueInfoProto":

@@ -75,7 +75,7 @@ def pack_nbits(codes: np.ndarray, bits: int, group: int) -> np.ndarray:
 
 
 def pack_runs(codes: np.ndarray, bits: int) -> np.ndarray:
-    """Codes [out, in] of 2 or 4 bits as little-endian words for kernels/quantized_matmul.cu, whose head has the order.
+    """Codes [out, in] of 2 or 4 bits as little-endian words for quantized_matmul.cu, whose head has the order.
 
     int32 [slabs * 16, runs * 4 * bits]: slab by slab, run by run, then what the lanes of a warp take.
     """

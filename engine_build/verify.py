@@ -1,13 +1,12 @@
 """Proof that an engine is what its plan says: formats and bytes read back, numbers compared with the torch policy.
 
 The reference is the torch policy with the same layers quantized by the calibrator. Where all activations have 16 bits
-both compute the same products, so their logits may differ by rounding only. With 8-bit activations a code that falls on
-the other side of .5 moves an activation by 1/127 of its token's peak, and such differences add up; the bound is wider.
-TensorRT's activations are float16, whose rounding the bound in between allows.
+both compute the same products, so their scores may differ by rounding only; each backend says how much its formats may
+add.
 """
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,26 +17,17 @@ from tqdm import tqdm
 from calibrator.data.calibration import load_calibration
 from calibrator.families import TorchActor
 from calibrator.quantizers import quantize_policy
-from engine_build.build import (
-    Policy,
-    check_realised,
-    engine_formats,
-    export_graphs,
-    realised_formats,
-    stored_bytes,
-    unit_record,
-)
-from engine_build.weights import Layer, layers_of, open_checkpoint
+from engine_build.backends import find_backend
+from engine_build.backends.base import Backend, Written
+from engine_build.build import Policy, check_realised, export_graphs, unit_records
+from engine_build.weights import layers_of, open_checkpoint
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.files import sha256_policy
 from vla_policy.core.formats import Format
-from vla_policy.core.manifest import TOKENIZER, Manifest, UnitRecord
+from vla_policy.core.manifest import Manifest, UnitRecord
 from vla_policy.core.observation import Observation
 from vla_policy.core.runner import Engine, load_engine
 
-EXACT_TOLERANCE = 1e-4
-HALF_TOLERANCE = 0.02
-ROUNDED_ACTIVATIONS_TOLERANCE = 0.15
 _SYNTHETIC_PIXELS = (256, 256, 3)
 _INSTRUCTION = "pick up the object and place it in the basket"
 
@@ -46,17 +36,19 @@ _INSTRUCTION = "pick up the object and place it in the basket"
 class Comparison:
     """An engine beside a torch policy over a number of states.
 
-    logits_error: root mean square difference of the action tokens' logits over their standard deviation, worst state.
-    logits_max_abs: largest difference of any action token's logit.
-    cosine: smallest cosine between the two logit vectors of a position, means removed.
+    What a policy decides by, its scores, is the action tokens' logits or, without tokens, the normalised actions.
+
+    scores_error: root mean square difference of the scores over their standard deviation, worst state.
+    scores_max_abs: largest difference of any score.
+    cosine: smallest cosine between the two score vectors of a position, means removed.
     equal_tokens: share of action tokens that are equal. equal_decisions: share of states with all tokens equal.
     action_max_abs: largest difference of an action value, in the action's units, both deciding freely.
 
-    An OpenVLA-OFT policy's normalised actions stand in the logits' place; without tokens the shares are None.
+    Without tokens the shares are None.
     """
 
-    logits_error: float
-    logits_max_abs: float
+    scores_error: float
+    scores_max_abs: float
     cosine: float
     equal_tokens: float | None
     equal_decisions: float | None
@@ -76,7 +68,7 @@ def verify(
     unnorm_key: which of the policy's statistics to use; may be left out if there is only one.
 
     Raises PolicyError for unknown statistics, and ArtefactError for damaged files, an engine of another policy, a
-    realised format or size that differs from the plan, and logits outside the tolerance; the manifest is rewritten only
+    realised format or size that differs from the plan, and scores outside the tolerance; the manifest is rewritten only
     if everything holds.
     """
     key = Manifest.load(engine_folder).config.unnorm_key(unnorm_key)
@@ -98,38 +90,34 @@ def verify_formats(engine_folder: Path, policy_folder: Path) -> Manifest:
             f"{engine_folder}: built from the policy {manifest.parents['policy'][:12]}, {policy_folder} is "
             f"{sha256[:12]}; name the engine's own policy"
         )
-    layers = layers_of(manifest.config)
-    now = _read_back(engine_folder, manifest, policy_folder, layers)
-    for unit in manifest.units:
-        if now[unit.name] != unit:
-            raise ArtefactError(
-                f"{engine_folder}: {unit.name} is {now[unit.name]}, the manifest says {unit}; build it again"
-            )
-    check_realised(engine_folder, manifest.units, manifest.backend)
+    backend = find_backend(manifest.backend)
+    now = _read_back(engine_folder, manifest, policy_folder, backend)
+    for read, unit in zip(now, manifest.units, strict=True):
+        if read != unit:
+            raise ArtefactError(f"{engine_folder}: {read.name} is {read}, the manifest says {unit}; build it again")
+    check_realised(engine_folder, manifest.units, backend)
     return manifest
 
 
 def _read_back(
-    engine_folder: Path, manifest: Manifest, policy_folder: Path, layers: Mapping[str, Layer]
-) -> dict[str, UnitRecord]:
-    """The units' records, read again. A TensorRT engine is compared with graphs that are exported again for it."""
+    engine_folder: Path, manifest: Manifest, policy_folder: Path, backend: Backend
+) -> tuple[UnitRecord, ...]:
+    """The units' records, read again. A compiled engine is compared with graphs that are exported again for it."""
+    layers = layers_of(manifest.config)
     planned = {unit.name: unit.choice for unit in manifest.units}
-    if manifest.backend == "onnxruntime":
-        realised = realised_formats(engine_folder, manifest.graphs, layers)
-        stored = stored_bytes(engine_folder, manifest.graphs, layers)
-    else:
-        engines = {name: engine_folder / spec.file for name, spec in manifest.graphs.items()}
-        with (
-            tempfile.TemporaryDirectory(prefix=".verify.", dir=engine_folder.parent) as folder,
-            open_checkpoint(policy_folder, manifest.config) as checkpoint,
-        ):
-            parent, peaks = manifest.parents["policy"], manifest.input_peaks
-            policy = Policy(manifest.config, checkpoint, policy_folder / TOKENIZER, parent, peaks)
-            formats = {name: choice.format for name, choice in planned.items()}
-            graphs = export_graphs(Path(folder), policy, layers, planned, manifest.backend)
-            realised = engine_formats(Path(folder), graphs, engines, layers, formats)
-            stored = stored_bytes(Path(folder), graphs, layers)
-    return {name: unit_record(layer, planned[name], realised[name], stored[name]) for name, layer in layers.items()}
+    built = {name: engine_folder / spec.file for name, spec in manifest.graphs.items()}
+    if not backend.compiles:
+        holders = {unit.name: unit.graph for unit in manifest.units}
+        written = Written(engine_folder, manifest.graphs, manifest.program, holders)
+        return unit_records(written, built, layers, planned, backend)
+    with (
+        tempfile.TemporaryDirectory(prefix=".verify.", dir=engine_folder.parent) as folder,
+        open_checkpoint(policy_folder, manifest.config) as checkpoint,
+    ):
+        parent, peaks = manifest.parents["policy"], manifest.input_peaks
+        policy = Policy(manifest.config, checkpoint, policy_folder, parent, peaks)
+        written = export_graphs(Path(folder), policy, layers, planned, backend)
+        return unit_records(written, built, layers, planned, backend)
 
 
 def reference_check(
@@ -141,7 +129,7 @@ def reference_check(
     seed: int,
     unnorm_key: str,
 ) -> dict[str, Any]:
-    """The `reference_check` entry of the manifest. Raises ArtefactError if the logits leave the tolerance."""
+    """The `reference_check` entry of the manifest. Raises ArtefactError if the scores leave the tolerance."""
     engine = load_engine(engine_folder, unnorm_key)
     states = reference_states(engine, calibration, samples, seed)
     actor = TorchActor.load(policy_folder, unnorm_key)
@@ -149,21 +137,21 @@ def reference_check(
     quantize_policy(actor.policy, {unit.name: unit.choice for unit in manifest.units})
     against_same = compare(engine, actor, states, "against the same formats in torch")
     tolerance = tolerance_of(manifest)
-    what = "logits" if manifest.config.chunk is None else "normalised actions"
-    if not against_same.logits_error <= tolerance:
+    what = engine.policy.scored
+    if not against_same.scores_error <= tolerance:
         raise ArtefactError(
             f"{engine_folder}: {what} differ from the torch policy with the same formats by "
-            f"{against_same.logits_error:.2e} of their standard deviation, allowed {tolerance:.0e}; build it again"
+            f"{against_same.scores_error:.2e} of their standard deviation, allowed {tolerance:.0e}; build it again"
         )
     return {
         "states": len(states),
         "source": "calibration set" if calibration else f"random images, seed {seed}",
         "statistics": unnorm_key,
-        "tolerance_logits_error": tolerance,
+        "tolerance_scores_error": tolerance,
         "same_formats_in_torch": asdict(against_same),
         "full_precision_torch": asdict(against_full),
         "summary": f"{len(states)} states; torch with the same formats: {what} differ by "
-        f"{against_same.logits_error:.1e} of their standard deviation (allowed {tolerance:g})"
+        f"{against_same.scores_error:.1e} of their standard deviation (allowed {tolerance:g})"
         f"{_equal(against_same)}; torch in full precision: actions differ by up to {against_full.action_max_abs:.3g}"
         f"{_equal(against_full)}",
     }
@@ -174,10 +162,9 @@ def _equal(comparison: Comparison) -> str:
 
 
 def tolerance_of(manifest: Manifest) -> float:
-    """Largest accepted `logits_error` against torch with the same formats."""
-    if any(Format.parse(unit.planned).activation_bits < 16 for unit in manifest.units):
-        return ROUNDED_ACTIVATIONS_TOLERANCE
-    return EXACT_TOLERANCE if manifest.backend == "onnxruntime" else HALF_TOLERANCE
+    """Largest accepted `scores_error` against torch with the same formats."""
+    backend = find_backend(manifest.backend)
+    return max(backend.tolerance(Format.parse(unit.planned)) for unit in manifest.units)
 
 
 def reference_states(engine: Engine, calibration: Path | None, samples: int, seed: int) -> list[Observation]:
@@ -204,23 +191,23 @@ def reference_states(engine: Engine, calibration: Path | None, samples: int, see
 
 
 def compare(engine: Engine, actor: TorchActor, states: Sequence[Observation], title: str) -> Comparison:
-    """Teacher-forced on the torch policy's tokens for the logits, each deciding freely for tokens and actions."""
+    """Along the torch policy's decision for the scores, each deciding freely for tokens and actions."""
     errors, largest, cosines, equal, actions = [], [], [], [], []
     for state in tqdm(states, desc=title, unit="state", disable=None):
         expected, got = actor.act(state), engine.act(state)
         reference = actor.scores(state, expected.tokens)
-        difference = engine.scores(state, expected.tokens) - reference
+        difference = engine.scores(state, expected) - reference
         errors.append(float(np.sqrt((difference**2).mean()) / reference.std()))
         largest.append(float(np.abs(difference).max()))
         cosines.append(_smallest_cosine(reference, reference + difference))
-        equal.append(got.tokens == expected.tokens)
+        equal += [got.tokens == expected.tokens] if expected.tokens.size else []
         actions.append(float(np.abs(got.action - expected.action).max()))
     return Comparison(
-        logits_error=max(errors),
-        logits_max_abs=max(largest),
+        scores_error=max(errors),
+        scores_max_abs=max(largest),
         cosine=min(cosines),
-        equal_tokens=None if engine.config.chunk else float(np.mean(equal)),
-        equal_decisions=None if engine.config.chunk else float(np.mean([row.all() for row in equal])),
+        equal_tokens=float(np.mean(equal)) if equal else None,
+        equal_decisions=float(np.mean([row.all() for row in equal])) if equal else None,
         action_max_abs=max(actions),
     )
 

@@ -12,9 +12,9 @@ import torch
 from calibrator.families import live_units
 from calibrator.families.loading import empty_policy, open_weights, tensor_files
 from calibrator.quantizers import Codes, QuantizedWeight
+from vla_policy.core.backends.base import LayerKind
 from vla_policy.core.formats import Choice, Format
 from vla_policy.core.policy_config import PolicyConfig
-from vla_policy.core.targets import LayerKind
 
 
 class Tensors(Protocol):

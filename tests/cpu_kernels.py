@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from engine_build.kernels import FOLDER, Kernel
+from engine_build.backends.tensorrt.kernels import FOLDER, Kernel
 
 _HEADERS = Path(__file__).with_name("cuda_on_cpu")
 

@@ -220,6 +220,7 @@ def _write_engine(folder: Path, name: str, sensitivity: Sensitivity, uniform: Ch
             UnitRecord(
                 name=unit.name,
                 kind="linear",
+                graph="decoder",
                 outputs=unit.outputs,
                 inputs=unit.inputs,
                 planned=fmt,
@@ -239,6 +240,7 @@ def _write_engine(folder: Path, name: str, sensitivity: Sensitivity, uniform: Ch
         backend_version="1.31.0",
         builder_version="0.1.0",
         graphs={},
+        program={},
         units=tuple(units),
         files={"decoder.data": FileRecord("0" * 64, held + 12345)},
         parents=parents,
@@ -252,7 +254,7 @@ def _write_engine(folder: Path, name: str, sensitivity: Sensitivity, uniform: Ch
 
 def _bench(folder: Path) -> Bench:
     def figures(name: str, factor: float) -> EngineFigures:
-        stages = {"vision": 10.0, "prefill": 8.0, "decode_step": 0.5, "action": 21.5}
+        stages = {"vision": 10.0, "prefill": 8.0, "step": 0.5, "action": 21.5}
         return EngineFigures(
             engine=name,
             sha256=sha256_file(folder / name / "manifest.json"),

@@ -8,10 +8,10 @@ import torch
 from calibrator.families.base import Decisions, find_family
 from calibrator.families.loading import load_policy
 from calibrator.modules.policy import Inputs, Policy
-from vla_policy.core.actions import finite
-from vla_policy.core.observation import Decision, Observation
+from vla_policy.core.observation import Decision, Observation, finite
 from vla_policy.core.policy_config import PolicyConfig
-from vla_policy.core.prompt import PromptTokenizer
+from vla_policy.core.prismatic.config import PrismaticConfig
+from vla_policy.core.prismatic.prompt import PromptTokenizer
 
 
 class TorchActor:
@@ -28,6 +28,7 @@ class TorchActor:
         """The actor for the policy in `folder`; see `load_policy` for errors, and `unnorm_key` of PolicyConfig."""
         config = PolicyConfig.load(folder)
         key = config.unnorm_key(unnorm_key)
+        assert isinstance(config, PrismaticConfig)
         tokenizer, decisions = PromptTokenizer(folder, config, key), find_family(config).decisions(config, key)
         return TorchActor(load_policy(folder, dtype), tokenizer, decisions, key)
 

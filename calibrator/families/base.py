@@ -4,20 +4,20 @@ A family is a folder beside this file, named as the `model_type` of its policies
 `FAMILY`. The modules of `calibrator.modules` may be shared by several.
 """
 
-import importlib
-import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from torch import Tensor
 
-import calibrator.families
 from calibrator.modules.policy import Policy
+from vla_policy.core import registry
 from vla_policy.core.errors import PolicyError
 from vla_policy.core.observation import Decision
 from vla_policy.core.policy_config import PolicyConfig
+
+_FAMILIES = "calibrator.families"
 
 
 class Decisions(Protocol):
@@ -54,21 +54,23 @@ class Decisions(Protocol):
 
 @dataclass(frozen=True)
 class Family:
-    """build: the policy's modules, with random weights. dead_tensors: names and shapes of the published tensors that
+    """What is known of a family by the configuration of its own type, a PolicyConfig.
+
+    build: the policy's modules, with random weights. dead_tensors: names and shapes of the published tensors that
     inference never reads; a checkpoint may lack them. decisions: of a policy under the statistics of an `unnorm_key`;
     raises PolicyError for statistics that do not suffice.
     """
 
-    build: Callable[[PolicyConfig], Policy]
-    dead_tensors: Callable[[PolicyConfig], dict[str, tuple[int, ...]]]
-    decisions: Callable[[PolicyConfig, str | None], Decisions]
+    build: Callable[[Any], Policy]
+    dead_tensors: Callable[[Any], dict[str, tuple[int, ...]]]
+    decisions: Callable[[Any, str | None], Decisions]
 
 
 def find_family(config: PolicyConfig) -> Family:
     """The family of a policy. Raises PolicyError naming the known ones."""
     model_type = config.raw["model_type"]
-    known = [module.name for module in pkgutil.iter_modules(calibrator.families.__path__) if module.ispkg]
-    if model_type not in known:
-        raise PolicyError(f"model_type {model_type!r}: no family of this name; known: {', '.join(sorted(known))}")
-    family: Family = importlib.import_module(f"calibrator.families.{model_type}").FAMILY
+    family: Family | None = registry.find(_FAMILIES, model_type, "FAMILY")
+    if family is None:
+        known = ", ".join(registry.names(_FAMILIES))
+        raise PolicyError(f"model_type {model_type!r}: no family of this name; known: {known}")
     return family

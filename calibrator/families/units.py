@@ -7,7 +7,7 @@ from torch import nn
 
 from calibrator.families.base import Policy
 from calibrator.modules.chain import Layers, Runs, Stage
-from vla_policy.core.targets import LayerKind
+from vla_policy.core.backends.base import LayerKind
 
 
 @dataclass(frozen=True)

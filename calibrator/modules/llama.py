@@ -9,7 +9,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from calibrator.modules.chain import Layers, Runs, Segment
 from vla_policy.core.errors import PolicyError
-from vla_policy.core.policy_config import TextSpec
+from vla_policy.core.prismatic.config import TextSpec
 
 _FUSED = {
     "self_attn.q_proj": "self_attn.qkv",

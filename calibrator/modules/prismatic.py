@@ -10,16 +10,18 @@ from calibrator.modules.chain import Chain, Runs, Segment
 from calibrator.modules.llama import block_input, block_segments, existing_block
 from calibrator.modules.policy import Inputs, Policy
 from calibrator.modules.vision import Projector, VisionBackbone, dead_tower_tensors
-from vla_policy.core.image import pixel_values
 from vla_policy.core.observation import Observation
-from vla_policy.core.policy_config import PolicyConfig
+from vla_policy.core.prismatic.config import PrismaticConfig
+from vla_policy.core.prismatic.pixels import pixel_values
 
 
 class Prismatic(Policy):
     """The published names of what all of them have. Their inputs are `pixel_values` [B, 6 N, S, S] of N images and
     `input_ids`, int64 [B, L]."""
 
-    def __init__(self, config: PolicyConfig) -> None:
+    config: PrismaticConfig
+
+    def __init__(self, config: PrismaticConfig) -> None:
         super().__init__(config)
         self.vision_backbone = VisionBackbone(config.towers, config.num_images)
         self.projector = Projector(config.vision_dim, config.text.hidden_size)
@@ -75,6 +77,6 @@ class Prismatic(Policy):
         return block_input(len(self.decoder.layers))
 
 
-def dead_tensors(config: PolicyConfig) -> dict[str, tuple[int, ...]]:
+def dead_tensors(config: PrismaticConfig) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the published tensors that inference never reads."""
     return dead_tower_tensors("vision_backbone", config.towers)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from calibrator.modules.chain import Layers, Runs, Segment
-from vla_policy.core.policy_config import TowerSpec
+from vla_policy.core.prismatic.config import TowerSpec
 
 _NORM_EPS = 1e-6
 _TOWERS = ("featurizer", "fused_featurizer")

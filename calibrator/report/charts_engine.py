@@ -11,8 +11,6 @@ from vla_policy.core.bench import Bench
 from vla_policy.core.formats import Format
 from vla_policy.core.manifest import Manifest, UnitRecord
 
-_STAGES = {"vision": "vision", "prefill": "prefill", "decode_step": "one decode step", "action": "whole action"}
-
 
 @dataclass(frozen=True)
 class FormatCount:
@@ -78,7 +76,7 @@ def bytes_chart(engines: Sequence[tuple[str, Manifest]]) -> Markup:
 
 def latency_chart(bench: Bench) -> Markup:
     """Median of every stage for both engines; the thin line reaches the 99th percentile."""
-    stages = [stage for stage in _STAGES if stage in bench.engine.stages]
+    stages = {stage: "whole action" if stage == "action" else stage for stage in bench.engine.stages}
     sides = (("mixed", bench.engine, "s-accent"), ("16-bit", bench.reference, "s-muted"))
     left, right, pitch = 120, 900, 58
     svg = Svg(1080, 46 + pitch * len(stages), "Latency of both engines by stage")
@@ -88,11 +86,11 @@ def latency_chart(bench: Bench) -> Markup:
     x = Scale(0.0, longest * 1.02, left, right)
     for index, stage in enumerate(stages):
         y = 10 + index * pitch
-        svg.text(left - 10, y + 26, _STAGES[stage], "label", "end")
+        svg.text(left - 10, y + 26, stages[stage], "label", "end")
         for number, (label, figures, colour) in enumerate(sides):
             laps, line = figures.stages[stage], y + number * 22
             tip = (
-                f"{label}, {_STAGES[stage]}\nmedian {significant(laps.median_ms)} ms\n"
+                f"{label}, {stages[stage]}\nmedian {significant(laps.median_ms)} ms\n"
                 f"p90 {significant(laps.p90_ms)} ms\np99 {significant(laps.p99_ms)} ms\n{laps.count} measurements"
             )
             svg.rect(left, line, x(laps.median_ms) - left, 18, colour, tip)

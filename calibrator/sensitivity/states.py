@@ -13,7 +13,8 @@ from calibrator.families import Inputs, Policy, find_family
 from calibrator.modules.chain import Chain
 from calibrator.sensitivity.passes import Batch, Trunk
 from vla_policy.core.policy_config import PolicyConfig
-from vla_policy.core.prompt import PromptTokenizer
+from vla_policy.core.prismatic.config import PrismaticConfig
+from vla_policy.core.prismatic.prompt import PromptTokenizer
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class States:
     def __init__(
         self, calibration: CalibrationSet, config: PolicyConfig, folder: Path | str, unnorm_key: str | None, batch: int
     ) -> None:
+        assert isinstance(config, PrismaticConfig)
         tokenizer = PromptTokenizer(folder, config, unnorm_key)
         self.calibration = calibration
         self.unnorm_key = config.unnorm_key(unnorm_key)

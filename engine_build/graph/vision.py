@@ -6,13 +6,13 @@ The N images of a policy are the towers' batch; their patches follow each other.
 from onnx import helper
 
 from engine_build.graph.context import GraphContext
-from vla_policy.core.manifest import TensorSpec
-from vla_policy.core.policy_config import PolicyConfig, TowerSpec
+from vla_policy.core.prismatic.config import PrismaticConfig, TowerSpec
+from vla_policy.core.program import TensorSpec
 
 _NORM_EPS = 1e-6
 
 
-def build(graph: GraphContext, config: PolicyConfig) -> tuple[list[TensorSpec], list[TensorSpec]]:
+def build(graph: GraphContext, config: PrismaticConfig) -> tuple[list[TensorSpec], list[TensorSpec]]:
     """Writes the graph; returns its inputs and outputs."""
     b = graph.builder
     size, hidden, count = config.image_size, config.text.hidden_size, config.num_images

@@ -11,7 +11,7 @@ import hashlib
 import io
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -57,6 +57,10 @@ OPENVLA_PROTOCOL = LiberoProtocol(256, 1, 10, 0.9, "openvla")
 
 DEMO_PROTOCOL = LiberoProtocol(224, 4, 10, None, "environment")
 """The demo policies': slower decisions, the whole image, the simulator's own gripper sign."""
+
+
+PROTOCOLS = {0: OPENVLA_PROTOCOL, 5: DEMO_PROTOCOL, 8: replace(OPENVLA_PROTOCOL, state="full")}
+"""By how many values of state a policy takes: none, `_Scene.robot_state` or `_Scene.full_state`."""
 
 
 def environment_action(action: np.ndarray, protocol: LiberoProtocol) -> np.ndarray:

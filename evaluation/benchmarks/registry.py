@@ -4,7 +4,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 
 from evaluation.benchmarks.base import BenchmarkEnv
-from evaluation.benchmarks.libero import DEMO_PROTOCOL, OPENVLA_PROTOCOL, SUITES, SWAPPED_SUITES, LiberoEnv
+from evaluation.benchmarks.libero import PROTOCOLS, SUITES, SWAPPED_SUITES, LiberoEnv
 from evaluation.benchmarks.metaworld import MetaWorldEnv
 from vla_policy.core.errors import DataError
 from vla_policy.core.policy_config import PolicyConfig
@@ -15,9 +15,9 @@ BENCHMARKS = (*SUITES, *SWAPPED_SUITES, MetaWorldEnv.name)
 def make_env(benchmark: str, config: PolicyConfig) -> BenchmarkEnv:
     """The benchmark for the policy with `config`; nothing is simulated before the first reset.
 
-    On LIBERO a policy whose prompt has no state is one of the published kind and gets the official protocol,
-    OpenVLA-OFT's with its state and wrist camera; one with the state in its prompt gets the demo's. Raises DataError
-    for an unknown name or an extra that is not installed.
+    On LIBERO the state that a policy takes says which protocol it was trained for: none or the full one the official
+    protocol, the hand's the demo's. Raises DataError for an unknown name, another state, or an extra that is not
+    installed.
     """
     if benchmark not in BENCHMARKS:
         raise DataError(f"benchmark {benchmark!r} is unknown; choose from: {', '.join(BENCHMARKS)}")
@@ -26,10 +26,12 @@ def make_env(benchmark: str, config: PolicyConfig) -> BenchmarkEnv:
             if find_spec("metaworld") is None:
                 raise ModuleNotFoundError(name="metaworld")
             return MetaWorldEnv(config.steps_per_action)
-        protocol = DEMO_PROTOCOL if config.state_in_prompt else OPENVLA_PROTOCOL
-        state, wrist = "full" if config.use_proprio else protocol.state, config.num_images == 2
-        protocol = replace(protocol, steps_per_action=config.steps_per_action, state=state, wrist=wrist)
-        return LiberoEnv(benchmark, protocol)
+        values = config.state_dim if config.takes_state else 0
+        if values not in PROTOCOLS:
+            known = ", ".join(map(str, PROTOCOLS))
+            raise DataError(f"benchmark {benchmark}: the policy takes {values} values of state; LIBERO gives {known}")
+        wrist = config.num_images == 2
+        return LiberoEnv(benchmark, replace(PROTOCOLS[values], steps_per_action=config.steps_per_action, wrist=wrist))
     except ModuleNotFoundError as error:
         extra = benchmark.partition("_")[0]
         raise DataError(

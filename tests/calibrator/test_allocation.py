@@ -14,6 +14,7 @@ from calibrator.allocation.planning import Limits, Planner, PlanRequest, write_f
 from calibrator.allocation.solve import greedy_demotion, solve
 from calibrator.quantizers import parse_choice
 from calibrator.sensitivity.table import Objective
+from vla_policy.core.backends import find_backend
 from vla_policy.core.errors import ArtefactError, BudgetError
 from vla_policy.core.formats import FULL
 from vla_policy.core.targets import find_target
@@ -206,9 +207,12 @@ def test_only_formats_of_the_target_are_chosen(tmp_path: Path) -> None:
         Planner.of(sensitivity, replace(request(average_bits=6.0), target="toaster"))
 
 
-def test_a_width_that_the_target_lacks_is_not_offered() -> None:
+def test_a_width_that_the_target_lacks_is_not_offered(monkeypatch: pytest.MonkeyPatch) -> None:
     sensitivity = random_table(6, 9)
-    only_wide = replace(find_target("cpu"), rules=find_target("cpu").rules[:2])
+    backend = find_backend("onnxruntime")
+    wide = tuple(rule for rule in backend.rules((1, 31)) if rule.weight_bits >= 8)
+    monkeypatch.setattr(type(backend), "rules", lambda self, version: wide)
+    only_wide = find_target("cpu")
     groups = build_groups(sensitivity, request(average_bits=6.0).objective, target=only_wide)
     assert {option.choice for group in groups for option in group.options} == {BY_BITS[8], FULL}
     with pytest.raises(BudgetError, match="pinned to w4a16_g32:rtn, which the target cannot run"):

@@ -317,7 +317,7 @@ def publish(policy: Path, folder: Path) -> Path:
     (folder / "dataset_statistics.json").write_text(json.dumps(statistics))
     for name in ("num_actions_chunk", "num_images_in_input", "use_proprio", "state_in_prompt", "steps_per_action"):
         raw.pop(name)
-    (folder / "config.json").write_text(json.dumps(raw | {"norm_stats": {}}))
+    (folder / "config.json").write_text(json.dumps(raw | {"model_type": "openvla", "norm_stats": {}}))
     (folder / "tokenizer.json").write_bytes((policy / "tokenizer.json").read_bytes())
     return folder
 

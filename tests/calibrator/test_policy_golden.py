@@ -14,8 +14,8 @@ from calibrator.families import find_family, live_units, load_policy
 from calibrator.families.loading import empty_policy
 from calibrator.families.openvla import OpenVLA
 from calibrator.families.openvla.decisions import mean_log_likelihood
-from vla_policy.core.image import preprocess
 from vla_policy.core.policy_config import PolicyConfig
+from vla_policy.core.prismatic.pixels import preprocess
 
 GOLDEN = golden_numbers()
 

@@ -197,7 +197,8 @@ def test_exchange_takes_the_best_plan_that_fits(inputs: Inputs) -> None:
     ],
 )
 def test_as_planned(planned: str, realised: str, inputs: int, same: bool) -> None:
-    assert as_planned(UnitRecord("layer", "linear", 8, inputs, planned, realised, "", 1, 1, None, None)) == same
+    unit = UnitRecord("layer", "linear", "decoder", 8, inputs, planned, realised, "", 1, 1, None, None)
+    assert as_planned(unit) == same
 
 
 def test_action_dimensions_are_named_by_the_contract() -> None:

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from golden import golden_numbers
 
-from vla_policy.core.actions import ActionCodec, ChunkCodec
 from vla_policy.core.errors import DataError, EngineError, PolicyError
 from vla_policy.core.observation import Decision
 from vla_policy.core.policy_config import PolicyConfig
+from vla_policy.core.prismatic.actions import ActionCodec, ChunkCodec
 
 GOLDEN = golden_numbers()
 CONFIG = PolicyConfig.from_dict(GOLDEN["config"], "config.json")

@@ -13,17 +13,20 @@ from ragged import KEY, observation, write_policy
 from tiny import INSTRUCTIONS, tiny_policy_folder
 
 from calibrator.families import TorchActor
-from engine_build.backends.tensorrt import decoder_profiles
+from engine_build.backends import find_backend
+from engine_build.backends.base import Written
+from engine_build.backends.tensorrt.builder import Profile, call_shapes
 from engine_build.build import Policy, export_graphs
 from engine_build.weights import layers_of, open_checkpoint
-from vla_policy.core.backends.onnxruntime import open_session, session_options
-from vla_policy.core.backends.tensorrt import Modules, TensorRtBackend, load_modules
+from vla_policy.core.backends.onnxruntime.session import open_session, session_options
+from vla_policy.core.backends.tensorrt import session as session_module
+from vla_policy.core.backends.tensorrt.session import Modules, TensorRtSession, load_modules
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.formats import FULL
-from vla_policy.core.manifest import GraphSpec, Manifest, file_records
+from vla_policy.core.manifest import Manifest, file_records
 from vla_policy.core.observation import Observation
 from vla_policy.core.policy_config import PolicyConfig
-from vla_policy.core.prompt import PromptTokenizer
+from vla_policy.core.program import GraphSpec, profiles
 from vla_policy.core.runner import Engine
 
 VERSION = "1.0"
@@ -102,19 +105,30 @@ class FakeDriver:
 class FakeContext:
     """An execution context that runs the graph which the engine would have been built from."""
 
-    def __init__(self, memory: FakeMemory, driver: FakeDriver, path: Path, spec: GraphSpec) -> None:
-        self.memory, self.driver, self.spec = memory, driver, spec
+    def __init__(
+        self, memory: FakeMemory, driver: FakeDriver, path: Path, spec: GraphSpec, profiles: list[Profile]
+    ) -> None:
+        self.memory, self.driver, self.spec, self.profiles = memory, driver, spec, profiles
+        self.bounds: Profile = {}
         self.changes = 0
         self.session = open_session(path, session_options(1))
         self.shapes = {tensor.name: tensor.shape for tensor in spec.inputs}
         self.addresses: dict[str, int] = {}
 
     def set_optimization_profile_async(self, profile: int, stream: int) -> None:
-        self.profile = profile
+        self.bounds = self.profiles[profile] if self.profiles else {}
 
     def set_input_shape(self, name: str, shape: Sequence[int]) -> None:
         self.changes += 1
+        smallest, _, largest = self.bounds.get(name, (shape,) * 3)
+        assert all(low <= size <= high for low, size, high in zip(smallest, shape, largest, strict=True))
         self.shapes[name] = tuple(shape)
+
+    def get_tensor_shape(self, name: str) -> Sequence[int]:
+        """TensorRT infers it; here the graph is run on zeros."""
+        names = [tensor.name for tensor in self.spec.outputs]
+        zeros = {tensor.name: np.zeros(self.shapes[tensor.name], tensor.dtype) for tensor in self.spec.inputs}
+        return dict(zip(names, self.session.run(names, zeros), strict=True))[name].shape
 
     def set_tensor_address(self, name: str, address: int) -> None:
         self.changes += 1
@@ -146,16 +160,12 @@ class FakeEngine:
     """A deserialized engine."""
 
     def __init__(
-        self, memory: FakeMemory, driver: FakeDriver, path: Path, spec: GraphSpec, config: PolicyConfig
+        self, memory: FakeMemory, driver: FakeDriver, path: Path, spec: GraphSpec, profiles: list[Profile]
     ) -> None:
-        self.arguments = (memory, driver, path, spec)
-        self.profiles = decoder_profiles(spec, config) if spec.file.startswith("decoder") else []
+        self.arguments = (memory, driver, path, spec, profiles)
 
     def create_execution_context(self) -> FakeContext:
         return FakeContext(*self.arguments)
-
-    def get_tensor_profile_shape(self, name: str, profile: int) -> Any:
-        return self.profiles[profile][name]
 
 
 def fake_modules(folder: Path, manifest: Manifest, capability: tuple[int, int], refuses: str = "") -> Modules:
@@ -163,10 +173,18 @@ def fake_modules(folder: Path, manifest: Manifest, capability: tuple[int, int], 
     memory, driver = FakeMemory(), FakeDriver(refuses)
     context = SimpleNamespace(push=lambda: None, pop=lambda: None)
     device = SimpleNamespace(retain_primary_context=lambda: context, compute_capability=lambda: capability)
-    engines = {(folder / spec.file).read_bytes(): (folder / spec.file, spec) for spec in manifest.graphs.values()}
+    written = Written(folder, manifest.graphs, manifest.program, {})
+    engines = {
+        (folder / spec.file).read_bytes(): (
+            folder / spec.file,
+            spec,
+            [call_shapes(name, call, written) for call in profiles(name, manifest.graphs, manifest.program)],
+        )
+        for name, spec in manifest.graphs.items()
+    }
 
     def deserialize(content: bytes) -> FakeEngine | None:
-        return FakeEngine(memory, driver, *engines[content], manifest.config) if content in engines else None
+        return FakeEngine(memory, driver, *engines[content]) if content in engines else None
 
     def download(values: np.ndarray, address: int, stream: Any) -> None:
         values[...] = memory.read(address, values.shape, values.dtype.name)
@@ -203,51 +221,93 @@ def export(folder: Path) -> Manifest:
     config = PolicyConfig.load(folder / "policy")
     layers = layers_of(config)
     with open_checkpoint(folder / "policy", config) as checkpoint:
-        policy = Policy(config, checkpoint, folder / "policy" / "tokenizer.json", "0")
-        graphs = export_graphs(folder, policy, layers, dict.fromkeys(layers, FULL), "tensorrt_rtx")
-    files = file_records(folder)
-    return Manifest("a100", "tensorrt_rtx", VERSION, "0", graphs, (), files, {"policy": "0"}, config.raw, 0)
+        policy, backend = Policy(config, checkpoint, folder / "policy", "0"), find_backend("tensorrt_rtx")
+        written = export_graphs(folder, policy, layers, dict.fromkeys(layers, FULL), backend)
+    graphs, program, files = dict(written.graphs), dict(written.program), file_records(folder)
+    return Manifest("a100", "tensorrt_rtx", VERSION, "0", graphs, program, (), files, {"policy": "0"}, config.raw, 0)
+
+
+def engine_of(folder: Path, manifest: Manifest, modules: Modules, key: str = KEY) -> Engine:
+    policy = manifest.config.family.policy(manifest.config, folder / "policy", key)
+    return Engine(manifest, TensorRtSession(folder, manifest, modules), policy, key)
 
 
 def test_decisions_equal_the_torch_policy_over_several_states(exported: tuple[Path, Manifest]) -> None:
     folder, manifest = exported
     modules = fake_modules(folder, manifest, (8, 0))
-    backend, config = TensorRtBackend(folder, manifest, modules), manifest.config
-    engine = Engine(manifest, backend, PromptTokenizer(folder / "policy", config), KEY)
+    engine = engine_of(folder, manifest, modules)
     actor = TorchActor.load(folder / "policy")
-    steps = engine.codec.dim - 1
     graphs = []
     # The prompt keeps its length for four decisions, changes, and changes back.
     for seed, instruction in enumerate(["push", "lift", "push", "lift", "push the robot", "push"]):
         state = replace(observation(seed), instruction=instruction)
         np.testing.assert_array_equal(engine.act(state).tokens, actor.act(state).tokens)
-        graphs.append((modules.driver.captures, modules.driver.launches, modules.driver.destroyed))
-    plain, captured = (0, 0, 0), (steps, steps, 0)
-    changed = (steps, 3 * steps, steps)
-    assert graphs == [plain, captured, (steps, 2 * steps, 0), (steps, 3 * steps, 0), changed, changed]
+        graphs.append((modules.driver.captures, modules.driver.launches))
+    calls = 2 + 2  # vision, prefill and two steps, each its own graph from its second time on
+    # Another prompt has other shapes but the same image; those of the first one are kept.
+    assert graphs == [(0, 0), (calls, calls), (calls, 2 * calls), (calls, 3 * calls)] + [
+        (calls, 3 * calls + 1),
+        (calls, 4 * calls + 1),
+    ]
+    assert modules.driver.destroyed == 0
+
+
+def test_contexts_that_were_not_used_for_long_are_given_up(
+    exported: tuple[Path, Manifest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session_module, "_CONTEXTS", 4)
+    folder, manifest = exported
+    modules = fake_modules(folder, manifest, (8, 0))
+    engine, actor = engine_of(folder, manifest, modules), TorchActor.load(folder / "policy")
+    for seed, instruction in enumerate(["push", "push", "push the robot", "push the robot", "push"]):
+        state = replace(observation(seed), instruction=instruction)
+        np.testing.assert_array_equal(engine.act(state).tokens, actor.act(state).tokens)
+    # Four graphs of the first prompt, of which the image's was still in use, then three of the second.
+    assert (modules.driver.captures, modules.driver.destroyed) == (7, 6)
+    assert len(modules.driver.kept) == 1
+
+
+def test_what_is_kept_is_not_written_while_it_is_read_and_not_read_once_overwritten(
+    exported: tuple[Path, Manifest],
+) -> None:
+    """The stand-in's contexts check the first; a handle that a later call has overwritten is refused."""
+    folder, manifest = exported
+    engine = engine_of(folder, manifest, fake_modules(folder, manifest, (8, 0)))
+    inputs, program = engine.policy.inputs(observation(0)), engine.program()
+    _, patches = program.run("vision", {"pixel_values": inputs["pixel_values"]})
+    prompt = {"input_ids": inputs["input_ids"]}
+    _, cache = program.run("prefill", prompt | patches)
+    token = {"input_ids": np.array([[100]])}
+    program.run("step", token | cache)
+    again, _ = program.run("step", token | cache)  # the first step wrote elsewhere
+    _, newer = program.run("prefill", prompt | patches)
+    expected, _ = program.run("step", token | newer)
+    np.testing.assert_array_equal(again["logits"], expected["logits"])
+    with pytest.raises(ArtefactError, match="call step: what past_key_0 is fed with was overwritten by a later call"):
+        program.run("step", token | cache)
 
 
 def test_a_chunk_is_decided_in_one_pass(tmp_path: Path) -> None:
     """OpenVLA-OFT: no cache, the state beside the ids, prompts of changing length."""
     tiny_policy_folder(tmp_path / "policy", images=2, chunk=4)
     manifest = export(tmp_path)
-    backend = TensorRtBackend(tmp_path, manifest, fake_modules(tmp_path, manifest, (8, 0)))
-    engine = Engine(manifest, backend, PromptTokenizer(tmp_path / "policy", manifest.config), "tiny")
+    engine = engine_of(tmp_path, manifest, fake_modules(tmp_path, manifest, (8, 0)), "tiny")
     actor = TorchActor.load(tmp_path / "policy")
     for seed, instruction in enumerate(INSTRUCTIONS):
         image, wrist = np.random.default_rng(seed).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
         state = Observation(image, instruction, np.array([0.3 * seed, 0.05], np.float32), (wrist,))
         expected = actor.act(state).action
         np.testing.assert_allclose(engine.act(state).action, expected, atol=0.02 * np.abs(expected).max())
-    with pytest.raises(ArtefactError, match="shorten the instruction"):
-        backend.prefill(np.ones((1, 500), np.int64), 0, np.zeros((1, 2), np.float32))
+    _, patches = engine.program().run("vision", {"pixel_values": np.zeros((1, 12, 32, 32))})
+    with pytest.raises(
+        ArtefactError, match=r"decide: input_ids has shape \[1, 500\], .* ids from 2 to 128;"
+    ):
+        engine.program().run("decide", {"input_ids": np.ones((1, 500)), "state": np.zeros((1, 2)), **patches})
 
 
 def test_a_graph_that_cannot_be_captured_is_named(exported: tuple[Path, Manifest]) -> None:
     folder, manifest = exported
-    backend = TensorRtBackend(folder, manifest, fake_modules(folder, manifest, (8, 0), refuses="capture"))
-    config = manifest.config
-    engine = Engine(manifest, backend, PromptTokenizer(folder / "policy", config), KEY)
+    engine = engine_of(folder, manifest, fake_modules(folder, manifest, (8, 0), refuses="capture"))
     engine.act(observation(0))
     with pytest.raises(ArtefactError, match=r"CUDA could not end capture \(CUresult 901\)"):
         engine.act(observation(0))
@@ -258,39 +318,46 @@ def test_only_the_bytes_that_were_hashed_are_deserialized(tmp_path: Path) -> Non
     write_policy(tmp_path / "policy")
     manifest = export(tmp_path)
     modules, decoder = fake_modules(tmp_path, manifest, (8, 0)), tmp_path / "decoder.onnx"
-    TensorRtBackend(tmp_path, manifest, modules)
+    TensorRtSession(tmp_path, manifest, modules)
     modules.tensorrt.Runtime = lambda logger: SimpleNamespace(deserialize_cuda_engine=pytest.fail)
     vision = {"vision.onnx": manifest.files["vision.onnx"]}
     with pytest.raises(ArtefactError, match=r"manifest.json needs 'vision.onnx', of which the manifest has no hash"):
-        TensorRtBackend(tmp_path, replace(manifest, files={}), modules)
+        TensorRtSession(tmp_path, replace(manifest, files={}), modules)
     modules.tensorrt.Runtime = lambda logger: SimpleNamespace(deserialize_cuda_engine=lambda content: object())
     with pytest.raises(ArtefactError, match=r"manifest.json needs 'decoder.onnx', of which"):
-        TensorRtBackend(tmp_path, replace(manifest, files=vision), modules)
+        TensorRtSession(tmp_path, replace(manifest, files=vision), modules)
     content = decoder.read_bytes()
     decoder.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(ArtefactError, match=r"decoder.onnx: sha256 differs"):
-        TensorRtBackend(tmp_path, manifest, modules)
+        TensorRtSession(tmp_path, manifest, modules)
     decoder.unlink()
     (tmp_path.parent / "elsewhere.onnx").write_bytes(content)
     decoder.symlink_to(tmp_path.parent / "elsewhere.onnx")
     with pytest.raises(ArtefactError, match=r"decoder.onnx: links to .*elsewhere.onnx, outside its folder"):
-        TensorRtBackend(tmp_path, manifest, modules)
+        TensorRtSession(tmp_path, manifest, modules)
 
 
 def test_another_gpu_or_version_is_refused(exported: tuple[Path, Manifest]) -> None:
     folder, manifest = exported
     with pytest.raises(ArtefactError, match=r"target a100, compute capability \(8, 0\); this GPU has \(9, 0\)"):
-        TensorRtBackend(folder, manifest, fake_modules(folder, manifest, (9, 0)))
+        TensorRtSession(folder, manifest, fake_modules(folder, manifest, (9, 0)))
     other = replace(manifest, backend_version="2.0")
     with pytest.raises(ArtefactError, match=r"built with tensorrt_rtx 2.0, installed is 1.0"):
-        TensorRtBackend(folder, other, fake_modules(folder, manifest, (8, 0)))
+        TensorRtSession(folder, other, fake_modules(folder, manifest, (8, 0)))
 
 
 def test_a_sequence_longer_than_the_cache_is_refused(exported: tuple[Path, Manifest]) -> None:
     folder, manifest = exported
-    backend = TensorRtBackend(folder, manifest, fake_modules(folder, manifest, (8, 0)))
-    with pytest.raises(ArtefactError, match=r"take 516 places, the engine's cache has \d+; shorten the instruction"):
-        backend.prefill(np.ones((1, 500), np.int64), 0)
+    program = engine_of(folder, manifest, fake_modules(folder, manifest, (8, 0))).program()
+    with pytest.raises(
+        ArtefactError, match=r"prefill: input_ids has shape \[1, 500\], expected \[1, 'ids'\] with"
+    ):
+        program.run("prefill", {"input_ids": np.ones((1, 500))})
+    past = {spec.name: spec for spec in manifest.graphs["decoder"].inputs if spec.name.startswith("past_")}
+    longest = manifest.program["step"].sizes["past"].largest
+    caches = {name: np.zeros((1, spec.shape[1], longest + 1, spec.shape[3])) for name, spec in past.items()}
+    with pytest.raises(ArtefactError, match=rf"step: past_key_0 has shape .* past from 1 to {longest}"):
+        program.run("step", {"input_ids": np.ones((1, 1)), **caches})
 
 
 def test_missing_libraries_are_named() -> None:

@@ -5,8 +5,9 @@ import pytest
 from golden import golden_image, golden_numbers
 
 from vla_policy.core.errors import DataError
-from vla_policy.core.image import centre_crop, pixel_values, preprocess, rotate_180
+from vla_policy.core.image import centre_crop, rotate_180
 from vla_policy.core.policy_config import PolicyConfig
+from vla_policy.core.prismatic.pixels import pixel_values, preprocess
 
 GOLDEN = golden_numbers()
 CONFIG = PolicyConfig.from_dict(GOLDEN["config"], "config.json")

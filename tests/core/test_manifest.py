@@ -8,16 +8,17 @@ from ragged import config_dict
 
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.formats import Recipe
-from vla_policy.core.manifest import FileRecord, GraphSpec, Manifest, TensorSpec, UnitRecord, file_records
+from vla_policy.core.manifest import FileRecord, Manifest, UnitRecord, file_records
+from vla_policy.core.program import Call, GraphSpec, Range, TensorSpec
 
-RTN = Recipe("rtn", 1)
+RTN, MSE = Recipe("rtn", 1), Recipe("mse", 3, (("steps", 40),))
 
 
 def manifest() -> Manifest:
-    graph = GraphSpec("vision.onnx", (TensorSpec("pixel_values", "float32", (1, 6, 16, 16), "pixels"),), ())
+    graph = GraphSpec("vision.onnx", (TensorSpec("pixel_values", "float32", (1, 6, "height", 16), "pixels"),), ())
     units = (
-        UnitRecord("a", "linear", 8, 64, "w4a16_g32", "w4a16_g32", "MatMulNBits", 256, 32, 320, RTN),
-        UnitRecord("b", "linear", 8, 64, "w8a16", "w8a16", "MatMul", 512, 16, None, Recipe("mse", 3, (("steps", 40),))),
+        UnitRecord("a", "linear", "vision", 8, 64, "w4a16_g32", "w4a16_g32", "MatMulNBits", 256, 32, 320, RTN),
+        UnitRecord("b", "linear", "vision", 8, 64, "w8a16", "w8a16", "MatMul", 512, 16, None, MSE),
     )
     return Manifest(
         target="cpu",
@@ -25,6 +26,7 @@ def manifest() -> Manifest:
         backend_version="1.31.1",
         builder_version="0.1.0",
         graphs={"vision": graph},
+        program={"vision": Call("vision", {"height": Range(1, 8, 16)}, {})},
         units=units,
         files={"vision.onnx": FileRecord("0" * 64, 1000)},
         parents={"policy": "1" * 64, "plan": "2" * 64},

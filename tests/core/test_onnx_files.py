@@ -6,8 +6,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
+from vla_policy.core.backends.onnxruntime.onnx_files import external_files
 from vla_policy.core.errors import ArtefactError
-from vla_policy.core.onnx_files import external_files
 
 
 def external(location: str) -> TensorProto:

@@ -11,10 +11,10 @@ import pytest
 from golden import golden_numbers
 from tiny import tiny_config
 
-from vla_policy.core.actions import ActionCodec, ChunkCodec
 from vla_policy.core.errors import PolicyError
 from vla_policy.core.files import sha256_policy
 from vla_policy.core.policy_config import PolicyConfig
+from vla_policy.core.prismatic.actions import ActionCodec, ChunkCodec
 
 PUBLISHED: dict[str, Any] = golden_numbers()["config"]
 # As OpenVLA-7B's, with what later versions of transformers write into text_config.
@@ -64,7 +64,7 @@ def test_the_published_configuration_is_read_whatever_else_it_tells() -> None:
     described = published(text_config=LLAMA, **other)
     plain, told = parse(published()), parse(described)
     assert told.text == plain.text and told.text.rope_theta == 10000.0
-    assert (told.towers, told.normalization, told.chunk) == (plain.towers, "bounds_q99", None)
+    assert (told.towers, told.normalization, told.horizon) == (plain.towers, "bounds_q99", 1)
 
 
 def test_the_base_of_the_positions_is_read_where_it_is_written() -> None:

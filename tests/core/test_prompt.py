@@ -10,10 +10,10 @@ from tiny import INSTRUCTIONS, tiny_config
 from tokenizers import Tokenizer, processors
 
 from demo.tokenizer import ACTION_BINS, save_tokenizer
-from vla_policy.core.actions import ActionCodec
 from vla_policy.core.errors import ArtefactError, DataError, PolicyError
 from vla_policy.core.policy_config import PolicyConfig
-from vla_policy.core.prompt import PromptTokenizer
+from vla_policy.core.prismatic.actions import ActionCodec
+from vla_policy.core.prismatic.prompt import PromptTokenizer
 
 STATE = np.array([0.25, 0.05], np.float32)
 

@@ -24,35 +24,39 @@ def engine_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_decisions_are_deterministic_and_timed(engine_folder: Path) -> None:
     engine = load_engine(engine_folder, threads=1)
+    codec = engine.policy.codec
     first, timings = engine.decide(observation(1))
     engine.act(observation(2))
     again = engine.act(observation(1))
     np.testing.assert_array_equal(first.tokens, again.tokens)
     np.testing.assert_array_equal(first.action, again.action)
     assert first.tokens.shape == first.action.shape == (3,)
-    assert ((first.tokens >= engine.codec.first_token) & (first.tokens <= engine.codec.last_token)).all()
-    assert len(timings.decode_ms) == 2
-    assert timings.total_ms > timings.prefill_ms > 0
+    assert ((first.tokens >= codec.first_token) & (first.tokens <= codec.last_token)).all()
+    assert [call for call, _ in timings.calls] == ["vision", "prefill", "step", "step"]
+    parts = [timings.preprocess_ms, *(milliseconds for _, milliseconds in timings.calls)]
+    assert min(parts) > 0 and timings.total_ms > sum(parts)
 
 
 def test_decode_steps_equal_one_longer_prefill(engine_folder: Path) -> None:
     """The cache changes nothing: step by step gives the logits of reading the whole sequence at once."""
     engine = load_engine(engine_folder, threads=1)
-    pixels = np.random.default_rng(0).standard_normal((1, 6, 16, 16)).astype(np.float32)
-    ids = engine.tokenizer.encode("push", np.zeros(3))
+    inputs = engine.policy.inputs(observation())
     tokens = np.array([100, 120, 140])
-    stepped = engine.action_logits(pixels, ids[None], tokens)
+    stepped = engine.policy.logits(engine.program(), inputs, tokens)
     for count in range(3):
-        longer = np.concatenate([ids, tokens[:count]])[None]
-        whole = engine.action_logits(pixels, longer, tokens[:1])[0]
+        longer = np.concatenate([inputs["input_ids"], tokens[None, :count]], axis=1)
+        whole = engine.policy.logits(engine.program(), inputs | {"input_ids": longer}, tokens[:1])[0]
         np.testing.assert_allclose(stepped[count], whole, atol=1e-5)
 
 
 def test_the_image_matters(engine_folder: Path) -> None:
     engine = load_engine(engine_folder, threads=1)
-    ids = engine.tokenizer.encode("push", np.zeros(3))[None]
+    inputs = engine.policy.inputs(observation())
     black, white = (
-        engine.action_logits(np.full((1, 6, 16, 16), value, np.float32), ids, np.array([100])) for value in (-2, 2)
+        engine.policy.logits(
+            engine.program(), inputs | {"pixel_values": np.full((1, 6, 16, 16), value, np.float32)}, np.array([100])
+        )
+        for value in (-2, 2)
     )
     assert np.abs(black - white).max() > 0.05
 
@@ -84,7 +88,7 @@ def test_truncated_and_altered_files_are_refused(copied: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"schema_version": 99}, "expected kind 'engine' version 2, got kind 'engine' version 99"),
+        ({"schema_version": 99}, "expected kind 'engine' version 3, got kind 'engine' version 99"),
         ({"kind": "plan"}, "got kind 'plan'"),
         ({"target": "toaster"}, "target 'toaster' is unknown"),
         ({"backend": "tensorrt"}, "target cpu runs on onnxruntime, but the engine is for tensorrt"),

@@ -15,7 +15,7 @@ from tests.core import ros_messages as msgs
 from vla_policy.core.contract import ActionDimension, Contract, load_contract
 from vla_policy.core.errors import DataError
 from vla_policy.core.observation import Decision, Observation
-from vla_policy.core.policy_config import ActionStats, NormStats, PolicyConfig, TextSpec, TowerSpec
+from vla_policy.core.policy_config import ActionStats, NormStats, PolicyConfig
 from vla_policy.core.safety import HoldReason
 from vla_policy.core.server import Latch, PolicyServer, ServedChunk, ServerSettings, Status
 from vla_policy.core.synchroniser import Dropped, DropReason
@@ -31,9 +31,10 @@ class FakeActor:
     unnorm_key = "fake"
 
     def __init__(self) -> None:
-        tower = TowerSpec("dinov2", 112, 16, 192, 5, 3, 768, 4)
         stats = {"fake": NormStats(ActionStats((-1.0,) * 7, (1.0,) * 7, (True,) * 7), None)}
-        self.config = PolicyConfig((tower, tower), TextSpec(), 64, 256, stats, False, 4, {})
+        self.config = PolicyConfig(
+            norm_stats=stats, num_images=1, image_size=112, takes_state=False, horizon=1, steps_per_action=4, raw={}
+        )
         self.gate = threading.Event()
         self.gate.set()
         self.entered = threading.Semaphore(0)

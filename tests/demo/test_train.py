@@ -16,11 +16,11 @@ from demo.dataset import encode_png, load_demonstrations
 from demo.recipe import Recipe
 from demo.tokenizer import save_tokenizer
 from demo.train import Run, initialise, policy_config, train
-from vla_policy.core.actions import ActionCodec
 from vla_policy.core.errors import ArtefactError, DataError
 from vla_policy.core.files import sha256_policy
 from vla_policy.core.policy_config import PolicyConfig
-from vla_policy.core.prompt import PromptTokenizer
+from vla_policy.core.prismatic.actions import ActionCodec
+from vla_policy.core.prismatic.prompt import PromptTokenizer
 
 RECIPE = Recipe(
     samples=960, batch=8, alternatives=8, warmup_steps=5, learning_rate=3e-3, ema_decay=0.9, shift_pixels=0,

@@ -14,20 +14,20 @@ from tiny import overflowing_policy_folder
 
 from calibrator.families import TorchActor
 from calibrator.quantizers import quantize_policy
-from engine_build import build as build_module
 from engine_build.__main__ import main
+from engine_build.backends import find_backend
+from engine_build.backends.onnxruntime.linear import linear
 from engine_build.build import Request, build
 from engine_build.graph.builder import GraphBuilder
-from engine_build.graph.linear_onnxruntime import linear
 from engine_build.plan import load_plan
 from engine_build.weights import LayerWeights, layers_of
 from vla_policy.core.cli import run
 from vla_policy.core.errors import ArtefactError, DataError, EngineError, PolicyError, VlaError
 from vla_policy.core.files import sha256_policy
 from vla_policy.core.formats import FULL, Format
-from vla_policy.core.image import pixel_values, preprocess
 from vla_policy.core.manifest import Manifest
 from vla_policy.core.observation import Observation
+from vla_policy.core.prismatic.pixels import pixel_values, preprocess
 from vla_policy.core.runner import load_engine
 from vla_policy.core.targets import find_target
 
@@ -67,9 +67,7 @@ def test_engine_equals_the_torch_policy(formats: list[str], tolerance: float, tm
     for seed in range(4):
         seen = observation(seed)
         decision = actor.act(seen)
-        pixels = preprocess(seen.image, engine.config)[None]
-        ids = engine.tokenizer.encode(seen.instruction, seen.state)[None]
-        got = engine.action_logits(pixels, ids, decision.tokens)
+        got = engine.policy.logits(engine.program(), engine.policy.inputs(seen), decision.tokens)
         np.testing.assert_allclose(got, logits(actor, seed, decision.tokens), atol=tolerance)
         if tolerance < 1e-3:
             served = engine.act(seen)
@@ -84,8 +82,8 @@ def test_an_engine_of_two_images_equals_the_torch_policy(tmp_path: Path) -> None
         seen = observation(seed, images=2)
         decision = actor.act(seen)
         pixels = pixel_values(seen.images, engine.config)[None]
-        ids = engine.tokenizer.encode(seen.instruction, seen.state)[None]
-        got = engine.action_logits(pixels, ids, decision.tokens)
+        ids = actor.tokenizer.encode(seen.instruction, seen.state)[None]
+        got = engine.policy.logits(engine.program(), engine.policy.inputs(seen), decision.tokens)
         inputs = {"pixel_values": torch.from_numpy(pixels), "input_ids": torch.from_numpy(ids)}
         expected = actor.policy.output(inputs, torch.from_numpy(decision.tokens)[None])[0].numpy()
         np.testing.assert_allclose(got, expected, atol=1e-5)
@@ -129,8 +127,8 @@ def test_a_format_that_was_not_realised_stops_the_build(
         rows = weights.quantized.dequantize().flatten(1)
         return linear(builder, x, replace(weights, format=Format(16, 16), quantized=None, rows=rows))
 
-    dialect = replace(build_module.DIALECTS["onnxruntime"], linear=forgets_to_pack)
-    monkeypatch.setitem(build_module.DIALECTS, "onnxruntime", dialect)
+    backend = find_backend("onnxruntime")
+    monkeypatch.setattr(type(backend), "dialect", replace(backend.dialect, linear=forgets_to_pack))
     with pytest.raises(ArtefactError, match="planned as w2a16_g32 but runs as w16a16"):
         build(Request(workshop / "policy", CPU, tmp_path / "engine", plan=workshop / "plan.json"))
     assert list(tmp_path.iterdir()) == []

@@ -15,8 +15,18 @@ from cpu_kernels import run_kernel
 
 from calibrator.quantizers import QuantizedWeight, quantize
 from calibrator.quantizers.activations import quantize_activation
-from engine_build import kernels
-from engine_build.kernels import CUTS, FEW, GROUPS, MANY, Few, Kernel, Many, compile_ptx, product_kernel
+from engine_build.backends.tensorrt import kernels
+from engine_build.backends.tensorrt.kernels import (
+    CUTS,
+    FEW,
+    GROUPS,
+    MANY,
+    Few,
+    Kernel,
+    Many,
+    compile_ptx,
+    product_kernel,
+)
 from engine_build.packing import RUN, SLAB, pack_runs, pack_scales
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.formats import Format

@@ -11,11 +11,12 @@ from onnx import TensorProto, helper
 
 from calibrator.quantizers import quantize
 from calibrator.quantizers.activations import quantize_activation
+from engine_build.backends.base import canonical
+from engine_build.backends.onnxruntime.linear import linear
+from engine_build.backends.onnxruntime.readback import read_back
 from engine_build.graph.builder import GraphBuilder
-from engine_build.graph.linear_onnxruntime import linear
-from engine_build.readback import canonical, read_back
 from engine_build.weights import Layer, LayerWeights
-from vla_policy.core.backends.onnxruntime import open_session, session_options
+from vla_policy.core.backends.onnxruntime.session import open_session, session_options
 from vla_policy.core.formats import Format
 from vla_policy.core.targets import find_target
 

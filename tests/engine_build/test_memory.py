@@ -9,8 +9,8 @@ from choices import rtn
 from onnx import TensorProto, helper
 
 from calibrator.quantizers import quantize
+from engine_build.backends.onnxruntime.linear import linear
 from engine_build.graph.builder import GraphBuilder
-from engine_build.graph.linear_onnxruntime import linear
 from engine_build.weights import Layer, LayerWeights
 from vla_policy.core.formats import Format
 
@@ -22,7 +22,7 @@ MEASURE = """
 import sys
 from pathlib import Path
 import numpy as np
-from vla_policy.core.backends.onnxruntime import open_session, session_options
+from vla_policy.core.backends.onnxruntime.session import open_session, session_options
 
 def peak():
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))

@@ -11,7 +11,6 @@ from tiny import INSTRUCTIONS, tiny_policy_folder
 from calibrator.families import TorchActor
 from calibrator.modules.chain import Runs
 from calibrator.quantizers import quantize_policy
-from engine_build.backends.tensorrt import decoder_profiles
 from engine_build.bench import bench, report
 from engine_build.build import Request, build
 from engine_build.costs import PROMPT_TOKENS, runs_per_action
@@ -23,6 +22,7 @@ from vla_policy.core.formats import FULL, Format
 from vla_policy.core.manifest import Manifest
 from vla_policy.core.observation import Observation
 from vla_policy.core.policy_config import PolicyConfig
+from vla_policy.core.program import Range
 from vla_policy.core.runner import load_engine
 from vla_policy.core.targets import find_target
 
@@ -54,7 +54,8 @@ def test_actions_equal_the_torch_policy_s(folder: Path) -> None:
     quantize_policy(actor.policy, mixed_assignment(names, FORMATS))
     for seed in range(4):
         expected, (got, timings) = actor.act(observation(seed)), engine.decide(observation(seed))
-        assert got.action.shape == (CHUNK, DIM) and got.tokens.size == 0 and timings.decode_ms == ()
+        assert got.action.shape == (CHUNK, DIM) and got.tokens.size == 0
+        assert [call for call, _ in timings.calls] == ["vision", "decide"]
         np.testing.assert_allclose(got.action, expected.action, atol=1e-5)
     moved = Observation(*vars(observation(0)).values())
     other = Observation(moved.image, moved.instruction, np.array([0.9, 0.09], np.float32), moved.further)
@@ -67,12 +68,12 @@ def test_it_is_verified_and_measured_like_any_other(folder: Path) -> None:
     outcome = verify(folder / "engine", folder / "policy", None, samples=2).reference_check
     assert outcome is not None
     same = outcome["same_formats_in_torch"]
-    assert same["equal_tokens"] is None and same["logits_error"] < 1e-5
+    assert same["equal_tokens"] is None and same["scores_error"] < 1e-5
     assert "normalised actions differ by" in outcome["summary"] and "tokens" not in outcome["summary"]
     manifest = Manifest.load(folder / "engine")
     assert manifest.to_json()["actions"]["tiny"]["chunk"] == CHUNK
     figures = bench(folder / "engine", folder / "engine16", repeats=2, threads=1)
-    assert "decode_step" not in figures.engine.stages and "decode_step" not in report(figures)
+    assert list(figures.engine.stages) == ["preprocess", "vision", "decide", "action"] and "decide" in report(figures)
     assert figures.engine.stages["action"].count == 2
 
 
@@ -89,5 +90,5 @@ def test_an_a100_engine_is_built_without_a_gpu(folder: Path, tmp_path: Path) -> 
     out, four = tmp_path / "engine", rtn(Format(4, 16, 64))
     manifest = build(Request(folder / "policy", find_target("a100"), out, uniform=four, legalize=True))
     assert verify_formats(tmp_path / "engine", folder / "policy") == manifest
-    (profile,) = decoder_profiles(manifest.graphs["decoder"], manifest.config)
-    assert profile["state"] == ((1, 2),) * 3
+    assert {call: spec.graph for call, spec in manifest.program.items()} == {"vision": "vision", "decide": "decoder"}
+    assert manifest.program["decide"].sizes == {"ids": Range(2, 30, 128)}

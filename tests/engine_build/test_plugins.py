@@ -17,11 +17,12 @@ from onnx.reference import ReferenceEvaluator
 
 from calibrator.quantizers import quantize
 from calibrator.quantizers.activations import quantize_activation
-from engine_build.backends import plugins
+from engine_build.backends import find_backend
+from engine_build.backends.tensorrt import plugins
+from engine_build.backends.tensorrt.kernels import Kernel
+from engine_build.backends.tensorrt.linear_plugin import linear
 from engine_build.build import planned_bytes
 from engine_build.graph.builder import GraphBuilder
-from engine_build.graph.linear_plugin import linear
-from engine_build.kernels import Kernel
 from engine_build.weights import Layer, LayerWeights
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.formats import Format
@@ -138,8 +139,8 @@ def test_bytes_are_counted_with_their_filling(fmt: Format, tmp_path: Path) -> No
     write(tmp_path / "layer.onnx", [layer_weights("stack.layer", fmt, seed=5)])
     tensors = {tensor.name: tensor for tensor in onnx.load(str(tmp_path / "layer.onnx")).graph.initializer}
     stored = len(tensors["stack.layer.codes"].raw_data)
-    unit = UnitRecord("stack.layer", "linear", OUTPUTS, INPUTS, str(fmt), str(fmt), "", stored, 0, None, None)
-    bare, filled = planned_bytes(unit, "tensorrt")
+    unit = UnitRecord("stack.layer", "linear", "layer", OUTPUTS, INPUTS, str(fmt), str(fmt), "", stored, 0, None, None)
+    bare, filled = planned_bytes(unit, find_backend("tensorrt"))
     assert bare == OUTPUTS * INPUTS * fmt.weight_bits // 8
     assert stored == filled == 48 * 256 * fmt.weight_bits // 8
 

@@ -16,25 +16,28 @@ from ragged import observation, write_plan
 
 from calibrator.data.calibration import SourceIndex, Trajectory, collect, load_calibration
 from calibrator.quantizers import Computed, quantize
-from engine_build import readback_tensorrt
-from engine_build.backends.tensorrt import decoder_profiles, load_module
+from engine_build.backends import find_backend
+from engine_build.backends.base import Written
+from engine_build.backends.onnxruntime.linear import linear as linear_onnxruntime
+from engine_build.backends.tensorrt.builder import call_shapes
+from engine_build.backends.tensorrt.linear import linear
+from engine_build.backends.tensorrt.readback import read_back
 from engine_build.build import Request, build
-from engine_build.graph import linear_onnxruntime
 from engine_build.graph.builder import GraphBuilder
 from engine_build.graph.context import GraphContext
-from engine_build.graph.linear_tensorrt import linear
 from engine_build.packing import pack
 from engine_build.plan import Plan, check_legal, legalize, uniform_plan
 from engine_build.ranges import input_peaks
 from engine_build.verify import verify_formats
 from engine_build.weights import Layer, LayerWeights, layers_of
-from vla_policy.core.backends.onnxruntime import open_session, session_options
+from vla_policy.core.backends.onnxruntime.session import open_session, session_options
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.files import sha256_policy
 from vla_policy.core.formats import Format
-from vla_policy.core.image import preprocess
 from vla_policy.core.manifest import Manifest, file_records
 from vla_policy.core.observation import Observation
+from vla_policy.core.prismatic.pixels import preprocess
+from vla_policy.core.program import profiles
 from vla_policy.core.targets import find_target
 
 A100 = find_target("a100")
@@ -121,7 +124,7 @@ def test_codes_whose_weights_float16_cannot_hold_are_refused(tmp_path: Path) -> 
         def tensor(self, name: str) -> torch.Tensor:
             return torch.full((1, 32), 1e5)
 
-    for float_type, write in ((TensorProto.FLOAT, linear_onnxruntime.linear), (TensorProto.FLOAT16, linear)):
+    for float_type, write in ((TensorProto.FLOAT, linear_onnxruntime), (TensorProto.FLOAT16, linear)):
         with GraphBuilder(tmp_path / f"{float_type}.onnx", float_type) as builder:
             plan = {"large": rtn(Format(4, 16, 32))}
             context = GraphContext(
@@ -142,11 +145,11 @@ def test_codes_are_found_wherever_they_stand_and_missed_when_altered(fmt: Format
     codes = tensors["stack.layer.codes"].raw_data
     noise = np.random.default_rng(0).bytes(4 * 37)
     engine.write_bytes(noise + codes + noise)
-    found = readback_tensorrt.read_back(graph, engine, {LAYER.name: LAYER}, {LAYER.name: fmt})[LAYER.name]
+    found = read_back(graph, engine, {LAYER.name: LAYER}, {LAYER.name: fmt})[LAYER.name]
     assert found.format == fmt
     engine.write_bytes(noise + codes[:-1] + bytes([codes[-1] ^ 0x10]) + noise)
     with pytest.raises(ArtefactError, match=r"codes of 1 layers are not in the engine, e.g. stack.layer, planned"):
-        readback_tensorrt.read_back(graph, engine, {LAYER.name: LAYER}, {LAYER.name: fmt})
+        read_back(graph, engine, {LAYER.name: LAYER}, {LAYER.name: fmt})
 
 
 def test_layers_of_one_input_are_found_side_by_side(tmp_path: Path) -> None:
@@ -160,12 +163,12 @@ def test_layers_of_one_input_are_found_side_by_side(tmp_path: Path) -> None:
     engine, planned = tmp_path / "rows.engine", dict.fromkeys(layers, Format(4, 16))
     beside = np.hstack(list(codes.values()))
     engine.write_bytes(bytes(20) + pack(beside, 4))
-    found = readback_tensorrt.read_back(tmp_path / "rows.onnx", engine, layers, planned)
+    found = read_back(tmp_path / "rows.onnx", engine, layers, planned)
     assert {realised.format for realised in found.values()} == {Format(4, 16)}
     beside[23, 95] ^= 1
     engine.write_bytes(bytes(20) + pack(beside, 4))
     with pytest.raises(ArtefactError, match=r"codes of 1 layers are not in the engine, e.g. v, planned"):
-        readback_tensorrt.read_back(tmp_path / "rows.onnx", engine, layers, planned)
+        read_back(tmp_path / "rows.onnx", engine, layers, planned)
 
 
 def test_an_a100_engine_is_built_without_a_gpu(workshop: Path, tmp_path: Path) -> None:
@@ -228,7 +231,10 @@ def test_fused_layers_must_share_a_format(workshop: Path, tmp_path: Path) -> Non
 
 def test_profiles_cover_prefill_and_decode(workshop: Path) -> None:
     manifest = Manifest.load(workshop / "engine")
-    prefill, step = decoder_profiles(manifest.graphs["decoder"], manifest.config)
+    assert profiles("decoder", manifest.graphs, manifest.program) == ["prefill", "step"]
+    assert profiles("vision", manifest.graphs, manifest.program) == []
+    written = Written(workshop / "engine", manifest.graphs, manifest.program, {})
+    prefill, step = (call_shapes("decoder", call, written) for call in ("prefill", "step"))
     assert prefill["patches"] == ((1, 16, 64),) * 3
     assert step["patches"] == ((1, 0, 64), (1, 0, 64), (1, 1, 64))
     assert step["input_ids"] == ((1, 1),) * 3
@@ -239,7 +245,7 @@ def test_profiles_cover_prefill_and_decode(workshop: Path) -> None:
 
 def test_a_backend_that_is_not_installed_is_named(workshop: Path, tmp_path: Path) -> None:
     try:
-        load_module("tensorrt")
+        find_backend("tensorrt").version()
     except ArtefactError as error:
         assert "install TensorRT 10.x on the device" in str(error)
     else:

@@ -17,8 +17,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 CHECKED = (
-    ROOT / "engine_build" / "backends" / "tensorrt.py",
-    ROOT / "ros2_ws" / "src" / "vla_policy" / "vla_policy" / "core" / "backends" / "tensorrt.py",
+    ROOT / "engine_build" / "backends" / "tensorrt" / "builder.py",
+    ROOT / "ros2_ws" / "src" / "vla_policy" / "vla_policy" / "core" / "backends" / "tensorrt" / "session.py",
 )
 WRONG = """
 import tensorrt as trt

@@ -13,18 +13,19 @@ import numpy as np
 
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.observation import Decision, Observation
-from vla_policy.core.policy_config import ActionStats, NormStats, PolicyConfig, ProprioStats, TextSpec, TowerSpec
+from vla_policy.core.policy_config import ActionStats, NormStats, PolicyConfig, ProprioStats
 from vla_policy.nodes.policy_node import main
 
 STATES = ("x", "y", "z", "gripper_width", "gripper_velocity")
 
 
 def fake_config(images: int = 1, steps: int = 4) -> PolicyConfig:
-    tower = TowerSpec("dinov2", 112, 16, 192, 5, 3, 768, 4)
     action = ActionStats((-1.0,) * 7, (1.0,) * 7, (True,) * 7)
     proprio = ProprioStats(STATES, (-1.0,) * 5, (1.0,) * 5, (True,) * 5)
     stats = {"fake": NormStats(action, proprio)}
-    return PolicyConfig((tower, tower), TextSpec(), 64, 256, stats, True, steps, {}, images)
+    return PolicyConfig(
+        norm_stats=stats, num_images=images, image_size=112, takes_state=True, horizon=1, steps_per_action=steps, raw={}
+    )
 
 
 class FakeEngine:

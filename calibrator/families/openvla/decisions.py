@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vla_policy.core.actions import ActionCodec
 from vla_policy.core.observation import Decision
-from vla_policy.core.policy_config import PolicyConfig
+from vla_policy.core.prismatic.actions import ActionCodec
+from vla_policy.core.prismatic.config import PrismaticConfig
 
 
 def mean_log_likelihood(logits: Tensor, tokens: Tensor) -> Tensor:
@@ -23,7 +23,7 @@ class TokenDecisions:
     codec: ActionCodec
 
     @staticmethod
-    def of(config: PolicyConfig, unnorm_key: str | None) -> "TokenDecisions":
+    def of(config: PrismaticConfig, unnorm_key: str | None) -> "TokenDecisions":
         return TokenDecisions(ActionCodec.of(config, unnorm_key))
 
     @property

@@ -8,8 +8,8 @@ from calibrator.modules.chain import DECIDED, Chain, Layers, Runs, Segment
 from calibrator.modules.llama import SEQUENCE, keep_rotary_frequencies, llama_config
 from calibrator.modules.policy import Inputs
 from calibrator.modules.prismatic import Prismatic
-from vla_policy.core.actions import finite
-from vla_policy.core.policy_config import PolicyConfig
+from vla_policy.core.observation import finite
+from vla_policy.core.prismatic.config import PrismaticConfig
 
 
 class OpenVLA(Prismatic):
@@ -19,7 +19,7 @@ class OpenVLA(Prismatic):
     be padded at the right end, which causal attention never looks at.
     """
 
-    def __init__(self, config: PolicyConfig) -> None:
+    def __init__(self, config: PrismaticConfig) -> None:
         super().__init__(config)
         self.language_model = LlamaForCausalLM(llama_config(config.text))
         keep_rotary_frequencies(self.language_model.model)

@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vla_policy.core.actions import ChunkCodec
 from vla_policy.core.errors import PolicyError
+from vla_policy.core.families.openvla_oft import OftConfig
 from vla_policy.core.observation import Decision
-from vla_policy.core.policy_config import PolicyConfig
+from vla_policy.core.prismatic.actions import ChunkCodec
 
 _GRIPPER_THRESHOLD = 0.5
 
@@ -27,13 +27,13 @@ class ChunkDecisions:
     deviation: np.ndarray
 
     @staticmethod
-    def of(config: PolicyConfig, unnorm_key: str | None) -> "ChunkDecisions":
+    def of(config: OftConfig, unnorm_key: str | None) -> "ChunkDecisions":
         """Raises PolicyError when the statistics lack what the objective needs."""
         stats = config.stats(unnorm_key).action
         if stats.mean is None or stats.std is None:
             key = config.unnorm_key(unnorm_key)
             raise PolicyError(f"norm_stats.{key}.action: mean and std are missing; OpenVLA-OFT's objective needs them")
-        codec = ChunkCodec(stats, config.chunk or 1)
+        codec = ChunkCodec(stats, config.horizon)
         mean = np.where(stats.mask, 2 * (np.asarray(stats.mean) - codec.low) / codec.span - 1, _GRIPPER_THRESHOLD)
         deviation = 2 * np.asarray(stats.std) / codec.span
         if not (deviation > 0).all():

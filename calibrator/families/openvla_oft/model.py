@@ -17,9 +17,9 @@ from calibrator.modules.llama import SEQUENCE, keep_rotary_frequencies, llama_co
 from calibrator.modules.policy import Inputs
 from calibrator.modules.prismatic import Prismatic
 from calibrator.modules.vision import Mlp
-from vla_policy.core.actions import finite
-from vla_policy.core.observation import Observation
-from vla_policy.core.policy_config import PolicyConfig, TextSpec
+from vla_policy.core.families.openvla_oft import OftConfig
+from vla_policy.core.observation import Observation, finite
+from vla_policy.core.prismatic.config import TextSpec
 
 EOS = 2
 """The id that ends every sequence; with attention to both sides it counts."""
@@ -86,12 +86,13 @@ class OpenVLAOFT(Prismatic):
     and `proprio_projector`.
     """
 
-    def __init__(self, config: PolicyConfig) -> None:
+    config: OftConfig
+
+    def __init__(self, config: OftConfig) -> None:
         super().__init__(config)
-        assert config.chunk is not None
         width = config.text.hidden_size
         self.language_model = Decoder(config.text)
-        self.action_head = ActionHead(width, config.chunk, config.action_dim)
+        self.action_head = ActionHead(width, config.horizon, config.action_dim)
         if config.use_proprio:
             self.proprio_projector = Mlp(config.state_dim, width, width)
 

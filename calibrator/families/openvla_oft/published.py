@@ -24,8 +24,9 @@ from torch import Tensor
 from calibrator.families.loading import LORA_ADAPTER, find_tensors, stored_shapes, weight_files
 from calibrator.tensors import disk_errors
 from vla_policy.core.errors import ArtefactError, PolicyError
+from vla_policy.core.families.openvla_oft import FAMILY, OftConfig
 from vla_policy.core.outputs import atomic_folder, check_folder
-from vla_policy.core.policy_config import NORMALIZATION_KEY, POLICY, Normalization, PolicyConfig, read_raw
+from vla_policy.core.policy_config import NORMALIZATION_KEY, POLICY, Normalization, read_raw
 
 _OWN_SHARD = "model-oft.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -47,7 +48,7 @@ class OftSettings:
     lora_merged: bool = False
 
 
-def import_oft(checkpoint: Path, out: Path, settings: OftSettings) -> PolicyConfig:
+def import_oft(checkpoint: Path, out: Path, settings: OftSettings) -> OftConfig:
     """Writes the policy folder `out`. Shards are linked where the disk allows it, copied otherwise.
 
     Raises ArtefactError for a file that is missing, ambiguous, damaged, more than tensors, or a part that would be left
@@ -71,7 +72,7 @@ def import_oft(checkpoint: Path, out: Path, settings: OftSettings) -> PolicyConf
         "kind": POLICY.name,
     }
     _name_state(raw, settings.state_names, 0 if projector is None else _inputs(parts[projector], projector), checkpoint)
-    config = PolicyConfig.from_dict(raw, str(checkpoint / "config.json"))
+    config = FAMILY.config(raw, str(checkpoint / "config.json"))
     shapes = ((path, name, tuple(value.shape)) for path, part in parts.items() for name, value in part.items())
     find_tensors(chain(stored_shapes(shards), shapes), config, checkpoint)
     own = {name: value for part in parts.values() for name, value in part.items()}
@@ -180,7 +181,7 @@ def main(argv: Sequence[str]) -> int:
     config = import_oft(args.checkpoint, args.out, settings)
     state = f"a state of {config.state_dim} values" if config.use_proprio else "no state"
     print(
-        f"{args.out}: {config.chunk} actions of {config.action_dim} values, {config.num_images} images, {state}; "
+        f"{args.out}: {config.horizon} actions of {config.action_dim} values, {config.num_images} images, {state}; "
         f"normalised by {config.normalization}"
     )
     return 0

@@ -11,7 +11,7 @@ from vla_policy.core.errors import ArtefactError
 from vla_policy.core.files import read_json, write_json
 
 KIND = "bench"
-_VERSION = 2
+_VERSION = 3
 _REMEDY = "measure again with `engine_build bench --out`"
 
 
@@ -32,7 +32,7 @@ class Quantiles:
 
 @dataclass(frozen=True)
 class EngineFigures:
-    """One engine's figures. Stages: vision, prefill, one decode step, whole action with preprocessing.
+    """One engine's figures. stages: preprocessing, every call of the program by its name, and `action`, the whole.
 
     sha256: of its manifest, which holds the hashes of its files.
     peak_bytes: peak resident memory of a process that only runs this engine, Python and its libraries included.
@@ -65,7 +65,8 @@ class Bench:
         return self.reference.stages["action"].median_ms / self.engine.stages["action"].median_ms
 
     def save(self, path: Path | str) -> None:
-        write_json(path, {"schema_version": _VERSION, "kind": KIND, **asdict(self)})
+        sides = {name: _to_json(getattr(self, name)) for name in ("engine", "reference")}
+        write_json(path, {"schema_version": _VERSION, "kind": KIND, **asdict(self), **sides})
 
     @staticmethod
     def load(path: Path | str) -> "Bench":
@@ -83,6 +84,15 @@ class Bench:
             raise ArtefactError(f"{path}: entry {error} is missing or malformed; {_REMEDY}") from error
 
 
+def _to_json(figures: EngineFigures) -> dict[str, Any]:
+    """Stages as a list: they have an order, and the keys of a file are sorted."""
+    stages = [{"stage": name, **asdict(quantiles)} for name, quantiles in figures.stages.items()]
+    return asdict(figures) | {"stages": stages}
+
+
 def _figures(raw: Mapping[str, Any]) -> EngineFigures:
-    stages = {name: Quantiles(**quantiles) for name, quantiles in raw["stages"].items()}
+    stages = {
+        entry["stage"]: Quantiles(entry["median_ms"], entry["p90_ms"], entry["p99_ms"], entry["count"])
+        for entry in raw["stages"]
+    }
     return EngineFigures(**(dict(raw) | {"stages": stages}))

@@ -1,12 +1,9 @@
-"""From a camera image to the policy's input: the one implementation that calibration, engines and robot share."""
-
-from collections.abc import Sequence
+"""Camera images: checks, resizing, turning and cropping, the same for calibration, engines and robot."""
 
 import numpy as np
 from PIL import Image
 
 from vla_policy.core.errors import DataError
-from vla_policy.core.policy_config import PolicyConfig
 
 
 def check_image(image: np.ndarray) -> None:
@@ -22,26 +19,6 @@ def resize(image: np.ndarray, size: int) -> np.ndarray:
     if image.shape[:2] == (size, size):
         return image
     return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC))
-
-
-def preprocess(image: np.ndarray, config: PolicyConfig) -> np.ndarray:
-    """float32 [6, S, S]: resized, scaled to [0, 1], normalised for DINOv2 (channels 0-2) and SigLIP (3-5)."""
-    scaled = resize(image, config.image_size).astype(np.float32).transpose(2, 0, 1) / np.float32(255)
-    normalised = [
-        (scaled - np.asarray(tower.mean, np.float32)[:, None, None]) / np.asarray(tower.std, np.float32)[:, None, None]
-        for tower in config.towers
-    ]
-    return np.concatenate(normalised)
-
-
-def pixel_values(images: Sequence[np.ndarray], config: PolicyConfig) -> np.ndarray:
-    """float32 [6 N, S, S]: `preprocess` of each of the policy's N images, one after the other by channels.
-
-    Raises DataError when they are not as many as the policy looks at.
-    """
-    if len(images) != config.num_images:
-        raise DataError(f"images: the policy looks at {config.num_images}, got {len(images)}")
-    return np.concatenate([preprocess(image, config) for image in images])
 
 
 def rotate_180(image: np.ndarray) -> np.ndarray:

@@ -6,45 +6,23 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from vla_policy.core.backends import find_backend
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.files import confined_file, named_file, read_json, sha256_file, write_json
 from vla_policy.core.formats import Choice, Format, Recipe
-from vla_policy.core.onnx_files import external_files
 from vla_policy.core.outputs import FolderKind
-from vla_policy.core.policy_config import SPAN_EPSILON, PolicyConfig
-from vla_policy.core.targets import Backend
+from vla_policy.core.policy_config import PolicyConfig
+from vla_policy.core.program import Call, GraphSpec, Range, TensorSpec, check_program
 
 MANIFEST = "manifest.json"
-TOKENIZER = "tokenizer.json"
-TIMING_CACHE = "timing.cache"
 KIND = "engine"
-_GRAPH_FILES = (f"{graph}.{form}" for graph in ("vision", "decoder") for form in ("onnx", "data", "engine"))
-ENGINE = FolderKind(KIND, MANIFEST, (TOKENIZER, TIMING_CACHE, *_GRAPH_FILES))
-SCHEMA_VERSION = 2
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """One input or output of a graph; named dimensions vary. `meaning` says what the values are and their units."""
-
-    name: str
-    dtype: str
-    shape: tuple[int | str, ...]
-    meaning: str
-
-
-@dataclass(frozen=True)
-class GraphSpec:
-    """One graph of the engine: the file that holds it, its inputs and outputs."""
-
-    file: str
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
+ENGINE = FolderKind(KIND, MANIFEST, listed="files")
+SCHEMA_VERSION = 3
 
 
 @dataclass(frozen=True)
 class UnitRecord:
-    """One quantizable layer as planned and as read back from the built engine.
+    """One quantizable layer as planned and as read back from the built engine. graph: the one that holds it.
 
     planned, recipe: its format, and how its codes were found. realised, arithmetic: weight format, and what multiplies
     it, as the backend reports after its optimisations. code_bytes, scale_bytes: in the engine's files. resident_bytes:
@@ -53,6 +31,7 @@ class UnitRecord:
 
     name: str
     kind: str
+    graph: str
     outputs: int
     inputs: int
     planned: str
@@ -102,16 +81,18 @@ class FileRecord:
 class Manifest:
     """See the module.
 
+    graphs, program: by name, the graphs and the calls that a decision makes of them.
     policy_config: the policy's `config.json`: architecture, tokens, statistics. other_bytes: all that is no unit's.
     legalized: formats that were raised for the target, in words. input_peaks: largest |input| of the layers whose
     activations have a fixed scale. ran_on_target: False for an engine built for a machine that is not here.
     """
 
     target: str
-    backend: Backend
+    backend: str
     backend_version: str
     builder_version: str
     graphs: dict[str, GraphSpec]
+    program: dict[str, Call]
     units: tuple[UnitRecord, ...]
     files: dict[str, FileRecord]
     parents: dict[str, str]
@@ -137,8 +118,7 @@ class Manifest:
             "kind": KIND,
             **asdict(self),
             "units": [unit.to_json() for unit in self.units],
-            "preprocessing": _preprocessing(config),
-            "actions": {key: _action_layout(config, key) for key in config.norm_stats},
+            **config.family.description(config),
             "totals": self.totals(),
         }
 
@@ -184,18 +164,19 @@ class Manifest:
     def check_files(self, folder: Path | str) -> None:
         """Raises ArtefactError for the first file that is missing, truncated, altered or a link out of the folder.
 
-        Also for one that would be loaded without being among the files: the tokenizer, a graph, a graph's data.
+        Also for one that would be loaded without being among the files: the policy's, a graph, what a graph names.
         """
         graphs = [graph.file for graph in self.graphs.values()]
-        self._check_recorded(folder, "manifest.json", (TOKENIZER, *graphs))
+        self._check_recorded(folder, "manifest.json", (*self.config.family.files, *graphs))
         for name, record in self.files.items():
             path = confined_file(folder, name)
             if not path.is_file():
                 raise ArtefactError(f"{path}: missing from the engine; copy or build it again")
             record.check_size(path, path.stat().st_size)
             record.check_sha256(path, sha256_file(path))
-        for name in graphs if self.backend == "onnxruntime" else ():
-            self._check_recorded(folder, name, sorted(external_files(Path(folder) / name)))
+        backend = find_backend(self.backend)
+        for name in graphs:
+            self._check_recorded(folder, name, sorted(backend.files_named_in(Path(folder) / name)))
 
     def read_file(self, folder: Path | str, name: str) -> bytes:
         """The content of one of the files. Raises ArtefactError unless the very bytes that are returned are right."""
@@ -224,12 +205,16 @@ def file_records(folder: Path) -> dict[str, FileRecord]:
 
 
 def _parse(content: Mapping[str, Any]) -> Manifest:
+    graphs = {name: _graph(value) for name, value in content["graphs"].items()}
+    calls = {name: _call(value) for name, value in content["program"].items()}
+    check_program(graphs, calls)
     return Manifest(
         target=content["target"],
         backend=content["backend"],
         backend_version=content["backend_version"],
         builder_version=content["builder_version"],
-        graphs={name: _graph(value) for name, value in content["graphs"].items()},
+        graphs=graphs,
+        program=calls,
         units=tuple(UnitRecord.from_json(unit) for unit in content["units"]),
         files={name: FileRecord(**record) for name, record in content["files"].items()},
         parents=dict(content["parents"]),
@@ -248,40 +233,9 @@ def _graph(raw: Mapping[str, Any]) -> GraphSpec:
     return GraphSpec(raw["file"], _tensors(raw["inputs"]), _tensors(raw["outputs"]))
 
 
+def _call(raw: Mapping[str, Any]) -> Call:
+    return Call(raw["graph"], {name: Range(**sizes) for name, sizes in raw["sizes"].items()}, dict(raw["carried"]))
+
+
 def _tensors(raw: list[dict[str, Any]]) -> tuple[TensorSpec, ...]:
     return tuple(TensorSpec(**(tensor | {"shape": tuple(tensor["shape"])})) for tensor in raw)
-
-
-def _preprocessing(config: PolicyConfig) -> dict[str, Any]:
-    return {
-        "image": "uint8 RGB, any size, upright",
-        "resize": f"antialiased bicubic to {config.image_size} x {config.image_size} pixels, aspect ratio ignored",
-        "scale": "divided by 255, then (x - mean) / std per tower; channels of the towers one after the other",
-        "towers": [{"kind": tower.kind, "mean": tower.mean, "std": tower.std} for tower in config.towers],
-        "prompt": "In: What action should the robot take to {instruction, lower case}?\\nOut:",
-        "state_in_prompt": config.state_in_prompt,
-        "state_embedded": config.use_proprio,  # clip(2 (x - low) / (high - low + 1e-8) - 1, -1, 1) where mask
-    }
-
-
-def _action_layout(config: PolicyConfig, key: str) -> dict[str, Any]:
-    stats = config.stats(key)
-    if config.chunk is None:
-        form: dict[str, Any] = {
-            "bins": config.n_action_bins,
-            "first_token": config.token_vocab - config.n_action_bins,
-            "last_token": config.token_vocab - 1,
-            "un_normalise": "0.5 (x + 1)(high - low) + low where mask, x elsewhere",
-        }
-    else:
-        form = {
-            "chunk": config.chunk,
-            "un_normalise": f"0.5 (x + 1)(high - low + {SPAN_EPSILON:g}) + low where mask, x elsewhere",
-        }
-    return form | {
-        "dimensions": stats.action.dim,
-        "normalization": config.normalization,
-        "steps_per_action": config.steps_per_action,
-        "action": asdict(stats.action),
-        "proprio": asdict(stats.proprio) if stats.proprio else None,
-    }

@@ -5,8 +5,22 @@ from typing import Protocol
 
 import numpy as np
 
-from vla_policy.core.actions import finite
+from vla_policy.core.errors import EngineError
 from vla_policy.core.policy_config import PolicyConfig
+
+
+def finite(output: np.ndarray, what: str) -> np.ndarray:
+    """`output` of a policy or engine. Raises EngineError unless every value is finite.
+
+    Without this, argmax over NaN is the NaN's place: a token like any other, and mostly the largest action.
+    """
+    bad = output.size - int(np.isfinite(output).sum())
+    if bad:
+        raise EngineError(
+            f"{what}: {bad} of {output.size} values are not finite; the weights are damaged or the arithmetic "
+            "overflows: check the checkpoint and build the engine again"
+        )
+    return output
 
 
 @dataclass(frozen=True)

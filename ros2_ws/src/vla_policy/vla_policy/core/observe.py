@@ -36,14 +36,13 @@ def check_contract(contract: Contract, config: PolicyConfig, unnorm_key: str | N
     unnorm_key: of the statistics in use; may be left out if there is only one.
     """
     _check_cameras(contract, config)
-    stats = config.stats(unnorm_key)
-    wanted = stats.proprio.names if config.takes_state and stats.proprio else ()
+    wanted = config.state_names(unnorm_key)
     if wanted and contract.state_names != wanted:
         got = ", ".join(contract.state_names) or "none"
         raise ContractError(
             f"{contract.path}: the policy takes the states {', '.join(wanted)}; the contract gives {got}"
         )
-    dimensions = stats.action.dim
+    dimensions = config.stats(unnorm_key).action.dim
     if len(contract.action.dimensions) != dimensions:
         raise ContractError(
             f"{contract.path}: the policy's actions have {dimensions} values; "

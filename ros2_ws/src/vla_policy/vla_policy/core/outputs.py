@@ -34,17 +34,20 @@ _NAMED = 3
 class FolderKind:
     """A kind of folder: the file `index` says that a folder is one, and only `parts` lie beside that.
 
-    parts: patterns of the other files' paths within the folder.
+    parts: patterns of the other files' paths within the folder. listed: the key of the index that names further files.
     """
 
     name: str
     index: str
     parts: tuple[str, ...] = ()
+    listed: str | None = None
 
     def strangers(self, folder: Path) -> list[str]:
         """The files in `folder` that are no part of this kind."""
         files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
-        return [name for name in files if not any(_matches(name, part) for part in (self.index, *self.parts))]
+        listed = json.loads((folder / self.index).read_bytes())[self.listed] if self.listed and files else ()
+        parts = (self.index, *self.parts)
+        return [name for name in files if name not in listed and not any(_matches(name, part) for part in parts)]
 
 
 def _matches(name: str, pattern: str) -> bool:

@@ -1,69 +1,65 @@
-"""Which number formats each target can really run, per layer kind, and why: the one table that everything obeys.
+"""Machines that engines are built for, and which number formats each can really run, per layer kind, and why.
 
-A row names a kernel that exists, not a wish. `allocate --target` offers these formats, `build` refuses all others, and
-the robot's runner takes the backend and the compute capability from here. Groups are counted in inputs; "row" means one
-scale per output channel.
+What a format is worth is a backend's matter: a target names its backends and the version of each that its formats are
+listed for. `allocate --target` offers these formats; `build` asks the installed version's rules.
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal
 
+from vla_policy.core.backends import find_backend
+from vla_policy.core.backends.base import LayerKind, Rule, Version
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.formats import Format
 
-Backend = Literal["onnxruntime", "tensorrt_rtx", "tensorrt"]
-BACKENDS: tuple[Backend, ...] = ("onnxruntime", "tensorrt_rtx", "tensorrt")
-LayerKind = Literal["linear", "patch_embed", "head"]
-_ALL_KINDS: tuple[LayerKind, ...] = ("linear", "patch_embed", "head")
-ROW: None = None
-
 
 @dataclass(frozen=True)
-class Rule:
-    """One format that a target runs: by which kernel, for which group sizes, layer kinds and backends."""
+class Runtime:
+    """A backend on a machine, in some version."""
 
-    weight_bits: int
-    activation_bits: int
-    groups: tuple[int | None, ...]
-    kernel: str
-    kinds: tuple[LayerKind, ...] = _ALL_KINDS
-    backends: tuple[Backend, ...] = BACKENDS
-
-    def formats(self) -> tuple[Format, ...]:
-        return tuple(Format(self.weight_bits, self.activation_bits, group) for group in self.groups)
+    backend: str
+    version: Version
 
 
 @dataclass(frozen=True)
 class Target:
-    """A machine that engines are built for. Its formats are those of its first backend; see `on` for another.
+    """A machine that engines are built for. Its formats are those of its first runtime; see `on` for another.
 
-    backends: what can run there, the default first.
+    runtimes: what can run there, the default first.
     compute_capability: of its GPU, (major, minor); None for a CPU.
-    fuses_groups: whether layers of one input (q/k/v, gate/up) become one kernel and must share a format.
-    refused: formats, without group, that people ask for and this target lacks, with the reason.
     """
 
     name: str
     title: str
-    backends: tuple[Backend, ...]
+    runtimes: tuple[Runtime, ...]
     compute_capability: tuple[int, int] | None
-    fuses_groups: bool
-    rules: tuple[Rule, ...]
-    refused: tuple[tuple[str, str], ...]
 
     @property
-    def backend(self) -> Backend:
+    def backends(self) -> tuple[str, ...]:
+        """Names of what can run there, the default first."""
+        return tuple(runtime.backend for runtime in self.runtimes)
+
+    @property
+    def backend(self) -> str:
         """What runs its engines."""
         return self.backends[0]
 
-    def on(self, backend: Backend | None) -> "Target":
-        """This target with one of its backends, None for the default. Raises ArtefactError for one it does not have."""
-        if backend is None:
-            return self
-        if backend not in self.backends:
+    @property
+    def fuses_groups(self) -> bool:
+        """Whether layers of one input (q/k/v, gate/up) become one kernel and must share a format."""
+        return find_backend(self.backend).fuses_groups
+
+    def on(self, backend: str | None, version: Version | None = None) -> "Target":
+        """This target with one of its backends, None for the default, in `version` where that is known.
+
+        Raises ArtefactError for a backend that it does not have.
+        """
+        wanted = self.backend if backend is None else backend
+        if wanted not in self.backends:
             choices = " or ".join(self.backends)
-            raise ArtefactError(f"target {self.name} cannot run backend {backend}; choose {choices}")
-        return replace(self, backends=(backend, *(other for other in self.backends if other != backend)))
+            raise ArtefactError(f"target {self.name} cannot run backend {wanted}; choose {choices}")
+        chosen = self.runtimes[self.backends.index(wanted)]
+        others = tuple(runtime for runtime in self.runtimes if runtime is not chosen)
+        return replace(self, runtimes=(replace(chosen, version=version or chosen.version), *others))
 
     def legal(self, kind: LayerKind = "linear") -> tuple[Format, ...]:
         """Every format that a layer of this kind may have, most precise first."""
@@ -71,14 +67,15 @@ class Target:
         return tuple(sorted(formats, key=lambda fmt: fmt.precision, reverse=True))
 
     def _rules(self, kind: LayerKind) -> list[Rule]:
-        return [rule for rule in self.rules if kind in rule.kinds and self.backend in rule.backends]
+        rules = find_backend(self.backend).rules(self.runtimes[0].version)
+        return [rule for rule in rules if kind in rule.kinds]
 
     def why_not(self, fmt: Format, kind: LayerKind = "linear") -> str | None:
         """Why `fmt` cannot be had for a layer of this kind, or None if it can."""
         if fmt in self.legal(kind):
             return None
         bare = f"w{fmt.weight_bits}a{fmt.activation_bits}"
-        reason = dict(self.refused).get(bare)
+        reason = dict(find_backend(self.backend).refused).get(bare)
         if reason is not None:
             return reason
         bits = fmt.weight_bits, fmt.activation_bits
@@ -88,7 +85,8 @@ class Target:
         for other in self.backends[1:]:
             if fmt in self.on(other).legal(kind):
                 return f"{self.backend} has no kernel for {bare} and takes none of ours; build with --backend {other}"
-        return f"no kernel runs {bare} on a {kind} layer"
+        version = ".".join(map(str, self.runtimes[0].version))
+        return f"no kernel runs {bare} on a {kind} layer with {self.backend} {version}"
 
     def nearest(self, fmt: Format, kind: LayerKind = "linear") -> Format:
         """The legal format that loses nothing against `fmt` and costs the least more."""
@@ -110,58 +108,15 @@ def _group_distance(legal: Format, wanted: Format) -> tuple[bool, float]:
     return have > want, have if have > want else -have
 
 
-_SIXTEEN = Rule(16, 16, (ROW,), "bf16 in the file, float32 arithmetic")
-_NO_A4 = ("w4a4", "no kernel multiplies 4-bit activations here")
-
-_CPU = Target(
-    "cpu",
-    "x86-64 or Arm processor, ONNX Runtime",
-    ("onnxruntime",),
-    None,
-    False,
-    (
-        _SIXTEEN,
-        Rule(8, 16, (ROW, 32, 64, 128), "DequantizeLinear at run time, then float32 MatMul"),
-        Rule(4, 16, (16, 32, 64, 128, 256), "MatMulNBits at accuracy level 1: float32 activations"),
-        Rule(4, 16, (ROW,), "DequantizeLinear at run time, then float32 MatMul"),
-        Rule(2, 16, (ROW, 32, 64, 128), "DequantizeLinear at run time, then float32 MatMul"),
-        Rule(8, 8, (ROW,), "MatMulInteger: 8-bit codes per token and per row, int32 sums"),
-        Rule(4, 8, (32, 64, 128), "MatMulNBits at accuracy level 4: int8 activations per token and group"),
-        Rule(2, 8, (32, 64, 128), "MatMulNBits at accuracy level 4: int8 activations per token and group"),
-    ),
-    (_NO_A4, ("w2a4", _NO_A4[1]), ("w3a16", "ONNX has no 3-bit type"), ("w3a8", "ONNX has no 3-bit type")),
-)
-
-_RTX: tuple[Backend, ...] = ("tensorrt_rtx",)
-_PLUGIN: tuple[Backend, ...] = ("tensorrt",)  # TensorRT-RTX imports no Python plugins, nor a compiled kernel
-_BLOCKS = (ROW, 32, 64, 128)
-
-_TENSORRT_RULES = (
-    Rule(16, 16, (ROW,), "float16"),
-    Rule(8, 16, (ROW,), "INT8 weights, one scale per row, float16 MatMul"),
-    Rule(8, 8, (ROW,), "INT8 both; activations with one fixed scale per tensor, from the calibration set"),
-    Rule(4, 16, _BLOCKS, "INT4 weights in blocks, float16 MatMul"),
-    Rule(2, 16, _BLOCKS, "two 2-bit codes to an INT4, split at run time, float16 MatMul", backends=_RTX),
-    Rule(2, 16, _BLOCKS, "plugin of TensorRT 10.9: codes decoded in registers, float16 tensor cores", backends=_PLUGIN),
-    Rule(4, 8, _BLOCKS, "plugin of TensorRT 10.9: activations per token, int8 tensor cores", backends=_PLUGIN),
-)
-_TENSORRT_REFUSED = (
-    ("w4a4", "TensorRT multiplies no 4-bit integers"),
-    ("w2a8", "TensorRT has no such kernel, nor is there a plugin"),
-    ("w3a16", "TensorRT has no 3-bit type"),
-)
-
-
-def _nvidia(name: str, title: str, backends: tuple[Backend, ...], capability: tuple[int, int]) -> Target:
-    return Target(name, title, backends, capability, True, _TENSORRT_RULES, _TENSORRT_REFUSED)
-
-
+_ONNX_RUNTIME = Runtime("onnxruntime", (1, 31))
+_TENSORRT = Runtime("tensorrt", (10, 9))
+_TENSORRT_RTX = Runtime("tensorrt_rtx", (1, 7))
 _ALL = (
-    _CPU,
-    _nvidia("a100", "NVIDIA A100; built anywhere, or on the device", ("tensorrt_rtx", "tensorrt"), (8, 0)),
-    _nvidia("orin", "NVIDIA Jetson AGX Orin; built on the device", ("tensorrt",), (8, 7)),
-    _nvidia("thor", "NVIDIA Jetson AGX Thor; built on the device", ("tensorrt",), (11, 0)),
-    _nvidia("h100", "NVIDIA H100 and H200; built on the device", ("tensorrt",), (9, 0)),
+    Target("cpu", "x86-64 or Arm processor, ONNX Runtime", (_ONNX_RUNTIME,), None),
+    Target("a100", "NVIDIA A100; built anywhere, or on the device", (_TENSORRT_RTX, _TENSORRT), (8, 0)),
+    Target("orin", "NVIDIA Jetson AGX Orin; built on the device", (_TENSORRT,), (8, 7)),
+    Target("thor", "NVIDIA Jetson AGX Thor; built on the device", (_TENSORRT,), (11, 0)),
+    Target("h100", "NVIDIA H100 and H200; built on the device", (_TENSORRT,), (9, 0)),
 )
 TARGETS: dict[str, Target] = {target.name: target for target in _ALL}
 

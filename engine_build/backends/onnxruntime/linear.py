@@ -1,4 +1,4 @@
-"""A linear layer in any format that ONNX Runtime's CPU provider really runs; see the `cpu` table in core.targets.
+"""A linear layer in any format that ONNX Runtime's CPU provider really runs; see core.backends.onnxruntime.
 
 Inside the file weights are packed and scales are float16. Which kernel runs is decided here, by form:
 

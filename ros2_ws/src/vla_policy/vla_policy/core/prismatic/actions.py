@@ -8,28 +8,16 @@ from functools import cached_property
 
 import numpy as np
 
-from vla_policy.core.errors import DataError, EngineError
-from vla_policy.core.policy_config import SPAN_EPSILON, ActionStats, PolicyConfig
+from vla_policy.core.errors import DataError
+from vla_policy.core.observation import finite
+from vla_policy.core.policy_config import SPAN_EPSILON, ActionStats
+from vla_policy.core.prismatic.config import PrismaticConfig
 
 
 def value_to_tokens(values: np.ndarray, token_vocab: int, bins: int) -> np.ndarray:
     """int64 ids of the bins that hold `values` in [-1, 1]; bin 1 is the vocabulary's last id, counting down."""
     edges = np.linspace(-1.0, 1.0, bins)
     return (token_vocab - np.digitize(np.clip(values, -1.0, 1.0), edges)).astype(np.int64)
-
-
-def finite(output: np.ndarray, what: str) -> np.ndarray:
-    """`output` of a policy or engine. Raises EngineError unless every value is finite.
-
-    Without this, argmax over NaN is the NaN's place: a token like any other, and mostly the largest action.
-    """
-    bad = output.size - int(np.isfinite(output).sum())
-    if bad:
-        raise EngineError(
-            f"{what}: {bad} of {output.size} values are not finite; the weights are damaged or the arithmetic "
-            "overflows: check the checkpoint and build the engine again"
-        )
-    return output
 
 
 @dataclass(frozen=True)
@@ -41,7 +29,7 @@ class ActionCodec:
     bins: int
 
     @staticmethod
-    def of(config: PolicyConfig, unnorm_key: str | None = None) -> "ActionCodec":
+    def of(config: PrismaticConfig, unnorm_key: str | None = None) -> "ActionCodec":
         return ActionCodec(config.stats(unnorm_key).action, config.token_vocab, config.n_action_bins)
 
     @property

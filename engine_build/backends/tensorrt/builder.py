@@ -1,8 +1,8 @@
 """Graphs to engines with TensorRT (on the device that runs them) or TensorRT-RTX (ahead of time, without a GPU).
 
 The two modules have one API; where they differ, TensorRT-RTX names the GPU and TensorRT keeps a timing cache. The
-network is strongly typed: precision is what the graph says, and no builder flag changes it. The decoder gets two
-optimisation profiles, prefill and decode step, on one copy of the weights.
+network is strongly typed: precision is what the graph says, and no builder flag changes it. A graph gets an
+optimisation profile for each call that a decision makes of it, on one copy of the weights.
 
 Each graph is built in a process of its own: TensorRT is native code that may crash, and gives its memory back there.
 """
@@ -12,31 +12,24 @@ import multiprocessing
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import onnx
 
-from engine_build.kernels import NAMESPACE
+from engine_build.backends.base import Written
+from engine_build.backends.tensorrt.kernels import NAMESPACE
 from vla_policy.core.errors import ArtefactError
-from vla_policy.core.files import sha256_file
-from vla_policy.core.manifest import TIMING_CACHE, GraphSpec
-from vla_policy.core.policy_config import PolicyConfig
-from vla_policy.core.targets import Backend, Target
+from vla_policy.core.manifest import Manifest
+from vla_policy.core.program import GraphSpec, Range, TensorSpec, profiles
+from vla_policy.core.targets import Target
 
 if TYPE_CHECKING:
     import tensorrt as trt
 
-PROMPT_LIMIT = 128
-"""Longest prompt in ids; with the patches and the action tokens it bounds the key/value cache."""
-
-_PACKAGES = {
-    "tensorrt_rtx": "pip install tensorrt-rtx-cu13==1.7.1.116",
-    "tensorrt": "install TensorRT 10.x on the device (JetPack brings it)",
-}
-_TYPICAL_PROMPT = 30
+TIMING_CACHE = "timing.cache"
 _LOGGED = 5
 
 Shape = tuple[int, ...]
@@ -44,78 +37,77 @@ Profile = dict[str, tuple[Shape, Shape, Shape]]
 
 
 @dataclass(frozen=True)
-class BuiltEngines:
-    """Files written, by graph; the version of the module that wrote them; and sha256 of the timing cache, if any."""
+class Module:
+    """One of the two Python modules.
 
-    files: dict[str, str]
-    version: str
-    timing_cache_sha256: str | None
+    remedy: how to install it. ahead: whether it builds for a GPU that is not here, which must then be named; otherwise
+    it measures kernels on the GPU that is here, and keeps what it saw in a timing cache.
+    """
+
+    name: str
+    remedy: str
+    ahead: bool
+
+    def load(self) -> Any:
+        """The module itself. Raises ArtefactError saying how to install it."""
+        try:
+            module = importlib.import_module(self.name)
+        except ImportError as error:
+            raise ArtefactError(f"backend {self.name} is not installed ({error}); {self.remedy}") from error
+        if not hasattr(module, "Builder"):  # the stubs alone make an empty package
+            raise ArtefactError(f"backend {self.name} is not installed, only its type stubs are; {self.remedy}")
+        return module
 
 
-def load_module(backend: Backend) -> Any:
-    """The Python module of a backend. Raises ArtefactError saying how to install it."""
+def build_engines(module: Module, target: Target, written: Written, replaced: Path) -> dict[str, GraphSpec]:
+    """Builds `<graph>.engine` beside every graph. Raises ArtefactError with TensorRT's own words on failure.
+
+    A timing cache found in the folder `replaced` is used, and the updated one written beside the engines.
+    """
+    folder = written.folder
+    if not module.ahead and (replaced / TIMING_CACHE).is_file():
+        (folder / TIMING_CACHE).write_bytes(_former_timing_cache(replaced))
+    built = {}
+    for name, spec in written.graphs.items():
+        engine = f"{name}.engine"
+        shapes = tuple(call_shapes(name, call, written) for call in profiles(name, written.graphs, written.program))
+        _build_apart(_Job(module, target, folder / spec.file, folder / engine, shapes))
+        built[name] = replace(spec, file=engine)
+    return built
+
+
+def _former_timing_cache(replaced: Path) -> bytes:
+    """Of the engine that is to be replaced. Raises ArtefactError where it is not the one that was built there."""
     try:
-        module = importlib.import_module(backend)
-    except ImportError as error:
-        raise ArtefactError(f"backend {backend} is not installed ({error}); {_PACKAGES[backend]}") from error
-    if not hasattr(module, "Builder"):  # the stubs alone make an empty package
-        raise ArtefactError(f"backend {backend} is not installed, only its type stubs are; {_PACKAGES[backend]}")
-    return module
+        return Manifest.load(replaced).read_file(replaced, TIMING_CACHE)
+    except ArtefactError as error:
+        raise ArtefactError(f"{error}; or delete {TIMING_CACHE} there, to build without it") from error
 
 
-def build_engines(
-    backend: Backend, target: Target, folder: Path, graphs: dict[str, GraphSpec], config: PolicyConfig
-) -> BuiltEngines:
-    """Builds `<graph>.engine` in `folder` for every graph. Raises ArtefactError with TensorRT's own words on failure.
+def call_shapes(graph: str, call: str, written: Written) -> Profile:
+    """Smallest, typical and largest shape of every input whose size varies, for one call of a graph."""
+    sizes = written.program[call].sizes
 
-    With TensorRT a timing cache found as `folder/timing.cache` is used and the updated one written there.
-    """
-    files = {}
-    for name, spec in graphs.items():
-        files[name] = f"{name}.engine"
-        profiles = decoder_profiles(spec, config) if name == "decoder" else []
-        _build_apart(_Job(backend, target, folder / spec.file, folder / files[name], tuple(profiles)))
-    cache = folder / TIMING_CACHE
-    version = load_module(backend).__version__
-    return BuiltEngines(files, version, sha256_file(cache) if cache.is_file() else None)
+    def shape(spec: TensorSpec, bound: Callable[[Range], int]) -> Shape:
+        return tuple(bound(sizes[size]) if isinstance(size, str) else size for size in spec.shape)
 
-
-def decoder_profiles(spec: GraphSpec, config: PolicyConfig) -> list[Profile]:
-    """Smallest, typical and largest shape of each input: first for the prefill, then for a decode step if there is one.
-
-    A step has no patches, but its profile admits one: from 8 heads on, TensorRT-RTX 1.7 crashes where it knows ahead
-    that a tensor is empty.
-    """
-    longest = config.num_patches + PROMPT_LIMIT + max(stats.action.dim for stats in config.norm_stats.values())
-    prefill: Profile = {}
-    step: Profile = {}
-    for tensor in spec.inputs:
-        if tensor.name == "input_ids":
-            prefill[tensor.name] = ((1, 2), (1, _TYPICAL_PROMPT), (1, PROMPT_LIMIT))
-            step[tensor.name] = _fixed((1, 1))
-        elif tensor.name == "patches":
-            hidden = config.text.hidden_size
-            prefill[tensor.name] = _fixed((1, config.num_patches, hidden))
-            step[tensor.name] = ((1, 0, hidden), (1, 0, hidden), (1, 1, hidden))
-        elif tensor.name == "state":
-            prefill[tensor.name] = _fixed((1, config.state_dim))
-        else:
-            heads, width = config.text.num_key_value_heads, config.text.head_dim
-            typical = config.num_patches + _TYPICAL_PROMPT
-            prefill[tensor.name] = _fixed((1, heads, 0, width))
-            step[tensor.name] = ((1, heads, 1, width), (1, heads, typical, width), (1, heads, longest, width))
-    return [prefill] if config.chunk is not None else [prefill, step]
-
-
-def _fixed(shape: Shape) -> tuple[Shape, Shape, Shape]:
-    return shape, shape, shape
+    bounds: tuple[Callable[[Range], int], ...] = (
+        lambda size: size.smallest,
+        lambda size: size.typical,
+        lambda size: size.largest,
+    )
+    return {
+        spec.name: (shape(spec, bounds[0]), shape(spec, bounds[1]), shape(spec, bounds[2]))
+        for spec in written.graphs[graph].inputs
+        if any(isinstance(size, str) for size in spec.shape)
+    }
 
 
 @dataclass(frozen=True)
 class _Job:
     """One graph to build: from `graph`, an ONNX file, to `engine`."""
 
-    backend: Backend
+    module: Module
     target: Target
     graph: Path
     engine: Path
@@ -136,7 +128,8 @@ def _build_apart(job: _Job) -> None:
         code = process.exitcode or 0
         how = signal.strsignal(-code) if code < 0 else f"exit status {code}"
         raise ArtefactError(
-            f"{job.graph.name}: {job.backend} crashed while building ({how}); check free memory, or plan other formats"
+            f"{job.graph.name}: {job.module.name} crashed while building ({how}); check free memory, or plan other "
+            "formats"
         ) from error
     finally:
         process.terminate()
@@ -158,9 +151,9 @@ def _build(job: _Job) -> None:
     if TYPE_CHECKING:
         import tensorrt as module
     else:
-        module = load_module(job.backend)
+        module = job.module.load()
     if any(node.domain == NAMESPACE for node in onnx.load(str(job.graph), load_external_data=False).graph.node):
-        from engine_build.backends import plugins
+        from engine_build.backends.tensorrt import plugins
 
         assert job.target.compute_capability is not None
         plugins.register(job.target.compute_capability)
@@ -177,10 +170,11 @@ def _build(job: _Job) -> None:
             for name, bounds in shapes.items():
                 profile.set_shape(name, *bounds)
             config.add_optimization_profile(profile)
-        if job.backend == "tensorrt_rtx":
+        cache, cache_file = None, job.engine.parent / TIMING_CACHE
+        if job.module.ahead:
             _name_gpu(module, config, job.target)
-        cache_file = job.engine.parent / TIMING_CACHE
-        cache = _timing_cache(config, cache_file) if job.backend == "tensorrt" else None
+        else:
+            cache = _timing_cache(config, cache_file)
         plan = builder.build_serialized_network(network, config)
         if plan is None:
             fail("build failed")
@@ -221,7 +215,7 @@ def _logged(job: _Job) -> Iterator[tuple["trt.ILogger", Callable[[str], NoReturn
     if TYPE_CHECKING:
         import tensorrt as module
     else:
-        module = load_module(job.backend)
+        module = job.module.load()
     errors: list[str] = []
 
     class Logger(module.ILogger):
@@ -233,7 +227,7 @@ def _logged(job: _Job) -> Iterator[tuple["trt.ILogger", Callable[[str], NoReturn
                 errors.append(" ".join(msg.split()))
 
     def fail(what: str) -> NoReturn:
-        where = f"{job.graph}: {job.backend} {module.__version__}"
+        where = f"{job.graph}: {job.module.name} {module.__version__}"
         raise ArtefactError(f"{where}: {what}: {'; '.join(errors[:_LOGGED]) or 'no reason given'}")
 
     yield Logger(), fail

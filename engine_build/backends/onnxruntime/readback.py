@@ -2,29 +2,20 @@
 
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
 from onnx import TensorProto
 
+from engine_build.backends.base import Realised, canonical
 from engine_build.weights import Layer
-from vla_policy.core.backends.onnxruntime import open_session, session_options
+from vla_policy.core.backends.onnxruntime.session import open_session, session_options
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.formats import FULL_PRECISION, Format
 
 _BITS = {TensorProto.INT2: 2, TensorProto.INT4: 4, TensorProto.INT8: 8, TensorProto.UINT8: 8}
 _ITEM_BITS = _BITS | {TensorProto.FLOAT: 32, TensorProto.FLOAT16: 16, TensorProto.BFLOAT16: 16}
 _FLOATS = (TensorProto.FLOAT, TensorProto.BFLOAT16)
-
-
-@dataclass(frozen=True)
-class Realised:
-    """One layer in the optimised graph: its format, what multiplies it, and its bytes once loaded."""
-
-    format: Format
-    arithmetic: str
-    resident_bytes: int
 
 
 class _Optimised:
@@ -76,12 +67,6 @@ def _realised(built: _Optimised, layer: Layer, graph: Path) -> Realised:
 
 def _attributes(node: onnx.NodeProto) -> dict[str, int]:
     return {attribute.name: attribute.i for attribute in node.attribute}
-
-
-def canonical(fmt: Format, inputs: int) -> Format:
-    """`fmt` without its group where one group spans all inputs: the same numbers as one scale per row."""
-    whole = fmt.group_size is not None and fmt.group_size >= inputs
-    return Format(fmt.weight_bits, fmt.activation_bits, None if whole else fmt.group_size)
 
 
 def _fused(built: _Optimised, layer: Layer) -> Realised | None:

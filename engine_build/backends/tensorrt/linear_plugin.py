@@ -9,9 +9,9 @@ packing. Activations are float16.
 
 import functools
 
-from engine_build.graph import linear_tensorrt
+from engine_build.backends.tensorrt import linear as plain
+from engine_build.backends.tensorrt.kernels import NAMESPACE
 from engine_build.graph.builder import GraphBuilder
-from engine_build.kernels import NAMESPACE
 from engine_build.packing import SLAB, pack_runs, pack_scales
 from engine_build.weights import LayerWeights
 from vla_policy.core.formats import Format
@@ -27,11 +27,11 @@ def is_plugin(fmt: Format) -> bool:
 def linear(builder: GraphBuilder, x: str, weights: LayerWeights) -> str:
     """x [1, tokens, in] -> [1, tokens, out], weights in the layer's format, bias added."""
     if not is_plugin(weights.format):
-        return linear_tensorrt.linear(builder, x, weights)
+        return plain.linear(builder, x, weights)
     layer, bits = weights.layer, weights.format.weight_bits
     codes = builder.tensor(f"{layer.name}.codes", pack_runs(weights.codes, bits))
     scales = pack_scales(weights.scales, layer.inputs, weights.format.group_size)
-    pad = functools.partial(linear_tensorrt.padded, builder, x, -layer.inputs % _ALIGNED)
+    pad = functools.partial(plain.padded, builder, x, -layer.inputs % _ALIGNED)
     (x,) = inputs = builder.shared("aligned", x, lambda: [pad()])
     if bits == 4:
         write = functools.partial(_nodes, builder, "quantize_rows", [x], 2, f"{layer.name}.input_codes")
@@ -40,7 +40,7 @@ def linear(builder: GraphBuilder, x: str, weights: LayerWeights) -> str:
     (result,) = _nodes(builder, f"w{bits}a{weights.format.activation_bits}", inputs, 1, layer.name)
     if layer.outputs % SLAB:
         result = builder.slice(result, 0, layer.outputs, 2)
-    return linear_tensorrt.with_bias(builder, result, weights)
+    return plain.with_bias(builder, result, weights)
 
 
 def _nodes(builder: GraphBuilder, op: str, inputs: list[str], count: int, name: str) -> list[str]:

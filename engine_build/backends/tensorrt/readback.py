@@ -17,8 +17,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
+from engine_build.backends.base import Realised, canonical
 from engine_build.packing import pack, transpose, turned, unpack
-from engine_build.readback import Realised, canonical
 from engine_build.weights import Layer
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.formats import FULL_PRECISION, Format

@@ -5,14 +5,18 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from vla_policy.core.actions import value_to_tokens
 from vla_policy.core.errors import ArtefactError, DataError, PolicyError
-from vla_policy.core.policy_config import PolicyConfig
+from vla_policy.core.prismatic.actions import value_to_tokens
+from vla_policy.core.prismatic.config import PrismaticConfig
 
 # Training ended the prompt with this token (29871 in Llama-2's vocabulary); without it the actions degrade.
 _EMPTY = "▁"
 _BOS = "<s>"
 _PROMPT = "In: What action should the robot take to {}?\nOut:"
+
+TOKENIZER = "tokenizer.json"
+TYPICAL_PROMPT, LONGEST_PROMPT = 30, 128
+"""Prompts in ids. With the patches and the action tokens the longest bounds what an engine's key/value cache holds."""
 
 
 class PromptTokenizer:
@@ -21,8 +25,8 @@ class PromptTokenizer:
     Raises ArtefactError for a file that is missing or damaged, PolicyError for a tokenizer that makes other tokens.
     """
 
-    def __init__(self, folder: Path | str, config: PolicyConfig, unnorm_key: str | None = None) -> None:
-        path = Path(folder) / "tokenizer.json"
+    def __init__(self, folder: Path | str, config: PrismaticConfig, unnorm_key: str | None = None) -> None:
+        path = Path(folder) / TOKENIZER
         if not path.is_file():
             raise ArtefactError(f"{path}: no such file; a policy folder needs its tokenizer.json")
         try:
@@ -37,8 +41,8 @@ class PromptTokenizer:
     def encode(self, instruction: str, state: np.ndarray | None = None) -> np.ndarray:
         """int64 [L]: BOS, the sentence, the state's bin tokens, the empty token.
 
-        The patch embeddings belong right after BOS. Raises DataError for an empty instruction or a state that is
-        missing, of another length or not finite.
+        The patch embeddings belong right after BOS. Raises DataError for an instruction that is empty or too long, or a
+        state that is missing, of another length or not finite.
         """
         words = instruction.strip().lower()
         if not words:
@@ -47,6 +51,8 @@ class PromptTokenizer:
         ids = [*ids, *self._state_tokens(state)]
         if ids[-1] != self._empty_id:
             ids.append(self._empty_id)
+        if len(ids) > LONGEST_PROMPT:
+            raise DataError(f"instruction: the prompt has {len(ids)} ids, allowed are {LONGEST_PROMPT}; shorten it")
         return np.asarray(ids, np.int64)
 
     def _state_tokens(self, state: np.ndarray | None) -> list[int]:

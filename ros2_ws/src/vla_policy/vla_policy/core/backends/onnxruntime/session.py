@@ -1,8 +1,9 @@
 """Executes an engine's graphs with ONNX Runtime on the CPU."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -59,8 +60,8 @@ def open_session(path: Path, options: ort.SessionOptions) -> ort.InferenceSessio
         ) from error
 
 
-class OnnxRuntimeBackend:
-    """Two sessions, vision and decoder, on one copy of the weights; the cache stays inside ONNX Runtime."""
+class OnnxRuntimeSession:
+    """A session per graph; what is kept stays an OrtValue."""
 
     def __init__(self, folder: Path, manifest: Manifest, threads: int | None = None) -> None:
         if _minor(manifest.backend_version) != _minor(ort.__version__):
@@ -68,40 +69,21 @@ class OnnxRuntimeBackend:
                 f"{folder}: formats were proven with onnxruntime {manifest.backend_version}, installed is "
                 f"{ort.__version__}; install that version or build the engine again"
             )
-        text = manifest.config.text
-        self._hidden = text.hidden_size
-        self._empty = np.zeros((1, text.num_key_value_heads, 0, text.head_dim), np.float32)
-        self._vision = open_session(folder / manifest.graphs["vision"].file, session_options(threads))
-        self._decoder = open_session(folder / manifest.graphs["decoder"].file, session_options(threads))
-        self._past = [spec.name for spec in manifest.graphs["decoder"].inputs if spec.name.startswith("past_")]
-        self._outputs = [spec.name for spec in manifest.graphs["decoder"].outputs]
-        self._cache: list[ort.OrtValue] = []
-
-    def encode(self, pixel_values: np.ndarray) -> np.ndarray:
-        with _running():
-            patches: np.ndarray = self._vision.run(None, {"pixel_values": pixel_values})[0]
-        return patches
-
-    def prefill(self, input_ids: np.ndarray, patches: np.ndarray, state: np.ndarray | None = None) -> np.ndarray:
-        empty = ort.OrtValue.ortvalue_from_numpy(self._empty)
-        self._cache = [empty] * len(self._past)
-        return self._run(input_ids, patches, state)
-
-    def step(self, token: int) -> np.ndarray:
-        return self._run(np.asarray([[token]], np.int64), np.zeros((1, 0, self._hidden), np.float32))
-
-    def _run(self, input_ids: np.ndarray, patches: np.ndarray, state: np.ndarray | None = None) -> np.ndarray:
-        feeds = {
-            "input_ids": ort.OrtValue.ortvalue_from_numpy(input_ids),
-            "patches": ort.OrtValue.ortvalue_from_numpy(patches),
-            **dict(zip(self._past, self._cache, strict=True)),
+        self._program, self._graphs = manifest.program, manifest.graphs
+        self._sessions = {
+            name: open_session(folder / graph.file, session_options(threads)) for name, graph in self._graphs.items()
         }
-        if state is not None:
-            feeds["state"] = ort.OrtValue.ortvalue_from_numpy(state)
+
+    def run(self, call: str, feeds: Mapping[str, Any], keep: Collection[str]) -> dict[str, Any]:
+        graph = self._program[call].graph
+        values = {
+            name: ort.OrtValue.ortvalue_from_numpy(value) if isinstance(value, np.ndarray) else value
+            for name, value in feeds.items()
+        }
+        names = [spec.name for spec in self._graphs[graph].outputs]
         with _running():
-            result, *self._cache = self._decoder.run_with_ort_values(self._outputs, feeds)
-        values: np.ndarray = result.numpy()[0]
-        return values
+            results = self._sessions[graph].run_with_ort_values(names, values)
+        return {name: value if name in keep else value.numpy() for name, value in zip(names, results, strict=True)}
 
 
 def _minor(version: str) -> tuple[str, ...]:

@@ -1,0 +1,104 @@
+"""What a backend gives the build: how its graphs are written, compiled and read back, and how exactly it computes."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from engine_build.graph.context import LinearWriter
+from engine_build.weights import Layer
+from vla_policy.core.formats import Format
+from vla_policy.core.program import Call, GraphSpec
+from vla_policy.core.targets import Target
+
+ROUNDED_ACTIVATIONS_TOLERANCE = 0.15
+"""A code on the other side of .5 moves an activation by 1/127 of its token's peak, and such differences add up."""
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """How the one exporter writes for a backend: activation type, operator set, and the form of a linear layer."""
+
+    float_type: int
+    opset: int
+    linear: LinearWriter
+
+
+@dataclass(frozen=True)
+class Realised:
+    """One layer in what runs: its format, what multiplies it, and its bytes once loaded."""
+
+    format: Format
+    arithmetic: str
+    resident_bytes: int
+
+
+@dataclass(frozen=True)
+class Written:
+    """A policy's graphs as the exporter wrote them into `folder`, and the calls that a decision makes of them.
+
+    holders: which graph holds each layer.
+    """
+
+    folder: Path
+    graphs: Mapping[str, GraphSpec]
+    program: Mapping[str, Call]
+    holders: Mapping[str, str]
+
+
+def canonical(fmt: Format, inputs: int) -> Format:
+    """The format itself, or per row where one group holds all inputs: the two are the same bytes."""
+    whole = fmt.group_size is not None and fmt.group_size >= inputs
+    return Format(fmt.weight_bits, fmt.activation_bits, None if whole else fmt.group_size)
+
+
+class Backend(Protocol):
+    """What builds engines; its folder exports it as `BACKEND`.
+
+    dialect: how graphs are written. compiles: whether engines hold something else than the written graphs, which only
+    their target runs.
+    """
+
+    @property
+    def dialect(self) -> Dialect: ...
+
+    @property
+    def compiles(self) -> bool: ...
+
+    def version(self) -> str:
+        """Of what is installed here. Raises ArtefactError saying how to install it."""
+        ...
+
+    def compile(self, written: Written, target: Target, replaced: Path) -> dict[str, GraphSpec]:
+        """The graphs as the engine shall hold them, in the same folder; raises ArtefactError on failure.
+
+        replaced: the folder of the engine that this one replaces, if there is one.
+        """
+        ...
+
+    def read_back(
+        self, written: Path, built: Path, layers: Mapping[str, Layer], planned: Mapping[str, Format]
+    ) -> dict[str, Realised]:
+        """What each of a graph's layers became. Raises ArtefactError for one that cannot be found.
+
+        written: the graph as exported. built: what runs; the same file unless the backend compiles.
+        """
+        ...
+
+    def filling(self, fmt: Format) -> tuple[int, int]:
+        """Outputs and inputs to whose multiples a layer's codes are filled up."""
+        ...
+
+    def tolerance(self, fmt: Format) -> float:
+        """What a layer of this format may add to the difference from torch, in standard deviations of the scores."""
+        ...
+
+    def needs_input_range(self, fmt: Format) -> bool:
+        """Whether activations are rounded with a scale that must be known when the engine is built."""
+        ...
+
+    def open_layer(self, graph: Path, threads: int) -> Callable[[Mapping[str, np.ndarray]], object]:
+        """Runs a graph of one layer, to measure it. Raises ArtefactError where that cannot be done here."""
+        ...

@@ -1,0 +1,55 @@
+"""ONNX Runtime: runs the graphs as they are written; what they became is read after its optimisations."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+from onnx import TensorProto
+
+from engine_build.backends.base import ROUNDED_ACTIVATIONS_TOLERANCE, Dialect, Realised, Written
+from engine_build.backends.onnxruntime.linear import linear
+from engine_build.backends.onnxruntime.readback import read_back
+from engine_build.graph.builder import OPSET
+from engine_build.weights import Layer
+from vla_policy.core.backends.onnxruntime.session import open_session, session_options
+from vla_policy.core.formats import Format
+from vla_policy.core.program import GraphSpec
+from vla_policy.core.targets import Target
+
+EXACT_TOLERANCE = 1e-4
+
+
+class OnnxRuntime:
+    """See the protocol."""
+
+    dialect = Dialect(TensorProto.FLOAT, OPSET, linear)
+    compiles = False
+
+    def version(self) -> str:
+        return str(onnxruntime.__version__)
+
+    def compile(self, written: Written, target: Target, replaced: Path) -> dict[str, GraphSpec]:
+        return dict(written.graphs)
+
+    def read_back(
+        self, written: Path, built: Path, layers: Mapping[str, Layer], planned: Mapping[str, Format]
+    ) -> dict[str, Realised]:
+        return read_back(built, layers)
+
+    def filling(self, fmt: Format) -> tuple[int, int]:
+        return 1, fmt.group_size or 1
+
+    def tolerance(self, fmt: Format) -> float:
+        return ROUNDED_ACTIVATIONS_TOLERANCE if fmt.activation_bits < 16 else EXACT_TOLERANCE
+
+    def needs_input_range(self, fmt: Format) -> bool:
+        """Never: scales of activations are found per token while it runs."""
+        return False
+
+    def open_layer(self, graph: Path, threads: int) -> Callable[[Mapping[str, np.ndarray]], object]:
+        session = open_session(graph, session_options(threads))
+        return lambda feeds: session.run(None, dict(feeds))
+
+
+BACKEND = OnnxRuntime()

@@ -1,0 +1,126 @@
+"""A Llama decoder's pieces: embedding, rotary positions, norms and blocks, with or without a key/value cache."""
+
+import numpy as np
+import torch
+from onnx import TensorProto
+
+from engine_build.graph.context import GraphContext
+from vla_policy.core.prismatic.config import TextSpec
+from vla_policy.core.program import TensorSpec
+
+LAST = np.iinfo(np.int64).max
+"""As the end of a slice: up to what is there."""
+
+
+def cache_names(text: TextSpec, state: str) -> list[str]:
+    """The cache's tensors; `state` is `past` for the inputs, `present` for the outputs."""
+    return [f"{state}_{part}_{index}" for index in range(text.num_hidden_layers) for part in ("key", "value")]
+
+
+def cache_specs(graph: GraphContext, text: TextSpec, state: str, length: str) -> list[TensorSpec]:
+    """The cache's tensors as inputs or outputs; `length` names their free dimension."""
+    shape, dtype = (1, text.num_key_value_heads, length, text.head_dim), graph.builder.float_dtype.__name__
+    return [TensorSpec(name, dtype, shape, "cached keys or values of a layer") for name in cache_names(text, state)]
+
+
+def words(graph: GraphContext, ids: str) -> str:
+    """Embeddings [1, L, hidden] of ids [1, L]."""
+    b = graph.builder
+    table = graph.tensors.tensor("language_model.model.embed_tokens.weight").to(torch.bfloat16)
+    content = table.contiguous().view(torch.uint8).numpy().tobytes()
+    name = b.raw("language_model.model.embed_tokens.weight", TensorProto.BFLOAT16, tuple(table.shape), content)
+    return b.cast(b.node("Gather", [name, ids], axis=0), b.float_type)
+
+
+def positions(graph: GraphContext, x: str) -> tuple[str, str]:
+    """int64 [T], places of this call's inputs in the whole sequence, and the sequence's length after this call."""
+    b = graph.builder
+    past = b.node("Squeeze", [b.node("Shape", ["past_key_0"], start=2, end=3), b.ints(0)])
+    count = b.node("Squeeze", [b.node("Shape", [x], start=1, end=2), b.ints(0)])
+    total = b.add(past, count)
+    return b.node("Range", [past, total, b.constant(1, np.int64)]), total
+
+
+def rotary(graph: GraphContext, positions: str, text: TextSpec) -> tuple[str, str]:
+    """Cosine and sine [T, head_dim] of the rotary embedding; computed in float32 whatever the activations are."""
+    b = graph.builder
+    exponents = np.arange(0, text.head_dim, 2, dtype=np.float32) / np.float32(text.head_dim)
+    frequencies = (1.0 / np.power(np.float32(text.rope_theta), exponents)).astype(np.float32)
+    column = b.node("Unsqueeze", [b.cast(positions, TensorProto.FLOAT), b.ints(1)])
+    angles = b.mul(column, b.constant(frequencies[None], np.float32))
+    both = b.concat([angles, angles], axis=1)
+    cosine, sine = b.node("Cos", [both]), b.node("Sin", [both])
+    if b.float_type != TensorProto.FLOAT:
+        cosine, sine = b.cast(cosine, b.float_type), b.cast(sine, b.float_type)
+    return cosine, sine
+
+
+def causal_mask(graph: GraphContext, positions: str, total: str) -> str:
+    """[T, total]: zero where a key may be seen, the lowest number elsewhere."""
+    b = graph.builder
+    keys = b.node("Range", [b.constant(0, np.int64), total, b.constant(1, np.int64)])
+    seen = b.node("LessOrEqual", [keys, b.node("Unsqueeze", [positions, b.ints(1)])])
+    return b.node("Where", [seen, b.scalar(0.0), b.scalar(float(np.finfo(b.float_dtype).min))])
+
+
+def rms_norm(graph: GraphContext, x: str, name: str, eps: float) -> str:
+    """x / sqrt(mean(x^2) + eps) * weight, in float32: squares of float16 activations would overflow."""
+    b = graph.builder
+    wide = b.cast(x, TensorProto.FLOAT) if b.float_type != TensorProto.FLOAT else x
+    mean = b.node("ReduceMean", [b.mul(wide, wide), b.ints(-1)], keepdims=1)
+    normalised = b.node("Div", [wide, b.node("Sqrt", [b.add(mean, b.constant(eps, np.float32))])])
+    scaled = b.mul(normalised, graph.parameter(name, np.float32))
+    return b.cast(scaled, b.float_type) if b.float_type != TensorProto.FLOAT else scaled
+
+
+def block(graph: GraphContext, x: str, rotation: tuple[str, str], mask: str | None, text: TextSpec, index: int) -> str:
+    """One block. mask: of a pass that reads and extends the cache; None where every position sees every other."""
+    b, name = graph.builder, f"language_model.model.layers.{index}"
+    attended = _attention(graph, rms_norm(graph, x, f"{name}.input_layernorm.weight", text.rms_norm_eps),
+                          rotation, mask, text, index)  # fmt: skip
+    x = b.add(x, attended)
+    normalised = rms_norm(graph, x, f"{name}.post_attention_layernorm.weight", text.rms_norm_eps)
+    gate = graph.linear(normalised, f"{name}.mlp.gate_proj")
+    gated = b.mul(b.mul(gate, b.node("Sigmoid", [gate])), graph.linear(normalised, f"{name}.mlp.up_proj"))
+    return b.add(x, graph.linear(gated, f"{name}.mlp.down_proj"))
+
+
+def _attention(
+    graph: GraphContext, x: str, rotation: tuple[str, str], mask: str | None, text: TextSpec, index: int
+) -> str:
+    b, name = graph.builder, f"language_model.model.layers.{index}.self_attn"
+    query = _rotate(graph, _heads(graph, x, f"{name}.q_proj", text.num_attention_heads, text), rotation)
+    key = _rotate(graph, _heads(graph, x, f"{name}.k_proj", text.num_key_value_heads, text), rotation)
+    value = _heads(graph, x, f"{name}.v_proj", text.num_key_value_heads, text)
+    if mask is not None:
+        key = b.concat([f"past_key_{index}", key], axis=2, name=f"present_key_{index}")
+        value = b.concat([f"past_value_{index}", value], axis=2, name=f"present_value_{index}")
+    key, value = _shared(graph, key, text), _shared(graph, value, text)
+    scores = b.matmul(b.mul(query, b.scalar(text.head_dim**-0.5)), b.transpose(key, 0, 1, 3, 2))
+    if mask is not None:
+        scores = b.add(scores, mask)
+    mixed = b.transpose(b.matmul(b.node("Softmax", [scores], axis=-1), value), 0, 2, 1, 3)
+    return graph.linear(b.reshape(mixed, 1, -1, text.num_attention_heads * text.head_dim), f"{name}.o_proj")
+
+
+def _heads(graph: GraphContext, x: str, name: str, heads: int, text: TextSpec) -> str:
+    b = graph.builder
+    return b.transpose(b.reshape(graph.linear(x, name), 1, -1, heads, text.head_dim), 0, 2, 1, 3)
+
+
+def _shared(graph: GraphContext, x: str, text: TextSpec) -> str:
+    """Repeats key/value heads [1, kv, T, d] for the query heads that share them."""
+    repeats = text.num_attention_heads // text.num_key_value_heads
+    if repeats == 1:
+        return x
+    b = graph.builder
+    tiled = b.node("Tile", [b.node("Unsqueeze", [x, b.ints(2)]), b.ints(1, 1, repeats, 1, 1)])
+    return b.reshape(tiled, 1, text.num_attention_heads, -1, text.head_dim)
+
+
+def _rotate(graph: GraphContext, x: str, rotation: tuple[str, str]) -> str:
+    """Rotary position embedding of [1, heads, T, d]: x cos + (-x2, x1) sin, halves as in Llama."""
+    b = graph.builder
+    first, second = b.nodes("Split", [x], 2, axis=-1, num_outputs=2)
+    turned = b.concat([b.node("Neg", [second]), first], axis=-1)
+    return b.add(b.mul(x, rotation[0]), b.mul(turned, rotation[1]))

@@ -1,0 +1,68 @@
+"""What a backend gives a robot, and the rules that say which number formats it runs."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+from vla_policy.core.formats import Format
+from vla_policy.core.manifest import Manifest
+from vla_policy.core.program import Session
+
+LayerKind = Literal["linear", "patch_embed", "head"]
+_ALL_KINDS: tuple[LayerKind, ...] = ("linear", "patch_embed", "head")
+ROW: None = None
+"""In a rule's groups: one scale per output channel."""
+
+Version = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One format that a backend runs: by which kernel, for which group sizes and layer kinds."""
+
+    weight_bits: int
+    activation_bits: int
+    groups: tuple[int | None, ...]
+    kernel: str
+    kinds: tuple[LayerKind, ...] = _ALL_KINDS
+
+    def formats(self) -> tuple[Format, ...]:
+        return tuple(Format(self.weight_bits, self.activation_bits, group) for group in self.groups)
+
+
+class Backend(Protocol):
+    """What runs engines; its folder exports it as `BACKEND`.
+
+    fuses_groups: whether layers of one input (q/k/v, gate/up) become one kernel and must share a format.
+    refused: formats, without group, that people ask for and no version has, with the reason.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def fuses_groups(self) -> bool: ...
+
+    @property
+    def refused(self) -> tuple[tuple[str, str], ...]: ...
+
+    def rules(self, version: Version) -> tuple[Rule, ...]:
+        """The formats that this version runs. A rule names a kernel that exists, not a wish."""
+        ...
+
+    def files_named_in(self, graph: Path) -> set[str]:
+        """The further files that are read when a graph's file is opened. Raises ArtefactError if it is damaged."""
+        ...
+
+    def open_session(self, folder: Path, manifest: Manifest, threads: int | None) -> Session:
+        """The engine in `folder`, ready to run. threads: of the CPU; None leaves the number to the backend.
+
+        Raises ArtefactError for an engine of another version or machine, and for what is not installed.
+        """
+        ...
+
+
+def parse_version(text: str) -> Version:
+    """The leading numbers of e.g. `10.13.0` or `1.31.1+cpu`."""
+    return tuple(int(number) for number in re.findall(r"\d+", re.split(r"[^\d.]", text)[0]))

@@ -1,0 +1,111 @@
+"""OpenVLA: action tokens one after the other, each with its own pass over the decoder and its key/value cache."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vla_policy.core.errors import PolicyError
+from vla_policy.core.observation import Decision, Observation
+from vla_policy.core.policy_config import normalization_of
+from vla_policy.core.prismatic.actions import ActionCodec
+from vla_policy.core.prismatic.config import PrismaticConfig, check_preprocessor
+from vla_policy.core.prismatic.describe import describe
+from vla_policy.core.prismatic.pixels import pixel_values
+from vla_policy.core.prismatic.prompt import TOKENIZER, PromptTokenizer
+from vla_policy.core.program import Program
+
+_OFT_KEYS = ("num_actions_chunk", "use_proprio")
+
+
+class _Decoding:
+    """The passes of one decision. logits: float32 [vocab], of the token that follows all that was read."""
+
+    def __init__(self, program: Program, inputs: Mapping[str, np.ndarray]) -> None:
+        self._program = program
+        _, patches = program.run("vision", {"pixel_values": inputs["pixel_values"]})
+        self._read("prefill", {"input_ids": inputs["input_ids"], **patches})
+
+    def append(self, token: int) -> None:
+        """Reads one more token."""
+        self._read("step", {"input_ids": np.asarray([[token]], np.int64), **self._cache})
+
+    def _read(self, call: str, feeds: Mapping[str, Any]) -> None:
+        values, self._cache = self._program.run(call, feeds)
+        self.logits: np.ndarray = values["logits"][0]
+
+
+class OpenVlaPolicy:
+    """Decides with the calls `vision`, `prefill` and, for each token after the first, `step`."""
+
+    scored = "logits"
+
+    def __init__(self, config: PrismaticConfig, folder: Path, unnorm_key: str | None) -> None:
+        self._config = config
+        self._prompt = PromptTokenizer(folder, config, unnorm_key)
+        self.codec = ActionCodec.of(config, unnorm_key)
+
+    def inputs(self, observation: Observation) -> dict[str, np.ndarray]:
+        """`pixel_values` [1, 6 N, S, S] and `input_ids` [1, L]."""
+        return {
+            "pixel_values": pixel_values(observation.images, self._config)[None],
+            "input_ids": self._prompt.encode(observation.instruction, observation.state)[None],
+        }
+
+    def decide(self, program: Program, inputs: Mapping[str, np.ndarray]) -> Decision:
+        """Restricted to the action tokens: no trained policy chooses others, and a damaged one must not."""
+        decoding = _Decoding(program, inputs)
+        tokens = [self.codec.choose(decoding.logits)]
+        while len(tokens) < self.codec.dim:
+            decoding.append(tokens[-1])
+            tokens.append(self.codec.choose(decoding.logits))
+        chosen = np.asarray(tokens, np.int64)
+        return Decision(chosen, self.codec.tokens_to_action(chosen))
+
+    def scores(self, program: Program, inputs: Mapping[str, np.ndarray], decided: Decision) -> np.ndarray:
+        """float32 [K, bins]: the action tokens' logits along the K tokens that were decided."""
+        return self.codec.scores(self.logits(program, inputs, decided.tokens))
+
+    def logits(self, program: Program, inputs: Mapping[str, np.ndarray], tokens: np.ndarray) -> np.ndarray:
+        """float32 [K, vocab] at the positions that predict `tokens` [K], which are read one after the other."""
+        decoding = _Decoding(program, inputs)
+        rows = [decoding.logits]
+        for token in tokens[:-1]:
+            decoding.append(int(token))
+            rows.append(decoding.logits)
+        return np.stack(rows)
+
+
+class OpenVla:
+    """The family."""
+
+    files = (TOKENIZER,)
+
+    def config(self, raw: dict[str, Any], source: str) -> PrismaticConfig:
+        """See the protocol. An OpenVLA-OFT policy under this name is refused: it would be half understood."""
+        for key in _OFT_KEYS:
+            if raw.get(key):
+                raise PolicyError(
+                    f"{source}: {key} belongs to model_type 'openvla_oft', this is 'openvla'; import the OpenVLA-OFT "
+                    "checkpoint again"
+                )
+        return PrismaticConfig.parsed(raw, source, normalization_of(raw, "bounds_q99", source))
+
+    def check_folder(self, config: PrismaticConfig, folder: Path) -> None:
+        check_preprocessor(config, folder)
+
+    def policy(self, config: PrismaticConfig, folder: Path, unnorm_key: str | None) -> OpenVlaPolicy:
+        return OpenVlaPolicy(config, folder, unnorm_key)
+
+    def description(self, config: PrismaticConfig) -> dict[str, Any]:
+        tokens = {
+            "bins": config.n_action_bins,
+            "first_token": config.token_vocab - config.n_action_bins,
+            "last_token": config.token_vocab - 1,
+            "un_normalise": "0.5 (x + 1)(high - low) + low where mask, x elsewhere",
+        }
+        return describe(config, {}, tokens)
+
+
+FAMILY = OpenVla()
