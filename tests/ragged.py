@@ -88,6 +88,9 @@ def write_policy(folder: Path, seed: int = 0, images: int = 1) -> Path:
         values = torch.randn(tensor.shape, generator=generator) / fan_in**0.5
         if tensor.dim() == 1 and not name.endswith("bias"):
             values = 1 + 0.1 * values
+        if name.endswith("lm_head.weight"):  # a trained policy answers with action tokens, never with words
+            values[: TOKEN_VOCAB - policy.config.n_action_bins] = 0.0
+            values[TOKEN_VOCAB:] = 0.0
         tensor.copy_(values)
     tokenizer = folder.with_suffix(".tokenizer.json")
     tokenizer.parent.mkdir(parents=True, exist_ok=True)

@@ -65,6 +65,10 @@ def tiny_policy_folder(folder: Path, seed: int = 0, images: int = 1, chunk: int 
             if parameter.ndim > 1:
                 fan_in = parameter[0].numel() if "embed" not in name and "token" not in name else 4
                 parameter.normal_(std=fan_in**-0.5)
+            if name.endswith("lm_head.weight"):
+                # A trained policy answers with action tokens, never with words.
+                parameter[: vocab - config.n_action_bins] = 0.0
+                parameter[vocab:] = 0.0
     save_policy(policy, folder, tokenizer)
     tokenizer.unlink()
     return folder

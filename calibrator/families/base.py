@@ -18,6 +18,7 @@ from vla_policy.core.observation import Decision
 from vla_policy.core.policy_config import PolicyConfig
 
 _FAMILIES = "calibrator.families"
+_FEW = 0.1
 
 
 class Decisions(Protocol):
@@ -47,6 +48,10 @@ class Decisions(Protocol):
         """float32 [B, rows, values]: the part of `output` that decides, which engines are compared with."""
         ...
 
+    def strays(self, output: Tensor) -> Tensor:
+        """bool [B]: whether the policy would rather answer something that is no action of this family."""
+        ...
+
     def decision(self, decided: np.ndarray) -> Decision:
         """What [D] means for the robot."""
         ...
@@ -64,6 +69,19 @@ class Family:
     build: Callable[[Any], Policy]
     dead_tensors: Callable[[Any], dict[str, tuple[int, ...]]]
     decisions: Callable[[Any, str | None], Decisions]
+
+
+def check_strays(strays: int, states: int, source: str) -> None:
+    """Raises PolicyError where a policy would rather answer no action in more than a few of so many states.
+
+    A trained policy does so in none that is like those it was trained on, one whose tokens have another meaning in all.
+    A tenth of the states is allowed, and a single one.
+    """
+    if strays > max(1, _FEW * states):
+        raise PolicyError(
+            f"{source}: in {strays} of {states} states the policy prefers a token that is no action; its tokens have "
+            "another meaning (UniVLA's latent actions?), or the states are of another kind than it was trained on"
+        )
 
 
 def find_family(config: PolicyConfig) -> Family:

@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from calibrator.data.calibration import CalibrationSet
-from calibrator.families import Inputs, Policy, find_family
+from calibrator.families import Inputs, Policy, check_strays, find_family
 from calibrator.modules.chain import Chain
 from calibrator.sensitivity.passes import Batch, Trunk
 from vla_policy.core.policy_config import PolicyConfig
@@ -77,18 +77,24 @@ class States:
 
 
 def reference(policy: Policy, states: States, chain: Chain) -> Reference:
-    """y* of Eq. (2) and the mean per channel of Eq. (3), by one greedy decision and one pass per state."""
+    """y* of Eq. (2) and the mean per channel of Eq. (3), by one greedy decision and one pass per state.
+
+    Raises PolicyError where the policy's answers are not its family's actions.
+    """
     decided: dict[int, np.ndarray] = {}
     sums: dict[str, Tensor] = {}
     counts: Counter[str] = Counter()
+    strays = 0
     for samples in states.split(range(len(states))):
         inputs = states.inputs(policy, samples)
         chosen = policy.decide(inputs, states.decisions.size)
         decided |= zip(samples, chosen.cpu().numpy(), strict=True)
         trunk = Trunk(chain, Batch(samples, inputs, chosen, states.decisions), differentiable=False)
+        strays += int(states.decisions.strays(trunk.values[chain.output]).sum())
         for name, value in chain.boundaries.items():
             hidden = trunk.values[value].double().flatten(0, 1)
             sums[name] = sums.get(name, 0) + hidden.sum(0)
             counts[name] += len(hidden)
+    check_strays(strays, len(states), "calibration set")
     rows = np.stack([decided[index] for index in range(len(states))])
     return Reference(rows, {name: (sums[name] / counts[name]).float().cpu().numpy() for name in chain.boundaries})

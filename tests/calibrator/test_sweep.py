@@ -1,15 +1,18 @@
 """The sweep against an independent recomputation, and the identities that its shortcuts rest on."""
 
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from choices import CHOICES, W2, W4, W8
 from naive import naive_losses
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from calibrator.families import live_units
+from calibrator.families import check_strays, live_units
 from calibrator.families.openvla import OpenVLA, TokenDecisions
 from calibrator.modules.prismatic import Prismatic
 from calibrator.quantizers import parse_choice, quantized
@@ -18,6 +21,7 @@ from calibrator.sensitivity.passes import Signals, Trunk, signals
 from calibrator.sensitivity.sweep import Sweep, SweepSettings, SweepSpec
 from vla_policy.core.errors import DataError, PolicyError
 from vla_policy.core.formats import FULL, Choice
+from vla_policy.core.policy_config import PolicyConfig
 
 UNITS = (
     "vision_backbone.featurizer.patch_embed.proj",
@@ -243,3 +247,24 @@ def test_macs_count_the_tokens_that_pass(sweep: Sweep) -> None:
     assert tokens["projector.fc1"] == 4
     assert tokens["language_model.model.layers.0.mlp.up_proj"] == 4 + 10 + 2
     assert tokens["language_model.lm_head"] == 3
+
+
+def test_a_policy_whose_tokens_have_another_meaning_is_refused(spec: SweepSpec, tmp_path: Path) -> None:
+    """UniVLA's latent actions are ids behind OpenVLA's; decoded as OpenVLA's they would be motion at random."""
+    policy = tmp_path / "policy"
+    shutil.copytree(spec.policy, policy)
+    tensors = load_file(policy / "model.safetensors")
+    config = PolicyConfig.load(policy)
+    head = tensors["language_model.lm_head.weight"]
+    latent = slice(config.token_vocab, config.token_vocab + 32)
+    head[latent] = 3 * torch.randn(head[latent].shape, generator=torch.Generator().manual_seed(0)).to(head.dtype)
+    save_file(tensors, policy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(PolicyError, match=r"in 8 of 8 states the policy prefers a token that is no action"):
+        replace(spec, policy=str(policy)).open()
+
+
+def test_a_stray_state_is_no_other_policy() -> None:
+    check_strays(1, 8, "set")
+    check_strays(3, 30, "set")
+    with pytest.raises(PolicyError, match="in 4 of 30 states"):
+        check_strays(4, 30, "set")

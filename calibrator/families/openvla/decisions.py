@@ -45,6 +45,11 @@ class TokenDecisions:
         """The action tokens' logits, [B, K, bins]."""
         return self._bins(output)
 
+    def strays(self, output: Tensor) -> Tensor:
+        """Where one of the K tokens, chosen freely from the vocabulary, would be no action token."""
+        free = output.argmax(-1)
+        return ((free < self.codec.first_token) | (free > self.codec.last_token)).any(-1)
+
     def decision(self, decided: np.ndarray) -> Decision:
         return Decision(decided, self.codec.tokens_to_action(decided))
 

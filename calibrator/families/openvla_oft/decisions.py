@@ -69,6 +69,10 @@ class ChunkDecisions:
         """The normalised actions, [B, H, K]."""
         return output.unflatten(1, (self.codec.chunk, -1))
 
+    def strays(self, output: Tensor) -> Tensor:
+        """Nowhere: the head gives nothing but actions."""
+        return torch.zeros(len(output), dtype=torch.bool)
+
     def decision(self, decided: np.ndarray) -> Decision:
         """Actions [H, K]; there are no tokens."""
         return Decision(np.zeros(0, np.int64), self.codec.to_actions(decided))
