@@ -25,7 +25,6 @@ def tiny_config(vocab: int, images: int = 1, chunk: int | None = None) -> dict[s
     if chunk is not None:
         oft = {"model_type": "openvla_oft", "num_actions_chunk": chunk, "use_proprio": True, "state_in_prompt": False}
         oft["action_proprio_normalization_type"] = "bounds_q99"
-        oft["model_type"] = "openvla_oft"
     action = {"q01": [-1.0, -0.5, -1.0], "q99": [1.0, 0.5, 1.0], "mask": [True, True, False]}
     return {
         "model_type": "openvla",

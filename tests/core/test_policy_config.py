@@ -107,6 +107,21 @@ def test_a_value_that_changes_the_arithmetic_is_refused_by_name(key: str, value:
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (published(model_type="pi0"), "model_type is 'pi0', expected one of: openvla, openvla_oft"),
+        (published(model_type=["openvla"]), r"model_type is \['openvla'\], expected one of"),
+        (published(num_actions_chunk=8), "num_actions_chunk belongs to model_type 'openvla_oft', .* again"),
+        (published(use_proprio=True), "use_proprio belongs to model_type 'openvla_oft', this is 'openvla'; import"),
+        (published(model_type="openvla_oft"), "num_actions_chunk is missing; import the OpenVLA-OFT checkpoint again"),
+    ],
+)
+def test_a_configuration_belongs_to_one_known_family(raw: dict[str, Any], message: str) -> None:
+    with pytest.raises(PolicyError, match=f"config.json: {message}"):
+        parse(raw)
+
+
 def test_heads_must_divide_the_width() -> None:
     with pytest.raises(PolicyError, match="hidden_size 256, num_attention_heads 3 and num_key_value_heads 3 do not"):
         parse(published(text_config={"num_attention_heads": 3, "num_key_value_heads": 3}))

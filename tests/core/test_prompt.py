@@ -13,7 +13,7 @@ from demo.tokenizer import ACTION_BINS, save_tokenizer
 from vla_policy.core.errors import ArtefactError, DataError, PolicyError
 from vla_policy.core.policy_config import PolicyConfig
 from vla_policy.core.prismatic.actions import ActionCodec
-from vla_policy.core.prismatic.prompt import PromptTokenizer
+from vla_policy.core.prismatic.prompt import LONGEST_PROMPT, PromptTokenizer
 
 STATE = np.array([0.25, 0.05], np.float32)
 
@@ -65,6 +65,15 @@ def test_a_policy_without_state_ignores_it(folder: Path) -> None:
     raw_config = tiny_config(768) | {"state_in_prompt": False}
     tokenizer = PromptTokenizer(folder, PolicyConfig.from_dict(raw_config, "config.json"))
     np.testing.assert_array_equal(tokenizer.encode("open the drawer"), tokenizer.encode("open the drawer", STATE))
+
+
+def test_a_prompt_longer_than_an_engine_reads_is_refused(folder: Path) -> None:
+    tokenizer = PromptTokenizer(folder, PolicyConfig.load(folder))
+    lengths = []
+    with pytest.raises(DataError, match=r"the prompt has \d+ ids, allowed are 128; shorten it"):
+        for words in range(1, LONGEST_PROMPT):
+            lengths.append(len(tokenizer.encode("x " * words, STATE)))
+    assert LONGEST_PROMPT - 2 <= max(lengths) <= LONGEST_PROMPT
 
 
 @pytest.mark.parametrize("state", [None, np.zeros(3, np.float32), np.array([0.0, np.inf], np.float32)])

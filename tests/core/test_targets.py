@@ -2,6 +2,8 @@
 
 import pytest
 
+from vla_policy.core.backends import backend_names, find_backend
+from vla_policy.core.backends.base import parse_version
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.formats import Format
 from vla_policy.core.targets import TARGETS, find_target
@@ -28,6 +30,28 @@ def test_reasons_say_what_is_lacking() -> None:
 )
 def test_nearest_loses_nothing_and_costs_least(wanted: str, nearest: str) -> None:
     assert str(find_target("cpu").nearest(Format.parse(wanted))) == nearest
+
+
+def test_formats_are_those_of_the_version_that_is_there() -> None:
+    """JetPack 6 stays on TensorRT 10.3, which embeds no compiled kernels."""
+    orin = find_target("orin")
+    older = orin.on("tensorrt", (10, 3))
+    assert orin.why_not(Format(2, 16, 64)) is None and older.why_not(Format(4, 16, 64)) is None
+    assert older.why_not(Format(2, 16, 64)) == "no kernel runs w2a16 on a linear layer with tensorrt 10.3"
+    assert older.nearest(Format(2, 16, 64)) == Format(4, 16, 64)
+
+
+@pytest.mark.parametrize(
+    ("text", "version"), [("10.13.0", (10, 13, 0)), ("1.31.1+cpu", (1, 31, 1)), ("10.9.0.34rc1", (10, 9, 0, 34))]
+)
+def test_versions_are_their_leading_numbers(text: str, version: tuple[int, ...]) -> None:
+    assert parse_version(text) == version
+
+
+def test_backends_are_found_by_name() -> None:
+    assert all(find_backend(name).name == name for name in backend_names())
+    with pytest.raises(ArtefactError, match="backend 'abacus' is unknown; choose one of: onnxruntime, tensorrt, tens"):
+        find_backend("abacus")
 
 
 def test_unknown_targets_are_named() -> None:
