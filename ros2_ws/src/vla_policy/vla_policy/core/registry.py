@@ -3,6 +3,7 @@
 Adding one adds a folder; no list names it.
 """
 
+import functools
 import importlib
 import pkgutil
 from typing import Any
@@ -10,7 +11,11 @@ from typing import Any
 
 def names(package: str) -> tuple[str, ...]:
     """The folders inside a package, sorted. A folder appended to the package's `__path__` adds its own."""
-    path = importlib.import_module(package).__path__
+    return _folders(tuple(importlib.import_module(package).__path__))
+
+
+@functools.cache
+def _folders(path: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(sorted(found.name for found in pkgutil.iter_modules(path) if found.ispkg))
 
 
