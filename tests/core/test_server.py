@@ -124,7 +124,10 @@ def test_motion_holds_when_each_thing_is_missing(bench: Bench) -> None:
 
 def test_a_chunk_runs_out(bench: Bench) -> None:
     bench.moving()
-    bench.now_ns += 301 * 10**6  # four control steps and the grace
+    for _ in range(5):  # three further control steps, and two of grace
+        bench.now_ns += 50 * 10**6
+        assert bench.server.tick().reasons == ()
+    bench.now_ns += 50 * 10**6
     assert bench.reasons() == {HoldReason.NO_CHUNK}
     assert bench.server.status().holding == (HoldReason.NO_CHUNK,)
 
@@ -180,7 +183,10 @@ def test_chunks_follow_each_other_as_told(blending: str, expected: float) -> Non
     step = bench.server.tick()
     assert step.command is not None and step.command.motion[0] == pytest.approx(0.1)
     bench.actor.rows = np.hstack([column + 0.2, np.zeros((2, 5)), np.ones((2, 1))])
-    bench.see(advance_ms=200)
+    for _ in range(3):
+        bench.now_ns += 50 * 10**6
+        assert bench.server.tick().command is not None
+    bench.see()
     bench.answered()
     step = bench.server.tick()
     assert step.command is not None and step.command.motion[0] == pytest.approx(expected)

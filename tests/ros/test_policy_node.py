@@ -17,6 +17,7 @@ from builtin_interfaces.msg import Duration  # isort: skip  # after the importor
 from lifecycle_msgs.msg import Transition  # isort: skip
 from rclpy.action import ActionClient  # isort: skip
 from rclpy.qos import qos_profile_sensor_data  # isort: skip
+from rclpy.time import Time  # isort: skip
 from sensor_msgs.msg import CompressedImage  # isort: skip
 from std_msgs.msg import Empty  # isort: skip
 from std_srvs.srv import SetBool  # isort: skip
@@ -430,8 +431,46 @@ def test_a_chunk_of_rows_moves_row_by_row(world: World, tmp_path: Path) -> None:
         assert list(chunk.actions) == [value for row in rows for value in row] and len(chunk.tokens) == 84
         world.wait(lambda: len({round(twist.twist.linear.x, 6) for _, twist in world.twists}) > 3, "several rows")
         speeds = [twist.twist.linear.x for _, twist in world.twists if twist.twist.linear.x]
-        assert min(speeds) >= 0.05 * 3 - 1e-9, "the rows that went by during inference are skipped"
-        assert max(speeds) <= 0.05 * 12
+        assert min(speeds) >= 0.05 - 1e-9 and max(speeds) <= 0.05 * 12 + 1e-9
+
+
+@pytest.mark.parametrize("length", [8, 40])
+def test_a_slow_engine_goes_on_by_what_was_carried_out(world: World, tmp_path: Path, length: int) -> None:
+    """An inference of 0.8 s. Ideal, by definition: k commands after a look, row k of the newest chunk is sent.
+
+    Of 8 rows (0.4 s) each chunk that was looked for while the arm stood still is carried out from its first row to its
+    last, and the arm waits; of 40 rows (2 s) the next chunk takes over in the middle.
+    """
+    rows = [[0.01 * (index + 1), 0.0, 0.0, 0.0, 0.0, 0.0, 1.0] for index in range(length)]
+    engine = fake_engine(tmp_path / "engine", action=rows, latency_s=0.8, steps=1)
+    command = node_command(engine, inference_deadline=5.0, source_timeout=2.0, chunk_grace=0.0)
+    with process(command, world.domain, tmp_path / "log"):
+        world.start_policy()
+        world.wait(lambda: len([1 for _, twist in world.twists if twist.twist.linear.x]) > 60, "60 commands")
+    sent = [
+        (Time.from_msg(twist.header.stamp).nanoseconds, round(twist.twist.linear.x / 0.01) - 1)
+        for _, twist in world.twists
+        if twist.twist.linear.x
+    ]
+    looks = [Time.from_msg(chunk.observation_stamp).nanoseconds for chunk in world.chunks]
+    came = [Time.from_msg(chunk.header.stamp).nanoseconds for chunk in world.chunks]
+    stamps = [stamp for stamp, _ in sent]
+    first = looks[0]
+    for place, (stamp, row) in enumerate(sent):
+        # Steps since each look, this one not counted; a stamp that nearly equals the look's may count on either side.
+        ideals = set()
+        for look, arrived in zip(looks, came, strict=True):
+            if arrived <= stamp + 20_000_000 and look >= first:
+                early = sum(look - 5_000_000 < other for other in stamps[:place])
+                late = sum(look + 5_000_000 < other for other in stamps[:place])
+                ideals |= set(range(late, early + 1))
+        assert row in ideals, f"command {place} carries out row {row}, possible: {sorted(ideals)}"
+    steps = [after - before for (_, before), (_, after) in pairwise(sent)]
+    if length == 8:
+        assert [row for _, row in sent[:8]] == list(range(8)), "the arm stood still: nothing of the plan had gone by"
+        assert {step for step in steps if step != 1} <= {-7}, "each chunk from its first row to its last"
+    else:
+        assert min(row for _, row in sent[-20:]) > 8, "rows that were carried out while it was thought over are skipped"
 
 
 def test_the_instruction_service(world: World, tmp_path: Path) -> None:

@@ -130,6 +130,8 @@ class GripperCommand:
 class ActionContract:
     """The robot's command interface.
 
+    chunk_rows: how many actions of a chunk may be carried out, 0: all. Those behind, which a policy foresees less well,
+        are then never used, however late the next chunk is.
     hold_commands: how many holds end a motion before the node falls silent, 0: as many as the hold lasts.
     controller_timeout_s: after so long without a command the robot's own controller stops the robot; nothing else does
     when this process dies.
@@ -139,6 +141,7 @@ class ActionContract:
     topic: str
     frame_id: str
     control_rate_hz: float
+    chunk_rows: int
     hold_commands: int
     controller_timeout_s: float
     dimensions: tuple[ActionDimension, ...]
@@ -302,6 +305,7 @@ def _action(fields: Fields) -> ActionContract:
         topic=_topic(fields),
         frame_id=fields.take("frame_id", str, ""),
         control_rate_hz=fields.positive("control_rate_hz", 20.0),
+        chunk_rows=fields.take("chunk_rows", int, 0),
         hold_commands=fields.take("hold_commands", int, 4),
         controller_timeout_s=fields.positive("controller_timeout_s"),
         dimensions=dimensions,
@@ -309,8 +313,9 @@ def _action(fields: Fields) -> ActionContract:
         gripper=_gripper(fields.mapping("gripper")) if has_gripper else None,
     )
     fields.end()
-    if action.hold_commands < 0:
-        raise ContractError(f"{fields.where}: hold_commands: expected 0 or more, got {action.hold_commands}")
+    for name, count in (("hold_commands", action.hold_commands), ("chunk_rows", action.chunk_rows)):
+        if count < 0:
+            raise ContractError(f"{fields.where}: {name}: expected 0 or more, got {count}")
     if action.controller_timeout_s * 1e9 <= action.control_period_ns:
         raise ContractError(
             f"{fields.where}: controller_timeout_s: {action.controller_timeout_s:g} s is not above the control period "

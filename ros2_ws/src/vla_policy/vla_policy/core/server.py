@@ -135,6 +135,7 @@ class PolicyServer:
         self._chunks = ChunkExecutor(
             contract.action.control_period_ns,
             round(settings.chunk_grace_s * 1e9),
+            round(settings.inference_deadline_s * 1e9),
             self._limiter.discrete,
             settings.blending,
             settings.ensemble_decay,
@@ -293,7 +294,8 @@ class PolicyServer:
             self._late_since_chunk = late
             if usable:
                 steps = self._actor.config.steps_per_action
-                self._chunks.submit(Chunk.of(answer.frame.stamp_ns, now_ns, actions, steps))
+                most = self._contract.action.chunk_rows
+                self._chunks.submit(Chunk.of(answer.frame.stamp_ns, actions, steps, most))
             chunk = ServedChunk(
                 sequence=self._sequence,
                 frame=answer.frame,
@@ -323,13 +325,14 @@ class PolicyServer:
             now_ns = self._clock()  # under the lock: read before, another thread's later step would look like a jump
             reasons = self._reasons(now_ns)
             self._last_tick_ns = now_ns
-            if HoldReason.CLOCK_JUMP in reasons:
-                self._chunks.clear()
+            if reasons:
+                self._chunks.clear()  # what was planned before is not what is to be done after
             outcome = None if reasons else self._command(now_ns)
             self._wanting = outcome if isinstance(outcome, HoldReason) else None
             if isinstance(outcome, Command):
                 self._held_since_ns = None
                 self._halts.moved()
+                self._chunks.carried_out(now_ns)
                 self._commands += 1
                 self._limited += outcome.limited
                 self._rates["commands"].add(now_ns)
