@@ -80,12 +80,12 @@ def write_tokenizer(path: Path) -> None:
 
 
 def write_policy(folder: Path, seed: int = 0, images: int = 1) -> Path:
-    """A random policy in `folder` that looks at so many images."""
+    """A random policy in `folder` that looks at so many images, by NumPy: the same on every processor."""
     policy = empty_policy(PolicyConfig.from_dict(config_dict(images), "ragged")).to_empty(device="cpu")
-    generator = torch.Generator().manual_seed(seed)
+    generator = np.random.default_rng(seed)
     for name, tensor in policy.state_dict().items():
         fan_in = tensor[0].numel() if tensor.dim() > 1 else 1
-        values = torch.randn(tensor.shape, generator=generator) / fan_in**0.5
+        values = torch.from_numpy(generator.standard_normal(tensor.shape, np.float32)) / fan_in**0.5
         if tensor.dim() == 1 and not name.endswith("bias"):
             values = 1 + 0.1 * values
         if name.endswith("lm_head.weight"):  # a trained policy answers with action tokens, never with words

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -59,11 +60,14 @@ def tiny_policy_folder(folder: Path, seed: int = 0, images: int = 1, chunk: int 
     torch.manual_seed(seed)
     config = PolicyConfig.from_dict(tiny_config(vocab, images, chunk), "config.json")
     policy = find_family(config).build(config)
+    # By NumPy, whose normal numbers are the same on every processor; torch's differ in the last bit.
+    generator = np.random.default_rng(seed)
     with torch.no_grad():
         for name, parameter in policy.named_parameters():
             if parameter.ndim > 1:
                 fan_in = parameter[0].numel() if "embed" not in name and "token" not in name else 4
-                parameter.normal_(std=fan_in**-0.5)
+                values = torch.from_numpy(generator.standard_normal(parameter.shape, np.float32))
+                parameter.copy_(values * fan_in**-0.5)
             if name.endswith("lm_head.weight"):
                 # A trained policy answers with action tokens, never with words.
                 parameter[: vocab - config.n_action_bins] = 0.0

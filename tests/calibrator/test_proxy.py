@@ -23,6 +23,11 @@ UNITS = (
     "language_model.lm_head",
 )
 ALL = tuple(range(8))
+# What float32 leaves of an estimate when products are summed up in another order, as in another batch. The action's is
+# a sum of squares, off by twice the 1e-5 of its gradients. The mass is signed, comes from a backward pass through a
+# backward pass, and may nearly cancel.
+ACTION = {"rtol": 1e-3, "atol": 1e-9}
+MASS = {"rtol": 2e-2, "atol": 1e-5}
 
 
 @pytest.fixture(scope="module", params=["w8a16_g32", "w8a8_g32"])
@@ -36,10 +41,11 @@ def test_eight_bits_move_the_evidence_mass_as_predicted(small_steps: Sweep) -> N
         predicted = np.abs(found.mass)
         scale = exact.mean((0, 1))
         assert scale.max() > 0
+        # What first order leaves out is of second order in the step, whether or not the first nearly cancels at a
+        # boundary: a part of the layer's largest effect comes on top of a part of this one.
+        allowed = 0.15 * scale + 0.03 * scale.max()
         for column, name in enumerate(BOUNDARIES):
-            if scale[column] > 1e-5:
-                error = np.abs(predicted - exact)[..., column].mean() / scale[column]
-                assert error < 0.15, f"{unit} at {name}"
+            assert np.abs(predicted - exact)[..., column].mean() < allowed[column], f"{unit} at {name}"
 
 
 def test_the_head_moves_evidence_through_its_backward_pass_too(sweep: Sweep) -> None:
@@ -51,15 +57,15 @@ def test_the_head_moves_evidence_through_its_backward_pass_too(sweep: Sweep) -> 
 def test_states_in_other_batches_give_the_same_estimates(spec: SweepSpec, sweep: Sweep) -> None:
     single = replace(spec, batch_size=1).open()
     for one, many in zip(first_order(single, UNITS, True), first_order(sweep, UNITS, True), strict=True):
-        np.testing.assert_allclose(one.action, many.action, rtol=1e-3, atol=1e-9)
-        np.testing.assert_allclose(one.mass, many.mass, rtol=2e-2, atol=1e-5)
+        np.testing.assert_allclose(one.action, many.action, **ACTION)
+        np.testing.assert_allclose(one.mass, many.mass, **MASS)
 
 
 def test_states_of_two_images_are_kept_apart(two_images: SweepSpec) -> None:
     together, single = two_images.open(), replace(two_images, batch_size=1).open()
     for one, many in zip(first_order(single, UNITS, True), first_order(together, UNITS, True), strict=True):
-        np.testing.assert_allclose(one.action, many.action, rtol=1e-3, atol=1e-9)
-        np.testing.assert_allclose(one.mass, many.mass, rtol=2e-2, atol=1e-5)
+        np.testing.assert_allclose(one.action, many.action, **ACTION)
+        np.testing.assert_allclose(one.mass, many.mass, **MASS)
 
 
 def test_what_a_pass_keeps_is_bounded_and_changes_nothing(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,8 +80,8 @@ def test_what_a_pass_keeps_is_bounded_and_changes_nothing(sweep: Sweep, monkeypa
 
     monkeypatch.setattr("calibrator.sensitivity.proxy._pass", counted)
     for one, other in zip(first_order(sweep, UNITS, True), whole, strict=True):
-        np.testing.assert_allclose(one.action, other.action, rtol=1e-4)
-        np.testing.assert_allclose(one.mass, other.mass, rtol=1e-2, atol=1e-6)
+        np.testing.assert_allclose(one.action, other.action, **ACTION)
+        np.testing.assert_allclose(one.mass, other.mass, **MASS)
     assert set(kept) == {1} and len(kept) >= len(UNITS)
 
 

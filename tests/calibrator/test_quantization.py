@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from choices import rtn
+from rounding import SINGLE, of_products
 from torch import nn
 
 from calibrator.quantizers import find_layer, parse_choice, quantize, quantize_policy, quantized
@@ -37,7 +38,8 @@ def test_weights_follow_the_rule(bits: int, group: int | None) -> None:
     weight = torch.randn(6, 24, generator=torch.Generator().manual_seed(bits))
     quantized_weight = quantize(weight, rtn(Format(bits, 16, group)))
     expected = torch.tensor([by_hand(row, bits, group or 24) for row in weight.tolist()])
-    torch.testing.assert_close(quantized_weight.dequantize(), expected, rtol=1e-6, atol=1e-7)
+    # One product in float32: the scale is a float16 number, and no code is near a tie.
+    torch.testing.assert_close(quantized_weight.dequantize(), expected, rtol=SINGLE, atol=0)
     assert quantized_weight.codes.dtype == torch.int8
     assert quantized_weight.scales.shape == (6, math.ceil(24 / group) if group else 1)
     assert int(quantized_weight.codes.min()) >= RANGE[bits][0]
@@ -72,19 +74,21 @@ def test_activations_are_rounded_per_token_and_pass_gradients(bits: int) -> None
     x = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(3), requires_grad=True)
     y = quantize_activation(x, bits)
     expected = torch.tensor([[by_hand(token, bits, 16, half_scales=False) for token in batch] for batch in x.tolist()])
-    torch.testing.assert_close(y.detach(), expected, rtol=1e-5, atol=1e-6)
+    # A quotient and a product in float32, and x + (rounded - x) beside them.
+    torch.testing.assert_close(y.detach(), expected, rtol=4 * SINGLE, atol=4 * SINGLE)
     (gradient,) = torch.autograd.grad((y * torch.arange(16.0)).sum(), x)
     assert torch.equal(gradient, torch.arange(16.0).expand(2, 5, 16))
 
 
 def test_patches_of_a_convolution_are_its_tokens() -> None:
     conv = nn.Conv2d(3, 4, 4, stride=4, bias=False)
-    image = torch.randn(2, 3, 8, 12)
+    image = torch.randn(2, 3, 8, 12, generator=torch.Generator().manual_seed(4))
     with torch.no_grad(), quantized(nn.Sequential(conv), "0", parse_choice("w16a4")):
         got = conv(image)
     columns = nn.functional.unfold(image, 4, stride=4).transpose(1, 2)
     expected = quantize_activation(columns, 4) @ conv.weight.detach().flatten(1).T
-    torch.testing.assert_close(got.flatten(2).transpose(1, 2), expected)
+    allowed = of_products(quantize_activation(columns, 4).numpy(), conv.weight.detach().flatten(1).numpy())
+    assert (np.abs((got.flatten(2).transpose(1, 2) - expected).numpy()) <= 2 * allowed).all(), "both are rounded"
 
 
 def test_rows_of_a_convolution_are_its_patches() -> None:

@@ -115,7 +115,7 @@ def test_libero_demonstrations_are_turned_upright(tmp_path: Path) -> None:
     ((_, step, observation),) = source.read({"demo_1": frozenset({7})})
     np.testing.assert_array_equal(observation.image, msgs.picture(17))
     assert step == 7 and observation.instruction == "pick up the cup" and observation.state is not None
-    np.testing.assert_allclose(observation.state, [21, 22, 23, 0.04, 0.04], rtol=1e-6)
+    np.testing.assert_allclose(observation.state, [21, 22, 23, 0.04, 0.04], rtol=1e-6)  # float32
 
 
 def test_bad_demonstrations_are_counted(tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 from choices import CHOICES, W2, W4, W8
-from naive import naive_losses
+from naive import ATTRIBUTION, MASS, naive_losses
+from rounding import NETWORK
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -57,8 +58,8 @@ def test_losses_equal_a_naive_recomputation(sweep: Sweep, unit: str) -> None:
     losses = sweep.evaluate(unit, (W2, W8), tuple(range(8)))
     for row, choice in enumerate((W2, W8)):
         expected = np.asarray(losses_by_loops(sweep, unit, choice))
-        np.testing.assert_allclose(losses.mass[row], expected[..., 0], rtol=2e-3, atol=2e-5)
-        np.testing.assert_allclose(losses.attribution[row], expected[..., 1], rtol=2e-3, atol=1e-7)
+        np.testing.assert_allclose(losses.mass[row], expected[..., 0], **MASS)
+        np.testing.assert_allclose(losses.attribution[row], expected[..., 1], **ATTRIBUTION)
     assert losses.mass[0].max() > 1e-3, "the comparison would say nothing if two bits changed nothing"
 
 
@@ -67,8 +68,8 @@ def test_losses_over_two_images_equal_a_naive_recomputation(two_images: SweepSpe
     sweep = two_images.open()
     losses = sweep.evaluate(unit, (W2,), tuple(range(4)))
     expected = np.asarray(losses_by_loops(sweep, unit, W2))
-    np.testing.assert_allclose(losses.mass[0], expected[..., 0], rtol=2e-3, atol=2e-5)
-    np.testing.assert_allclose(losses.attribution[0], expected[..., 1], rtol=2e-3, atol=1e-7)
+    np.testing.assert_allclose(losses.mass[0], expected[..., 0], **MASS)
+    np.testing.assert_allclose(losses.attribution[0], expected[..., 1], **ATTRIBUTION)
 
 
 def test_each_image_has_its_own_patches(two_images: SweepSpec) -> None:
@@ -78,7 +79,9 @@ def test_each_image_has_its_own_patches(two_images: SweepSpec) -> None:
     pixels, ids = inputs["pixel_values"], inputs["input_ids"]
     assert pixels.shape == (2, 12, 32, 32) and policy.config.num_patches == 8
     alone = [policy.patches(pixels[:, 6 * image : 6 * image + 6]) for image in range(2)]
-    torch.testing.assert_close(policy.patches(pixels), torch.cat(alone, dim=1))
+    both = policy.patches(pixels)
+    # Other shapes of the same products: equal but for rounding.
+    torch.testing.assert_close(both, torch.cat(alone, dim=1), rtol=0, atol=NETWORK * float(both.abs().max()))
     tokens = policy.decide(inputs, 3)
     swapped = torch.cat([pixels[:, 6:], pixels[:, :6]], dim=1)
     before, after = (policy.output({"pixel_values": p, "input_ids": ids}, tokens) for p in (pixels, swapped))
@@ -90,9 +93,10 @@ def test_every_entry_gives_the_full_precision_signals(sweep: Sweep, unit: str) -
     trunk, reference = sweep.full_precision(sweep.states.split(range(8))[0])
     entered = signals(trunk, sweep.units[unit].segment)
     for name in BOUNDARIES:
-        torch.testing.assert_close(entered.hidden[name], reference.hidden[name], rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(entered.gradients[name], reference.gradients[name], rtol=1e-4, atol=1e-7)
-    torch.testing.assert_close(entered.objective, reference.objective)
+        # The same products in the same shapes again; a kernel may still take another way for another alignment.
+        for got, full in ((entered.hidden, reference.hidden), (entered.gradients, reference.gradients)):
+            torch.testing.assert_close(got[name], full[name], rtol=0, atol=NETWORK * float(full[name].abs().max()))
+    torch.testing.assert_close(entered.objective, reference.objective, rtol=NETWORK, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -131,6 +135,7 @@ def objective_from(policy: OpenVLA, trunk: Trunk, start: str, x: Tensor) -> Tens
 
 
 def test_full_precision_scores_exactly_zero(sweep: Sweep) -> None:
+    """Exactly: the same operations on the same numbers in the same shapes, and losses that are 0 for equal evidence."""
     losses = sweep.evaluate("projector.fc1", (FULL,), tuple(range(8)))
     assert not losses.mass.any() and not losses.attribution.any()
     assert not losses.action_error.any() and not losses.likelihood.any()
@@ -151,8 +156,8 @@ def test_results_do_not_depend_on_batch_size(spec: SweepSpec, sweep: Sweep) -> N
     for unit in UNITS[1::2]:
         one = single.evaluate(unit, (W2, W8), tuple(range(8)))
         many = sweep.evaluate(unit, (W2, W8), tuple(range(8)))
-        np.testing.assert_allclose(one.mass, many.mass, rtol=1e-3, atol=2e-5)
-        np.testing.assert_allclose(one.attribution, many.attribution, rtol=1e-3, atol=1e-7)
+        np.testing.assert_allclose(one.mass, many.mass, **MASS)
+        np.testing.assert_allclose(one.attribution, many.attribution, **ATTRIBUTION)
 
 
 def test_layers_of_a_batch_share_its_full_precision_pass(spec: SweepSpec, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,7 +228,8 @@ def test_rounded_activations_change_more_than_weights_alone(sweep: Sweep) -> Non
     weights, with_activations = (sweep.evaluate(unit, (choice,), tuple(range(8))) for choice in (W8, both))
     assert not np.array_equal(weights.mass, with_activations.mass)
     expected = np.asarray(losses_by_loops(sweep, unit, both))
-    np.testing.assert_allclose(with_activations.attribution[0], expected[..., 1], rtol=2e-3, atol=1e-6)
+    # Where float32's last bits decide between two codes of an activation, one of some thousand roundings is another.
+    np.testing.assert_allclose(with_activations.attribution[0], expected[..., 1], rtol=1e-2, atol=1e-6)
 
 
 def test_evidence_that_is_not_finite_is_named(spec: SweepSpec) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from ragged import KEY, observation, write_policy
+from rounding import assert_clear
 from tiny import INSTRUCTIONS, tiny_policy_folder
 
 from calibrator.families import TorchActor
@@ -30,6 +31,9 @@ from vla_policy.core.program import GraphSpec, profiles
 from vla_policy.core.runner import Engine
 
 VERSION = "1.0"
+# What float16 does to the outputs of a small policy, of their largest magnitude: some 60 operations in a row round to
+# 2^-11 of their results, sqrt(60) / 2048 = 0.004 if that adds up as a random walk. Seen are 0.001 and 0.003.
+FLOAT16 = 0.01
 
 
 class FakeMemory:
@@ -232,6 +236,14 @@ def engine_of(folder: Path, manifest: Manifest, modules: Modules, key: str = KEY
     return Engine(manifest, TensorRtSession(folder, manifest, modules), policy, key)
 
 
+def decide_alike(engine: Engine, actor: TorchActor, seed: int, instruction: str) -> None:
+    """Whether both decide the same tokens of a state in which float16 does not decide between two."""
+    state = replace(observation(seed), instruction=instruction)
+    decided = actor.act(state).tokens
+    assert_clear(actor.scores(state, decided), FLOAT16)
+    np.testing.assert_array_equal(engine.act(state).tokens, decided)
+
+
 def test_decisions_equal_the_torch_policy_over_several_states(exported: tuple[Path, Manifest]) -> None:
     folder, manifest = exported
     modules = fake_modules(folder, manifest, (8, 0))
@@ -239,9 +251,9 @@ def test_decisions_equal_the_torch_policy_over_several_states(exported: tuple[Pa
     actor = TorchActor.load(folder / "policy")
     graphs = []
     # The prompt keeps its length for four decisions, changes, and changes back.
-    for seed, instruction in enumerate(["push", "lift", "push", "lift", "push the robot", "push"]):
-        state = replace(observation(seed), instruction=instruction)
-        np.testing.assert_array_equal(engine.act(state).tokens, actor.act(state).tokens)
+    prompts = ["push", "lift", "push", "lift", "push the robot", "push"]
+    for seed, instruction in zip((2, 4, 5, 7, 8, 11), prompts, strict=True):
+        decide_alike(engine, actor, seed, instruction)
         graphs.append((modules.driver.captures, modules.driver.launches))
     calls = 2 + 2  # vision, prefill and two steps, each its own graph from its second time on
     # Another prompt has other shapes but the same image; those of the first one are kept.
@@ -259,9 +271,9 @@ def test_contexts_that_were_not_used_for_long_are_given_up(
     folder, manifest = exported
     modules = fake_modules(folder, manifest, (8, 0))
     engine, actor = engine_of(folder, manifest, modules), TorchActor.load(folder / "policy")
-    for seed, instruction in enumerate(["push", "push", "push the robot", "push the robot", "push"]):
-        state = replace(observation(seed), instruction=instruction)
-        np.testing.assert_array_equal(engine.act(state).tokens, actor.act(state).tokens)
+    prompts = ["push", "push", "push the robot", "push the robot", "push"]
+    for seed, instruction in zip((2, 4, 8, 4, 5), prompts, strict=True):
+        decide_alike(engine, actor, seed, instruction)
     # Four graphs of the first prompt, of which the image's was still in use, then three of the second.
     assert (modules.driver.captures, modules.driver.destroyed) == (7, 6)
     assert len(modules.driver.kept) == 1
@@ -297,7 +309,7 @@ def test_a_chunk_is_decided_in_one_pass(tmp_path: Path) -> None:
         image, wrist = np.random.default_rng(seed).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
         state = Observation(image, instruction, np.array([0.3 * seed, 0.05], np.float32), (wrist,))
         expected = actor.act(state).action
-        np.testing.assert_allclose(engine.act(state).action, expected, atol=0.02 * np.abs(expected).max())
+        np.testing.assert_allclose(engine.act(state).action, expected, atol=FLOAT16 * np.abs(expected).max())
     _, patches = engine.program().run("vision", {"pixel_values": np.zeros((1, 12, 32, 32))})
     with pytest.raises(
         ArtefactError, match=r"decide: input_ids has shape \[1, 500\], .* ids from 2 to 128;"

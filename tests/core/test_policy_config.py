@@ -161,7 +161,9 @@ def test_a_token_policy_may_state_it_too() -> None:
     raw["norm_stats"]["tiny"]["action"] = action
     raw["norm_stats"]["tiny"]["proprio"] |= {"min": [-1.0, 0.0], "max": [1.0, 0.1]}
     codec = ActionCodec.of(parse(raw | {"action_proprio_normalization_type": "bounds"}))
-    np.testing.assert_allclose(codec.tokens_to_action(np.full(3, codec.first_token)), action["max"], atol=4 / 255)
+    # The centre of the last of 255 bins lies half a bin below the maximum.
+    most = np.subtract(action["max"], np.subtract(action["max"], action["min"]) / 255 / 2)
+    np.testing.assert_allclose(codec.tokens_to_action(np.full(3, codec.first_token)), most, rtol=1e-12)
     with pytest.raises(PolicyError, match=r"tiny.action: 'q01' is missing, which 'bounds_q99' normalises by"):
         parse(raw)
 

@@ -138,7 +138,7 @@ def test_patch_shares_are_bilinear(x: float, y: float) -> None:
     centres = (torch.arange(4) + 0.5) / 4
     inside = [min(max(value, 0.125), 0.875) for value in (x, y)]
     means = [float((grid.sum(0) * centres).sum()), float((grid.sum(1) * centres).sum())]
-    np.testing.assert_allclose([*means, float(grid.sum())], [*inside, 1.0], atol=1e-6)
+    np.testing.assert_allclose([*means, float(grid.sum())], [*inside, 1.0], atol=1e-6)  # 16 float32s
     assert (grid > 1e-6).sum() <= 4
 
 
@@ -176,6 +176,7 @@ def test_an_interrupted_training_continues_exactly(folder: Path) -> None:
     assert second.step == 3
     for step in range(3, 6):
         second.advance(batches(step))
+    # Bit for bit: the same steps on the same processor with the same number of threads.
     for name, average in whole.average.items():
         assert torch.equal(average, second.average[name]), name
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import rounding
 import torch
 from choices import rtn
 from cpu_kernels import run_kernel
@@ -32,7 +33,6 @@ from vla_policy.core.errors import ArtefactError
 from vla_policy.core.formats import Format
 from vla_policy.core.targets import TARGETS
 
-HALF_ULP = 2.0**-11
 FAMILIES = ("W2A16", "W4A8")
 ALL = [Kernel(family, cut, group) for family in FAMILIES for cut in CUTS for group in GROUPS] + [
     Kernel("QUANTIZE_ROWS")
@@ -93,11 +93,14 @@ def random_case(case: Case, bits: int) -> tuple[torch.Tensor, QuantizedWeight]:
 
 
 def check(y: np.ndarray, x: torch.Tensor, quantized: QuantizedWeight) -> None:
-    """`y` against the sum in float64, to the rounding of the result and of float32 sums."""
-    expected = x.double() @ quantized.dequantize().double().T
-    size = x.double().abs() @ quantized.dequantize().double().abs().T
-    allowed = HALF_ULP * expected.abs() + 2.0**-20 * size + 1e-7
-    assert bool(((torch.from_numpy(y).double() - expected).abs() <= allowed).all())
+    """`y` against the sum in float64, to the rounding of the result and of float32 sums.
+
+    These sums are made of at most 8 slices of 16 products each, whose own error is far below their bound.
+    """
+    weight = quantized.dequantize()
+    expected = (x.double() @ weight.double().T).numpy()
+    allowed = rounding.HALF * np.abs(expected) + 2.0**-20 * rounding.magnitude(x.numpy(), weight.numpy()) + 1e-7
+    assert (np.abs(y - expected) <= allowed).all()
 
 
 @on_cpu
@@ -107,6 +110,7 @@ def test_two_bit_weights(case: Case, cut: Few | Many) -> None:
     x, quantized = random_case(case, 2)
     y = product(cut, x, quantized, case)
     check(y, x, quantized)
+    # The same compiled code: bits may differ only if threads do not wait for each other.
     np.testing.assert_array_equal(y, product(cut, x, quantized, case, backwards=True))
 
 
@@ -147,7 +151,10 @@ def test_tokens_are_rounded_as_the_calibrator_does() -> None:
     run_kernel(Kernel("QUANTIZE_ROWS"), (5, 1), [x.numpy(), 72, codes, scales])
     rounded = codes.view(np.int8)[:, :72] * scales[:, None].astype(np.float64)
     whole = [0, 1, 3, 4]
-    np.testing.assert_allclose(rounded[whole], quantize_activation(x.float(), 8)[whole].numpy(), rtol=1e-6)
+    # Equal codes; peak / 127 and its product with a code are two roundings on either side.
+    np.testing.assert_allclose(
+        rounded[whole], quantize_activation(x.float(), 8)[whole].numpy(), rtol=4 * rounding.SINGLE
+    )
     assert scales[1] == 1
     assert np.isnan(scales[2])
     assert not codes.view(np.int8)[:, 72:].any()
