@@ -48,6 +48,7 @@ from vla_policy.core.files import claim_folder, write_json
 from vla_policy.core.observation import Observation
 from vla_policy.core.outputs import FolderKind, atomic_folder, check_file
 from vla_policy.core.policy_config import POLICY, PolicyConfig
+from vla_policy.core.prismatic.config import PrismaticConfig
 
 _KIND = "scale-benchmark"
 _WORK = FolderKind("scale-benchmark", "work.json")
@@ -80,7 +81,8 @@ def published_config(decoder_layers: int, tower_depth: int | None) -> dict[str, 
 
 
 def random_weights(config: PolicyConfig, device: str, seed: int = 0) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of a policy, in bfloat16 on `device`, one after another."""
+    """Every tensor of a policy, in bfloat16 on `device`, one after another. Words get the logit 0."""
+    assert isinstance(config, PrismaticConfig)
     generator = torch.Generator(device).manual_seed(seed)
     for name, parameter in empty_policy(config).named_parameters():
         if parameter.ndim > 1:
@@ -88,6 +90,9 @@ def random_weights(config: PolicyConfig, device: str, seed: int = 0) -> Iterator
             value = torch.randn(parameter.shape, device=device, generator=generator).mul_(0.02)
         else:
             value = torch.full(parameter.shape, 0.0 if name.endswith("bias") else 1.0, device=device)
+        if name == "language_model.lm_head.weight":
+            value[: config.token_vocab - config.n_action_bins] = 0.0  # a policy answers with actions, never with words
+            value[config.token_vocab :] = 0.0
         yield name, value.to(torch.bfloat16)
 
 

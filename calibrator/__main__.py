@@ -158,6 +158,8 @@ def _sensitivity(args: argparse.Namespace) -> int:
         regret = ", ".join(f"{bound:.2g} % at {key}" for key, bound in bounds.items())
         print(f"{facts['evaluations']} of {facts['exhaustive_evaluations']} evaluations; {facts['stop']['reason']}")
         print(f"regret of the plan by average bits, with probability {facts['confidence']:g} at most: {regret}")
+    if strays := result.meta["stray_states"]:
+        print(f"note: in {strays} of the states the policy prefers a token that is no action")
     if result.meta["inversions"]:
         count = len(result.meta["inversions"])
         print(f"note: {count} times the more precise of two choices scored worse; use more states if it matters")

@@ -11,6 +11,7 @@ from calibrator.data.calibration import load_calibration
 from calibrator.families import TorchActor
 from calibrator.quantizers import find_layer
 from vla_policy.core.errors import ArtefactError
+from vla_policy.core.observation import check_strays
 
 
 def input_peaks(
@@ -19,14 +20,16 @@ def input_peaks(
     """max |x| of every named layer's input while the full-precision policy decides each calibration state.
 
     unnorm_key: of the statistics that normalise a state. Raises ArtefactError for a layer whose input is zero or not
-    finite throughout.
+    finite throughout, and PolicyError for a policy that decides something else than actions.
     """
     states = load_calibration(calibration)
     actor = TorchActor.load(policy_folder, unnorm_key)
-    peaks = dict.fromkeys(names, 0.0)
+    peaks, strays = dict.fromkeys(names, 0.0), 0
     with _watched(actor.policy, peaks):
         for index in tqdm(range(len(states)), desc="activation ranges", unit="state", disable=None):
-            actor.act(states.observation(index))
+            state = states.observation(index)
+            strays += actor.scores(state, actor.act(state).tokens)[1]
+    check_strays(strays, len(states), str(calibration))
     useless = [name for name, peak in peaks.items() if not 0 < peak < float("inf")]
     if useless:
         raise ArtefactError(f"{calibration}: inputs of {useless[0]} are zero or not finite; collect other states")

@@ -25,7 +25,7 @@ from vla_policy.core.errors import ArtefactError
 from vla_policy.core.files import sha256_policy
 from vla_policy.core.formats import Format
 from vla_policy.core.manifest import Manifest, UnitRecord
-from vla_policy.core.observation import Observation
+from vla_policy.core.observation import Observation, check_strays
 from vla_policy.core.runner import Engine, load_engine
 
 _SYNTHETIC_PIXELS = (256, 256, 3)
@@ -43,6 +43,7 @@ class Comparison:
     cosine: smallest cosine between the two score vectors of a position, means removed.
     equal_tokens: share of action tokens that are equal. equal_decisions: share of states with all tokens equal.
     action_max_abs: largest difference of an action value, in the action's units, both deciding freely.
+    stray_states: in which the torch policy prefers something else than an action.
 
     Without tokens the shares are None.
     """
@@ -53,6 +54,7 @@ class Comparison:
     equal_tokens: float | None
     equal_decisions: float | None
     action_max_abs: float
+    stray_states: int
 
 
 def verify(
@@ -129,11 +131,17 @@ def reference_check(
     seed: int,
     unnorm_key: str,
 ) -> dict[str, Any]:
-    """The `reference_check` entry of the manifest. Raises ArtefactError if the scores leave the tolerance."""
+    """The `reference_check` entry of the manifest.
+
+    Raises ArtefactError if the scores leave the tolerance, and PolicyError for a policy that decides something else
+    than actions.
+    """
     engine = load_engine(engine_folder, unnorm_key)
     states = reference_states(engine, calibration, samples, seed)
     actor = TorchActor.load(policy_folder, unnorm_key)
     against_full = compare(engine, actor, states, "against full precision")
+    source = str(calibration) if calibration else "random images (--calibration names real states)"
+    check_strays(against_full.stray_states, len(states), source)
     quantize_policy(actor.policy, {unit.name: unit.choice for unit in manifest.units})
     against_same = compare(engine, actor, states, "against the same formats in torch")
     tolerance = tolerance_of(manifest)
@@ -153,12 +161,17 @@ def reference_check(
         "summary": f"{len(states)} states; torch with the same formats: {what} differ by "
         f"{against_same.scores_error:.1e} of their standard deviation (allowed {tolerance:g})"
         f"{_equal(against_same)}; torch in full precision: actions differ by up to {against_full.action_max_abs:.3g}"
-        f"{_equal(against_full)}",
+        f"{_equal(against_full)}{_strays(against_full)}",
     }
 
 
 def _equal(comparison: Comparison) -> str:
     return "" if comparison.equal_tokens is None else f", {comparison.equal_tokens:.1%} equal tokens"
+
+
+def _strays(comparison: Comparison) -> str:
+    states = comparison.stray_states
+    return f"; in {states} of the states it prefers a token that is no action" if states else ""
 
 
 def tolerance_of(manifest: Manifest) -> float:
@@ -192,10 +205,11 @@ def reference_states(engine: Engine, calibration: Path | None, samples: int, see
 
 def compare(engine: Engine, actor: TorchActor, states: Sequence[Observation], title: str) -> Comparison:
     """Along the torch policy's decision for the scores, each deciding freely for tokens and actions."""
-    errors, largest, cosines, equal, actions = [], [], [], [], []
+    errors, largest, cosines, equal, actions, strays = [], [], [], [], [], 0
     for state in tqdm(states, desc=title, unit="state", disable=None):
         expected, got = actor.act(state), engine.act(state)
-        reference = actor.scores(state, expected.tokens)
+        reference, prefers_another = actor.scores(state, expected.tokens)
+        strays += prefers_another
         difference = engine.scores(state, expected) - reference
         errors.append(float(np.sqrt((difference**2).mean()) / reference.std()))
         largest.append(float(np.abs(difference).max()))
@@ -209,6 +223,7 @@ def compare(engine: Engine, actor: TorchActor, states: Sequence[Observation], ti
         equal_tokens=float(np.mean(equal)) if equal else None,
         equal_decisions=float(np.mean([row.all() for row in equal])) if equal else None,
         action_max_abs=max(actions),
+        stray_states=strays,
     )
 
 

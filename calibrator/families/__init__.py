@@ -1,7 +1,7 @@
 """Policy families on current torch and transformers: no remote code, no torchvision, no timm. One folder each."""
 
 from calibrator.families.actor import TorchActor
-from calibrator.families.base import Decisions, Family, check_strays, find_family
+from calibrator.families.base import Decisions, Family, find_family
 from calibrator.families.loading import load_policy, save_policy
 from calibrator.families.units import Unit, live_units
 from calibrator.modules.policy import Inputs, Policy
@@ -13,7 +13,6 @@ __all__ = [
     "Policy",
     "TorchActor",
     "Unit",
-    "check_strays",
     "find_family",
     "live_units",
     "load_policy",

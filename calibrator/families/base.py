@@ -18,7 +18,6 @@ from vla_policy.core.observation import Decision
 from vla_policy.core.policy_config import PolicyConfig
 
 _FAMILIES = "calibrator.families"
-_FEW = 0.1
 
 
 class Decisions(Protocol):
@@ -69,19 +68,6 @@ class Family:
     build: Callable[[Any], Policy]
     dead_tensors: Callable[[Any], dict[str, tuple[int, ...]]]
     decisions: Callable[[Any, str | None], Decisions]
-
-
-def check_strays(strays: int, states: int, source: str) -> None:
-    """Raises PolicyError where a policy would rather answer no action in more than a few of so many states.
-
-    A trained policy does so in none that is like those it was trained on, one whose tokens have another meaning in all.
-    A tenth of the states is allowed, and a single one.
-    """
-    if strays > max(1, _FEW * states):
-        raise PolicyError(
-            f"{source}: in {strays} of {states} states the policy prefers a token that is no action; its tokens have "
-            "another meaning (UniVLA's latent actions?), or the states are of another kind than it was trained on"
-        )
 
 
 def find_family(config: PolicyConfig) -> Family:

@@ -86,7 +86,7 @@ class Journal:
     def write_reference(self, ref: Reference) -> None:
         with atomic_path(self.folder / _REFERENCE, None) as temporary:
             means = {f"mean.{name}": mean for name, mean in ref.means.items()}
-            save_tensors(temporary, {"decided": ref.decided} | means, _KIND)
+            save_tensors(temporary, {"decided": ref.decided, "strays": ref.strays} | means, _KIND)
 
     def read_reference(self) -> Reference | None:
         """The reference of the earlier start, or None when it had not got that far."""
@@ -94,8 +94,8 @@ class Journal:
         if not path.is_file():
             return None
         tensors = _load(path)
-        means = {name.removeprefix("mean."): value for name, value in tensors.items() if name != "decided"}
-        return Reference(tensors["decided"], means)
+        means = {name.removeprefix("mean."): value for name, value in tensors.items() if name.startswith("mean.")}
+        return Reference(tensors["decided"], means, tensors["strays"])
 
     @staticmethod
     def discard(folder: Path) -> None:

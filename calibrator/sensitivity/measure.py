@@ -353,6 +353,7 @@ def _write(run: _Run, out: Path, measured: _Measured) -> Sensitivity:
         "units": [unit.to_json() for unit in units],
         "unmeasured": [shape.name for shape in run.shapes if shape.name not in names],
         "unquantized_params": _all_params(run) - sum(unit.params for unit in units),
+        "stray_states": int(np.count_nonzero(run.sweep.reference.strays)),
         "inversions": inversions(units, run.spec.settings.choices),
         "files": files,
         "maps": map_axes,

@@ -9,9 +9,10 @@ import numpy as np
 from torch import Tensor
 
 from calibrator.data.calibration import CalibrationSet
-from calibrator.families import Inputs, Policy, check_strays, find_family
+from calibrator.families import Inputs, Policy, find_family
 from calibrator.modules.chain import Chain
 from calibrator.sensitivity.passes import Batch, Trunk
+from vla_policy.core.observation import check_strays
 from vla_policy.core.policy_config import PolicyConfig
 from vla_policy.core.prismatic.config import PrismaticConfig
 from vla_policy.core.prismatic.prompt import PromptTokenizer
@@ -22,11 +23,12 @@ class Reference:
     """The full-precision decision and statistics, computed once and kept fixed.
 
     decided: y* of Mix-QVLA Eq. (2), [N, D] in the form of the family's decisions. means: float32 [channels] per
-    boundary, Eq. (3).
+    boundary, Eq. (3). strays: bool [N], the states in which the policy prefers something else than an action.
     """
 
     decided: np.ndarray
     means: dict[str, np.ndarray]
+    strays: np.ndarray
 
 
 class States:
@@ -79,22 +81,23 @@ class States:
 def reference(policy: Policy, states: States, chain: Chain) -> Reference:
     """y* of Eq. (2) and the mean per channel of Eq. (3), by one greedy decision and one pass per state.
 
-    Raises PolicyError where the policy's answers are not its family's actions.
+    Raises PolicyError for a policy that decides something else than actions.
     """
     decided: dict[int, np.ndarray] = {}
+    strays = np.zeros(len(states), bool)
     sums: dict[str, Tensor] = {}
     counts: Counter[str] = Counter()
-    strays = 0
     for samples in states.split(range(len(states))):
         inputs = states.inputs(policy, samples)
         chosen = policy.decide(inputs, states.decisions.size)
         decided |= zip(samples, chosen.cpu().numpy(), strict=True)
         trunk = Trunk(chain, Batch(samples, inputs, chosen, states.decisions), differentiable=False)
-        strays += int(states.decisions.strays(trunk.values[chain.output]).sum())
+        strays[list(samples)] = states.decisions.strays(trunk.values[chain.output]).cpu().numpy()
         for name, value in chain.boundaries.items():
             hidden = trunk.values[value].double().flatten(0, 1)
             sums[name] = sums.get(name, 0) + hidden.sum(0)
             counts[name] += len(hidden)
-    check_strays(strays, len(states), "calibration set")
+    check_strays(int(strays.sum()), len(states), "calibration set")
     rows = np.stack([decided[index] for index in range(len(states))])
-    return Reference(rows, {name: (sums[name] / counts[name]).float().cpu().numpy() for name in chain.boundaries})
+    means = {name: (sums[name] / counts[name]).float().cpu().numpy() for name in chain.boundaries}
+    return Reference(rows, means, strays)

@@ -157,6 +157,7 @@ def _summary(answers: Answers) -> dict[str, Any]:
         "episodes": int(answers.episode.max()) + 1,
         "drops": answers.drops,
         "first_drops": answers.particulars,
+        "stray_frames": answers.strays,
         "decisions_sha256": answers.sha256,
         "latency_ms": answers.latency_ms.tolist(),
     }
@@ -206,6 +207,9 @@ def _print(
     print(f"{candidate.name}: {len(candidate.stamp_ns)} frames answered, drops {candidate.drops or 'none'}")
     for reason, detail in candidate.particulars.items():
         print(f"first {reason}: {detail}")
+    for answers in (candidate, reference):
+        if answers is not None and answers.strays:
+            print(f"{answers.name}: prefers a token that is no action in {answers.strays} frames")
     if comparison is not None and reference is not None:
         share = comparison.token_agreement
         tokens = "" if share is None else f", {100 * share:.2f} % of the tokens agree"

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from vla_policy.core.bag import read_frames, summarise
 from vla_policy.core.contract import Contract
 from vla_policy.core.errors import ContractError
-from vla_policy.core.observation import Actor
+from vla_policy.core.observation import Actor, check_strays
 from vla_policy.core.observe import check_contract
 from vla_policy.core.served import ServedAction, read_served
 from vla_policy.core.synchroniser import Dropped, DropReason, Frame
@@ -26,7 +26,8 @@ class Answers:
     stamp_ns, episode, step: int64 [N]. tokens: int64 [N, H K]. actions: float64 [N, H K], un-normalised, the policy's
     units; H is 1 unless the policy decides chunks. latency_ms: float64 [N], the actor's own. drops: messages and frames
     without an answer, by reason; particulars: of the first one for each reason; refused: frames among them that the
-    actor or the decoder refused, reason by stamp.
+    actor or the decoder refused, reason by stamp. strays: answered frames in which an engine prefers something else
+    than an action.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Answers:
     drops: dict[str, int]
     particulars: dict[str, str] = field(default_factory=dict)
     refused: dict[int, str] = field(default_factory=dict)
+    strays: int = 0
 
     @property
     def sha256(self) -> str:
@@ -73,9 +75,13 @@ class _Drops:
 
 
 def answer(bag: Path, contract: Contract, actor: Actor, name: str, namespace: str = "") -> Answers:
-    """Runs the whole bag. Raises ContractError when bag, contract and actor do not fit, or nothing can be served."""
+    """Runs the whole bag.
+
+    Raises ContractError when bag, contract and actor do not fit, or nothing can be served, and PolicyError for an
+    engine that decides something else than actions.
+    """
     check_contract(contract, actor.config, actor.unnorm_key)
-    drops = _Drops()
+    drops, strays = _Drops(), 0
     refused: dict[int, str] = {}
     rows: list[tuple[Frame, np.ndarray, np.ndarray, float]] = []
     total = summarise(bag, contract, namespace).messages[contract.primary.topic]
@@ -87,9 +93,11 @@ def answer(bag: Path, contract: Contract, actor: Actor, name: str, namespace: st
             refused[frame.stamp_ns] = outcome.reason.value
             continue
         decision, latency_ms = outcome
+        strays += decision.stray
         rows.append((frame, decision.tokens, decision.action, latency_ms))
     if not rows:
         raise ContractError(f"{bag}: no frame could be served by {name} ({str(drops) or 'it is empty'})")
+    check_strays(strays, len(rows), f"{bag}: {name}")
     frames = [row[0] for row in rows]
     return Answers(
         name=name,
@@ -103,6 +111,7 @@ def answer(bag: Path, contract: Contract, actor: Actor, name: str, namespace: st
         drops=dict(sorted(drops.counts.items())),
         particulars=drops.first,
         refused=refused,
+        strays=strays,
     )
 
 

@@ -13,7 +13,7 @@ from rounding import NETWORK
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from calibrator.families import check_strays, live_units
+from calibrator.families import live_units
 from calibrator.families.openvla import OpenVLA, TokenDecisions
 from calibrator.modules.prismatic import Prismatic
 from calibrator.quantizers import parse_choice, quantized
@@ -22,6 +22,7 @@ from calibrator.sensitivity.passes import Signals, Trunk, signals
 from calibrator.sensitivity.sweep import Sweep, SweepSettings, SweepSpec
 from vla_policy.core.errors import DataError, PolicyError
 from vla_policy.core.formats import FULL, Choice
+from vla_policy.core.observation import check_strays
 from vla_policy.core.policy_config import PolicyConfig
 
 UNITS = (

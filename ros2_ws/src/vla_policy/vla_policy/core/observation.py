@@ -5,8 +5,10 @@ from typing import Protocol
 
 import numpy as np
 
-from vla_policy.core.errors import EngineError
+from vla_policy.core.errors import EngineError, PolicyError
 from vla_policy.core.policy_config import PolicyConfig
+
+_FEW = 0.1
 
 
 def finite(output: np.ndarray, what: str) -> np.ndarray:
@@ -21,6 +23,19 @@ def finite(output: np.ndarray, what: str) -> np.ndarray:
             "overflows: check the checkpoint and build the engine again"
         )
     return output
+
+
+def check_strays(strays: int, states: int, source: str) -> None:
+    """Raises PolicyError where a policy would rather answer no action in more than a few of so many states.
+
+    A trained policy does so in none that is like those it was trained on, one whose tokens have another meaning in all.
+    A tenth of the states is allowed, and a single one.
+    """
+    if strays > max(1, _FEW * states):
+        raise PolicyError(
+            f"{source}: in {strays} of {states} states the policy prefers a token that is no action; its tokens have "
+            "another meaning (UniVLA's latent actions?), or the states are of another kind than it was trained on"
+        )
 
 
 @dataclass(frozen=True)
@@ -50,10 +65,13 @@ class Decision:
 
     A policy that decides a chunk of H control steps at once answers with H K tokens and actions [H, K]. There is no
     decision with an action that is not finite: making one raises EngineError.
+
+    stray: whether a token stands in for one that is no action, which an engine prefers; False where nobody looked.
     """
 
     tokens: np.ndarray
     action: np.ndarray
+    stray: bool = False
 
     def __post_init__(self) -> None:
         finite(self.action, "action")

@@ -59,6 +59,10 @@ class ActionCodec:
         """The greedy id among the action tokens, of one position's logits [vocab]; raises as `scores`."""
         return self.first_token + int(np.argmax(self.scores(logits)))
 
+    def is_stray(self, logits: np.ndarray) -> bool:
+        """Whether of the whole vocabulary another token than an action's has the largest of logits [vocab]."""
+        return not self.first_token <= int(np.argmax(logits)) <= self.last_token
+
     def tokens_to_normalised(self, tokens: np.ndarray) -> np.ndarray:
         """float64 in [-1, 1], same shape; an id outside the action range falls into the nearest bin."""
         return self.centres[np.clip(self.token_vocab - np.asarray(tokens) - 1, 0, self.bins - 2)]

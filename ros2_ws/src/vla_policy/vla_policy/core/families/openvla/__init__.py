@@ -56,12 +56,13 @@ class OpenVlaPolicy:
     def decide(self, program: Program, inputs: Mapping[str, np.ndarray]) -> Decision:
         """Restricted to the action tokens: no trained policy chooses others, and a damaged one must not."""
         decoding = _Decoding(program, inputs)
-        tokens = [self.codec.choose(decoding.logits)]
+        tokens, stray = [self.codec.choose(decoding.logits)], self.codec.is_stray(decoding.logits)
         while len(tokens) < self.codec.dim:
             decoding.append(tokens[-1])
             tokens.append(self.codec.choose(decoding.logits))
+            stray |= self.codec.is_stray(decoding.logits)
         chosen = np.asarray(tokens, np.int64)
-        return Decision(chosen, self.codec.tokens_to_action(chosen))
+        return Decision(chosen, self.codec.tokens_to_action(chosen), stray)
 
     def scores(self, program: Program, inputs: Mapping[str, np.ndarray], decided: Decision) -> np.ndarray:
         """float32 [K, bins]: the action tokens' logits along the K tokens that were decided."""
