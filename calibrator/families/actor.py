@@ -8,18 +8,17 @@ import torch
 from calibrator.families.base import Decisions, find_family
 from calibrator.families.loading import load_policy
 from calibrator.modules.policy import Inputs, Policy
+from vla_policy.core.families.base import Policy as RobotPolicy
 from vla_policy.core.observation import Decision, Observation, finite
 from vla_policy.core.policy_config import PolicyConfig
-from vla_policy.core.prismatic.config import PrismaticConfig
-from vla_policy.core.prismatic.prompt import PromptTokenizer
 
 
 class TorchActor:
-    """Preprocessing, prompt and un-normalisation around a policy; the same core as the robot's."""
+    """A torch policy between the robot's own preprocessing and what its decisions mean."""
 
-    def __init__(self, policy: Policy, tokenizer: PromptTokenizer, decisions: Decisions, unnorm_key: str) -> None:
+    def __init__(self, policy: Policy, robot: RobotPolicy, decisions: Decisions, unnorm_key: str) -> None:
         self.policy = policy
-        self.tokenizer = tokenizer
+        self.robot = robot
         self.decisions = decisions
         self.unnorm_key = unnorm_key
 
@@ -28,9 +27,8 @@ class TorchActor:
         """The actor for the policy in `folder`; see `load_policy` for errors, and `unnorm_key` of PolicyConfig."""
         config = PolicyConfig.load(folder)
         key = config.unnorm_key(unnorm_key)
-        assert isinstance(config, PrismaticConfig)
-        tokenizer, decisions = PromptTokenizer(folder, config, key), find_family(config).decisions(config, key)
-        return TorchActor(load_policy(folder, dtype), tokenizer, decisions, key)
+        robot, decisions = config.family.policy(config, Path(folder), key), find_family(config).decisions(config, key)
+        return TorchActor(load_policy(folder, dtype), robot, decisions, key)
 
     @property
     def config(self) -> PolicyConfig:
@@ -52,5 +50,4 @@ class TorchActor:
         return scores, bool(self.decisions.strays(output)[0])
 
     def _inputs(self, observation: Observation) -> Inputs:
-        ids = self.tokenizer.encode(observation.instruction, observation.state)
-        return self.policy.inputs(self.unnorm_key, [observation], ids[None])
+        return self.policy.tensors([self.robot.inputs(observation)])

@@ -13,6 +13,8 @@ from torch import Tensor
 Stage = Literal["vision", "projector", "language", "head"]
 DECIDED = "decided"
 """The value that holds the decision which a pass is held to."""
+PROMPT = "input_ids"
+"""The input that holds the prompt's token ids, [B, L], of a policy that reads one."""
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from calibrator.modules.chain import DECIDED, Chain
-from vla_policy.core.observation import Observation
 from vla_policy.core.policy_config import PolicyConfig
 
 Inputs = Mapping[str, Tensor]
-"""What B states of equal prompt length give a policy: the first values of its chain. The first axis is B."""
+"""What B states give a policy: the first values of its chain. The first axis is B."""
 
 
 class Policy(nn.Module):
@@ -28,10 +27,6 @@ class Policy(nn.Module):
         """
         raise NotImplementedError
 
-    def inputs(self, unnorm_key: str, observations: Sequence[Observation], input_ids: np.ndarray) -> Inputs:
-        """Observations with their prompts' ids, int64 [B, L], on the policy's device and in its dtype."""
-        raise NotImplementedError
-
     def decide(self, inputs: Inputs, size: int) -> Tensor:
         """The decision that the policy takes by itself, [B, size] in the form of its family's `Decisions`."""
         raise NotImplementedError
@@ -40,6 +35,10 @@ class Policy(nn.Module):
         """What the policy answers when it is held to `decided` [B, size]: its chain's last value."""
         chain = self.chain()
         return chain.run({**inputs, DECIDED: decided})[chain.output]
+
+    def tensors(self, states: Sequence[Mapping[str, np.ndarray]]) -> Inputs:
+        """The inputs of several states, as the robot's side of the policy makes them, in one batch on the device."""
+        return {name: self.tensor(np.concatenate([state[name] for state in states])) for name in states[0]}
 
     def tensor(self, values: np.ndarray) -> Tensor:
         """`values` on the policy's device; floating-point numbers in its dtype."""

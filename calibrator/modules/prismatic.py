@@ -2,22 +2,19 @@
 
 from collections.abc import Callable, Sequence
 
-import numpy as np
 from torch import Tensor
 from transformers import LlamaModel
 
 from calibrator.modules.chain import Chain, Runs, Segment
 from calibrator.modules.llama import block_input, block_segments, existing_block
-from calibrator.modules.policy import Inputs, Policy
+from calibrator.modules.policy import Policy
 from calibrator.modules.vision import Projector, VisionBackbone, dead_tower_tensors
-from vla_policy.core.observation import Observation
 from vla_policy.core.prismatic.config import PrismaticConfig
-from vla_policy.core.prismatic.pixels import pixel_values
 
 
 class Prismatic(Policy):
     """The published names of what all of them have. Their inputs are `pixel_values` [B, 6 N, S, S] of N images and
-    `input_ids`, int64 [B, L]."""
+    `PROMPT`, int64 [B, L]."""
 
     config: PrismaticConfig
 
@@ -30,10 +27,6 @@ class Prismatic(Policy):
     def decoder(self) -> LlamaModel:
         """`language_model.model`."""
         raise NotImplementedError
-
-    def inputs(self, unnorm_key: str, observations: Sequence[Observation], input_ids: np.ndarray) -> Inputs:
-        pixels = np.stack([pixel_values(observation.images, self.config) for observation in observations])
-        return {"pixel_values": self.tensor(pixels), "input_ids": self.tensor(input_ids)}
 
     def patches(self, pixel_values: Tensor) -> Tensor:
         """Projected patch embeddings: [B, 6 N, S, S] of N images -> [B, N P, hidden]."""

@@ -18,7 +18,7 @@ from calibrator.modules.chain import DECIDED, Chain, Segment, run_segments
 
 @dataclass(frozen=True)
 class Batch:
-    """Calibration states of equal prompt length.
+    """Calibration states of equal shapes.
 
     samples: their indices in the calibration set. decided: [B, D], y* of Eq. (2): the full-precision decision.
     """

@@ -4,18 +4,17 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from calibrator.data.calibration import CalibrationSet
 from calibrator.families import Inputs, Policy, find_family
-from calibrator.modules.chain import Chain
+from calibrator.modules.chain import PROMPT, Chain
 from calibrator.sensitivity.passes import Batch, Trunk
 from vla_policy.core.observation import check_strays
 from vla_policy.core.policy_config import PolicyConfig
-from vla_policy.core.prismatic.config import PrismaticConfig
-from vla_policy.core.prismatic.prompt import PromptTokenizer
 
 
 @dataclass(frozen=True)
@@ -32,20 +31,17 @@ class Reference:
 
 
 class States:
-    """A calibration set tokenised for one policy. Images are preprocessed when a batch is asked for."""
+    """A calibration set as inputs of one policy. Images are preprocessed when a batch is asked for."""
 
     def __init__(
         self, calibration: CalibrationSet, config: PolicyConfig, folder: Path | str, unnorm_key: str | None, batch: int
     ) -> None:
-        assert isinstance(config, PrismaticConfig)
-        tokenizer = PromptTokenizer(folder, config, unnorm_key)
         self.calibration = calibration
-        self.unnorm_key = config.unnorm_key(unnorm_key)
         self.decisions = find_family(config).decisions(config, unnorm_key)
         self.batch_size = batch
-        self.input_ids = [
-            tokenizer.encode(calibration.samples[index].instruction, calibration.states[index])
-            for index in range(len(calibration))
+        self._robot = config.family.policy(config, Path(folder), unnorm_key)
+        self._shapes = [
+            {name: values.shape for name, values in self._inputs(sample).items()} for sample in range(len(calibration))
         ]
 
     def __len__(self) -> int:
@@ -53,25 +49,27 @@ class States:
 
     @property
     def mean_prompt_tokens(self) -> float:
-        """Mean length of the prompts, patches not counted."""
-        return float(np.mean([len(ids) for ids in self.input_ids]))
+        """Mean length of the prompts, 0 for a policy that reads none."""
+        return float(np.mean([shapes[PROMPT][1] if PROMPT in shapes else 0 for shapes in self._shapes]))
 
     def split(self, samples: Iterator[int] | range | tuple[int, ...]) -> list[tuple[int, ...]]:
-        """Batches of equal prompt length, at most `batch_size` states each, longest prompts first."""
-        by_length: dict[int, list[int]] = {}
+        """Batches of inputs of equal shapes, at most `batch_size` states each, longest prompts first."""
+        alike: dict[tuple[Any, ...], list[int]] = {}
         for sample in samples:
-            by_length.setdefault(len(self.input_ids[sample]), []).append(sample)
+            alike.setdefault(tuple(sorted(self._shapes[sample].items())), []).append(sample)
         size = self.batch_size
         return [
             tuple(members[start : start + size])
-            for _, members in sorted(by_length.items(), reverse=True)
+            for _, members in sorted(alike.items(), reverse=True)
             for start in range(0, len(members), size)
         ]
 
     def inputs(self, policy: Policy, samples: tuple[int, ...]) -> Inputs:
-        """States of equal prompt length on the policy's device and in its dtype."""
-        ids = np.stack([self.input_ids[sample] for sample in samples])
-        return policy.inputs(self.unnorm_key, [self.calibration.observation(sample) for sample in samples], ids)
+        """States of equal shapes on the policy's device and in its dtype."""
+        return policy.tensors([self._inputs(sample) for sample in samples])
+
+    def _inputs(self, sample: int) -> dict[str, np.ndarray]:
+        return self._robot.inputs(self.calibration.observation(sample))
 
     def batch(self, policy: Policy, samples: tuple[int, ...], decided: np.ndarray) -> Batch:
         """The states as one batch; `decided` [N, D] are the reference decisions of all states."""

@@ -136,7 +136,7 @@ class Sweep:
         return evidence_map(measured.hidden[boundary], self.means[boundary], measured.gradients[boundary])
 
     def full_precision(self, samples: tuple[int, ...]) -> tuple[Trunk, Signals]:
-        """The reference pass of states with equal prompt length, and its signals."""
+        """The reference pass of states with equal shapes, and its signals."""
         trunk = Trunk(self.chain, self.states.batch(self.policy, samples, self.reference.decided))
         return trunk, trunk.signals()
 

@@ -28,7 +28,6 @@ from vla_policy.core.files import sha256_policy
 from vla_policy.core.formats import FULL, Format
 from vla_policy.core.manifest import Manifest
 from vla_policy.core.observation import Observation
-from vla_policy.core.prismatic.pixels import pixel_values, preprocess
 from vla_policy.core.runner import load_engine
 from vla_policy.core.targets import find_target
 
@@ -43,12 +42,8 @@ def simulated(folder: Path) -> TorchActor:
     return actor
 
 
-def logits(actor: TorchActor, seed: int, tokens: np.ndarray) -> np.ndarray:
-    seen = observation(seed)
-    inputs = {
-        "pixel_values": torch.from_numpy(preprocess(seen.image, actor.config)[None]),
-        "input_ids": torch.from_numpy(actor.tokenizer.encode(seen.instruction, seen.state)[None]),
-    }
+def logits(actor: TorchActor, seen: Observation, tokens: np.ndarray) -> np.ndarray:
+    inputs = actor.policy.tensors([actor.robot.inputs(seen)])
     return actor.policy.output(inputs, torch.from_numpy(tokens)[None])[0].numpy()
 
 
@@ -69,7 +64,7 @@ def test_engine_equals_the_torch_policy(formats: list[str], noise: float, tmp_pa
         seen = observation(seed)
         decision = actor.act(seen)
         got = engine.policy.logits(engine.program(), engine.policy.inputs(seen), decision.tokens)
-        expected = logits(actor, seed, decision.tokens)
+        expected = logits(actor, seen, decision.tokens)
         np.testing.assert_allclose(got, expected, atol=noise * np.abs(expected).max())
         if noise == NETWORK:
             assert_clear(actor.scores(seen, decision.tokens))
@@ -84,11 +79,8 @@ def test_an_engine_of_two_images_equals_the_torch_policy(tmp_path: Path) -> None
     for seed in range(2):
         seen = observation(seed, images=2)
         decision = actor.act(seen)
-        pixels = pixel_values(seen.images, engine.config)[None]
-        ids = actor.tokenizer.encode(seen.instruction, seen.state)[None]
         got = engine.policy.logits(engine.program(), engine.policy.inputs(seen), decision.tokens)
-        inputs = {"pixel_values": torch.from_numpy(pixels), "input_ids": torch.from_numpy(ids)}
-        expected = actor.policy.output(inputs, torch.from_numpy(decision.tokens)[None])[0].numpy()
+        expected = logits(actor, seen, decision.tokens)
         np.testing.assert_allclose(got, expected, atol=NETWORK * np.abs(expected).max())
         assert_clear(actor.scores(seen, decision.tokens))
         np.testing.assert_array_equal(engine.act(seen).tokens, decision.tokens)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, LlamaForCausalLM, LlamaModel
 
-from calibrator.modules.chain import DECIDED, Chain, Layers, Runs, Segment
+from calibrator.modules.chain import DECIDED, PROMPT, Chain, Layers, Runs, Segment
 from calibrator.modules.llama import SEQUENCE, keep_rotary_frequencies, llama_config
 from calibrator.modules.policy import Inputs
 from calibrator.modules.prismatic import Prismatic
@@ -47,7 +47,7 @@ class OpenVLA(Prismatic):
         """
         first = self.config.token_vocab - self.config.n_action_bins
         cache = DynamicCache(config=self.language_model.config)
-        embeddings = self.embed(inputs["input_ids"], self.patches(inputs["pixel_values"]))
+        embeddings = self.embed(inputs[PROMPT], self.patches(inputs["pixel_values"]))
         chosen: list[Tensor] = []
         scores: list[Tensor] = []
         for _ in range(size):
@@ -78,7 +78,7 @@ class OpenVLA(Prismatic):
 
         head = Layers("language_model.lm_head", "lm_head", "head", "head", lambda _, decided: (Runs(1, decided),))
         return self.chain_of(
-            Segment(SEQUENCE, ("projector", "input_ids", DECIDED), sequence),
+            Segment(SEQUENCE, ("projector", PROMPT, DECIDED), sequence),
             Segment("states", (self.after_decoder, DECIDED), states),
             Segment("logits", ("states",), logits, head),
             decoder_runs,

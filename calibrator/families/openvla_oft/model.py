@@ -4,21 +4,18 @@ All positions see each other. A head of its own reads the states that, in a caus
 tokens, K of them for each of the chunk's H control steps.
 """
 
-from collections.abc import Sequence
-
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import LlamaModel
 
-from calibrator.modules.chain import Chain, Layers, Runs, Segment
+from calibrator.modules.chain import PROMPT, Chain, Layers, Runs, Segment
 from calibrator.modules.llama import SEQUENCE, keep_rotary_frequencies, llama_config
 from calibrator.modules.policy import Inputs
 from calibrator.modules.prismatic import Prismatic
 from calibrator.modules.vision import Mlp
 from vla_policy.core.families.openvla_oft import OftConfig
-from vla_policy.core.observation import Observation, finite
+from vla_policy.core.observation import finite
 from vla_policy.core.prismatic.config import TextSpec
 
 EOS = 2
@@ -100,14 +97,6 @@ class OpenVLAOFT(Prismatic):
     def decoder(self) -> LlamaModel:
         return self.language_model.model
 
-    def inputs(self, unnorm_key: str, observations: Sequence[Observation], input_ids: np.ndarray) -> Inputs:
-        inputs = super().inputs(unnorm_key, observations, input_ids)
-        proprio = self.config.stats(unnorm_key).proprio
-        if not self.config.use_proprio or proprio is None:
-            return inputs
-        states = np.stack([proprio.normalised(observation.state) for observation in observations])
-        return {**inputs, "state": self.tensor(states)}
-
     @torch.no_grad()
     def decide(self, inputs: Inputs, size: int) -> Tensor:
         """Normalised actions, float32 [B, size]. Raises EngineError unless they are finite."""
@@ -140,7 +129,7 @@ class OpenVLAOFT(Prismatic):
         state = [self._state_segment()] if self.config.use_proprio else []
         head = Layers("action_head", "action_head", "head", "head", lambda *_: (Runs(chunk),))
         return self.chain_of(
-            Segment(SEQUENCE, ("projector", "input_ids", *(segment.name for segment in state)), sequence),
+            Segment(SEQUENCE, ("projector", PROMPT, *(segment.name for segment in state)), sequence),
             Segment("states", (self.after_decoder,), states),
             Segment("actions", ("states",), actions, head),
             decoder_runs,
