@@ -43,6 +43,9 @@ class FakeDecisions:
     def scores(self, output: Tensor) -> Tensor:
         raise NotImplementedError
 
+    def strays(self, output: Tensor) -> Tensor:
+        raise NotImplementedError
+
     def decision(self, decided: np.ndarray) -> Decision:
         raise NotImplementedError
 
