@@ -32,7 +32,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_build(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(command=_build)
-    parser.add_argument("--policy", type=Path, required=True, help="folder in the published OpenVLA layout")
+    parser.add_argument("--policy", type=Path, required=True, help="policy folder")
     plan = parser.add_mutually_exclusive_group(required=True)
     plan.add_argument("--plan", type=Path, help="plan.json made by `calibrator allocate` for this policy")
     plan.add_argument("--uniform", metavar="CHOICE", help="every layer the same, e.g. w16a16 or w4a16_g64:rtn")

@@ -35,7 +35,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_rollout(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--policy", type=Path, help="policy folder in the published OpenVLA layout (torch, on the CPU)")
+    what.add_argument("--policy", type=Path, help="policy folder (torch, on the CPU)")
     what.add_argument("--engine", type=Path, help="engine folder made by `python -m engine_build build`")
     what.add_argument(
         "--compare",

@@ -38,8 +38,8 @@ class LiberoProtocol:
 
     image_size: rendered pixels a side. steps_per_action: control steps (1/20 s) for which one action is held.
     wait_steps: control steps after the reset, while objects fall. crop_area: centre crop by this share of the area,
-    None for the whole image. gripper: "environment" means -1 open, +1 close, continuous; "openvla" means 0 close,
-    1 open, binarised at 0.5. state: "hand" as `_Scene.robot_state` gives it, "full" as `_Scene.full_state` does.
+    None for the whole image. gripper: "signed" means -1 open, +1 close, continuous; "opening" means 0 close, 1 open,
+    binarised at 0.5. state: "hand" as `_Scene.robot_state` gives it, "full" as `_Scene.full_state` does.
     wrist: the hand's camera as a second image.
     """
 
@@ -47,28 +47,28 @@ class LiberoProtocol:
     steps_per_action: int
     wait_steps: int
     crop_area: float | None
-    gripper: Literal["environment", "openvla"]
+    gripper: Literal["signed", "opening"]
     state: Literal["hand", "full"] = "hand"
     wrist: bool = False
 
 
-OPENVLA_PROTOCOL = LiberoProtocol(256, 1, 10, 0.9, "openvla")
+PUBLISHED_PROTOCOL = LiberoProtocol(256, 1, 10, 0.9, "opening")
 """As OpenVLA's published LIBERO evaluation. OpenVLA-OFT's adds the full state and the wrist camera."""
 
-DEMO_PROTOCOL = LiberoProtocol(224, 4, 10, None, "environment")
+DEMO_PROTOCOL = LiberoProtocol(224, 4, 10, None, "signed")
 """The demo policies': slower decisions, the whole image, the simulator's own gripper sign."""
 
 
-PROTOCOLS = {0: OPENVLA_PROTOCOL, 5: DEMO_PROTOCOL, 8: replace(OPENVLA_PROTOCOL, state="full")}
+PROTOCOLS = {0: PUBLISHED_PROTOCOL, 5: DEMO_PROTOCOL, 8: replace(PUBLISHED_PROTOCOL, state="full")}
 """By how many values of state a policy takes: none, `_Scene.robot_state` or `_Scene.full_state`."""
 
 
 def environment_action(action: np.ndarray, protocol: LiberoProtocol) -> np.ndarray:
-    """float64 [7] for the simulator. OpenVLA's gripper g becomes -sign(2 g - 1). Raises DataError for a bad action."""
+    """float64 [7] for the simulator. An opening g becomes -sign(2 g - 1). Raises DataError for a bad action."""
     command = np.array(action, np.float64)
     if command.shape != (ACTION_SIZE,) or not np.isfinite(command).all():
         raise DataError(f"LIBERO action: expected {ACTION_SIZE} finite numbers, got {np.asarray(action).tolist()}")
-    if protocol.gripper == "openvla":
+    if protocol.gripper == "opening":
         command[6] = -np.sign(2.0 * command[6] - 1.0)
     return np.clip(command, -1.0, 1.0)
 
@@ -76,7 +76,7 @@ def environment_action(action: np.ndarray, protocol: LiberoProtocol) -> np.ndarr
 class LiberoEnv:
     """One LIBERO suite; a `base.BenchmarkEnv`. Trials are the suite's official initial states (50 a task)."""
 
-    def __init__(self, suite: str, protocol: LiberoProtocol = OPENVLA_PROTOCOL) -> None:
+    def __init__(self, suite: str, protocol: LiberoProtocol = PUBLISHED_PROTOCOL) -> None:
         if suite not in SUITES + SWAPPED_SUITES:
             raise DataError(f"LIBERO suite {suite!r} is unknown; choose from: {', '.join(SUITES + SWAPPED_SUITES)}")
         self.name = suite

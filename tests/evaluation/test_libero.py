@@ -9,7 +9,7 @@ import pytest
 from evaluation.benchmarks.libero import (
     DEMO_PROTOCOL,
     MAX_STEPS,
-    OPENVLA_PROTOCOL,
+    PUBLISHED_PROTOCOL,
     SUITES,
     SWAPPED_SUITES,
     LiberoEnv,
@@ -24,7 +24,7 @@ MILK = "pick_up_the_milk_and_place_it_in_the_basket"
 @pytest.mark.parametrize(("given", "expected"), [(0.0, 1.0), (0.49, 1.0), (0.51, -1.0), (1.0, -1.0)])
 def test_openvla_gripper_is_binarised_and_turned_round(given: float, expected: float) -> None:
     # Published convention: 1 opens, 0 closes. The simulator's: -1 opens, +1 closes.
-    command = environment_action(np.array([0.1, -0.2, 2.0, 0.0, 0.0, 0.0, given]), OPENVLA_PROTOCOL)
+    command = environment_action(np.array([0.1, -0.2, 2.0, 0.0, 0.0, 0.0, given]), PUBLISHED_PROTOCOL)
     np.testing.assert_array_equal(command, [0.1, -0.2, 1.0, 0.0, 0.0, 0.0, expected])
 
 
@@ -39,7 +39,8 @@ def test_bad_actions_are_refused(action: np.ndarray) -> None:
 
 
 def test_protocols_have_the_official_constants() -> None:
-    assert (OPENVLA_PROTOCOL.image_size, OPENVLA_PROTOCOL.wait_steps, OPENVLA_PROTOCOL.crop_area) == (256, 10, 0.9)
+    published = PUBLISHED_PROTOCOL
+    assert (published.image_size, published.wait_steps, published.crop_area) == (256, 10, 0.9)
     assert MAX_STEPS == {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520}
 
 
@@ -70,7 +71,7 @@ def test_points_are_found_in_the_image(demo_env: LiberoEnv) -> None:
 @pytest.mark.parametrize("suite", SUITES + SWAPPED_SUITES)
 def test_every_suite_has_ten_tasks_with_initial_states(suite: str) -> None:
     pytest.importorskip("libero", reason="LIBERO is an optional extra")
-    env = LiberoEnv(suite, OPENVLA_PROTOCOL)
+    env = LiberoEnv(suite, PUBLISHED_PROTOCOL)
     assert len(env.tasks) == 10
     assert env.max_decisions == MAX_STEPS[suite.removesuffix("_swap")]
     for task in env.tasks:
@@ -125,7 +126,7 @@ def test_images_and_motion_are_those_of_the_official_environment() -> None:
     from robosuite.utils.transform_utils import quat2axisangle
 
     actions = np.random.default_rng(0).uniform(-0.5, 0.5, (4, 7))
-    ours = LiberoEnv("libero_object", replace(OPENVLA_PROTOCOL, crop_area=None, state="full", wrist=True))
+    ours = LiberoEnv("libero_object", replace(PUBLISHED_PROTOCOL, crop_area=None, state="full", wrist=True))
     initial_state = ours.initial_states(MILK)[2]
     ours.reset(MILK, 2, 0)
     seen = [ours.step(action).observation for action in actions][-1]

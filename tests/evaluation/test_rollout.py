@@ -12,7 +12,7 @@ from fake_world import FakeEnv, FakeRecipe
 
 from evaluation import __main__ as command
 from evaluation.actors import ActorSpec
-from evaluation.benchmarks.libero import DEMO_PROTOCOL, OPENVLA_PROTOCOL, LiberoEnv
+from evaluation.benchmarks.libero import DEMO_PROTOCOL, PUBLISHED_PROTOCOL, LiberoEnv
 from evaluation.benchmarks.registry import make_env
 from evaluation.results import RolloutResult, describe_result
 from evaluation.rollout import Rollout, run, spoken_instruction
@@ -234,7 +234,7 @@ def test_published_policies_get_liberos_official_protocol() -> None:
     official = make_env("libero_object", published)
     demo = make_env("libero_object", replace(published, state_in_prompt=True, steps_per_action=4))
     assert isinstance(official, LiberoEnv) and isinstance(demo, LiberoEnv)
-    assert official.protocol == OPENVLA_PROTOCOL
+    assert official.protocol == PUBLISHED_PROTOCOL
     assert (official.max_decisions, demo.max_decisions) == (280, 70)
     assert demo.protocol == DEMO_PROTOCOL
 
