@@ -31,6 +31,13 @@ def test_ids_outside_the_action_range_fall_into_the_nearest_bin() -> None:
     assert codec.tokens_to_normalised(np.array([5])) == codec.tokens_to_normalised(np.array([codec.first_token]))
 
 
+def test_actions_beyond_the_statistics_fall_into_the_outermost_bins() -> None:
+    """As training data do in part: a percentile is no bound. The gripper is not normalised."""
+    codec = ActionCodec.of(CONFIG, "golden")
+    assert codec.action_to_tokens(np.full(7, -1e3)).tolist() == [codec.last_token] * 7
+    assert codec.action_to_tokens(np.full(7, 1e3)).tolist() == [codec.first_token] * 7
+
+
 def test_an_action_that_is_not_finite_is_refused() -> None:
     with pytest.raises(DataError, match="expected 7 finite values"):
         ActionCodec.of(CONFIG).action_to_tokens(np.array([0, 0, 0, 0, 0, 0, np.nan]))

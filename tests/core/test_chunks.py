@@ -127,6 +127,16 @@ def test_latest_replaces_and_late_chunks_are_ignored() -> None:
     robot.see(2, [[2.0], [2.0]])
     robot.see(1, [[1.0], [1.0], [1.0]])
     assert robot.step(3) == [2.0]
+    robot.see(2, [[3.0], [3.0]])
+    assert robot.step(4) == [3.0], "decided again from the same observation: the later word counts"
+
+
+def test_a_plan_that_was_replaced_does_not_come_back() -> None:
+    robot = Robot()
+    robot.see(0, plan(0, 10))
+    assert robot.step(1) == [0.0]
+    robot.see(1, [[5.0], [5.0]])
+    assert [robot.step(at) for at in (2, 3, 4)] == [[5.0], [5.0], None]
 
 
 def test_rows_beyond_those_that_may_be_carried_out_are_never_used() -> None:

@@ -25,6 +25,26 @@ def test_a_command_within_the_limits_passes_unchanged() -> None:
     np.testing.assert_allclose(command.motion, [0.5, -0.5, 0.1, 2.0, 0.0, -10.0])
 
 
+def test_the_gripper_closes_above_the_contract_s_threshold() -> None:
+    assert CONTRACT.gripper is not None
+    limiter = Limiter(replace(CONTRACT, gripper=replace(CONTRACT.gripper, threshold=0.5)))
+    commands = [limiter.command(np.asarray([0, 0, 0, 0, 0, 0, value]), 0) for value in (0.4, 0.5, 0.6)]
+    assert [command.gripper_m for command in commands if command] == [0.08, 0.08, 0.0]
+
+
+def test_after_a_hold_a_velocity_starts_from_standstill() -> None:
+    limiter = Limiter(SLOW)
+    ahead = np.asarray([1.0, 0, 0, 0, 0, 0, 0])
+    reached = []
+    for step in range(4):
+        if step == 2:
+            limiter.rest()
+        command = limiter.command(ahead, step * PERIOD_NS)
+        assert command is not None
+        reached.append(command.motion[0])
+    assert reached == pytest.approx([0.5, 1.0, 0.5, 1.0])
+
+
 @given(VALUES)
 def test_limits_hold_and_the_direction_stays(values: list[float]) -> None:
     command = Limiter(CONTRACT).command(np.asarray(values), 0)
@@ -149,6 +169,10 @@ def test_a_frozen_camera_is_seen_after_the_timeout() -> None:
     ]:
         detector.see(checksum, stamp)
         assert detector.frozen is frozen
+    detector.see(2, 700)  # the clock was set back: the time of the old one says nothing
+    assert not detector.frozen
+    detector.see(2, 1700)
+    assert detector.frozen
     off = FreezeDetector(0)
     off.see(1, 0)
     off.see(1, 10**12)

@@ -3,6 +3,7 @@
 import math
 import resource
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -19,6 +20,7 @@ from vla_policy.core.policy_config import ActionStats, NormStats, PolicyConfig
 from vla_policy.core.safety import HoldReason
 from vla_policy.core.server import Latch, PolicyServer, ServedChunk, ServerSettings, Status
 from vla_policy.core.synchroniser import Dropped, DropReason
+from vla_policy.core.worker import Answer, InferenceWorker
 
 CONTRACT = load_contract(Path(__file__).parents[2] / "ros2_ws/src/vla_policy/config/libero.yaml")
 CAMERA, STATE, INSTRUCTION = CONTRACT.primary.topic, CONTRACT.states[0].topic, CONTRACT.instruction.topic
@@ -241,6 +243,120 @@ def test_a_refused_observation_is_counted_and_the_next_served(bench: Bench) -> N
     bench.answered()
     assert [dropped.reason for dropped in bench.drops] == [DropReason.ENGINE_ERROR]
     assert bench.server.tick().command is not None
+
+
+def test_a_decision_that_took_too_long_does_not_move_though_the_clock_stood_still() -> None:
+    """Simulated time may stand while the engine computes."""
+    bench = Bench(inference_deadline_s=1e-9)
+    bench.instruct()
+    bench.see()
+    bench.answered()
+    assert bench.chunks[0].age_ms == 0.0 and bench.chunks[0].latency_ms > 1e-6
+    assert not bench.chunks[0].usable and bench.server.status().late == 1
+
+
+def test_that_no_chunk_came_in_time_is_the_reason_that_is_given(bench: Bench) -> None:
+    bench.moving()
+    bench.actor.gate.clear()
+    bench.see()
+    bench.now_ns += 550 * 10**6
+    bench.actor.gate.set()
+    bench.answered()
+    bench.actor.gate.clear()
+    bench.see(advance_ms=300)  # the plan before is too old by now
+    assert bench.reasons() == {HoldReason.DEADLINE_MISSED}
+    bench.actor.gate.set()
+    bench.answered()
+    assert bench.server.tick().command is not None, "a decision in time ends it"
+
+
+def test_an_answer_after_the_end_of_service_is_not_usable(bench: Bench) -> None:
+    bench.moving()
+    bench.actor.gate.clear()
+    bench.see()
+    bench.server.silence()
+    bench.actor.gate.set()
+    bench.answered()
+    assert not bench.chunks[-1].usable
+    count = len(bench.chunks)
+    bench.see()
+    bench.answered()
+    assert len(bench.chunks) == count, "frames are not even asked about"
+
+
+@pytest.mark.parametrize("way", ["enable", "stop", "stopped", "finish"])
+def test_no_motion_begins_with_a_plan_from_before(bench: Bench, way: str) -> None:
+    """Not even one step later, and without a control step in between that could have forgotten it."""
+    bench.moving()
+    if way == "enable":
+        bench.server.enable(True)
+    elif way == "finish":
+        bench.server.finish()
+    else:
+        bench.server.stop(Latch("operator"))
+        if way == "stopped":  # decided while the stop is latched
+            bench.see()
+            bench.answered()
+        bench.server.reset()
+    assert bench.server.start() is None
+    assert bench.reasons() == {HoldReason.NO_CHUNK}
+    bench.see()
+    bench.answered()
+    assert bench.server.tick().command is not None
+
+
+def test_the_first_of_two_stops_is_the_one_that_is_named(bench: Bench) -> None:
+    bench.server.stop(Latch("e-stop"))
+    bench.server.stop(Latch("operator"))
+    assert bench.server.status().latch == Latch("e-stop")
+
+
+def test_without_a_robot_that_waits_a_frame_waits_for_its_state() -> None:
+    for lossless, served in ((True, 2), (False, 1)):
+        bench = Bench(lossless=lossless)
+        bench.instruct()
+        bench.see()
+        bench.now_ns += 60 * 10**6
+        stamp_ns = bench.now_ns
+        bench.server.receive(CAMERA, msgs.compressed(stamp_ns, msgs.picture(1, 4)))
+        bench.now_ns += 5 * 10**9
+        bench.server.expire()
+        bench.server.receive(STATE, msgs.joints(stamp_ns, [0.5, 0, 0, 0.04]))
+        bench.answered()
+        assert len(bench.chunks) == served
+        assert [dropped.reason for dropped in bench.drops] == [DropReason.UNSYNCHRONISED] * (2 - served)
+
+
+def test_overhead_is_neither_the_engine_s_time_nor_that_of_the_frame_before(bench: Bench) -> None:
+    bench.instruct()
+    bench.see()
+    bench.answered()
+    frame, other = bench.chunks[0].frame, Bench()
+    other.now_ns = frame.received_ns + 50 * 10**6
+    other.server._answered(Answer(frame, Decision(np.zeros(7, np.int64), np.zeros(7)), 12.0, 30.0))
+    assert other.server.status().overhead_ms.maximum == pytest.approx(50.0 - 12.0 - 30.0)
+
+
+def test_a_frame_s_wait_for_the_engine_is_measured(bench: Bench) -> None:
+    answers: list[Answer] = []
+    drops: list[Dropped] = []
+    bench.instruct()
+    bench.see()
+    bench.answered()
+    frame, actor = bench.chunks[0].frame, FakeActor()
+    worker = InferenceWorker(CONTRACT, actor, True, 3, answers.append, drops.append, pytest.fail)
+    worker.start()
+    actor.gate.clear()
+    worker.submit(frame)
+    assert actor.entered.acquire(timeout=TIMEOUT_S)
+    worker.submit(frame)
+    began = time.perf_counter()
+    assert not threading.Event().wait(0.03)
+    waited_ms = (time.perf_counter() - began) * 1e3
+    actor.gate.set()
+    assert worker.drain(TIMEOUT_S) and worker.stop(TIMEOUT_S) and drops == []
+    first, second = answers
+    assert first.queued_ms == 0.0 and second.queued_ms >= waited_ms
 
 
 def test_a_drop_s_particulars_survive_more_frequent_drops(bench: Bench) -> None:

@@ -70,6 +70,55 @@ def test_a_frame_with_an_equal_stamp_is_served_at_once() -> None:
     assert len(synchroniser.push(camera(10))) == 1
 
 
+def test_the_slop_is_the_farthest_that_a_sample_may_be() -> None:
+    assert CONTRACT.synchronisation.slop_ms == 50
+    (frame,) = served([instruction(0), state(10), camera(60)])
+    assert isinstance(frame, Frame) and frame.skew_ns == 50 * MS
+    assert reasons(served([instruction(0), state(10), camera(61)])) == [DropReason.UNSYNCHRONISED]
+
+
+def test_of_two_samples_at_equal_distance_the_later_one_is_taken() -> None:
+    (frame,) = frames(served([instruction(0), state(10, 1.0), state(30, 2.0), camera(20)]))
+    assert frame.state is not None and frame.state[0] == 2.0
+
+
+def test_the_skew_of_a_frame_is_its_farthest_sample_s() -> None:
+    second = replace(CONTRACT.states[0], topic="second")
+    contract = replace(CONTRACT, states=(CONTRACT.states[0], second))
+    late = state(3)
+    events = [instruction(0), state(10), replace(late, topic="second"), camera(10), state(20)]
+    for order in (events, [events[0], replace(state(3), topic=STATE), replace(state(10), topic="second"), camera(10)]):
+        (frame,) = frames(served(order, contract))
+        assert frame.skew_ns == 7 * MS
+
+
+def test_a_state_out_of_order_is_left_out() -> None:
+    results = served([instruction(0), state(30, 1.0), state(20, 2.0), camera(22)])
+    assert reasons(results) == [DropReason.OUT_OF_ORDER]
+    assert [frame.state[0] for frame in frames(results) if frame.state is not None] == [1.0]
+
+
+@pytest.mark.parametrize(("back_ms", "reason"), [(1000, DropReason.OUT_OF_ORDER), (1001, DropReason.CLOCK_JUMP)])
+def test_a_stamp_more_than_a_second_behind_is_another_clock(back_ms: int, reason: DropReason) -> None:
+    results = served([instruction(0), state(5000), camera(5000), camera(5000 - back_ms)])
+    assert len(frames(results)) == 1 and reasons(results) == [reason]
+
+
+def test_what_was_sampled_on_the_former_clock_serves_no_frame_of_the_new_one() -> None:
+    """The image comes first here: it waits for its own state and is not dropped for the one from the future."""
+    results = served([instruction(0), state(5000), camera(5000), camera(10), camera(43), state(44)])
+    assert reasons(results) == [DropReason.CLOCK_JUMP]
+    assert [frame.skew_ns for frame in frames(results)] == [0, 1 * MS]
+
+
+def test_frames_that_wait_do_not_pile_up() -> None:
+    synchroniser = Synchroniser(CONTRACT)
+    synchroniser.push(instruction(0))
+    dropped = [result for ms in range(70) for result in synchroniser.push(camera(10 + ms))]
+    assert [result.detail for result in dropped if isinstance(result, Dropped)] == ["64 frames wait already"] * 6
+    assert reasons(dropped) == [DropReason.UNSYNCHRONISED] * 6
+
+
 def test_a_silent_state_makes_frames_unsynchronised() -> None:
     results = served([instruction(0), state(10), camera(10), *(camera(10 + 33 * k) for k in range(1, 10))])
     assert len(frames(results)) == 2  # the second is within the slop of the last sample
