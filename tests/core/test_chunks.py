@@ -115,6 +115,14 @@ def test_a_timer_that_fires_early_holds_no_step_longer() -> None:
     assert [robot.step(at) for at in (1, 2, 2.98)] == [[0.0], [1.0], None]
 
 
+def test_steps_of_a_clock_that_was_set_back_do_not_count() -> None:
+    robot = Robot()
+    for at in (100, 101, 102, 5):
+        robot.executor.carried_out(at * PERIOD_NS)
+    robot.see(4, plan(0, 5))
+    assert robot.step(6) == [1.0], "one step was carried out since"
+
+
 def test_a_loop_that_stood_still_does_not_go_on_with_an_old_plan() -> None:
     robot = Robot()
     robot.see(0, plan(0, 4))

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 
 from tests.core import ros_messages as msgs
-from vla_policy.core.contract import ActionDimension, Contract, load_contract
+from vla_policy.core.contract import ActionDimension, Contract, WorkspaceAxis, load_contract
 from vla_policy.core.errors import DataError
 from vla_policy.core.observation import Decision, Observation
 from vla_policy.core.policy_config import ActionStats, NormStats, PolicyConfig
 from vla_policy.core.safety import HoldReason
-from vla_policy.core.server import Latch, PolicyServer, ServedChunk, ServerSettings, Status
+from vla_policy.core.server import Latch, PolicyServer, ServedChunk, ServerSettings, Status, Step
 from vla_policy.core.synchroniser import Dropped, DropReason
 from vla_policy.core.worker import Answer, InferenceWorker
 
@@ -231,6 +231,7 @@ def test_an_action_that_is_not_finite_latches(bench: Bench) -> None:
     bench.answered()
     assert len(bench.chunks) == 3, "the worker lives; only the operator takes the latch back"
     assert HoldReason.STOP_LATCHED in bench.reasons()
+    assert bench.server.reset() is None
 
 
 def test_a_refused_observation_is_counted_and_the_next_served(bench: Bench) -> None:
@@ -573,6 +574,105 @@ def test_a_fault_that_lasts_disarms(bench: Bench) -> None:
     bench.see()
     bench.answered()
     assert bench.server.tick().command is not None
+
+
+def test_short_faults_do_not_add_up_and_waiting_for_a_task_is_none(bench: Bench) -> None:
+    bench.moving()
+    for _ in range(3):
+        for _ in range(4):
+            bench.now_ns += 10**9
+            bench.server.tick()
+        bench.see()
+        bench.answered()
+        assert bench.server.tick().command is not None
+    bench.instruct("")
+    for _ in range(100):
+        bench.see(advance_ms=200)
+        assert bench.reasons() == {HoldReason.NO_INSTRUCTION}
+    bench.instruct()
+    bench.see()
+    bench.answered()
+    assert bench.server.tick().command is not None
+
+
+def test_a_fault_is_timed_by_the_clock_that_goes_on(bench: Bench) -> None:
+    bench.moving()
+    bench.now_ns += 10**9
+    assert bench.reasons() == {HoldReason.STALE_CAMERA, HoldReason.STALE_STATE}
+    bench.now_ns -= 10**11
+    for _ in range(7):
+        bench.server.tick()
+        bench.now_ns += 10**9
+    assert not bench.server.status().started
+
+
+@pytest.mark.parametrize("fault", ["sensors", "clock of the camera"])
+def test_a_plan_does_not_go_on_after_a_fault(bench: Bench, fault: str) -> None:
+    """What was planned before it is not what is to be done after, however short it was."""
+    bench.moving()
+    bench.actor.gate.clear()
+    if fault == "sensors":
+        bench.now_ns += 510 * 10**6
+        assert HoldReason.STALE_CAMERA in bench.reasons()
+    else:
+        bench.server.receive(CAMERA, msgs.compressed(bench.now_ns - 2 * 10**9, msgs.picture(1, 4)))
+    bench.see()
+    assert bench.reasons() == {HoldReason.NO_CHUNK}
+    bench.actor.gate.set()
+    bench.answered()
+    assert bench.server.tick().command is not None
+
+
+def test_after_a_hold_the_arm_starts_gently() -> None:
+    slow = tuple(replace(item, slew=None if item.slew is None else 10.0) for item in CONTRACT.action.dimensions)
+    bench = Bench(replace(CONTRACT, action=replace(CONTRACT.action, dimensions=slow)))
+    bench.actor.value = 1.0
+    bench.moving()
+    bench.see()
+    bench.answered()
+    step = bench.server.tick()
+    assert step.command is not None and step.command.motion[0] == 1.0
+    bench.actor.gate.clear()
+    for _ in range(30):
+        bench.see()
+        step = bench.server.tick()
+    assert step == Step(None, (HoldReason.NO_CHUNK,)), "it came to rest"
+    bench.actor.gate.set()
+    bench.answered()
+    bench.see()
+    bench.answered()
+    step = bench.server.tick()
+    assert step.command is not None and step.command.motion[0] == pytest.approx(0.5)
+
+
+def test_the_workspace_counts_the_way_since_the_measurement() -> None:
+    border = WorkspaceAxis("linear.x", "x", -1.0, 0.3)
+    bench = Bench(replace(CONTRACT, action=replace(CONTRACT.action, workspace=(border,))))
+    bench.actor.value = 1.0
+    bench.moving()
+    velocities = []
+    for age_ms in (0, 50, 150):
+        bench.see(0.27)
+        bench.answered()
+        bench.now_ns += age_ms * 10**6
+        step = bench.server.tick()
+        assert step.command is not None
+        velocities.append(step.command.motion[0])
+    # 3 cm to the border; the arm moves for one period of 50 ms, and has moved since it was measured.
+    assert velocities == pytest.approx([0.03 / 0.05, 0.03 / 0.1, 0.03 / 0.2])
+
+
+def test_only_as_many_actions_of_a_chunk_are_carried_out_as_the_contract_allows() -> None:
+    bench = Bench(replace(CONTRACT, action=replace(CONTRACT.action, chunk_rows=1)))
+    bench.actor.rows = np.hstack([[[0.1], [0.2]], np.zeros((2, 5)), np.ones((2, 1))])
+    bench.moving()
+    bench.actor.gate.clear()
+    found = []
+    for _ in range(8):
+        bench.see()
+        step = bench.server.tick()
+        found.append(None if step.reasons else step.command)
+    assert {command.motion[0] for command in found if command} == {0.1} and found[-1] is None
 
 
 @pytest.mark.parametrize("topic", [CAMERA, STATE])
