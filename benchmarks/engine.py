@@ -92,9 +92,9 @@ def plan_at(average_bits: float, layers: dict[str, Layer]) -> Plan:
         for group in (("gate_proj", "up_proj"), ("down_proj",)):
             bits = sum(layer.weights * assignment[name].format.weight_bits for name, layer in layers.items())
             if bits <= average_bits * total:
-                return Plan(assignment, None)
+                return Plan(assignment)
             assignment |= {f"language_model.model.layers.{index}.mlp.{name}": two for name in group}
-    return Plan(assignment, None)
+    return Plan(assignment)
 
 
 def config_of(blocks: int) -> PrismaticConfig:
@@ -112,7 +112,7 @@ def thinned(average_bits: float, blocks: int) -> Plan:
         if "model.layers." in name:
             parts[3] = str((2 * int(parts[3]) + 1) * DEPTH // (2 * blocks))
         assignment[name] = full[".".join(parts)]
-    return Plan(assignment, None)
+    return Plan(assignment)
 
 
 def build_at(blocks: int, plan: Plan, target: Target, out: Path) -> Manifest:

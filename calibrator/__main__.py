@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -19,6 +20,7 @@ def _parser() -> argparse.ArgumentParser:
         commands.add_parser("sensitivity", help="policy + calibration set -> scores", formatter_class=formatter)
     )
     _add_allocate(commands.add_parser("allocate", help="scores + budget -> bit plan", formatter_class=formatter))
+    _add_quantize(commands.add_parser("quantize", help="policy + bit plan -> codes", formatter_class=formatter))
     for name, (_, text) in _ELSEWHERE.items():
         commands.add_parser(name, help=text, add_help=False)
     return parser
@@ -103,6 +105,17 @@ def _add_allocate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", help="name of the device the plan is for")
     parser.add_argument("--frontier", type=Path, help="also write the whole trade-off curve to this JSON")
     parser.add_argument("--frontier-points", type=int, default=33, help="sizes on the curve")
+
+
+def _add_quantize(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--policy", type=Path, required=True, help="policy folder")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--plan", type=Path, help="plan.json made for this policy")
+    what.add_argument("--uniform", metavar="CHOICE", help="every layer the same, e.g. w4a16_g64:mse")
+    parser.add_argument("--method", metavar="RECIPE", help="rounding in place of the plan's, e.g. 'mse(steps=128)'")
+    parser.add_argument("--calibration", type=Path, help="calibration set, for methods that look at a layer's input")
+    parser.add_argument("--unnorm-key", help="statistics of the calibration set's states, if the policy has several")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the codes; a stopped run continues there")
 
 
 def _collect(args: argparse.Namespace) -> int:
@@ -207,10 +220,23 @@ def _allocate(args: argparse.Namespace) -> int:
     return 0
 
 
+def _quantize(args: argparse.Namespace) -> int:
+    from calibrator.quantize import QuantizeRequest, quantize
+    from calibrator.quantizers import parse_choice
+
+    uniform = parse_choice(args.uniform) if args.uniform else None
+    states = args.calibration, args.unnorm_key
+    store = quantize(QuantizeRequest(args.policy, args.out, args.plan, uniform, args.method, *states))
+    counts = Counter(map(str, store.identity.choices.values()))
+    print(f"{args.out}: " + ", ".join(f"{count} x {choice}" for choice, count in sorted(counts.items())))
+    return 0
+
+
 _COMMANDS = {
     "collect": _collect,
     "sensitivity": _sensitivity,
     "allocate": _allocate,
+    "quantize": _quantize,
 }
 
 

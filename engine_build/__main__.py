@@ -35,6 +35,7 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--policy", type=Path, required=True, help="policy folder")
     plan = parser.add_mutually_exclusive_group(required=True)
     plan.add_argument("--plan", type=Path, help="plan.json made by `calibrator allocate` for this policy")
+    plan.add_argument("--weights", type=Path, help="the plan's codes, made by `calibrator quantize` for this policy")
     plan.add_argument("--uniform", metavar="CHOICE", help="every layer the same, e.g. w16a16 or w4a16_g64:rtn")
     parser.add_argument("--target", choices=TARGETS, default="cpu", help="machine that runs the engine (default: cpu)")
     parser.add_argument("--backend", choices=backend_names(), help="what runs the engine (default: the target's first)")
@@ -54,6 +55,7 @@ def _build(arguments: argparse.Namespace) -> int:
         target=find_target(arguments.target),
         out=arguments.out,
         plan=arguments.plan,
+        weights=arguments.weights,
         uniform=parse_choice(arguments.uniform) if arguments.uniform else None,
         legalize=arguments.legalize,
         backend=arguments.backend,
@@ -72,6 +74,7 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
         "--calibration", type=Path, help="calibration set with reference states (default: random images)"
     )
     _add_unnorm_key(parser)
+    parser.add_argument("--weights", type=Path, help="the stored weights that the engine was packed from, if it was")
     parser.add_argument("--samples", type=_positive, default=8, help="number of reference states (default: 8)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random images (default: 0)")
     parser.add_argument("--formats-only", action="store_true", help="run nothing, record nothing: needs no GPU")
@@ -82,10 +85,10 @@ def _verify(arguments: argparse.Namespace) -> int:
     from engine_build.verify import verify, verify_formats
 
     if arguments.formats_only:
-        print(summary(verify_formats(arguments.engine, arguments.policy)))
+        print(summary(verify_formats(arguments.engine, arguments.policy, arguments.weights)))
         return 0
     states = arguments.calibration, arguments.samples, arguments.seed
-    print(summary(verify(arguments.engine, arguments.policy, *states, arguments.unnorm_key)))
+    print(summary(verify(arguments.engine, arguments.policy, *states, arguments.unnorm_key, arguments.weights)))
     return 0
 
 

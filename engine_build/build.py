@@ -11,13 +11,15 @@ from typing import Any
 import onnx
 from tqdm import tqdm
 
+from calibrator.families.loading import Tensors, open_checkpoint
 from calibrator.quantizers import Codes, Computed
+from calibrator.quantizers.store import Store
 from engine_build.backends import find_backend
 from engine_build.backends.base import Backend, Realised, Written, canonical
 from engine_build.export import export
-from engine_build.plan import Plan, check_legal, legalize, load_plan, uniform_plan
+from engine_build.plan import Plan, check_computable, check_legal, legalize, load_plan, stored_plan, uniform_plan
 from engine_build.ranges import input_peaks
-from engine_build.weights import Layer, Tensors, layers_of, open_checkpoint
+from engine_build.weights import Layer, layers_of
 from vla_policy.core.backends.base import parse_version
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.files import sha256_policy
@@ -31,7 +33,8 @@ from vla_policy.core.targets import Target
 
 @dataclass(frozen=True)
 class Request:
-    """What to build. At most one of `plan` (a file) and `uniform` (a choice for every layer); 16 bits without either.
+    """What to build. At most one of `plan` (a file), `weights` (a store of a plan's codes) and `uniform` (a choice for
+    every layer); 16 bits without any.
 
     backend: one of the target's; None for its first.
     calibration: states that fix the scales of activations where the backend needs them ahead; not read otherwise.
@@ -42,6 +45,7 @@ class Request:
     target: Target
     out: Path
     plan: Path | None = None
+    weights: Path | None = None
     uniform: Choice | None = None
     legalize: bool = False
     backend: str | None = None
@@ -72,7 +76,7 @@ def build(request: Request) -> Manifest:
     policy, unknown or missing units, formats that the target cannot run, a backend that is not installed, and a
     realised format that differs from the plan's.
     """
-    check_folder(request.out, ENGINE, [request.policy, request.plan, request.calibration])
+    check_folder(request.out, ENGINE, [request.policy, request.plan, request.weights, request.calibration])
     config = PolicyConfig.load(request.policy)
     if request.unnorm_key is not None:
         config.unnorm_key(request.unnorm_key)
@@ -80,10 +84,11 @@ def build(request: Request) -> Manifest:
     policy_sha256 = sha256_policy(request.policy)
     target = request.target.on(request.backend)
     backend = find_backend(target.backend)
-    plan = _plan(request, target.on(None, parse_version(backend.version())), policy_sha256, layers)
+    store = Store.open(request.weights) if request.weights else None
+    plan = _plan(request, store, target.on(None, parse_version(backend.version())), policy_sha256, layers)
     peaks = _input_peaks(request, backend, plan)
     with open_checkpoint(request.policy, config) as checkpoint:
-        policy = Policy(config, checkpoint, request.policy, policy_sha256, peaks)
+        policy = Policy(config, checkpoint, request.policy, policy_sha256, peaks, store or Computed())
         return build_engine(policy, plan, target, request.out)
 
 
@@ -111,7 +116,7 @@ def build_engine(policy: Policy, plan: Plan, target: Target, out: Path) -> Manif
             program=dict(written.program),
             units=units,
             files=files,
-            parents={"policy": policy.sha256} | ({"plan": plan.sha256} if plan.sha256 else {}),
+            parents={"policy": policy.sha256, **plan.parents},
             policy_config=policy.config.raw,
             other_bytes=sum(record.bytes for record in files.values()) - counted,
             legalized=plan.legalized,
@@ -127,14 +132,21 @@ def build_engine(policy: Policy, plan: Plan, target: Target, out: Path) -> Manif
 _UNRUN = "built but not run: formats are proven by the codes found in the engine, speed and numbers are not"
 
 
-def _plan(request: Request, target: Target, policy_sha256: str, layers: Mapping[str, Layer]) -> Plan:
-    if request.plan is not None:
+def _plan(
+    request: Request, store: Store | None, target: Target, policy_sha256: str, layers: Mapping[str, Layer]
+) -> Plan:
+    if store is not None:
+        plan = stored_plan(store, policy_sha256, layers)
+    elif request.plan is not None:
         plan = load_plan(request.plan, policy_sha256, layers)
     else:
         plan = uniform_plan(request.uniform or FULL, layers)
     if request.legalize:
         plan = legalize(plan, layers, target)
     check_legal(plan, layers, target)
+    if store is None:
+        what = f"--plan {request.plan}" if request.plan else f"--uniform {request.uniform}"
+        check_computable(plan, f"calibrator quantize --policy {request.policy} {what} --calibration C --out W")
     return plan
 
 

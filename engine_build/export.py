@@ -6,12 +6,13 @@ from pathlib import Path
 
 from onnx import TensorProto, helper
 
+from calibrator.families.loading import Tensors
 from calibrator.quantizers import Codes
 from engine_build.backends.base import Dialect, Written
 from engine_build.families import find_family
 from engine_build.graph.builder import GraphBuilder
 from engine_build.graph.context import GraphContext
-from engine_build.weights import Layer, Tensors
+from engine_build.weights import Layer
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.formats import Choice
 from vla_policy.core.policy_config import PolicyConfig

@@ -3,38 +3,10 @@
 import numpy as np
 import torch
 
+from calibrator.quantizers.packing import pack, unpack
+
 SLAB, RUN = 16, 128
 """Outputs and inputs that a warp of this package's kernels takes at once; matrices are filled up to whole ones."""
-
-
-def pack(codes: np.ndarray, bits: int) -> bytes:
-    """Two's-complement codes in row-major order, the first in the lowest bits of a byte (ONNX INT2, INT4, INT8).
-
-    codes: int8, any shape. A last byte that is not full ends in zeros.
-    """
-    flat = codes.reshape(-1).view(np.uint8)
-    if bits == 8:
-        return flat.tobytes()
-    per_byte = 8 // bits
-    flat = flat & np.uint8((1 << bits) - 1)
-    missing = -len(flat) % per_byte
-    if missing:
-        flat = np.concatenate([flat, np.zeros(missing, np.uint8)])
-    lanes = flat.reshape(-1, per_byte)
-    packed = lanes[:, 0].copy()
-    for lane in range(1, per_byte):
-        packed |= lanes[:, lane] << np.uint8(bits * lane)
-    return packed.tobytes()
-
-
-def unpack(content: bytes, bits: int, count: int) -> np.ndarray:
-    """The first `count` codes of `pack`'s result, int8 [count]."""
-    stored = np.frombuffer(content, np.uint8)
-    if bits == 8:
-        return stored.view(np.int8)[:count].copy()
-    lanes = [(stored >> np.uint8(bits * lane)) & np.uint8((1 << bits) - 1) for lane in range(8 // bits)]
-    unsigned = np.stack(lanes, axis=1).reshape(-1)[:count].astype(np.int16)
-    return np.where(unsigned >= 1 << (bits - 1), unsigned - (1 << bits), unsigned).astype(np.int8)
 
 
 def turned(matrix: np.ndarray) -> np.ndarray:

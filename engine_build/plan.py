@@ -1,24 +1,24 @@
 """Bit plans: what each layer shall be, checked against policy and target before anything is built."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from calibrator.allocation.plan import Assignment
+from calibrator.allocation.plan import Assignment, some_of
+from calibrator.quantizers import needs_statistics
+from calibrator.quantizers.store import Store
 from engine_build.weights import Layer
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.formats import FULL_PRECISION, Choice, Format, Recipe
 from vla_policy.core.targets import Target
 
-_NAMED = 3
-
 
 @dataclass(frozen=True)
 class Plan:
-    """A choice per layer. sha256: of the plan's file; None for a uniform plan."""
+    """A choice per layer. parents: sha256 of the files that it comes from, by kind; none for a uniform plan."""
 
     assignment: dict[str, Choice]
-    sha256: str | None
+    parents: Mapping[str, str] = field(default_factory=dict)
     legalized: tuple[str, ...] = ()
 
     @property
@@ -28,21 +28,35 @@ class Plan:
 
 def load_plan(path: Path, policy_sha256: str, layers: Mapping[str, Layer]) -> Plan:
     """The plan in `path`, made for exactly this policy and naming exactly its layers; else ArtefactError."""
-    planned = Assignment.load(path)
-    if planned.policy_sha256 != policy_sha256:
+    planned = Assignment.load(path, policy_sha256, list(layers))
+    return Plan(dict(planned.choices), {"plan": planned.sha256})
+
+
+def stored_plan(store: Store, policy_sha256: str, layers: Mapping[str, Layer]) -> Plan:
+    """What the weights in a store are, made for exactly this policy; else ArtefactError."""
+    parents, choices = store.identity.parents, store.identity.choices
+    if parents.get("policy") != policy_sha256 or set(choices) != set(layers):
         raise ArtefactError(
-            f"{path}: made for the policy with sha256 {planned.policy_sha256[:12]}, this one has {policy_sha256[:12]}; "
-            "allocate a plan for this policy"
+            f"{store.folder}: made for the policy with sha256 {str(parents.get('policy'))[:12]}, this one has "
+            f"{policy_sha256[:12]}; quantize this policy"
         )
-    choices = planned.choices
-    _refuse(path, "unknown units", set(choices) - set(layers), "they are not layers of this policy")
-    _refuse(path, "missing units", set(layers) - set(choices), "every live layer needs a format")
-    return Plan({name: choices[name] for name in layers}, planned.sha256)
+    of_plan = {"plan": parents["plan"]} if "plan" in parents else {}
+    return Plan({name: choices[name] for name in layers}, of_plan | {"weights": store.sha256})
+
+
+def check_computable(plan: Plan, command: str) -> None:
+    """Raises ArtefactError naming layers whose codes need a calibration set; `command` makes a store of them."""
+    asking = [name for name, choice in plan.assignment.items() if needs_statistics(choice.recipe)]
+    if asking:
+        raise ArtefactError(
+            f"plan: the codes of {len(asking)} layers need inputs to look at, e.g. {asking[0]} in "
+            f"{plan.assignment[asking[0]]}; call `{command}` and build with --weights"
+        )
 
 
 def uniform_plan(choice: Choice, layers: Iterable[str]) -> Plan:
     """Every layer the same."""
-    return Plan(dict.fromkeys(layers, choice), None)
+    return Plan(dict.fromkeys(layers, choice))
 
 
 def check_legal(plan: Plan, layers: Mapping[str, Layer], target: Target) -> None:
@@ -51,13 +65,14 @@ def check_legal(plan: Plan, layers: Mapping[str, Layer], target: Target) -> None
     if illegal:
         first, reason = next(iter(illegal.items()))
         raise ArtefactError(
-            f"plan: {len(illegal)} layers have formats that target {target.name} cannot run, e.g. {_names(illegal)}: "
-            f"{plan.formats[first]}: {reason}; allocate with --target {target.name}, or build with --legalize"
+            f"plan: {len(illegal)} layers have formats that target {target.name} cannot run, e.g. "
+            f"{some_of(list(illegal))}: {plan.formats[first]}: {reason}; allocate with --target {target.name}, or "
+            "build with --legalize"
         )
     split = [name for names in _groups(layers).values() for name in _odd_ones(plan, names)]
     if target.fuses_groups and split:
         raise ArtefactError(
-            f"plan: target {target.name} fuses layers of one input, which must share a format; {_names(split)} differ "
+            f"plan: target {target.name} fuses layers of one input, which must share a format; {some_of(split)} differ "
             "from their neighbours; allocate per group, or build with --legalize"
         )
 
@@ -78,7 +93,7 @@ def legalize(plan: Plan, layers: Mapping[str, Layer], target: Target) -> Plan:
             reason = target.why_not(planned, layers[name].kind) or "fused with layers of the same input"
             changes.append(f"{name}: {planned} -> {fmt} ({reason})")
     raised = {name: Choice(fmt, _recipe(plan.assignment[name], fmt)) for name, fmt in legal.items()}
-    return Plan(raised, plan.sha256, tuple(changes))
+    return Plan(raised, plan.parents, tuple(changes))
 
 
 def _recipe(choice: Choice, fmt: Format) -> Recipe | None:
@@ -95,14 +110,3 @@ def _groups(layers: Mapping[str, Layer]) -> dict[str, list[str]]:
 
 def _odd_ones(plan: Plan, names: list[str]) -> list[str]:
     return [name for name in names if plan.formats[name] != plan.formats[names[0]]]
-
-
-def _names(names: Iterable[str]) -> str:
-    ordered = list(names)
-    more = f" and {len(ordered) - _NAMED} more" if len(ordered) > _NAMED else ""
-    return ", ".join(ordered[:_NAMED]) + more
-
-
-def _refuse(path: Path, what: str, names: set[str], why: str) -> None:
-    if names:
-        raise ArtefactError(f"{path}: {what}: {_names(sorted(names))}; {why}; allocate a plan for this policy")

@@ -16,11 +16,13 @@ from tqdm import tqdm
 
 from calibrator.data.calibration import load_calibration
 from calibrator.families import TorchActor
-from calibrator.quantizers import quantize_policy
+from calibrator.families.loading import open_checkpoint
+from calibrator.quantizers import Codes, Computed, quantize_policy
+from calibrator.quantizers.store import Store
 from engine_build.backends import find_backend
 from engine_build.backends.base import Backend, Written
 from engine_build.build import Policy, check_realised, export_graphs, unit_records
-from engine_build.weights import layers_of, open_checkpoint
+from engine_build.weights import layers_of
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.files import sha256_policy
 from vla_policy.core.formats import Format
@@ -64,25 +66,28 @@ def verify(
     samples: int,
     seed: int = 0,
     unnorm_key: str | None = None,
+    weights: Path | None = None,
 ) -> Manifest:
     """Checks the engine in `engine_folder` and records the outcome in its manifest.
 
-    unnorm_key: which of the policy's statistics to use; may be left out if there is only one.
+    unnorm_key: which of the policy's statistics to use; may be left out if there is only one. weights: the store that
+    the engine was packed from, if it was.
 
     Raises PolicyError for unknown statistics, and ArtefactError for damaged files, an engine of another policy, a
     realised format or size that differs from the plan, and scores outside the tolerance; the manifest is rewritten only
     if everything holds.
     """
     key = Manifest.load(engine_folder).config.unnorm_key(unnorm_key)
-    manifest = verify_formats(engine_folder, policy_folder)
+    manifest = verify_formats(engine_folder, policy_folder, weights)
+    codes = _codes(engine_folder, manifest, weights)
     checked = manifest.with_reference_check(
-        reference_check(engine_folder, manifest, policy_folder, calibration, samples, seed, key)
+        reference_check(engine_folder, manifest, policy_folder, codes, calibration, samples, seed, key)
     )
     checked.write(engine_folder)
     return checked
 
 
-def verify_formats(engine_folder: Path, policy_folder: Path) -> Manifest:
+def verify_formats(engine_folder: Path, policy_folder: Path, weights: Path | None = None) -> Manifest:
     """The part of `verify` that runs nothing: what the engine holds now must be what the manifest says was planned."""
     manifest = Manifest.load(engine_folder)
     manifest.check_files(engine_folder)
@@ -93,7 +98,7 @@ def verify_formats(engine_folder: Path, policy_folder: Path) -> Manifest:
             f"{sha256[:12]}; name the engine's own policy"
         )
     backend = find_backend(manifest.backend)
-    now = _read_back(engine_folder, manifest, policy_folder, backend)
+    now = _read_back(engine_folder, manifest, policy_folder, weights, backend)
     for read, unit in zip(now, manifest.units, strict=True):
         if read != unit:
             raise ArtefactError(f"{engine_folder}: {read.name} is {read}, the manifest says {unit}; build it again")
@@ -101,8 +106,20 @@ def verify_formats(engine_folder: Path, policy_folder: Path) -> Manifest:
     return manifest
 
 
+def _codes(engine_folder: Path, manifest: Manifest, weights: Path | None) -> Codes:
+    """Where the engine's codes come from: the store that it was packed from, else they are computed again."""
+    packed_from = manifest.parents.get("weights")
+    store = Store.open(weights) if weights else None
+    if packed_from != (store and store.sha256):
+        raise ArtefactError(
+            f"{engine_folder}: packed from {f'weights {packed_from[:12]}' if packed_from else 'no stored weights'}, "
+            f"--weights names {store.sha256[:12] if store else 'none'}; name the engine's own"
+        )
+    return store or Computed()
+
+
 def _read_back(
-    engine_folder: Path, manifest: Manifest, policy_folder: Path, backend: Backend
+    engine_folder: Path, manifest: Manifest, policy_folder: Path, weights: Path | None, backend: Backend
 ) -> tuple[UnitRecord, ...]:
     """The units' records, read again. A compiled engine is compared with graphs that are exported again for it."""
     layers = layers_of(manifest.config)
@@ -117,7 +134,8 @@ def _read_back(
         open_checkpoint(policy_folder, manifest.config) as checkpoint,
     ):
         parent, peaks = manifest.parents["policy"], manifest.input_peaks
-        policy = Policy(manifest.config, checkpoint, policy_folder, parent, peaks)
+        codes = _codes(engine_folder, manifest, weights)
+        policy = Policy(manifest.config, checkpoint, policy_folder, parent, peaks, codes)
         written = export_graphs(Path(folder), policy, layers, planned, backend)
         return unit_records(written, built, layers, planned, backend)
 
@@ -126,6 +144,7 @@ def reference_check(
     engine_folder: Path,
     manifest: Manifest,
     policy_folder: Path,
+    codes: Codes,
     calibration: Path | None,
     samples: int,
     seed: int,
@@ -142,7 +161,7 @@ def reference_check(
     against_full = compare(engine, actor, states, "against full precision")
     source = str(calibration) if calibration else "random images (--calibration names real states)"
     check_strays(against_full.stray_states, len(states), source)
-    quantize_policy(actor.policy, {unit.name: unit.choice for unit in manifest.units})
+    quantize_policy(actor.policy, {unit.name: unit.choice for unit in manifest.units}, codes)
     against_same = compare(engine, actor, states, "against the same formats in torch")
     tolerance = tolerance_of(manifest)
     what = engine.policy.scored

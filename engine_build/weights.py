@@ -1,28 +1,16 @@
-"""A checkpoint's tensors, one at a time: a 15 GB policy is exported in the memory of its largest layer."""
+"""A policy's layers as linear maps, and one of them ready to be written."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from calibrator.families import live_units
-from calibrator.families.loading import empty_policy, open_weights, tensor_files
+from calibrator.families.loading import Tensors, empty_policy
 from calibrator.quantizers import Codes, QuantizedWeight
 from vla_policy.core.backends.base import LayerKind
 from vla_policy.core.formats import Choice, Format
 from vla_policy.core.policy_config import PolicyConfig
-
-
-class Tensors(Protocol):
-    """Tensors by the published names."""
-
-    def tensor(self, name: str) -> torch.Tensor:
-        """The tensor, in the checkpoint's own type."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -50,26 +38,6 @@ def layers_of(config: PolicyConfig) -> dict[str, Layer]:
             unit.name, unit.kind, unit.group, outputs, unit.params // outputs, unit.module.bias is not None
         )
     return layers
-
-
-class Checkpoint:
-    """The safetensors of a policy folder; open it with `open_checkpoint`."""
-
-    def __init__(self, files: Mapping[str, Any]) -> None:
-        self._files = files
-
-    def tensor(self, name: str) -> torch.Tensor:
-        tensor: torch.Tensor = self._files[name].get_tensor(name)
-        return tensor
-
-
-@contextmanager
-def open_checkpoint(folder: Path, config: PolicyConfig) -> Iterator[Checkpoint]:
-    """The folder's tensors, all live ones present and of the configured shapes; raises as `tensor_files`."""
-    files = tensor_files(folder, config)
-    with ExitStack() as stack:
-        streams = {path: stack.enter_context(open_weights(path)) for path in set(files.values())}
-        yield Checkpoint({name: streams[path] for name, path in files.items()})
 
 
 @dataclass(frozen=True)

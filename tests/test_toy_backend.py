@@ -26,7 +26,7 @@ HERE = Path(__file__).parent / "toy_backend"
 @pytest.fixture
 def toy(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The toy's two folders are on the packages' paths, and a machine runs it."""
-    for package, folder in ((vla_policy.core.backends, "robot"), (engine_build.backends, "build")):
+    for package, folder in ((vla_policy.core.backends, "robot"), (engine_build.backends, "workstation")):
         monkeypatch.setattr(package, "__path__", [*package.__path__, str(HERE / folder)])
     monkeypatch.setitem(TARGETS, "toy", Target("toy", "a machine for toys", (Runtime("toy", (1,)),), None))
     yield

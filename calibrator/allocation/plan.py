@@ -1,6 +1,6 @@
 """The bit plan: which format and recipe every layer gets, why, and what it costs."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from vla_policy.core.formats import Choice
 
 KIND = "plan"
 SCHEMA_VERSION = 2
+_NAMED = 3
 
 
 @dataclass(frozen=True)
@@ -123,17 +124,36 @@ _PLAIN = ("alpha", "beta", "objective", "bound", "gap", "solver", "average_bits"
 
 @dataclass(frozen=True)
 class Assignment:
-    """The part of a plan that engines are built from. sha256: of the plan's file."""
+    """The part of a plan that weights and engines are made from. sha256: of the plan's file."""
 
     choices: Mapping[str, Choice]
-    policy_sha256: str
     sha256: str
 
     @staticmethod
-    def load(path: Path) -> "Assignment":
-        """Raises ArtefactError when the file is missing, damaged or no plan."""
+    def load(path: Path, policy_sha256: str, layers: Sequence[str]) -> "Assignment":
+        """The plan in `path`, made for exactly this policy and naming exactly its layers; else ArtefactError."""
         raw = read_json(path, KIND, SCHEMA_VERSION)
-        return Assignment(_assignment(path, raw), str(raw.get("policy_sha256")), sha256_file(path))
+        made_for = str(raw.get("policy_sha256"))
+        if made_for != policy_sha256:
+            raise ArtefactError(
+                f"{path}: made for the policy with sha256 {made_for[:12]}, this one has {policy_sha256[:12]}; "
+                "allocate a plan for this policy"
+            )
+        choices = _assignment(path, raw)
+        _refuse(path, "unknown units", set(choices) - set(layers), "they are not layers of this policy")
+        _refuse(path, "missing units", set(layers) - set(choices), "every live layer needs a format")
+        return Assignment({name: choices[name] for name in layers}, sha256_file(path))
+
+
+def _refuse(path: Path, what: str, names: set[str], why: str) -> None:
+    if names:
+        raise ArtefactError(f"{path}: {what}: {some_of(sorted(names))}; {why}; allocate a plan for this policy")
+
+
+def some_of(names: Sequence[str]) -> str:
+    """The first few names, and how many more there are."""
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
 
 
 def _assignment(path: Path | str, raw: Mapping[str, Any]) -> dict[str, Choice]:

@@ -1,11 +1,14 @@
-"""Strict loading and saving of policies in the published layout: config.json, safetensors (sharded or not)."""
+"""Strict loading and saving of policies in the published layout: config.json, safetensors (sharded or not).
+
+Whole, or tensor by tensor: a 15 GB policy is quantized and exported in the memory of its largest layer.
+"""
 
 import json
 import shutil
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -80,6 +83,34 @@ def open_weights(path: Path) -> Iterator[Any]:
 def tensor_files(folder: Path, config: PolicyConfig) -> dict[str, Path]:
     """Which file holds each tensor that inference reads; raises as the functions that it calls."""
     return find_tensors(stored_shapes(weight_files(folder)), config, folder)
+
+
+class Tensors(Protocol):
+    """Tensors by the published names."""
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The tensor, in the checkpoint's own type."""
+        ...
+
+
+class Checkpoint:
+    """The safetensors of a policy folder; open it with `open_checkpoint`."""
+
+    def __init__(self, files: Mapping[str, Any]) -> None:
+        self._files = files
+
+    def tensor(self, name: str) -> torch.Tensor:
+        tensor: torch.Tensor = self._files[name].get_tensor(name)
+        return tensor
+
+
+@contextmanager
+def open_checkpoint(folder: Path, config: PolicyConfig) -> Iterator[Checkpoint]:
+    """The folder's tensors, all live ones present and of the configured shapes; raises as `tensor_files`."""
+    files = tensor_files(folder, config)
+    with ExitStack() as stack:
+        streams = {path: stack.enter_context(open_weights(path)) for path in set(files.values())}
+        yield Checkpoint({name: streams[path] for name, path in files.items()})
 
 
 def stored_shapes(files: Iterable[Path]) -> Iterator[tuple[Path, str, tuple[int, ...]]]:

@@ -6,7 +6,7 @@ A rounding method is one module in `methods`; nothing else has to know of it.
 from calibrator.quantizers.apply import find_layer, quantize_policy, quantized
 from calibrator.quantizers.base import Codes, LayerStatistics, WeightQuantizer
 from calibrator.quantizers.choices import find_method, parse_choice, parse_choices
-from calibrator.quantizers.compute import Computed, quantize
+from calibrator.quantizers.compute import Computed, needs_statistics, quantize
 from calibrator.quantizers.weights import QuantizedWeight, groups_per_row
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "find_layer",
     "find_method",
     "groups_per_row",
+    "needs_statistics",
     "parse_choice",
     "parse_choices",
     "quantize",

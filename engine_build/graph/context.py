@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from calibrator.families.loading import Tensors
 from calibrator.quantizers import Codes
 from engine_build.graph.builder import GraphBuilder
-from engine_build.weights import Layer, LayerWeights, Tensors, as_float32, layer_weights
+from engine_build.weights import Layer, LayerWeights, as_float32, layer_weights
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.formats import Choice
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_policy_folder
 
 from calibrator.families import TorchActor, load_policy
-from engine_build.weights import open_checkpoint
+from calibrator.families.loading import open_checkpoint
 from vla_policy.core.errors import ArtefactError, DataError, EngineError, PolicyError
 from vla_policy.core.observation import Observation
 from vla_policy.core.policy_config import PolicyConfig

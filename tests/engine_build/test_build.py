@@ -67,7 +67,7 @@ def test_engine_equals_the_torch_policy(formats: list[str], noise: float, tmp_pa
         expected = logits(actor, seen, decision.tokens)
         np.testing.assert_allclose(got, expected, atol=noise * np.abs(expected).max())
         if noise == NETWORK:
-            assert_clear(actor.scores(seen, decision.tokens))
+            assert_clear(actor.scores(seen, decision.tokens)[0])
             served = engine.act(seen)
             np.testing.assert_array_equal(served.tokens, decision.tokens)
             np.testing.assert_array_equal(served.action, decision.action)
@@ -82,7 +82,7 @@ def test_an_engine_of_two_images_equals_the_torch_policy(tmp_path: Path) -> None
         got = engine.policy.logits(engine.program(), engine.policy.inputs(seen), decision.tokens)
         expected = logits(actor, seen, decision.tokens)
         np.testing.assert_allclose(got, expected, atol=NETWORK * np.abs(expected).max())
-        assert_clear(actor.scores(seen, decision.tokens))
+        assert_clear(actor.scores(seen, decision.tokens)[0])
         np.testing.assert_array_equal(engine.act(seen).tokens, decision.tokens)
     with pytest.raises(DataError, match="the policy looks at 2, got 1"):
         engine.act(observation())
@@ -97,12 +97,12 @@ def test_the_allowance_for_rounding_lies_between_rounding_and_a_defect(kind: str
     image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     seen = observation(0) if kind == "tokens" else Observation(image, "push", np.array([0.3, 0.05], np.float32))
     tokens = actor.act(seen).tokens
-    found, expected = actor.scores(seen, tokens), exact.scores(seen, tokens)
+    found, expected = actor.scores(seen, tokens)[0], exact.scores(seen, tokens)[0]
     size = np.abs(expected).max()
     assert np.abs(found - expected).max() < NETWORK * size / 4
     for layer in layers_of(actor.config):
         with quantized(actor.policy, layer, parse_choice("w8a16_g32")):
-            assert np.abs(actor.scores(seen, tokens) - found).max() > 2 * NETWORK * size, layer
+            assert np.abs(actor.scores(seen, tokens)[0] - found).max() > 2 * NETWORK * size, layer
 
 
 def test_same_inputs_give_the_same_bytes(workshop: Path, tmp_path: Path) -> None:

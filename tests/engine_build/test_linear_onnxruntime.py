@@ -7,10 +7,9 @@ import onnx
 import pytest
 import rounding
 import torch
-from choices import rtn
+from choices import with_every_code
 from onnx import TensorProto, helper
 
-from calibrator.quantizers import quantize
 from calibrator.quantizers.activations import quantize_activation
 from engine_build.backends.base import canonical
 from engine_build.backends.onnxruntime.linear import linear
@@ -31,7 +30,7 @@ def random_layer(fmt: Format) -> tuple[LayerWeights, torch.Tensor, np.ndarray]:
     bias = torch.randn(OUTPUTS, generator=generator).numpy()
     if fmt.weight_bits == 16:
         return LayerWeights(LAYER, fmt, None, weight, bias), weight.float(), bias
-    quantized = quantize(weight, rtn(fmt))
+    quantized = with_every_code(weight, fmt)
     return LayerWeights(LAYER, fmt, quantized, None, bias), quantized.dequantize(), bias
 
 

@@ -3,16 +3,18 @@
 import numpy as np
 import pytest
 
-from engine_build.packing import pack, pack_nbits, pad_groups, transpose, unpack
+from calibrator.quantizers.packing import pack, unpack
+from engine_build.packing import pack_nbits, pad_groups, transpose
 
 
 def test_first_code_sits_in_the_lowest_bits() -> None:
     assert pack(np.array([1, -1, 0, -2], np.int8), 2) == bytes([0b10_00_11_01])
     assert pack(np.array([3, -8, 7], np.int8), 4) == bytes([0x83, 0x07])
     assert pack(np.array([-128, 5], np.int8), 8) == bytes([0x80, 0x05])
+    assert pack(np.array([1, -1, 3, -4], np.int8), 3) == bytes([0b11_111_001, 0b0000_100_0])
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("count", [1, 7, 64])
 def test_unpack_inverts_pack(bits: int, count: int) -> None:
     codes = np.random.default_rng(count).integers(-(2 ** (bits - 1)), 2 ** (bits - 1), count).astype(np.int8)

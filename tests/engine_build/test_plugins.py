@@ -11,12 +11,11 @@ import onnx
 import pytest
 import rounding
 import torch
-from choices import rtn
+from choices import with_every_code
 from cpu_kernels import run_kernel
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from calibrator.quantizers import quantize
 from calibrator.quantizers.activations import quantize_activation
 from engine_build.backends import find_backend
 from engine_build.backends.tensorrt import plugins
@@ -43,7 +42,7 @@ def layer_weights(name: str, fmt: Format, seed: int) -> LayerWeights:
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(OUTPUTS, INPUTS, generator=generator) / INPUTS**0.5
     bias = torch.randn(OUTPUTS, generator=generator).half().float().numpy()
-    return LayerWeights(layer(name), fmt, quantize(weight, rtn(fmt)), None, bias)
+    return LayerWeights(layer(name), fmt, with_every_code(weight, fmt), None, bias)
 
 
 @pytest.fixture

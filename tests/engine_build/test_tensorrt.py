@@ -11,12 +11,13 @@ import onnx
 import pytest
 import rounding
 import torch
-from choices import rtn
+from choices import rtn, with_every_code
 from onnx import TensorProto, helper
 from ragged import observation, write_plan
 
 from calibrator.data.calibration import SourceIndex, Trajectory, collect, load_calibration
 from calibrator.quantizers import Computed, quantize
+from calibrator.quantizers.packing import pack
 from engine_build.backends import find_backend
 from engine_build.backends.base import Written
 from engine_build.backends.onnxruntime.linear import linear as linear_onnxruntime
@@ -26,7 +27,6 @@ from engine_build.backends.tensorrt.readback import read_back
 from engine_build.build import Request, build
 from engine_build.graph.builder import GraphBuilder
 from engine_build.graph.context import GraphContext
-from engine_build.packing import pack
 from engine_build.plan import Plan, check_legal, legalize, uniform_plan
 from engine_build.ranges import input_peaks
 from engine_build.verify import verify_formats
@@ -68,7 +68,7 @@ def write_graph(path: Path, fmt: Format) -> tuple[torch.Tensor, np.ndarray]:
     generator = torch.Generator().manual_seed(5)
     weight = torch.randn(OUTPUTS, INPUTS, generator=generator) / INPUTS**0.5
     bias = torch.randn(OUTPUTS, generator=generator).half().float().numpy()
-    quantized = quantize(weight, rtn(fmt)) if fmt.weight_bits < 16 else None
+    quantized = with_every_code(weight, fmt) if fmt.weight_bits < 16 else None
     weights = LayerWeights(LAYER, fmt, quantized, None if quantized else weight, bias, INPUT_PEAK)
     with GraphBuilder(path, TensorProto.FLOAT16, 21) as builder:
         builder.rename(linear(builder, "x", weights), "y")
@@ -227,7 +227,7 @@ def test_fused_layers_must_share_a_format(workshop: Path, tmp_path: Path) -> Non
     query = "language_model.model.layers.0.self_attn.q_proj"
     key = "language_model.model.layers.0.self_attn.k_proj"
     plan = uniform_plan(rtn(Format(4, 16, 32)), layers)
-    mixed = Plan(plan.assignment | {key: rtn(Format(8, 16))}, None)
+    mixed = Plan(plan.assignment | {key: rtn(Format(8, 16))})
     with pytest.raises(ArtefactError, match="target a100 fuses layers of one input, which must share a format"):
         check_legal(mixed, layers, A100)
     raised = legalize(mixed, layers, A100)

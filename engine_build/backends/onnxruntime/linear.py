@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from onnx import TensorProto
 
+from calibrator.quantizers.packing import pack
 from engine_build.graph.builder import GraphBuilder
-from engine_build.packing import pack, pack_nbits, pad_groups, turned
+from engine_build.packing import pack_nbits, pad_groups, turned
 from engine_build.weights import LayerWeights
 
 _CODE_TYPES = {2: TensorProto.INT2, 4: TensorProto.INT4, 8: TensorProto.INT8}

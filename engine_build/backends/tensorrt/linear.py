@@ -14,8 +14,9 @@ Blocks must be whole, so a ragged last group is filled up with zero codes, and t
 import numpy as np
 from onnx import TensorProto
 
+from calibrator.quantizers.packing import pack
 from engine_build.graph.builder import GraphBuilder
-from engine_build.packing import pack, pad_groups, turned
+from engine_build.packing import pad_groups, turned
 from engine_build.weights import LayerWeights
 from vla_policy.core.formats import Format
 

@@ -17,8 +17,9 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
+from calibrator.quantizers.packing import pack, unpack
 from engine_build.backends.base import Realised, canonical
-from engine_build.packing import pack, transpose, turned, unpack
+from engine_build.packing import transpose, turned
 from engine_build.weights import Layer
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.formats import FULL_PRECISION, Format

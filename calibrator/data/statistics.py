@@ -1,0 +1,74 @@
+"""What the inputs of layers look like over a calibration set: ranges of activations, and what rounding methods ask."""
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from calibrator.data.calibration import CalibrationSet
+from calibrator.families import TorchActor
+from calibrator.quantizers import LayerStatistics, find_layer
+from calibrator.quantizers.activations import input_rows
+from vla_policy.core.errors import ArtefactError
+from vla_policy.core.observation import check_strays
+
+
+def input_statistics(
+    actor: TorchActor, states: CalibrationSet, names: Collection[str], source: str, second_moments: bool = False
+) -> dict[str, LayerStatistics]:
+    """Statistics of every named layer's input while the full-precision policy decides each state.
+
+    second_moments: also E[x x^T], float64 [in, in] per layer. source: what the states are called in messages. Raises
+    ArtefactError for a layer whose input is zero or not finite throughout, and PolicyError for a policy that decides
+    something else than actions.
+    """
+    sums = {name: _Sums(find_layer(actor.policy, name), second_moments) for name in names}
+    strays = 0
+    for index in tqdm(range(len(states)), desc="inputs of layers", unit="state", disable=None):
+        state = states.observation(index)
+        with _watched(sums.values()):
+            tokens = actor.act(state).tokens
+        strays += actor.scores(state, tokens)[1]
+    check_strays(strays, len(states), source)
+    statistics = {name: one.statistics() for name, one in sums.items()}
+    useless = [name for name, one in statistics.items() if not 0 < one.peak < float("inf")]
+    if useless:
+        raise ArtefactError(f"{source}: inputs of {useless[0]} are zero or not finite; collect other states")
+    return statistics
+
+
+class _Sums:
+    """Statistics of one layer so far."""
+
+    def __init__(self, module: nn.Linear | nn.Conv2d, second_moment: bool) -> None:
+        self.layer = module
+        inputs = module.weight[0].numel()
+        self.tokens = 0
+        self.peaks = torch.zeros(inputs)
+        self.products = torch.zeros(inputs, inputs, dtype=torch.float64) if second_moment else None
+
+    @torch.no_grad()
+    def see(self, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        rows = input_rows(module, arguments[0]).float()
+        self.tokens += len(rows)
+        self.peaks = torch.maximum(self.peaks, rows.abs().amax(0).cpu())
+        if self.products is not None:
+            wide = rows.double().cpu()
+            self.products.addmm_(wide.T, wide)
+
+    def statistics(self) -> LayerStatistics:
+        moment = None if self.products is None else self.products / self.tokens
+        return LayerStatistics(self.tokens, self.peaks, moment)
+
+
+@contextmanager
+def _watched(sums: Collection[_Sums]) -> Iterator[None]:
+    """Inside the block, the layers' inputs are added up whenever they run."""
+    handles = [one.layer.register_forward_pre_hook(one.see) for one in sums]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

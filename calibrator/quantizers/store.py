@@ -1,0 +1,107 @@
+"""Quantized weights on disk: what a layer's codes are is decided once, and packed from here.
+
+`weights.json` says what every layer is and from what the codes were made; beside it lies a safetensors file for every
+layer below 16 bits, with `codes` (packed bits, row-major) and `scales` (float16 [out, groups]). A store is filled layer
+by layer; until `files` stand in its index, it is unfinished.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+from torch import Tensor
+
+from calibrator.quantizers.packing import pack, unpack
+from calibrator.quantizers.weights import QuantizedWeight, groups_per_row
+from calibrator.tensors import save_tensors
+from vla_policy.core.errors import ArtefactError
+from vla_policy.core.files import read_json, sha256_file, write_json
+from vla_policy.core.formats import Choice
+from vla_policy.core.outputs import FolderKind, atomic_path
+
+WEIGHTS = FolderKind("weights", "weights.json", ("layers/*.safetensors",))
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What the codes depend on. parents: sha256 of the policy and, where there are any, plan and calibration set."""
+
+    choices: Mapping[str, Choice]
+    parents: Mapping[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        choices = {unit: choice.to_json() for unit, choice in self.choices.items()}
+        return {"schema_version": SCHEMA_VERSION, "parents": dict(self.parents), "layers": choices}
+
+
+@dataclass(frozen=True)
+class Store:
+    """A finished store. sha256: of its index, which holds those of all files."""
+
+    folder: Path
+    identity: Identity
+    files: Mapping[str, str]
+    sha256: str
+
+    @staticmethod
+    def open(folder: Path) -> "Store":
+        """Raises ArtefactError when the store is missing, damaged, of another version, or unfinished."""
+        path = folder / WEIGHTS.index
+        raw = read_json(path, WEIGHTS.name, SCHEMA_VERSION)
+        if "files" not in raw:
+            raise ArtefactError(f"{folder}: is unfinished; call `calibrator quantize` again, which continues it")
+        try:
+            choices = {unit: Choice.from_json(entry) for unit, entry in raw["layers"].items()}
+            return Store(folder, Identity(choices, dict(raw["parents"])), dict(raw["files"]), sha256_file(path))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ArtefactError(f"{path}: entry {error} is missing or malformed; quantize again") from error
+
+    def of(self, unit: str, weight: Tensor, choice: Choice) -> QuantizedWeight:
+        """The codes of a layer, whose `weight` is only looked at for its shape.
+
+        Raises ArtefactError when the store holds the layer in another choice, or its file is missing or damaged.
+        """
+        held = self.identity.choices.get(unit)
+        if held != choice:
+            raise ArtefactError(f"{self.folder}: holds {unit} in {held}, wanted is {choice}; quantize for this plan")
+        path = layer_path(self.folder, unit)
+        if sha256_file(path) != self.files[unit]:
+            raise ArtefactError(f"{path}: not the file that {WEIGHTS.index} names; quantize into another folder")
+        try:
+            tensors = load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise ArtefactError(f"{path}: damaged or truncated ({error}); quantize into another folder") from error
+        outputs, inputs = len(weight), weight[0].numel()
+        codes = unpack(tensors["codes"].tobytes(), choice.format.weight_bits, outputs * inputs)
+        scales = tensors["scales"].astype(np.float32)
+        if codes.size != outputs * inputs or scales.shape != (outputs, groups_per_row(inputs, choice.format)):
+            raise ArtefactError(f"{path}: of another shape than {unit}, {list(weight.shape)}; quantize this policy")
+        rows = torch.from_numpy(codes.reshape(outputs, inputs))
+        return QuantizedWeight(rows, torch.from_numpy(scales), choice.format, tuple(weight.shape))
+
+
+def layer_path(folder: Path, unit: str) -> Path:
+    """The file of one layer."""
+    return folder / "layers" / f"{unit}.safetensors"
+
+
+def write_layer(folder: Path, unit: str, weight: QuantizedWeight) -> None:
+    """Writes one layer, whole or not at all."""
+    packed = np.frombuffer(pack(weight.codes.cpu().numpy(), weight.format.weight_bits), np.uint8)
+    tensors: dict[str, np.ndarray] = {"codes": packed, "scales": weight.scales.cpu().numpy().astype(np.float16)}
+    with atomic_path(layer_path(folder, unit), None) as temporary:
+        save_tensors(temporary, tensors, WEIGHTS.name)
+
+
+def finish(folder: Path, identity: Identity) -> Store:
+    """Ends a store of which every layer is written."""
+    coded = [unit for unit, choice in identity.choices.items() if choice.recipe is not None]
+    files = {unit: sha256_file(layer_path(folder, unit)) for unit in coded}
+    write_json(folder / WEIGHTS.index, {"kind": WEIGHTS.name, **identity.to_json(), "files": files})
+    return Store.open(folder)
