@@ -141,7 +141,7 @@ class RandomSource:
     path: str = "random"
 
     def index(self) -> SourceIndex:
-        return SourceIndex((Trajectory("random", self.length, tuple(range(self.length))),), {})
+        return SourceIndex((Trajectory("random", self.length, tuple(range(self.length))),), ())
 
     def read(self, wanted: Mapping[str, frozenset[int]]) -> Iterator[tuple[str, int, Observation]]:
         for step in sorted(wanted.get("random", ())):

@@ -33,7 +33,13 @@ def _add_collect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the choice")
     parser.add_argument("--contract", type=Path, help="topic contract (YAML), needed for bags")
     parser.add_argument("--namespace", default="", help="ROS namespace of the bag's relative topics")
-    parser.add_argument("--hdf5-image", default="obs/agentview_rgb", help="image dataset of an HDF5 demonstration")
+    parser.add_argument("--instruction", default="", help="task in words, where a source does not tell it")
+    parser.add_argument(
+        "--hdf5-image",
+        nargs="+",
+        default=["obs/agentview_rgb"],
+        help="image datasets of an HDF5 demonstration, one per camera in the policy's order",
+    )
     parser.add_argument("--hdf5-state", nargs="*", default=[], help="state datasets, joined in this order")
     parser.add_argument("--hdf5-upright", action="store_true", help="HDF5 images are upright: do not turn them")
     parser.add_argument("--hdf5-crop-area", type=float, default=1.0, help="centre crop, part of the area in (0, 1]")
@@ -122,16 +128,20 @@ def _collect(args: argparse.Namespace) -> int:
     from calibrator.data.calibration import CALIBRATION, collect
     from calibrator.data.sources import Hdf5Layout, open_sources
     from vla_policy.core.contract import load_contract
+    from vla_policy.core.instruction import normalised
+    from vla_policy.core.left_out import LeftOut, told
     from vla_policy.core.outputs import check_folder
 
     check_folder(args.out, CALIBRATION, [*args.sources, args.contract])
     contract = load_contract(args.contract) if args.contract else None
-    layout = Hdf5Layout(args.hdf5_image, tuple(args.hdf5_state), not args.hdf5_upright, args.hdf5_crop_area)
-    sources = open_sources(args.sources, contract, args.namespace, layout)
+    layout = Hdf5Layout(tuple(args.hdf5_image), tuple(args.hdf5_state), not args.hdf5_upright, args.hdf5_crop_area)
+    sources = open_sources(args.sources, contract, args.namespace, layout, normalised(args.instruction))
     content = collect(sources, args.out, args.samples, args.seed)
     for source in content["sources"]:
-        reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(source["left_out"].items())) or "nothing"
+        reasons = told(LeftOut(**item) for item in source["left_out"])
         print(f"{source['path']}: {source['trajectories']} trajectories; left out: {reasons}")
+        for note in source["notes"]:
+            print(f"note: {note}")
     print(f"{args.out}: {len(content['samples'])} states")
     return 0
 

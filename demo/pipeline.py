@@ -20,7 +20,7 @@ from demo.stages import Stage, StageResult, run_stages
 from engine_build.backends import find_backend
 from engine_build.build import check_realised, planned_bytes
 from vla_policy.core import cli
-from vla_policy.core.bag import summarise
+from vla_policy.core.bag import count_messages
 from vla_policy.core.contract import load_contract
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.files import claim_folder, read_json, write_json
@@ -66,8 +66,7 @@ def check_inputs(job: Job) -> None:
         )
     contract = load_contract(job.contract)
     check_contract(contract, PolicyConfig.load(job.policy))
-    summary = summarise(job.bag, contract)
-    empty = [topic for topic, count in summary.messages.items() if count == 0]
+    empty = [topic for topic, count in count_messages(job.bag, contract).items() if count == 0]
     if empty:
         raise ArtefactError(f"{job.bag}: no message on {', '.join(empty)}; record the bag again")
 

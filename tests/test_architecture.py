@@ -38,7 +38,9 @@ TENSOR_NAMES = re.compile(
 )
 LAYOUTS = ("/calibrator/modules/", "/engine_build/graph/llama.py", "/engine_build/graph/vision.py", "/core/prismatic/")
 # Whatever a robot has to install for the core; the GPU runtimes are imported where such an engine is loaded.
-CORE_LIBRARIES = {"numpy", "PIL", "tokenizers", "onnxruntime", "yaml", "rosbags", "tensorrt", "tensorrt_rtx", "pycuda"}
+CORE_LIBRARIES = {"numpy", "PIL", "tokenizers", "onnxruntime", "yaml", "tensorrt", "tensorrt_rtx", "pycuda"}
+# Of bags: the library, and the codecs that it brings.
+CORE_LIBRARIES |= {"rosbags", "lz4", "backports", "compression"}
 WORKSTATION_LIBRARIES = {"torch", "transformers", "cvxpy", "onnx", "ray", "libero", "metaworld", "mujoco", "h5py"}
 
 

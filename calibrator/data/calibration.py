@@ -17,6 +17,7 @@ from tqdm import tqdm
 from calibrator.tensors import save_tensors
 from vla_policy.core.errors import ArtefactError, DataError
 from vla_policy.core.files import read_json, sha256_file, sha256_folder, write_json
+from vla_policy.core.left_out import LeftOut, told
 from vla_policy.core.observation import Observation
 from vla_policy.core.outputs import FolderKind, atomic_folder
 
@@ -41,10 +42,11 @@ class Trajectory:
 
 @dataclass(frozen=True)
 class SourceIndex:
-    """What a source holds: its trajectories, and the count of everything that cannot be used, by reason."""
+    """What a source holds: its trajectories, everything that cannot be used, and what else the user should know."""
 
     trajectories: tuple[Trajectory, ...]
-    left_out: Mapping[str, int]
+    left_out: tuple[LeftOut, ...]
+    notes: tuple[str, ...] = ()
 
 
 class Source(Protocol):
@@ -118,13 +120,8 @@ def choose_states(trajectories: list[Trajectory], count: int, seed: int) -> list
 
     Trajectories share the count as equally as their usable states allow; each one's states are spread over its
     length with an offset that differs by trajectory, so that a few states per trajectory still cover all phases.
-    Raises DataError when the sources hold fewer usable states.
+    `count` is at least 1, and at most what they hold.
     """
-    if count < 1:
-        raise DataError(f"{count} states were asked for; --samples must be at least 1")
-    usable = sum(len(trajectory.steps) for trajectory in trajectories)
-    if usable < count:
-        raise DataError(f"{count} states were asked for, the sources hold {usable} usable ones; lower --samples")
     generator = np.random.default_rng(seed)
     quotas = _quotas([len(trajectory.steps) for trajectory in trajectories], count, generator)
     holders = [index for index, quota in enumerate(quotas) if quota]
@@ -158,7 +155,10 @@ def collect(sources: list[Source], out: Path, count: int, seed: int) -> dict[str
 
     Raises DataError when too few states are usable; nothing is written then.
     """
+    if count < 1:
+        raise DataError(f"{count} states were asked for; --samples must be at least 1")
     indices = [source.index() for source in sources]
+    _check_usable(sources, indices, count)
     pool = [(number, trajectory) for number, index in enumerate(indices) for trajectory in index.trajectories]
     chosen = choose_states([trajectory for _, trajectory in pool], count, seed)
     wanted: list[dict[str, set[int]]] = [{} for _ in sources]
@@ -192,7 +192,12 @@ def collect(sources: list[Source], out: Path, count: int, seed: int) -> dict[str
         "seed": seed,
         "images_per_state": cameras.pop(),
         "sources": [
-            source.describe() | {"trajectories": len(index.trajectories), "left_out": dict(index.left_out)}
+            source.describe()
+            | {
+                "trajectories": len(index.trajectories),
+                "left_out": [asdict(item) for item in index.left_out],
+                "notes": list(index.notes),
+            }
             for source, index in zip(sources, indices, strict=True)
         ],
         "samples": [asdict(sample) | {"progress": sample.progress} for sample in samples],
@@ -202,6 +207,21 @@ def collect(sources: list[Source], out: Path, count: int, seed: int) -> dict[str
         content["tensors_sha256"] = sha256_file(folder / _TENSORS)
         write_json(folder / _INDEX, content)
     return content
+
+
+def _check_usable(sources: list[Source], indices: list[SourceIndex], count: int) -> None:
+    """Raises DataError, with everything that was left out, where too little remains."""
+    usable = sum(len(trajectory.steps) for index in indices for trajectory in index.trajectories)
+    if usable >= count:
+        return
+    reasons = [
+        f"{source.path} left out {told(index.left_out)}"
+        for source, index in zip(sources, indices, strict=True)
+        if index.left_out
+    ]
+    advice = f"lower --samples to {usable} or add recordings" if usable else "mend the first cause, or add recordings"
+    because = f": {'. '.join(reasons)}" if reasons else f": {', '.join(source.path for source in sources)} holds none"
+    raise DataError(f"{count} states were asked for, the sources hold {usable} usable ones{because}; {advice}")
 
 
 def _image_name(state: int, camera: int) -> str:

@@ -50,6 +50,7 @@ def add_replay(parser: argparse.ArgumentParser) -> None:
         "--unnorm-key", metavar="KEY", help="which of the policies' statistics to use (default: the only ones)"
     )
     parser.add_argument("--namespace", default="", help="ROS namespace of the contract's topics in the bag")
+    parser.add_argument("--instruction", default="", help="task in words, where the bag does not tell it")
     parser.add_argument(
         "--bins", type=int, default=10, help="bins of progress through an episode (default %(default)s)"
     )
@@ -88,7 +89,8 @@ def _spec(arguments: argparse.Namespace, folder: Path) -> ActorSpec:
 
 
 def _answer(arguments: argparse.Namespace, contract: Contract, folder: Path) -> Answers:
-    return answer(arguments.bag, contract, _spec(arguments, folder).load(), folder.name, arguments.namespace)
+    actor = _spec(arguments, folder).load()
+    return answer(arguments.bag, contract, actor, folder.name, arguments.namespace, arguments.instruction)
 
 
 def _in_process(
@@ -185,7 +187,7 @@ def _views(
     wanted = {item.stamp_ns for item in comparison.worst}
     pictures = {
         frame.stamp_ns: tuple(picture(image) for image in observe(frame, contract).images)
-        for frame in read_frames(arguments.bag, contract, arguments.namespace)
+        for frame in read_frames(arguments.bag, contract, arguments.namespace, arguments.instruction)
         if isinstance(frame, Frame) and frame.stamp_ns in wanted
     }
     views = []

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from vla_policy.core.bag import read_frames, summarise
+from vla_policy.core.bag import count_messages, read_frames
 from vla_policy.core.contract import Contract
 from vla_policy.core.errors import ContractError
 from vla_policy.core.observation import Actor, check_strays
@@ -74,8 +74,10 @@ class _Drops:
         return "; ".join(f"{reason} {count}: {self.first[reason]}" for reason, count in self.counts.items())
 
 
-def answer(bag: Path, contract: Contract, actor: Actor, name: str, namespace: str = "") -> Answers:
-    """Runs the whole bag.
+def answer(
+    bag: Path, contract: Contract, actor: Actor, name: str, namespace: str = "", instruction: str = ""
+) -> Answers:
+    """Runs the whole bag. instruction: the task of frames before the first one that the bag holds.
 
     Raises ContractError when bag, contract and actor do not fit, or nothing can be served, and PolicyError for an
     engine that decides something else than actions.
@@ -84,8 +86,8 @@ def answer(bag: Path, contract: Contract, actor: Actor, name: str, namespace: st
     drops, strays = _Drops(), 0
     refused: dict[int, str] = {}
     rows: list[tuple[Frame, np.ndarray, np.ndarray, float]] = []
-    total = summarise(bag, contract, namespace).messages[contract.primary.topic]
-    frames_read = _served_frames(bag, contract, namespace, drops)
+    total = count_messages(bag, contract, namespace, instruction)[contract.primary.topic]
+    frames_read = _served_frames(bag, contract, namespace, instruction, drops)
     for frame in tqdm(frames_read, total=total, desc=f"replay {name}", unit="frame"):
         outcome = decide(actor, contract, frame)
         if isinstance(outcome, Refusal):
@@ -149,8 +151,10 @@ def recorded(served: Path, frames: Answers) -> Answers:
     )
 
 
-def _served_frames(bag: Path, contract: Contract, namespace: str, drops: _Drops) -> Iterator[Frame]:
-    for result in read_frames(bag, contract, namespace):
+def _served_frames(
+    bag: Path, contract: Contract, namespace: str, instruction: str, drops: _Drops
+) -> Iterator[Frame]:
+    for result in read_frames(bag, contract, namespace, instruction):
         if isinstance(result, Dropped):
             drops.add(result.reason, result.detail)
         else:

@@ -19,6 +19,7 @@ from tests.core import ros_messages as msgs
 from tests.core.bags import Message, write_bag
 from vla_policy.core.contract import COMPRESSED_IMAGE, IMAGE, JOINT_STATE, STRING, load_contract
 from vla_policy.core.errors import ContractError, DataError
+from vla_policy.core.left_out import LeftOut
 
 CONTRACT_PATH = Path(__file__).parents[2] / "ros2_ws/src/vla_policy/config/libero.yaml"
 CONTRACT = load_contract(CONTRACT_PATH)
@@ -81,8 +82,10 @@ def test_bad_frames_of_a_bag_are_counted_and_not_chosen(tmp_path: Path) -> None:
     topic, kind, time_ns, _ = messages[bad_state]
     messages[bad_state] = (topic, kind, time_ns, msgs.joints(time_ns, [float("nan"), 0, 0, 0.04]))
     found = BagSource(write_bag(tmp_path / "bag", messages), CONTRACT).index()
-    assert found.left_out["undecodable image"] == 1
-    assert any("joint_states" in reason and "invalid_message" in reason for reason in found.left_out)
+    left_out = {(item.where, item.reason): item for item in found.left_out}
+    assert left_out[CONTRACT.primary.topic, "undecodable"].count == 1
+    refused = left_out["joint_states", "invalid_message"]
+    assert refused.count == 1 and "state x is not finite" in refused.example
     assert found.trajectories[0].length == 6 and len(found.trajectories[0].steps) == 5
 
 
@@ -122,9 +125,98 @@ def test_bad_demonstrations_are_counted(tmp_path: Path) -> None:
     positions = np.zeros((5, 3))
     positions[2, 1] = np.inf
     found = Hdf5Source(libero_file(tmp_path / "a.hdf5", (5,), positions=positions), LAYOUT).index()
-    assert found.trajectories[0].steps == (0, 1, 3, 4) and found.left_out == {"state not finite": 1}
+    assert found.trajectories[0].steps == (0, 1, 3, 4)
+    assert found.left_out == (LeftOut("obs/ee_pos", "not finite", 1, "/data/demo_0 step 2"),)
     mixed = Hdf5Source(libero_file(tmp_path / "b.hdf5", (5,), positions=np.zeros((4, 3))), LAYOUT).index()
-    assert not mixed.trajectories and mixed.left_out == {"trajectory with datasets of different lengths": 1}
+    assert not mixed.trajectories and [item.reason for item in mixed.left_out] == ["different lengths"]
+    assert "obs/ee_pos 4" in mixed.left_out[0].example
+
+
+def test_one_bad_demonstration_or_file_does_not_refuse_the_rest(tmp_path: Path) -> None:
+    folder = tmp_path / "suite"
+    folder.mkdir()
+    libero_file(folder / "open_the_drawer_demo.hdf5", (4,))
+    with h5py.File(libero_file(folder / "push_the_plate_demo.hdf5", (3, 5)), "a") as file:
+        del file["data/demo_0/obs"]
+        file["data/summary"] = np.zeros(3)
+    (folder / "._push_the_plate_demo.hdf5").write_bytes(b"\x00\x05\x16\x07 left by another system")
+    found = Hdf5Source(folder, LAYOUT).index()
+    assert {item.name: item.length for item in found.trajectories} == {
+        "open_the_drawer_demo/demo_0": 4,
+        "push_the_plate_demo/demo_1": 5,
+    }
+    assert {(item.where, item.reason) for item in found.left_out} == {
+        ("._push_the_plate_demo.hdf5", "cannot be read"),
+        ("obs/agentview_rgb", "missing"),
+        ("summary", "wrong type or shape"),
+    }
+
+
+@pytest.mark.parametrize(
+    "language",
+    ["pick up the cup", "'pick up the cup'", '"pick up the cup"', "pick_up_the_cup", "pick up\u00a0the cup\n",
+     ["pick", "up", "the", "cup"], list("pick up the cup")],
+)  # fmt: skip
+def test_an_instruction_in_every_form_that_was_seen(tmp_path: Path, language: object) -> None:
+    path = libero_file(tmp_path / "task.hdf5", (2,))
+    with h5py.File(path, "a") as file:
+        file["data"].attrs["problem_info"] = json.dumps({"language_instruction": language})
+    ((_, _, observation),) = Hdf5Source(path, LAYOUT).read({"demo_0": frozenset({0})})
+    assert observation.instruction == "pick up the cup"
+
+
+NOTHING_TOLD = (None, "null", '{"language_instruction": null}', '{"language_instruction": "None"}', "[]")
+
+
+@pytest.mark.parametrize("info", NOTHING_TOLD)
+def test_an_instruction_that_nobody_tells_is_asked_for(tmp_path: Path, info: str | None) -> None:
+    """OpenVLA's regenerated files tell it by their name only; others not at all."""
+    for name in ("task.hdf5", "KITCHEN_SCENE3_turn_on_the_stove_demo.hdf5"):
+        with h5py.File(libero_file(tmp_path / name, (2,)), "a") as file:
+            del file["data"].attrs["problem_info"]
+            if info is not None:
+                file["data"].attrs["problem_info"] = info
+    with pytest.raises(DataError, match="give it with --instruction"):
+        Hdf5Source(tmp_path / "task.hdf5", LAYOUT).index()
+    ((_, _, given),) = Hdf5Source(tmp_path / "task.hdf5", LAYOUT, "stir").read({"demo_0": frozenset({0})})
+    assert given.instruction == "stir"
+    named = Hdf5Source(tmp_path / "KITCHEN_SCENE3_turn_on_the_stove_demo.hdf5", LAYOUT)
+    assert named.index().notes == (
+        "KITCHEN_SCENE3_turn_on_the_stove_demo.hdf5: instruction 'turn on the stove' by the file's name",
+    )
+
+
+def test_two_cameras_and_openvla_oft_s_state(tmp_path: Path) -> None:
+    """What OpenVLA-OFT's LIBERO policies look at: agentview, wrist, hand pose as axis-angle, both fingers."""
+    path = libero_file(tmp_path / "task.hdf5", (3,))
+    pose = np.arange(18, dtype=float).reshape(3, 6)
+    wrist = np.stack([msgs.picture(50 + step)[::-1, ::-1] for step in range(3)])
+    with h5py.File(path, "a") as file:
+        file["data/demo_0/obs/eye_in_hand_rgb"], file["data/demo_0/obs/ee_states"] = wrist, pose
+    layout = Hdf5Layout(("obs/agentview_rgb", "obs/eye_in_hand_rgb"), ("obs/ee_states", "obs/gripper_states"))
+    ((_, _, observation),) = Hdf5Source(path, layout).read({"demo_0": frozenset({1})})
+    np.testing.assert_array_equal(observation.images[0], msgs.picture(1))
+    np.testing.assert_array_equal(observation.images[1], msgs.picture(51))
+    assert observation.state is not None
+    np.testing.assert_allclose(observation.state, [*pose[1], 0.04, 0.04], rtol=1e-6)  # float32
+
+
+def test_a_filter_that_fails_costs_its_steps(tmp_path: Path) -> None:
+    path = libero_file(tmp_path / "task.hdf5", (6,))
+    with h5py.File(path, "a") as file:
+        images = file["data/demo_0/obs/agentview_rgb"][:]
+        del file["data/demo_0/obs/agentview_rgb"]
+        packed = file["data/demo_0/obs"].create_dataset(
+            "agentview_rgb", data=images, chunks=(2, *images.shape[1:]), compression="gzip", fletcher32=True
+        )
+        place = packed.id.get_chunk_info(1).byte_offset
+    content = bytearray(path.read_bytes())
+    content[place + 4 : place + 12] = bytes(8)
+    path.write_bytes(content)
+    found = Hdf5Source(path, LAYOUT).index()
+    assert found.trajectories[0].steps == (0, 1, 4, 5)
+    (left_out,) = found.left_out
+    assert (left_out.where, left_out.reason, left_out.count) == ("obs/agentview_rgb", "cannot be read", 2)
 
 
 def test_files_that_are_not_what_they_should_be_are_named(tmp_path: Path) -> None:
@@ -133,13 +225,13 @@ def test_files_that_are_not_what_they_should_be_are_named(tmp_path: Path) -> Non
     with pytest.raises(DataError, match="not a readable HDF5 file"):
         Hdf5Source(text, LAYOUT).index()
     floats = libero_file(tmp_path / "floats.hdf5", (2,), images=np.zeros((2, 8, 8, 3)))
-    with pytest.raises(DataError, match="float64"):
-        Hdf5Source(floats, LAYOUT).index()
-    with pytest.raises(DataError, match="has no 'obs/joints'"):
-        Hdf5Source(libero_file(tmp_path / "c.hdf5"), replace(LAYOUT, state=("obs/joints",))).index()
+    (left_out,) = Hdf5Source(floats, LAYOUT).index().left_out
+    assert left_out.reason == "wrong type or shape" and "float64" in left_out.example
+    joints = Hdf5Source(libero_file(tmp_path / "c.hdf5", (2,)), replace(LAYOUT, state=("obs/joints",))).index()
+    assert [(item.where, item.reason) for item in joints.left_out] == [("obs/joints", "missing")]
     with h5py.File(tmp_path / "d.hdf5", "w") as file:
-        file.create_group("data")
-    with pytest.raises(DataError, match="language_instruction"):
+        file.create_group("episodes")
+    with pytest.raises(DataError, match="no group 'data' of demonstrations; it holds episodes"):
         Hdf5Source(tmp_path / "d.hdf5", LAYOUT).index()
 
 
@@ -162,18 +254,17 @@ def test_episode_files_are_read(tmp_path: Path) -> None:
     assert observation.instruction == "lift the lid" and observation.state is not None
     bad = tmp_path / "episodes" / "002.safetensors"
     bad.write_bytes(b"short")
-    with pytest.raises(DataError, match="not a readable episode"):
-        source.index()
+    assert [(item.where, item.reason) for item in source.index().left_out] == [("002.safetensors", "cannot be read")]
     save_file({"picture": np.zeros((2, 4, 4, 3), np.uint8)}, bad)
-    with pytest.raises(DataError, match=r"002\.safetensors: not a readable episode with png and state"):
-        source.index()
+    (left_out,) = source.index().left_out
+    assert "not an episode with png and state" in left_out.example
     tensors = {"png": np.zeros(9, np.uint8), "png_end": np.asarray([9]), "state": np.ones((1, 5), np.float32)}
     save_file(tensors, bad)
     with pytest.raises(DataError, match=r"002\.safetensors: its metadata has no instructions"):
-        list(source.read({"002": frozenset({0})}))
+        source.index()
     save_file(tensors, bad, metadata={"instructions": '["lift the lid"]'})
-    with pytest.raises(DataError, match=r"002\.safetensors: image 0 is damaged"):
-        list(source.read({"002": frozenset({0})}))
+    (left_out,) = source.index().left_out
+    assert (left_out.where, left_out.reason) == ("png", "undecodable")
 
 
 def test_the_demonstrations_of_the_demo_can_be_calibrated_from(tmp_path: Path) -> None:

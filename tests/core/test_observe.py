@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from tests.core import ros_messages as msgs
+from tests.core.events import single
 from vla_policy.core.contract import load_contract
 from vla_policy.core.errors import ContractError, DataError, PolicyError
-from vla_policy.core.events import to_event
 from vla_policy.core.observe import check_contract, observe
 from vla_policy.core.policy_config import PolicyConfig
 from vla_policy.core.ros_image import CompressedImage
@@ -33,7 +33,7 @@ def two_camera_frame() -> Frame:
     messages = [(CONTRACT.instruction.topic, msgs.text("go"))]
     messages += [(CONTRACT.states[0].topic, msgs.joints(STAMP_NS, [0, 0, 0, 0.04]))]
     messages += [(topic, msgs.compressed(stamp_ns, image)) for topic, stamp_ns, image in images]
-    events = [to_event(TWO_CAMERAS, topic, message, STAMP_NS) for topic, message in messages]
+    events = [single(TWO_CAMERAS, topic, message, STAMP_NS) for topic, message in messages]
     (frame,) = [result for event in events for result in synchroniser.push(event)]
     assert isinstance(frame, Frame)
     return frame
@@ -55,7 +55,7 @@ def test_the_camera_is_turned_and_cropped_as_the_contract_says() -> None:
 
 
 def to_image(pixels: np.ndarray):
-    event = to_event(CONTRACT, CONTRACT.primary.topic, msgs.compressed(STAMP_NS, pixels), STAMP_NS)
+    event = single(CONTRACT, CONTRACT.primary.topic, msgs.compressed(STAMP_NS, pixels), STAMP_NS)
     return event.payload
 
 

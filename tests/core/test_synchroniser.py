@@ -6,11 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.spatial.transform import Rotation
 
 from tests.core import ros_messages as msgs
+from tests.core.events import single
 from vla_policy.core.contract import POSE_STAMPED, Contract, StateTopic, StateValue, load_contract
 from vla_policy.core.errors import DataError
-from vla_policy.core.events import Event, to_event
+from vla_policy.core.events import Event
 from vla_policy.core.synchroniser import Dropped, DropReason, Frame, Synchroniser
 
 CONTRACT = load_contract(Path(__file__).parents[2] / "ros2_ws/src/vla_policy/config/libero.yaml")
@@ -22,16 +24,16 @@ POSE = (("Point", (1.0, 2.0, 3.0)), ("Quaternion", (0.1, 0.2, 0.3, 0.9)))
 
 def camera(ms: int, value: int = 0) -> Event:
     stamp = START_NS + ms * MS
-    return to_event(CONTRACT, CAMERA, msgs.compressed(stamp, msgs.picture(value)), stamp)
+    return single(CONTRACT, CAMERA, msgs.compressed(stamp, msgs.picture(value)), stamp)
 
 
 def state(ms: int, x: float = 0.0) -> Event:
     stamp = START_NS + ms * MS
-    return to_event(CONTRACT, STATE, msgs.joints(stamp, [x, 0.1, 0.2, 0.04], [0, 0, 0, -0.5]), stamp)
+    return single(CONTRACT, STATE, msgs.joints(stamp, [x, 0.1, 0.2, 0.04], [0, 0, 0, -0.5]), stamp)
 
 
 def instruction(ms: int, text: str = "pick up the soup") -> Event:
-    return to_event(CONTRACT, INSTRUCTION, msgs.text(text), START_NS + ms * MS)
+    return single(CONTRACT, INSTRUCTION, msgs.text(text), START_NS + ms * MS)
 
 
 def served(events: list[Event | Dropped], contract: Contract = CONTRACT) -> list[Frame | Dropped]:
@@ -83,11 +85,11 @@ def test_of_two_samples_at_equal_distance_the_later_one_is_taken() -> None:
 
 
 def test_the_skew_of_a_frame_is_its_farthest_sample_s() -> None:
-    second = replace(CONTRACT.states[0], topic="second")
+    second = replace(CONTRACT.states[0], source="second")
     contract = replace(CONTRACT, states=(CONTRACT.states[0], second))
     late = state(3)
-    events = [instruction(0), state(10), replace(late, topic="second"), camera(10), state(20)]
-    for order in (events, [events[0], replace(state(3), topic=STATE), replace(state(10), topic="second"), camera(10)]):
+    events = [instruction(0), state(10), replace(late, source="second"), camera(10), state(20)]
+    for order in (events, [events[0], replace(state(3), topic=STATE), replace(state(10), source="second"), camera(10)]):
         (frame,) = frames(served(order, contract))
         assert frame.skew_ns == 7 * MS
 
@@ -147,8 +149,66 @@ def test_a_refused_instruction_leaves_no_task() -> None:
 
 
 def test_episodes_begin_with_an_instruction() -> None:
-    events = [instruction(0), state(10), camera(10), state(20), camera(20), instruction(25), state(30), camera(30)]
+    """With another one, or with one after none: the same words said again are the same task."""
+    events = [instruction(0), state(10), camera(10), instruction(12), state(20), camera(20)]
+    events += [instruction(25, "something else"), state(30), camera(30)]
     assert [(frame.episode, frame.step) for frame in frames(served(events))] == [(0, 0), (0, 1), (1, 0)]
+    events += [instruction(35, ""), instruction(36, "something else"), state(40), camera(40)]
+    assert [(frame.episode, frame.step) for frame in frames(served(events))][-1] == (2, 0)
+
+
+def test_a_pause_ends_an_episode() -> None:
+    """Two recordings of one task in one bag: nothing else tells them apart."""
+    events = [instruction(0), state(10), camera(10), state(9000), camera(9000), state(9010), camera(9010)]
+    assert [(frame.episode, frame.step) for frame in frames(served(events))] == [(0, 0), (1, 0), (1, 1)]
+
+
+@pytest.mark.parametrize("text", ["pick up\u00a0the soup", "pick up the soup\n", "\tpick  up the\r\nsoup"])
+def test_white_space_of_every_kind_is_a_blank(text: str) -> None:
+    assert instruction(0, text).payload == "pick up the soup"
+
+
+def two_publishers() -> Contract:
+    """The arm's joints and the gripper's come from two drivers on one topic."""
+    arm, gripper = CONTRACT.states[0].values[:3], CONTRACT.states[0].values[3:]
+    states = [replace(CONTRACT.states[0], values=values, shared=True) for values in (arm, gripper)]
+    return replace(CONTRACT, states=tuple(states))
+
+
+def part(ms: int, names: tuple[str, ...], values: list[float]) -> Event:
+    stamp = START_NS + ms * MS
+    return single(two_publishers(), STATE, msgs.joints(stamp, values, names=names), stamp)
+
+
+def test_two_publishers_of_one_topic_are_merged_by_their_joints() -> None:
+    contract, arm, gripper = two_publishers(), msgs.JOINTS[:3], msgs.JOINTS[3:]
+    events = [instruction(0), part(9, arm, [1, 2, 3]), part(11, gripper, [0.04]), camera(10), part(12, arm, [7, 8, 9])]
+    (frame,) = frames(served(events, contract))
+    assert frame.state is not None
+    np.testing.assert_allclose(frame.state, [1, 2, 3, 0.04, 0.0], rtol=1e-6)  # float32
+    silent = served([instruction(0), part(9, arm, [1, 2, 3]), camera(10)], contract)
+    assert reasons(silent) == [DropReason.UNSYNCHRONISED], "both must be there"
+    with pytest.raises(DataError, match=r"joint 'end_effector_z' is missing.*an entry of their own"):
+        part(0, arm[:2], [1, 2])
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_pose_as_axis_angle_is_scipy_s_rotation(seed: int) -> None:
+    """OpenVLA-OFT's LIBERO state; half a turn and none at all included. Its angle is 2 acos(w), up to a whole turn."""
+    turns = {0: [0.0, 0.0, 0.0, 1.0], 1: [0.0, 0.0, 0.0, -1.0], 2: [1.0, 0.0, 0.0, 0.0], 3: [0.0, 0.0, 1e-9, 1.0]}
+    quaternion = turns.get(seed, np.random.default_rng(seed).normal(size=4).tolist())
+    fields = tuple(f"axis_angle.{axis}" for axis in "xyz")
+    values = tuple(StateValue(field, None, field, "rad") for field in fields)
+    contract = replace(CONTRACT, states=(StateTopic("pose", POSE_STAMPED, values, CONTRACT.states[0].qos),))
+    unit = (np.asarray(quaternion) / np.linalg.norm(quaternion)).tolist()
+    point, turn = msgs.make("geometry_msgs/msg/Point", 1.0, 2.0, 3.0), msgs.make("geometry_msgs/msg/Quaternion", *unit)
+    message = msgs.make(POSE_STAMPED, msgs.header(START_NS), msgs.make("geometry_msgs/msg/Pose", point, turn))
+    got = single(contract, "pose", message, START_NS).payload
+    assert isinstance(got, np.ndarray)
+    # float64 through a few products and an arc cosine, which loses half of its digits near 1 and -1.
+    difference = Rotation.from_rotvec(got) * Rotation.from_quat(unit).inv()
+    assert difference.magnitude() < 1e-7
+    np.testing.assert_allclose(np.linalg.norm(got) % (2 * np.pi), 2 * np.arccos(unit[3]) % (2 * np.pi), atol=1e-7)
 
 
 def test_repeated_and_late_stamps_are_out_of_order() -> None:
@@ -190,7 +250,7 @@ def test_a_frame_keeps_the_task_under_which_it_arrived() -> None:
 )
 def test_a_message_that_must_not_be_used_is_refused(topic: str, message: object, expected: str) -> None:
     with pytest.raises(DataError, match=expected):
-        to_event(CONTRACT, topic, message, START_NS)
+        single(CONTRACT, topic, message, START_NS)
 
 
 def test_an_end_effector_pose_is_a_state() -> None:
@@ -200,10 +260,10 @@ def test_an_end_effector_pose_is_a_state() -> None:
     contract = replace(CONTRACT, states=(pose,))
     point, turn = (msgs.make(f"geometry_msgs/msg/{kind}", *numbers) for kind, numbers in POSE)
     message = msgs.make(POSE_STAMPED, msgs.header(START_NS), msgs.make("geometry_msgs/msg/Pose", point, turn))
-    np.testing.assert_array_equal(to_event(contract, "tool_pose", message, START_NS).payload, [0.9, 1.0, 3.0])
+    np.testing.assert_array_equal(single(contract, "tool_pose", message, START_NS).payload, [0.9, 1.0, 3.0])
     point.z = float("inf")
     with pytest.raises(DataError, match=r"tool_pose: state position\.z is not finite"):
-        to_event(contract, "tool_pose", message, START_NS)
+        single(contract, "tool_pose", message, START_NS)
 
 
 def test_the_search_for_the_nearest_sample_equals_brute_force() -> None:
@@ -226,14 +286,14 @@ def test_the_search_for_the_nearest_sample_equals_brute_force() -> None:
 
 def test_images_of_a_second_camera_do_not_pile_up() -> None:
     """Neither beside the first camera, nor while that one is silent: raw images would fill the memory."""
-    wrist = replace(CONTRACT.primary, name="wrist", topic="wrist/compressed")
+    wrist = replace(CONTRACT.primary, name="wrist", source="wrist/compressed")
     contract = replace(CONTRACT, cameras=(CONTRACT.primary, wrist), states=())
     synchroniser = Synchroniser(contract)
     alive: list[weakref.ref[Event]] = []
 
     def see(topic: str, ms: int) -> list[Frame | Dropped]:
         stamp_ns = START_NS + ms * MS
-        event = to_event(contract, topic, msgs.compressed(stamp_ns, msgs.picture(ms)), stamp_ns)
+        event = single(contract, topic, msgs.compressed(stamp_ns, msgs.picture(ms)), stamp_ns)
         alive.append(weakref.ref(event))
         return synchroniser.push(event)
 

@@ -1,34 +1,158 @@
 """Recorded bags as frames: mcap or sqlite3, ours or anyone's that holds the contract's topics."""
 
-import sqlite3
-import struct
+import heapq
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
-from rosbags.highlevel import AnyReader, AnyReaderError
-from rosbags.interfaces import Connection
-from rosbags.rosbag2 import ReaderError
-from rosbags.typesys import Stores, get_typestore
+import yaml
+from rosbags.serde import SerdeError
+from rosbags.typesys import Stores, TypesysError, get_types_from_idl, get_types_from_msg, get_typestore
+from rosbags.typesys.store import Typestore
 
+from vla_policy.core.bag_files import MCAP, SQLITE, BagFile, Channel, Message, open_file, unpack_file
 from vla_policy.core.contract import Contract
 from vla_policy.core.errors import ContractError, DataError
-from vla_policy.core.events import Event, to_event
+from vla_policy.core.events import Event, to_events
 from vla_policy.core.synchroniser import Dropped, DropReason, Frame, Synchroniser
 
-# What the bag library raises on a file that is not whole: its own errors, and those of what lies beneath.
-_DAMAGE = (AnyReaderError, ReaderError, sqlite3.Error, struct.error, AssertionError)
+_METADATA = "metadata.yaml"
+_PACKED = (".zstd", ".zst")
+# Between the files that one ros2idl text holds, each with a line that names it.
+_IDL_SEPARATOR = "=" * 80 + "\n"
 
 
-@dataclass(frozen=True)
-class BagSummary:
-    """Messages per contract topic and the recording's span."""
+class Bag:
+    """An open bag: what its files hold, whatever metadata.yaml says of them.
 
-    path: str
-    messages: dict[str, int]
-    duration_s: float
+    channels: of all files. counted: messages by topic as metadata.yaml counts them; empty without a readable one.
+    trouble: what is wrong with metadata.yaml, a line each.
+    """
+
+    def __init__(self, path: Path, files: list[BagFile], counted: Mapping[str, int], trouble: tuple[str, ...]) -> None:
+        self.path, self.counted, self.trouble = path, counted, trouble
+        self.channels = tuple(channel for file in files for channel in file.channels)
+        self._files = files
+        self._stores: dict[tuple[str, str, str], Typestore] = {}
+
+    def messages(self, topics: Collection[str]) -> Iterator[Message]:
+        """Every message on `topics` in order of recorded time. Raises ContractError where a file is damaged."""
+        wanted = [file.messages([item for item in file.channels if item.topic in topics]) for file in self._files]
+        return heapq.merge(*wanted, key=lambda message: message.time_ns)
+
+    def decode(self, message: Message, kind: str) -> Any:
+        """The message as an object with the fields of `kind`.
+
+        Raises DataError where it is no message of that type, ContractError for a type whose text cannot be parsed.
+        """
+        channel = message.channel
+        if not carries(channel, kind):
+            raise DataError(f"{channel.topic}: a message of type {channel.type!r}, encoded as {channel.encoding!r}")
+        try:
+            return self._store(channel).deserialize_cdr(message.data, kind)
+        except (SerdeError, IndexError, OverflowError, MemoryError) as error:
+            raise DataError(f"{channel.topic}: a message of {len(message.data)} bytes is damaged ({error})") from error
+
+    def _store(self, channel: Channel) -> Typestore:
+        """The channel's type as its file describes it; what the file does not describe is as in ROS 2 Jazzy."""
+        key = (channel.type, channel.language, channel.definition)
+        if key not in self._stores:
+            store = get_typestore(Stores.ROS2_JAZZY)
+            try:
+                described = _described(channel)
+                for kind in described:
+                    store.fielddefs.pop(kind, None)
+                    store.types.pop(kind, None)
+                store.register(described)
+                store.get_msgdef(channel.type)
+            except (TypesysError, KeyError, ValueError) as error:
+                raise ContractError(
+                    f"{self.path}: topic {channel.topic}: the bag's description of {channel.type} cannot be read "
+                    f"({error}); record it again"
+                ) from error
+            self._stores[key] = store
+        return self._stores[key]
+
+
+def _described(channel: Channel) -> dict[str, Any]:
+    """The types in a channel's definition, by name."""
+    if not channel.definition.strip():
+        return {}
+    if channel.language == "ros2msg":
+        return dict(get_types_from_msg(channel.definition, channel.type))
+    if channel.language not in ("ros2idl", "omgidl"):
+        raise ValueError(f"it is described in {channel.language!r}")
+    types: dict[str, Any] = {}
+    for part in channel.definition.split(_IDL_SEPARATOR):
+        text = part.split("\n", 1)[1] if part.startswith("IDL: ") else part
+        if text.strip():
+            types |= get_types_from_idl(text)
+    return types
+
+
+def carries(channel: Channel, kind: str) -> bool:
+    """Whether the channel's messages are ROS 2 messages of type `kind`."""
+    return channel.type == kind and channel.encoding == "cdr"
+
+
+def is_bag(path: Path) -> bool:
+    """Whether `path` is a bag by its name: a folder with a metadata.yaml, or one of its files."""
+    return (path / _METADATA).is_file() or _plain(path).suffix in (MCAP, SQLITE)
+
+
+def _plain(path: Path) -> Path:
+    """The name without the ending that compression added."""
+    return path.with_suffix("") if path.suffix in _PACKED else path
+
+
+@contextmanager
+def open_bag(path: Path | str) -> Iterator[Bag]:
+    """The open bag in the folder `path` (or its one .mcap or .db3 file, compressed or not).
+
+    Raises ContractError when it is missing, damaged or truncated, also while messages are being read.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ContractError(f"{path}: no such bag; expected a rosbag2 folder or an .mcap or .db3 file")
+    names = [item for item in sorted(path.iterdir()) if item.name[0] != "."] if path.is_dir() else [path]
+    # Of a file and its compressed copy the former, which sorts first.
+    by_name = {_plain(item).name: item for item in reversed(names) if _plain(item).suffix in (MCAP, SQLITE)}
+    paths = sorted(by_name.values())
+    if not paths:
+        what = "a ROS 1 bag: convert it with rosbags-convert" if path.suffix == ".bag" else "no .mcap or .db3 file"
+        raise ContractError(f"{path}: not a readable ROS 2 bag ({what})")
+    counted, trouble = _metadata(path / _METADATA, paths) if path.is_dir() else ({}, ())
+    with ExitStack() as stack:
+        files = [stack.enter_context(open_file(_unpacked(item, stack))) for item in paths]
+        yield Bag(path, files, counted, trouble)
+
+
+def _unpacked(path: Path, stack: ExitStack) -> Path:
+    """The file itself, or what a compressed one holds in a temporary folder that lasts as long as `stack`."""
+    if path.suffix not in _PACKED:
+        return path
+    plain = Path(stack.enter_context(TemporaryDirectory(prefix="bag."))) / _plain(path).name
+    unpack_file(path, plain)
+    return plain
+
+
+def _metadata(path: Path, found: list[Path]) -> tuple[dict[str, int], tuple[str, ...]]:
+    """Messages by topic as metadata.yaml counts them, and what it says that the folder contradicts."""
+    if not path.is_file():
+        return {}, ()
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))["rosbag2_bagfile_information"]
+        counted: Counter[str] = Counter()
+        for item in content["topics_with_message_count"]:
+            counted[item["topic_metadata"]["name"]] += int(item["message_count"])
+        named = {_plain(Path(name)).name for name in content["relative_file_paths"]}
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+        return {}, (f"{_METADATA} cannot be read ({' '.join(str(error).split())}): nobody knows what it counted",)
+    missing = sorted(named - {_plain(item).name for item in found})
+    return dict(counted), tuple(f"{_METADATA} names {name}, which is not there" for name in missing)
 
 
 def resolve(topic: str, namespace: str = "") -> str:
@@ -36,64 +160,74 @@ def resolve(topic: str, namespace: str = "") -> str:
     return topic if topic.startswith("/") else f"/{namespace.strip('/')}/{topic}".replace("//", "/")
 
 
-@contextmanager
-def open_bag(path: Path | str) -> Iterator[AnyReader]:
-    """An open reader of the bag folder (or single .mcap or .db3 file) at `path`.
+def contract_topics(bag: Bag, contract: Contract, namespace: str, instruction: str = "") -> dict[str, str]:
+    """Contract topic by the bag's topic name; with an `instruction` the bag need not hold one.
 
-    Raises ContractError when it is missing, damaged or truncated, also while messages are being read.
+    Raises ContractError where the bag lacks a topic, or has it with another type only.
     """
-    path = Path(path)
-    if not path.exists():
-        raise ContractError(f"{path}: no such bag; expected a rosbag2 folder or an .mcap file")
-    try:
-        with AnyReader([path], default_typestore=get_typestore(Stores.ROS2_JAZZY)) as reader:
-            yield reader
-    except (*_DAMAGE, OSError) as error:
-        raise ContractError(f"{path}: not a readable ROS 2 bag ({error}); record or copy it again") from error
-
-
-def contract_connections(reader: AnyReader, contract: Contract, path: Path | str, namespace: str) -> dict[str, str]:
-    """Contract topic by the bag's topic name. Raises ContractError where the bag lacks one."""
-    recorded = {connection.topic: connection.msgtype for connection in reader.connections}
     names: dict[str, str] = {}
     for topic, kind in contract.input_types.items():
         name = resolve(topic, namespace)
-        if name not in recorded:
-            held = ", ".join(sorted(recorded)) or "nothing"
-            raise ContractError(f"{path}: no topic {name}, which {contract.path} asks for; the bag holds {held}")
-        if recorded[name] != kind:
-            raise ContractError(f"{path}: topic {name} is {recorded[name]}, {contract.path} expects {kind}")
+        held = [channel for channel in bag.channels if channel.topic == name]
+        if not held and instruction and topic == contract.instruction.topic:
+            continue
+        if not held:
+            others = ", ".join(sorted({channel.topic for channel in bag.channels})) or "nothing"
+            counted = f", although {_METADATA} counts {bag.counted[name]} messages on it" if name in bag.counted else ""
+            raise ContractError(
+                f"{bag.path}: no topic {name}, which {contract.path} asks for{counted}; the bag holds {others}"
+            )
+        if not any(carries(channel, kind) for channel in held):
+            got = f"{held[0].type} ({held[0].encoding})"
+            raise ContractError(f"{bag.path}: topic {name} is {got}, {contract.path} expects {kind} (cdr)")
         names[name] = topic
     return names
 
 
-def summarise(path: Path | str, contract: Contract, namespace: str = "") -> BagSummary:
-    """Checks that the bag fits the contract and counts its messages."""
-    with open_bag(path) as reader:
-        names = contract_connections(reader, contract, path, namespace)
-        counts: Counter[str] = Counter()
-        for connection in reader.connections:
-            if connection.topic in names:
-                counts[names[connection.topic]] += connection.msgcount
-        return BagSummary(str(path), dict(counts), reader.duration / 1e9)
+def count_messages(
+    path: Path | str, contract: Contract, namespace: str = "", instruction: str = ""
+) -> dict[str, int]:
+    """Checks that the bag fits the contract, and counts the messages on each of its topics."""
+    with open_bag(path) as bag:
+        names = contract_topics(bag, contract, namespace, instruction)
+        counts = Counter(names[message.channel.topic] for message in bag.messages(names))
+        return {topic: counts[topic] for topic in names.values()}
 
 
-def read_events(path: Path | str, contract: Contract, namespace: str = "") -> Iterator[Event | Dropped]:
-    """The bag's messages in recorded order; a message that must not be used comes as a `Dropped`."""
-    with open_bag(path) as reader:
-        names = contract_connections(reader, contract, path, namespace)
-        connections: list[Connection] = [item for item in reader.connections if item.topic in names]
-        for connection, received_ns, data in reader.messages(connections=connections):
-            topic = names[connection.topic]
+def read_events(
+    path: Path | str, contract: Contract, namespace: str = "", instruction: str = ""
+) -> Iterator[Event | Dropped]:
+    """The bag's messages in recorded order; a message that must not be used comes as a `Dropped`.
+
+    So does every message that metadata.yaml counts and no file holds, at the end. `instruction`: see `read_frames`.
+    """
+    with open_bag(path) as bag:
+        names = contract_topics(bag, contract, namespace, instruction)
+        for detail in bag.trouble:
+            yield Dropped(_METADATA, 0, DropReason.NOT_IN_THE_BAG, detail)
+        read: Counter[str] = Counter()
+        for message in bag.messages(names):
+            read[message.channel.topic] += 1
+            topic = names[message.channel.topic]
             try:
-                yield to_event(contract, topic, reader.deserialize(data, connection.msgtype), received_ns)
+                content = bag.decode(message, contract.input_types[topic])
+                yield from to_events(contract, topic, content, message.time_ns)
             except DataError as error:
-                yield Dropped(topic, received_ns, DropReason.INVALID_MESSAGE, str(error))
+                yield Dropped(topic, message.time_ns, DropReason.INVALID_MESSAGE, str(error))
+        for name, topic in names.items():
+            detail = f"{_METADATA} counts {bag.counted.get(name, 0)} messages, the files hold {read[name]}"
+            for _ in range(bag.counted.get(name, 0) - read[name]):
+                yield Dropped(topic, 0, DropReason.NOT_IN_THE_BAG, detail)
 
 
-def read_frames(path: Path | str, contract: Contract, namespace: str = "") -> Iterator[Frame | Dropped]:
-    """Every frame of the bag exactly once, and every message or frame that could not be used with its reason."""
-    synchroniser = Synchroniser(contract)
-    for event in read_events(path, contract, namespace):
+def read_frames(
+    path: Path | str, contract: Contract, namespace: str = "", instruction: str = ""
+) -> Iterator[Frame | Dropped]:
+    """Every frame of the bag exactly once, and every message or frame that could not be used with its reason.
+
+    instruction: the task of the frames before the first one that the bag holds.
+    """
+    synchroniser = Synchroniser(contract, instruction=instruction)
+    for event in read_events(path, contract, namespace, instruction):
         yield from synchroniser.offer(event)
     yield from synchroniser.flush()

@@ -5,7 +5,7 @@ same observations everywhere. Names, units and order live here and nowhere else;
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vla_policy.core.errors import ContractError
@@ -19,7 +19,11 @@ POSE_STAMPED = "geometry_msgs/msg/PoseStamped"
 STRING = "std_msgs/msg/String"
 
 JOINT_FIELDS = ("position", "velocity", "effort")
-POSE_FIELDS = (*(f"position.{axis}" for axis in "xyz"), *(f"orientation.{axis}" for axis in "xyzw"))
+POSE_FIELDS = (
+    *(f"position.{axis}" for axis in "xyz"),
+    *(f"orientation.{axis}" for axis in "xyzw"),
+    *(f"axis_angle.{axis}" for axis in "xyz"),  # the orientation as unit axis times angle, rad
+)
 TWIST_FIELDS = tuple(f"{part}.{axis}" for part in ("linear", "angular") for axis in "xyz")
 COMMANDS = ("twist", "joint_trajectory")
 GRIPPER = "gripper"
@@ -48,6 +52,11 @@ class CameraTopic:
     height: int | None
     qos: TopicQos
 
+    @property
+    def key(self) -> str:
+        """What the source is called."""
+        return self.topic
+
 
 @dataclass(frozen=True)
 class StateValue:
@@ -61,12 +70,26 @@ class StateValue:
 
 @dataclass(frozen=True)
 class StateTopic:
-    """One source of state values, in the order in which they enter the vector."""
+    """One source of state values, in the order in which they enter the vector.
+
+    `shared`: other entries take other joints from the same topic, on which several nodes publish. Each entry is a
+    source of its own: it has its own samples, and must be fresh.
+    """
 
     topic: str
     type: str
     values: tuple[StateValue, ...]
     qos: TopicQos
+    shared: bool = False
+
+    @property
+    def joints(self) -> frozenset[str]:
+        return frozenset(value.joint for value in self.values if value.joint is not None)
+
+    @property
+    def key(self) -> str:
+        """What the source is called: its topic, and its values where they tell it from others."""
+        return f"{self.topic} ({', '.join(value.name for value in self.values)})" if self.shared else self.topic
 
 
 @dataclass(frozen=True)
@@ -78,13 +101,19 @@ class InstructionTopic:
     max_length: int
     qos: TopicQos
 
+    @property
+    def key(self) -> str:
+        """What the source is called."""
+        return self.topic
+
 
 @dataclass(frozen=True)
 class Synchronisation:
-    """How messages of several topics become one observation (see `core.synchroniser`)."""
+    """How messages of several topics become observations, and those episodes (see `core.synchroniser`)."""
 
     slop_ms: float
     wait_ms: float
+    episode_gap_s: float
 
 
 @dataclass(frozen=True)
@@ -192,7 +221,7 @@ def load_contract(path: Path | str) -> Contract:
         path=str(path),
         sha256=sha256_file(path),
         cameras=tuple(_camera(item) for item in fields.sequence("cameras")),
-        states=tuple(_state(item) for item in fields.sequence("states", [])),
+        states=_states(fields),
         instruction=_instruction(fields.mapping("instruction")),
         synchronisation=_synchronisation(fields.mapping("synchronisation", {})),
         action=_action(fields.mapping("action")),
@@ -206,8 +235,9 @@ def load_contract(path: Path | str) -> Contract:
     if strange:
         known = ", ".join(contract.state_names) or "none"
         raise ContractError(f"{path}: action: workspace: state {strange[0]!r} is not a name of states; known: {known}")
+    state_topics = dict.fromkeys(state.topic for state in contract.states)  # may have several entries
     for what, names in (
-        ("topic", [source.topic for source in contract.sources]),
+        ("topic", [contract.instruction.topic, *state_topics, *(camera.topic for camera in contract.cameras)]),
         ("camera name", [camera.name for camera in contract.cameras]),
         ("state name", list(contract.state_names)),
         ("action target", [dimension.target for dimension in contract.action.dimensions]),
@@ -255,6 +285,21 @@ def _camera(fields: Fields) -> CameraTopic:
     return camera
 
 
+def _states(fields: Fields) -> tuple[StateTopic, ...]:
+    """The entries under `states`. Several of one topic take its joint states apart, which several nodes publish."""
+    states = tuple(_state(item) for item in fields.sequence("states", []))
+    by_topic: dict[str, list[StateTopic]] = {}
+    for state in states:
+        by_topic.setdefault(state.topic, []).append(state)
+    for topic, entries in by_topic.items():
+        where = f"{fields.where}: states: topic {topic!r} is used {len(entries)} times"
+        if len(entries) > 1 and {entry.type for entry in entries} != {JOINT_STATE}:
+            raise ContractError(f"{where}; only entries of type {JOINT_STATE} can share a topic, by their joints")
+        if len({entry.qos for entry in entries}) > 1:
+            raise ContractError(f"{where} with different qos; a topic has one subscription: give each entry the same")
+    return tuple(replace(state, shared=len(by_topic[state.topic]) > 1) for state in states)
+
+
 def _state(fields: Fields) -> StateTopic:
     topic, kind = _topic(fields), fields.choice("type", (JOINT_STATE, POSE_STAMPED))
     values = tuple(_state_value(item, kind) for item in fields.sequence("values"))
@@ -289,7 +334,9 @@ def _instruction(fields: Fields) -> InstructionTopic:
 
 
 def _synchronisation(fields: Fields) -> Synchronisation:
-    synchronisation = Synchronisation(fields.positive("slop_ms", 50.0), fields.positive("wait_ms", 100.0))
+    synchronisation = Synchronisation(
+        fields.positive("slop_ms", 50.0), fields.positive("wait_ms", 100.0), fields.positive("episode_gap_s", 5.0)
+    )
     fields.end()
     return synchronisation
 

@@ -5,7 +5,13 @@ Every message is one line: what is wrong, where, what was expected, what to do. 
 
 
 class VlaError(Exception):
-    """An error whose message is written for the user; anything else that escapes is a defect."""
+    """An error whose message is written for the user; anything else that escapes is a defect.
+
+    A message stays one line whatever a library's text brings into it.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(line for part in message.splitlines() if (line := part.strip())))
 
 
 class PolicyError(VlaError):

@@ -6,7 +6,8 @@ from pathlib import Path
 from types import TracebackType
 
 from rosbags.interfaces import Connection, Qos, QosDurability, QosHistory, QosLiveliness, QosReliability, QosTime
-from rosbags.rosbag2 import StoragePlugin, Writer, WriterError
+from rosbags.rosbag2 import ReaderError, StoragePlugin, Writer, WriterError
+from rosbags.rosbag2.metadata import parse_qos
 from rosbags.typesys import Stores, get_types_from_msg, get_typestore
 
 from vla_policy.core.errors import ArtefactError, ContractError
@@ -30,6 +31,21 @@ def recorded_qos(reliable: bool, transient_local: bool, depth: int) -> Qos:
         liveliness_lease_duration=_FOREVER,
         avoid_ros_namespace_conventions=False,
     )
+
+
+def offered_qos(recorded: str) -> tuple[bool, bool]:
+    """Whether the first of the profiles that a channel records is reliable, and whether it keeps its last messages.
+
+    Reliable and volatile where none was recorded, or none that can be read.
+    """
+    try:
+        profiles = parse_qos(recorded)
+    except (ReaderError, KeyError, TypeError):
+        profiles = []
+    if not profiles:
+        return True, False
+    first = profiles[0]
+    return first.reliability is not QosReliability.BEST_EFFORT, first.durability is QosDurability.TRANSIENT_LOCAL
 
 
 class BagWriter:

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from vla_policy.core.bag import open_bag
-from vla_policy.core.errors import ContractError
+from vla_policy.core.bag import carries, open_bag
+from vla_policy.core.errors import ContractError, DataError
 
 ACTION_CHUNK = "vla_policy_interfaces/msg/ActionChunk"
 
@@ -32,20 +32,24 @@ class ServedAction:
 
 
 def read_served(path: Path | str) -> Iterator[ServedAction]:
-    """Every chunk of the bag in recorded order. Raises ContractError when it holds none."""
-    with open_bag(path) as reader:
-        connections = [item for item in reader.connections if item.msgtype == ACTION_CHUNK]
-        if not connections:
-            held = ", ".join(sorted(item.topic for item in reader.connections)) or "nothing"
+    """Every chunk of the bag in recorded order. Raises ContractError when it holds none, or one that is damaged."""
+    with open_bag(path) as bag:
+        topics = {channel.topic for channel in bag.channels if carries(channel, ACTION_CHUNK)}
+        if not topics:
+            held = ", ".join(sorted(channel.topic for channel in bag.channels)) or "nothing"
             raise ContractError(f"{path}: no topic of type {ACTION_CHUNK}; the bag holds {held}")
-        for connection, received_ns, data in reader.messages(connections=connections):
-            message: Any = reader.deserialize(data, connection.msgtype)
+        for recorded in bag.messages(topics):
+            try:
+                message = bag.decode(recorded, ACTION_CHUNK)
+                actions = np.asarray(message.actions, np.float64).reshape(message.horizon, message.action_dim)
+            except (DataError, ValueError) as error:
+                raise ContractError(f"{path}: a decision cannot be read ({error}); record it again") from error
             yield ServedAction(
                 stamp_ns=_nanoseconds(message.observation_stamp),
                 published_ns=_nanoseconds(message.header.stamp),
-                received_ns=received_ns,
+                received_ns=recorded.time_ns,
                 sequence=message.sequence,
-                actions=np.asarray(message.actions, np.float64).reshape(message.horizon, message.action_dim),
+                actions=actions,
                 tokens=np.asarray(message.tokens, np.int64),
                 instruction=message.instruction,
                 engine_id=message.engine_id,

@@ -15,7 +15,7 @@ import numpy as np
 from vla_policy.core.chunks import Chunk, ChunkExecutor
 from vla_policy.core.contract import Contract
 from vla_policy.core.errors import DataError
-from vla_policy.core.events import Event, to_event
+from vla_policy.core.events import Event, to_events
 from vla_policy.core.latency import Percentiles, RateCounter, RollingWindow
 from vla_policy.core.observation import Actor
 from vla_policy.core.ros_image import CompressedImage, RawImage
@@ -87,11 +87,11 @@ class Drops:
 
 @dataclass(frozen=True)
 class Status:
-    """A snapshot for diagnostics. Ages in milliseconds since each topic's last stamp, None before its first message.
+    """A snapshot for diagnostics. Ages in milliseconds since each source's last stamp, None before its first message.
 
     `overhead_ms`: from the image's callback to the published action, less the engine's time for this frame and, while
     it was still busy, for the one before. `holding`: what forbids motion now, or left the last control step without a
-    command. `faults`: what is wrong with a camera or state, by topic. `received`: messages by topic. `drops`: by
+    command. `faults`: what is wrong with a camera or state, by source. `received`: messages by topic. `drops`: by
     reason; one reason's particulars are not lost to another that is more frequent.
     """
 
@@ -208,13 +208,18 @@ class PolicyServer:
         self._take(topic, message, now_ns)
 
     def _take(self, topic: str, message: Any, now_ns: int) -> None:
+        events: list[Event] | list[Dropped]
         try:
-            event: Event | Dropped = to_event(self._contract, topic, message, now_ns)
+            events = to_events(self._contract, topic, message, now_ns)
         except DataError as error:
-            event = Dropped(topic, now_ns, DropReason.INVALID_MESSAGE, str(error))
+            events = [Dropped(topic, now_ns, DropReason.INVALID_MESSAGE, str(error))]
         with self._lock:
-            self._note(event, now_ns)
-            results = self._synchroniser.offer(event)
+            self._received[topic] += 1
+            self._rates[topic].add(now_ns)
+            results: list[Frame | Dropped] = []
+            for event in events:
+                self._note(event)
+                results += self._synchroniser.offer(event)
         self._handle(results)
 
     def lost(self, topic: str, count: int) -> None:
@@ -232,9 +237,9 @@ class PolicyServer:
 
     def _instruct(self, text: str) -> str:
         topic, now_ns = self._contract.instruction.topic, self._clock()
-        instruction = str(to_event(self._contract, topic, _Text(text), now_ns).payload)
+        (event,) = to_events(self._contract, topic, _Text(text), now_ns)
         self._take(topic, _Text(text), now_ns)
-        return instruction
+        return str(event.payload)
 
     def claim(self, text: str) -> None:
         """`instruct` for a run, whose instruction stays until `finish`, whatever topic and service say meanwhile.
@@ -245,22 +250,21 @@ class PolicyServer:
         self.instruct(text)
         self._claim = former
 
-    def _note(self, event: Event | Dropped, now_ns: int) -> None:
-        self._received[event.topic] += 1
-        self._rates[event.topic].add(now_ns)
-        if event.topic == self._contract.instruction.topic and (
-            isinstance(event, Dropped) or event.payload != self._synchroniser.instruction
-        ):
-            self._chunks.clear()
+    def _note(self, event: Event | Dropped) -> None:
+        instruction = self._contract.instruction.topic
         if isinstance(event, Dropped):
+            if event.topic == instruction:
+                self._chunks.clear()
             return
-        self._last_stamp_ns[event.topic] = event.stamp_ns
+        if event.source == instruction and event.payload != self._synchroniser.instruction:
+            self._chunks.clear()
+        self._last_stamp_ns[event.source] = event.stamp_ns
         if isinstance(event.payload, RawImage | CompressedImage):
-            self._freezes[event.topic].see(event.payload.checksum(), event.stamp_ns)
+            self._freezes[event.source].see(event.payload.checksum(), event.stamp_ns)
         if event.positions is not None:
             self._joint_positions = self._joint_positions | dict(event.positions)
         if isinstance(event.payload, np.ndarray):
-            source = next(state for state in self._contract.states if state.topic == event.topic)
+            source = next(state for state in self._contract.states if state.key == event.source)
             self._measured |= zip((value.name for value in source.values), event.payload.tolist(), strict=True)
 
     def _handle(self, results: list[Frame | Dropped]) -> None:
@@ -379,8 +383,8 @@ class PolicyServer:
         action = self._contract.action
         if not action.workspace:
             return None
-        topics = {value.name: state.topic for state in self._contract.states for value in state.values}
-        oldest_ns = min(self._last_stamp_ns[topics[axis.state]] for axis in action.workspace)
+        sources = {value.name: state.key for state in self._contract.states for value in state.values}
+        oldest_ns = min(self._last_stamp_ns[sources[axis.state]] for axis in action.workspace)
         reach_ns = action.control_period_ns + max(0, now_ns - oldest_ns)
         return Room.of(self._limiter.targets, action.workspace, self._measured, reach_ns / 1e9)
 
@@ -407,18 +411,18 @@ class PolicyServer:
         return list(dict.fromkeys([*reasons, *self._faults(now_ns).values()]))
 
     def _faults(self, now_ns: int) -> dict[str, HoldReason]:
-        """What is wrong with a camera or state, by topic."""
+        """What is wrong with a camera or state, by source."""
         timeout_ns = self._settings.source_timeout_s * 1e9
         faults = {}
-        for topic in (*self._freezes, *(state.topic for state in self._contract.states)):
-            camera = self._freezes.get(topic)
-            age_ns = now_ns - self._last_stamp_ns.get(topic, -(1 << 62))
+        for source in (*self._freezes, *(state.key for state in self._contract.states)):
+            camera = self._freezes.get(source)
+            age_ns = now_ns - self._last_stamp_ns.get(source, -(1 << 62))
             if age_ns > timeout_ns:
-                faults[topic] = HoldReason.STALE_STATE if camera is None else HoldReason.STALE_CAMERA
+                faults[source] = HoldReason.STALE_STATE if camera is None else HoldReason.STALE_CAMERA
             elif age_ns < -self._settings.future_tolerance_s * 1e9:
-                faults[topic] = HoldReason.FUTURE_STAMP
+                faults[source] = HoldReason.FUTURE_STAMP
             elif camera is not None and camera.frozen:
-                faults[topic] = HoldReason.FROZEN_CAMERA
+                faults[source] = HoldReason.FROZEN_CAMERA
         return faults
 
     @property
@@ -491,8 +495,8 @@ class PolicyServer:
             reasons = self._reasons(now_ns)
             wanting = [] if self._wanting is None else [self._wanting]
             ages = {
-                topic: None if topic not in self._last_stamp_ns else (now_ns - self._last_stamp_ns[topic]) / 1e6
-                for topic in self._contract.input_types
+                source.key: (now_ns - stamp_ns) / 1e6 if (stamp_ns := self._last_stamp_ns.get(source.key)) else None
+                for source in self._contract.sources
             }
             return Status(
                 active=self._active,

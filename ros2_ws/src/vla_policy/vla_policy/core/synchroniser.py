@@ -5,6 +5,10 @@ until each source has a sample at or after its stamp, so the choice depends on s
 which the topics happened to arrive: a bag and the live topics give the same frames. Where a source falls silent, a
 live system decides the frame after `wait_ms` with the nearest earlier sample, as the end of a recording does. Nothing
 is dropped in silence: every frame that is not served comes back as a `Dropped` with its reason.
+
+An episode is what one task lasts. It begins with an instruction that differs from the one before (which may have been
+none, or refused), after a pause of the images that is longer than the contract's `episode_gap_s`, and where the clock
+is set back. The same instruction said again is no change.
 """
 
 from collections import deque
@@ -39,6 +43,7 @@ class DropReason(Enum):
     INSTRUCTION_CLAIMED = "instruction_claimed"
     SUPERSEDED = "superseded"
     UNDECODABLE = "undecodable"
+    NOT_IN_THE_BAG = "not_in_the_bag"
     ENGINE_ERROR = "engine_error"
     QUEUE_FULL = "queue_full"
     STOPPED = "stopped"
@@ -58,8 +63,8 @@ class Dropped:
 class Frame:
     """One synchronised instant. `images`: in the contract's camera order. `state`: float32 [S], None without states.
 
-    `skew_ns`: largest distance of a sample's stamp from `stamp_ns`. `episode` counts instructions from 0, `step` the
-    images since the last one.
+    `skew_ns`: largest distance of a sample's stamp from `stamp_ns`. `episode`: its number, `step`: its images before
+    this one, both from 0.
     """
 
     stamp_ns: int
@@ -83,21 +88,21 @@ class _Pending:
 class Synchroniser:
     """Feed events in arrival order with `push`; `expire` in a live system, `flush` at the end of a recording.
 
-    `wait_ns` replaces the contract's `wait_ms`.
+    `wait_ns` replaces the contract's `wait_ms`. `instruction`: the task until one arrives.
     """
 
-    def __init__(self, contract: Contract, wait_ns: int | None = None) -> None:
+    def __init__(self, contract: Contract, wait_ns: int | None = None, instruction: str = "") -> None:
         self._contract = contract
         self._slop_ns = round(contract.synchronisation.slop_ms * 1e6)
         self._wait_ns = round(contract.synchronisation.wait_ms * 1e6) if wait_ns is None else wait_ns
         limits = {camera.topic: _MAX_IMAGES for camera in contract.cameras[1:]}
-        limits |= {state.topic: _MAX_SAMPLES for state in contract.states}
+        limits |= {state.key: _MAX_SAMPLES for state in contract.states}
         self._samples: dict[str, deque[Event]] = {topic: deque(maxlen=limit) for topic, limit in limits.items()}
         self._pending: deque[_Pending] = deque()
+        self._gap_ns = round(contract.synchronisation.episode_gap_s * 1e9)
         self._last_stamp_ns = 0
-        self._instruction = ""
-        self._episode = -1
-        self._step = 0
+        self._instruction = instruction
+        self._episode = self._step = 0
 
     @property
     def instruction(self) -> str:
@@ -114,9 +119,9 @@ class Synchroniser:
 
     def push(self, event: Event) -> list[Frame | Dropped]:
         """Takes one event; returns the frames that it completes and the messages that it condemns, in stamp order."""
-        if event.topic == self._contract.instruction.topic:
+        if event.source == self._contract.instruction.topic:
             return self._set_instruction(event)
-        if event.topic == self._contract.primary.topic:
+        if event.source == self._contract.primary.topic:
             return self._camera(event)
         return self._sample(event)
 
@@ -131,10 +136,15 @@ class Synchroniser:
     def _set_instruction(self, event: Event) -> list[Frame | Dropped]:
         # Frames that still wait for their state keep the task under which they arrived.
         assert isinstance(event.payload, str)
+        if event.payload and event.payload != self._instruction:
+            self._begin_episode()
         self._instruction = event.payload
-        if event.payload:
-            self._episode, self._step = self._episode + 1, 0
         return []
+
+    def _begin_episode(self) -> None:
+        """Nothing changes while the present one has no image."""
+        if self._step:
+            self._episode, self._step = self._episode + 1, 0
 
     def _camera(self, event: Event) -> list[Frame | Dropped]:
         behind_ns = self._last_stamp_ns - event.stamp_ns
@@ -142,9 +152,11 @@ class Synchroniser:
             return self._set_back(event, behind_ns)
         if self._last_stamp_ns and behind_ns >= 0:
             return [self._dropped(event, DropReason.OUT_OF_ORDER, f"stamp {behind_ns / 1e6:.1f} ms behind the last")]
+        if self._last_stamp_ns and -behind_ns > self._gap_ns:
+            self._begin_episode()
         self._last_stamp_ns = event.stamp_ns
         if not self._instruction:
-            return [self._dropped(event, DropReason.NO_INSTRUCTION, "no instruction yet")]
+            return [self._dropped(event, DropReason.NO_INSTRUCTION, "an image before the task in words")]
         if len(self._pending) >= _MAX_PENDING:
             return [self._dropped(event, DropReason.UNSYNCHRONISED, f"{_MAX_PENDING} frames wait already")]
         self._pending.append(_Pending(event, self._instruction, self._episode, self._step))
@@ -152,7 +164,7 @@ class Synchroniser:
         return self._settle(lambda pending: False)
 
     def _sample(self, event: Event) -> list[Frame | Dropped]:
-        samples = self._samples[event.topic]
+        samples = self._samples[event.source]
         if samples and event.stamp_ns < samples[-1].stamp_ns:
             behind_ns = samples[-1].stamp_ns - event.stamp_ns
             if behind_ns <= _CLOCK_JUMP_NS:
@@ -165,10 +177,11 @@ class Synchroniser:
 
     def _set_back(self, event: Event, behind_ns: int) -> list[Frame | Dropped]:
         results = self._settle(lambda pending: True)
-        for topic, samples in self._samples.items():
+        for source, samples in self._samples.items():
             current = [sample for sample in samples if sample.stamp_ns - event.stamp_ns <= _CLOCK_JUMP_NS]
-            self._samples[topic] = deque(current, maxlen=samples.maxlen)
+            self._samples[source] = deque(current, maxlen=samples.maxlen)
         self._last_stamp_ns = event.stamp_ns
+        self._begin_episode()
         detail = f"stamp went back by {behind_ns / 1e9:.3f} s"
         return [*results, self._dropped(event, DropReason.CLOCK_JUMP, detail)]
 
@@ -194,13 +207,13 @@ class Synchroniser:
     def _decide(self, pending: _Pending) -> Frame | Dropped:
         event, skew_ns = pending.event, 0
         images, states = [event.payload], []
-        for topic, samples in self._samples.items():
+        for source, samples in self._samples.items():
             if not samples:
-                return self._dropped(event, DropReason.UNSYNCHRONISED, f"no message on {topic}")
+                return self._dropped(event, DropReason.UNSYNCHRONISED, f"no usable message on {source}")
             sample = _nearest(samples, event.stamp_ns)
             skew_ns = max(skew_ns, abs(sample.stamp_ns - event.stamp_ns))
             if skew_ns > self._slop_ns:
-                detail = f"nearest message on {topic} is {skew_ns / 1e6:.1f} ms away"
+                detail = f"nearest message on {source} is {_distance(skew_ns, self._slop_ns)}"
                 return self._dropped(event, DropReason.UNSYNCHRONISED, detail)
             if isinstance(sample.payload, np.ndarray):
                 states.append(sample.payload)
@@ -219,7 +232,7 @@ class Synchroniser:
 
     @staticmethod
     def _dropped(event: Event, reason: DropReason, detail: str) -> Dropped:
-        return Dropped(event.topic, event.stamp_ns, reason, detail)
+        return Dropped(event.source, event.stamp_ns, reason, detail)
 
 
 def _nearest(samples: deque[Event], stamp_ns: int) -> Event:
@@ -231,3 +244,9 @@ def _nearest(samples: deque[Event], stamp_ns: int) -> Event:
         elif sample.stamp_ns < stamp_ns:
             break
     return best
+
+
+def _distance(skew_ns: int, slop_ns: int) -> str:
+    if skew_ns > _CLOCK_JUMP_NS:
+        return f"{skew_ns / 1e9:.1f} s away; do both publishers stamp with the same clock?"
+    return f"{skew_ns / 1e6:.1f} ms away, slop_ms allows {slop_ns / 1e6:g}"

@@ -18,7 +18,7 @@ from std_msgs.msg import String
 from vla_policy.core import contract as names
 from vla_policy.core.contract import CameraTopic, Contract, InstructionTopic, StateTopic
 from vla_policy.core.errors import ContractError, DataError
-from vla_policy.core.events import Event, to_event
+from vla_policy.core.events import Event, to_events
 from vla_policy.core.ros_image import EncodedImage
 
 MESSAGES: dict[str, type] = {
@@ -55,7 +55,7 @@ def subscribe(
 ) -> list[Subscription]:
     """One subscription per topic; `receive` gets the contract's topic and the message, `lost` what never arrived."""
     made: list[Subscription] = []
-    for source in contract.sources:
+    for source in {source.topic: source for source in contract.sources}.values():
         callback: Callable[..., None] = partial(receive, source.topic)
         if isinstance(source, CameraTopic):
             callback = _camera_callback(node, source, receive, lost)
@@ -195,12 +195,18 @@ def _check_message(
     node: Node, contract: Contract, source: Source, subscription: Subscription, patience: _Patience
 ) -> Event:
     name = node.resolve_topic_name(source.topic)
-    while (taken := subscription.handle.take_message(subscription.msg_type, False)) is None:
-        patience.wait(f"{name}: no message within {patience.wait_s:g} s, though it has a publisher; check the driver")
-    try:
-        event = to_event(contract, source.topic, taken[0], node.get_clock().now().nanoseconds)
-        if isinstance(event.payload, EncodedImage):
-            event.payload.decode()
-        return event
-    except DataError as error:
-        raise ContractError(f"{name}: {error}") from error
+    refusal = f"{name}: no message within {patience.wait_s:g} s, though it has a publisher; check the driver"
+    while True:
+        while (taken := subscription.handle.take_message(subscription.msg_type, False)) is None:
+            patience.wait(refusal)
+        try:
+            for event in to_events(contract, source.topic, taken[0], node.get_clock().now().nanoseconds):
+                if isinstance(event.payload, EncodedImage):
+                    event.payload.decode()
+                if event.source == source.key:
+                    return event
+        except DataError as error:
+            refusal = f"{name}: {error}"
+            if not isinstance(source, StateTopic) or not source.shared:
+                raise ContractError(refusal) from error
+        # A shared topic's message may be another node's; that with the joints of `source` comes in its turn.

@@ -13,7 +13,7 @@ file for the counts, `served` a bag for the decisions.
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -23,16 +23,16 @@ from rclpy.node import Node
 from rclpy.publisher import Publisher
 from rclpy.qos import DurabilityPolicy, HistoryPolicy, QoSProfile, ReliabilityPolicy
 from rclpy.serialization import deserialize_message
-from rosbags.interfaces import Connection
 from rosgraph_msgs.msg import Clock as ClockMessage
 from vla_policy_interfaces.msg import ActionChunk
 
-from vla_policy.core.bag import contract_connections, open_bag, resolve
+from vla_policy.core.bag import Bag, carries, contract_topics, open_bag, resolve
+from vla_policy.core.bag_files import Channel, Message
 from vla_policy.core.contract import load_contract
-from vla_policy.core.errors import ContractError
+from vla_policy.core.errors import ContractError, DataError
 from vla_policy.core.files import write_json
 from vla_policy.core.outputs import check_file
-from vla_policy.core.recording import BagWriter, recorded_qos
+from vla_policy.core.recording import BagWriter, offered_qos, recorded_qos
 from vla_policy.core.served import ACTION_CHUNK
 from vla_policy.nodes.inputs import MESSAGES
 from vla_policy.nodes.outputs import CHUNK_TOPIC, to_time
@@ -127,12 +127,16 @@ class ReplayNode(Node):
 
     def _run(self) -> None:
         try:
-            with open_bag(self.settings.bag) as reader:
-                names = contract_connections(reader, self._contract, self.settings.bag, self.settings.namespace)
-                connections = [item for item in reader.connections if item.topic in names]
-                publishers = {item.topic: self._publisher(item, names[item.topic]) for item in connections}
+            with open_bag(self.settings.bag) as bag:
+                names = contract_topics(bag, self._contract, self.settings.namespace)
+                kinds = {name: self._contract.input_types[topic] for name, topic in names.items()}
+                publishers = {
+                    item.topic: self._publisher(item, names[item.topic])
+                    for item in reversed(bag.channels)  # the first of several publishers' profile counts
+                    if item.topic in names and carries(item, kinds[item.topic])
+                }
                 self._await_subscribers(publishers)
-                self._publish(reader.messages(connections=connections), publishers)
+                self._publish(self._whole(bag, kinds), publishers)
             self._await_answers()
             self._summarise()
         except Exception as error:
@@ -140,17 +144,25 @@ class ReplayNode(Node):
         finally:
             self._done.set()
 
-    def _publisher(self, connection: Connection, topic: str) -> Publisher:
+    def _whole(self, bag: Bag, kinds: Mapping[str, str]) -> Iterator[tuple[Message, Any]]:
+        """Messages with what they hold; one that is damaged must not be sent, it would end whoever takes it."""
+        for message in bag.messages(kinds):
+            try:
+                yield message, bag.decode(message, kinds[message.channel.topic])
+            except DataError as error:
+                self.get_logger().warning(f"not sent: {error}")
+
+    def _publisher(self, channel: Channel, topic: str) -> Publisher:
         """With the recorded quality of service, or reliable where none was recorded.
 
         The depth is no part of the contract between the two ends; a burst must not overwrite what is unacknowledged.
         """
-        profiles = getattr(connection.ext, "offered_qos_profiles", None) or [recorded_qos(True, False, 10)]
+        reliable, kept = offered_qos(channel.qos)
         profile = QoSProfile(
             history=HistoryPolicy.KEEP_LAST,
             depth=_QUEUE,
-            reliability=ReliabilityPolicy[profiles[0].reliability.name],
-            durability=DurabilityPolicy[profiles[0].durability.name],
+            reliability=ReliabilityPolicy.RELIABLE if reliable else ReliabilityPolicy.BEST_EFFORT,
+            durability=DurabilityPolicy.TRANSIENT_LOCAL if kept else DurabilityPolicy.VOLATILE,
         )
         return self.create_publisher(MESSAGES[self._contract.input_types[topic]], topic, profile)
 
@@ -162,27 +174,24 @@ class ReplayNode(Node):
             if self._closing.wait(_POLL_S):
                 return
 
-    def _publish(self, messages: Iterator[tuple[Connection, int, bytes]], publishers: dict[str, Publisher]) -> None:
+    def _publish(self, messages: Iterator[tuple[Message, Any]], publishers: dict[str, Publisher]) -> None:
         """Sends everything in recorded order."""
         camera = resolve(self._contract.primary.topic, self.settings.namespace)
         instruction = resolve(self._contract.instruction.topic, self.settings.namespace)
         first_ns, begun_s = -1, time.monotonic()
-        for connection, time_ns, data in messages:
-            first_ns = time_ns if first_ns < 0 else first_ns
-            self._await_time(begun_s, first_ns, time_ns)
-            if connection.topic == camera:
-                begun_s += self._await_window(self._stamp(connection, data))
-            if connection.topic == instruction:
+        for message, content in messages:
+            topic = message.channel.topic
+            first_ns = message.time_ns if first_ns < 0 else first_ns
+            self._await_time(begun_s, first_ns, message.time_ns)
+            if topic == camera:
+                begun_s += self._await_window(content.header.stamp.sec * 10**9 + content.header.stamp.nanosec)
+            if topic == instruction:
                 begun_s += self._await_answers()
             if self._closing.is_set():
                 return
-            publishers[connection.topic].publish(data)
-            if connection.topic == instruction:
+            publishers[topic].publish(message.data)
+            if topic == instruction:
                 begun_s += self._await_arrival(publishers[instruction])
-
-    def _stamp(self, connection: Connection, data: bytes) -> int:
-        stamp = deserialize_message(data, MESSAGES[connection.msgtype]).header.stamp
-        return stamp.sec * 10**9 + stamp.nanosec
 
     def _await_time(self, begun_s: float, first_ns: int, time_ns: int) -> None:
         """Waits for the message's turn while the clock runs on; `/clock` is never behind what is published."""

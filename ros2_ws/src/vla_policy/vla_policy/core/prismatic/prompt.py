@@ -6,6 +6,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from vla_policy.core.errors import ArtefactError, DataError, PolicyError
+from vla_policy.core.instruction import normalised
 from vla_policy.core.prismatic.actions import value_to_tokens
 from vla_policy.core.prismatic.config import PrismaticConfig
 
@@ -44,7 +45,7 @@ class PromptTokenizer:
         The patch embeddings belong right after BOS. Raises DataError for an instruction that is empty or too long, or a
         state that is missing, of another length or not finite.
         """
-        words = instruction.strip().lower()
+        words = normalised(instruction).lower()
         if not words:
             raise DataError("instruction is empty; a policy needs a task in words")
         ids = self._tokenizer.encode(_PROMPT.format(words)).ids
