@@ -227,8 +227,8 @@ def compare(engine: Engine, actor: TorchActor, states: Sequence[Observation], ti
     errors, largest, cosines, equal, actions, strays = [], [], [], [], [], 0
     for state in tqdm(states, desc=title, unit="state", disable=None):
         expected, got = actor.act(state), engine.act(state)
-        reference, prefers_another = actor.scores(state, expected.tokens)
-        strays += prefers_another
+        reference, stray = actor.scores_and_stray(state, expected.tokens)
+        strays += stray
         difference = engine.scores(state, expected) - reference
         errors.append(float(np.sqrt((difference**2).mean()) / reference.std()))
         largest.append(float(np.abs(difference).max()))

@@ -30,7 +30,7 @@ def input_statistics(
         state = states.observation(index)
         with _watched(sums.values()):
             tokens = actor.act(state).tokens
-        strays += actor.scores(state, tokens)[1]
+        strays += actor.scores_and_stray(state, tokens)[1]
     check_strays(strays, len(states), source)
     statistics = {name: one.statistics() for name, one in sums.items()}
     useless = [name for name, one in statistics.items() if not 0 < one.peak < float("inf")]

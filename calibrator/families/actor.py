@@ -38,13 +38,14 @@ class TorchActor:
         inputs = self._inputs(observation)
         return self.decisions.decision(self.policy.decide(inputs, self.decisions.size)[0].cpu().numpy())
 
-    @torch.no_grad()
-    def scores(self, observation: Observation, tokens: np.ndarray) -> tuple[np.ndarray, bool]:
-        """What the policy answers along the decided `tokens`, and whether it prefers something else than an action.
+    def scores(self, observation: Observation, tokens: np.ndarray) -> np.ndarray:
+        """float32 [rows, values]: what an engine's answer along the decided `tokens` is compared with; the action
+        tokens' logits, or, of a policy without tokens, its normalised actions. Raises EngineError unless finite."""
+        return self.scores_and_stray(observation, tokens)[0]
 
-        float32 [rows, values], which an engine's answer is compared with: the action tokens' logits, or, of a policy
-        without tokens, its normalised actions. Raises EngineError unless they are finite.
-        """
+    @torch.no_grad()
+    def scores_and_stray(self, observation: Observation, tokens: np.ndarray) -> tuple[np.ndarray, bool]:
+        """`scores`, and whether the policy would rather answer something that is no action."""
         output = self.policy.output(self._inputs(observation), self.policy.tensor(tokens[None]))
         scores = finite(self.decisions.scores(output)[0].cpu().numpy(), "torch policy: output")
         return scores, bool(self.decisions.strays(output)[0])

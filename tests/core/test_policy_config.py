@@ -122,6 +122,33 @@ def test_a_configuration_belongs_to_one_known_family(raw: dict[str, Any], messag
         parse(raw)
 
 
+def tower(**changes: Any) -> list[dict[str, Any]]:
+    first, second = tiny_config(768)["vision_towers"]
+    return [first | changes, second]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"text_config": {"hidden_size": 256.0}}, "hidden_size: expected an integer of at least 1, got 256.0"),
+        ({"text_config": {"num_attention_heads": 0}}, "num_attention_heads: expected an integer of at least"),
+        ({"text_config": {"rms_norm_eps": 0}}, "text_config: rms_norm_eps: expected a number above 0, got 0"),
+        ({"text_config": {"rope_theta": "1e4"}}, "text_config: rope_theta: expected a number above 0, got '1e4'"),
+        ({"text_config": {"vocab_size": 320}}, "vocab_size: 320 has no room for 256 action tokens before 64 rows of"),
+        ({"n_action_bins": 1}, "n_action_bins: expected an integer of at least 2, got 1"),
+        ({"steps_per_action": 1.5}, "steps_per_action: expected an integer of at least 1, got 1.5"),
+        ({"num_images_in_input": True}, "num_images_in_input: expected an integer of at least 1, got True"),
+        ({"state_in_prompt": "false"}, "state_in_prompt: expected true or false, got 'false'"),
+        ({"vision_towers": tower(patch_size=0)}, r"vision_towers\[0\]: patch_size: expected an integer of at least 1"),
+        ({"vision_towers": tower(patch_size=12)}, "patches must fill the image and heads the width"),
+        ({"vision_towers": tower(depth=1)}, "depth: expected an integer of at least 2, got 1"),
+    ],
+)
+def test_sizes_and_switches_are_what_they_claim_to_be(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(PolicyError, match=message):
+        parse(published(**changes))
+
+
 def test_heads_must_divide_the_width() -> None:
     with pytest.raises(PolicyError, match="hidden_size 256, num_attention_heads 3 and num_key_value_heads 3 do not"):
         parse(published(text_config={"num_attention_heads": 3, "num_key_value_heads": 3}))
@@ -194,6 +221,7 @@ def test_a_chunk_policy_must_state_it() -> None:
         ({"tiny": {"action": {"q01": [0.0], "q99": [float("nan")]}}}, r"tiny.action.q99: \[nan\] are not all finite"),
         ({"tiny": {"action": {"q01": [2.0], "q99": [1.0]}}}, r"q01 \[2.0\] is above q99 \[1.0\]"),
         ({"tiny": {"action": {"q01": 0.0, "q99": 1.0}}}, "tiny.action.q01: expected a list of numbers, got 0.0"),
+        ({"tiny": {"action": Q99 | {"mask": ["true", "false"]}}}, "mask: expected a list of true and false"),
         ({"tiny": {"action": Q99}}, "takes a state, but norm_stats.tiny has no named proprio"),
         ({"tiny": {"action": Q99, "proprio": Q99 | {"names": ["a"]}}}, "tiny.proprio: 1 names for 2 values"),
     ],

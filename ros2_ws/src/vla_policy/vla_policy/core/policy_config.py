@@ -177,12 +177,20 @@ def mapping(value: Any, what: str) -> Mapping[str, Any]:
     return value
 
 
-def count(raw: Mapping[str, Any], name: str, source: str) -> int | None:
-    """The integer of at least 1 under `name`, None where there is none; PolicyError for anything else."""
+def count(raw: Mapping[str, Any], name: str, source: str, least: int = 1) -> int | None:
+    """The integer of at least `least` under `name`, None where there is none; PolicyError for anything else."""
     number = raw.get(name)
-    if number is not None and (not isinstance(number, int) or number < 1):
-        raise PolicyError(f"{source}: {name}: expected an integer of at least 1, got {number!r}")
+    if number is not None and (type(number) is not int or number < least):
+        raise PolicyError(f"{source}: {name}: expected an integer of at least {least}, got {number!r}")
     return number
+
+
+def flag(raw: Mapping[str, Any], name: str, source: str) -> bool:
+    """The boolean under `name`, False where there is none; PolicyError for anything else."""
+    value = raw.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise PolicyError(f"{source}: {name}: expected true or false, got {value!r}")
+    return bool(value)
 
 
 def normalization_of(raw: Mapping[str, Any], default: Normalization | None, source: str) -> Normalization:
@@ -244,7 +252,9 @@ def _limits(
             has = ", ".join(sorted(raw)) or "nothing"
             raise PolicyError(f"{source}: {name!r} is missing, which {normalization!r} normalises by; it has {has}")
     low, high = (_numbers(raw, name, source) for name in names)
-    mask = tuple(map(bool, raw.get("mask", [True] * len(low))))
+    mask = tuple(raw.get("mask", [True] * len(low)))
+    if not all(isinstance(value, bool) for value in mask):
+        raise PolicyError(f"{source}.mask: expected a list of true and false, got {raw['mask']!r}")
     if not len(low) == len(high) == len(mask) or not low:
         raise PolicyError(f"{source}: {names[0]}, {names[1]} and mask have different lengths, or none")
     if any(below > above for below, above in zip(low, high, strict=True)):
@@ -255,7 +265,7 @@ def _limits(
 def _numbers(raw: Mapping[str, Any], name: str, source: str) -> tuple[float, ...]:
     try:
         values = tuple(map(float, raw[name]))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise PolicyError(f"{source}.{name}: expected a list of numbers, got {raw[name]!r}") from error
     if not all(map(math.isfinite, values)):
         raise PolicyError(f"{source}.{name}: {list(values)} are not all finite")

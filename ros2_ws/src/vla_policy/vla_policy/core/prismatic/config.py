@@ -7,14 +7,23 @@ that the published models imply by `timm_model_ids`), `state_in_prompt` (the rob
 and 1). The published OpenVLA checkpoints have none of them.
 """
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from vla_policy.core.errors import PolicyError
 from vla_policy.core.files import read_json
-from vla_policy.core.policy_config import Normalization, PolicyConfig, count, mapping, parse_statistics, refuse_unless
+from vla_policy.core.policy_config import (
+    Normalization,
+    PolicyConfig,
+    count,
+    flag,
+    mapping,
+    parse_statistics,
+    refuse_unless,
+)
 
 # Keys that change what a policy computes, in config.json or its text_config, and the values that are implemented. A key
 # that is absent or null is the published models' default, which is one of these.
@@ -149,13 +158,13 @@ class PrismaticConfig(PolicyConfig):
             _check_supported(raw, source)
             towers = _towers(raw, source)
             text = _text(mapping(raw.get("text_config", {}), f"{source}: text_config"), source)
-            state_in_prompt = bool(raw.get("state_in_prompt", False))
+            state_in_prompt = flag(raw, "state_in_prompt", source)
             takes_state = takes_state or state_in_prompt
             config = cls(
                 towers=towers,
                 text=text,
-                pad_to_multiple_of=int(raw.get("pad_to_multiple_of", 64)),
-                n_action_bins=int(raw.get("n_action_bins", 256)),
+                pad_to_multiple_of=count(raw, "pad_to_multiple_of", source) or 64,
+                n_action_bins=count(raw, "n_action_bins", source, least=2) or 256,
                 state_in_prompt=state_in_prompt,
                 normalization=normalization,
                 norm_stats=parse_statistics(raw["norm_stats"], normalization, takes_state, source),
@@ -163,7 +172,7 @@ class PrismaticConfig(PolicyConfig):
                 image_size=towers[0].image_size,
                 takes_state=takes_state,
                 horizon=horizon,
-                steps_per_action=int(raw.get("steps_per_action", 1)),
+                steps_per_action=count(raw, "steps_per_action", source) or 1,
                 raw=raw,
                 **own,
             )
@@ -171,6 +180,11 @@ class PrismaticConfig(PolicyConfig):
             raise PolicyError(f"{source}: key {error} is missing; is this an OpenVLA checkpoint?") from error
         except (TypeError, ValueError) as error:
             raise PolicyError(f"{source}: {error}") from error
+        if config.token_vocab <= config.n_action_bins:
+            raise PolicyError(
+                f"{source}: text_config: vocab_size: {text.vocab_size} has no room for {config.n_action_bins} action "
+                f"tokens before {config.pad_to_multiple_of} rows of padding"
+            )
         _check_bins(config, source)
         return config
 
@@ -217,6 +231,11 @@ def _check_supported(raw: Mapping[str, Any], source: str) -> None:
 def _text(raw: Mapping[str, Any], source: str) -> TextSpec:
     given = {name: raw[name] for name in TextSpec.__dataclass_fields__ if raw.get(name) is not None}
     given |= _rope_theta(raw, source)
+    for field in fields(TextSpec):
+        if field.type is int:
+            count(given, field.name, f"{source}: text_config")
+        elif not _positive(number := given.get(field.name, 1.0)):
+            raise PolicyError(f"{source}: text_config: {field.name}: expected a number above 0, got {number!r}")
     text = TextSpec(**({"num_key_value_heads": given.get("num_attention_heads", 32)} | given))
     if text.hidden_size % text.num_attention_heads or text.num_attention_heads % text.num_key_value_heads:
         raise PolicyError(
@@ -240,13 +259,26 @@ def _rope_theta(raw: Mapping[str, Any], source: str) -> dict[str, float]:
         plain = plain and {rope.get("rope_type", "default"), rope.get("type", "default")} == {"default"}
         refuse_unless(plain, f"{source}: text_config.{key}", rope, ({"rope_type": "default"},))
         if "rope_theta" in rope:
-            found["rope_theta"] = float(rope["rope_theta"])
+            found["rope_theta"] = rope["rope_theta"]
     return found
+
+
+def _positive(number: Any) -> bool:
+    return type(number) in (int, float) and 0 < number < math.inf
+
+
+def _tower(raw: Any, source: str) -> TowerSpec:
+    for name in (field.name for field in fields(TowerSpec) if field.type is int):
+        count(mapping(raw, source), name, source, least={"registers": 0, "depth": 2}.get(name, 1))
+    tower = TowerSpec(**raw)
+    if tower.image_size % tower.patch_size or tower.width % tower.heads:
+        raise PolicyError(f"{source}: patches must fill the image and heads the width: {raw}")
+    return tower
 
 
 def _towers(raw: Mapping[str, Any], source: str) -> tuple[TowerSpec, TowerSpec]:
     if "vision_towers" in raw:
-        towers = [TowerSpec(**tower) for tower in raw["vision_towers"]]
+        towers = [_tower(tower, f"{source}: vision_towers[{at}]") for at, tower in enumerate(raw["vision_towers"])]
     else:
         unknown = [name for name in raw["timm_model_ids"] if name not in _PUBLISHED_TOWERS]
         if unknown:

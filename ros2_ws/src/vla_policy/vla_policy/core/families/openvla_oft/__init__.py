@@ -9,7 +9,7 @@ import numpy as np
 
 from vla_policy.core.errors import PolicyError
 from vla_policy.core.observation import Decision, Observation, finite
-from vla_policy.core.policy_config import SPAN_EPSILON, count, normalization_of
+from vla_policy.core.policy_config import SPAN_EPSILON, count, flag, normalization_of
 from vla_policy.core.prismatic.actions import ChunkCodec
 from vla_policy.core.prismatic.config import PrismaticConfig, check_preprocessor
 from vla_policy.core.prismatic.describe import describe
@@ -74,7 +74,7 @@ class OpenVlaOft:
         chunk = count(raw, "num_actions_chunk", source)
         if chunk is None:
             raise PolicyError(f"{source}: num_actions_chunk is missing; import the OpenVLA-OFT checkpoint again")
-        use_proprio = bool(raw.get("use_proprio", False))
+        use_proprio = flag(raw, "use_proprio", source)
         stated = normalization_of(raw, None, source)
         config = OftConfig.parsed(raw, source, stated, chunk, takes_state=use_proprio, use_proprio=use_proprio)
         if len({stats.action.dim for stats in config.norm_stats.values()}) > 1:
