@@ -85,11 +85,11 @@ def test_of_two_samples_at_equal_distance_the_later_one_is_taken() -> None:
 
 
 def test_the_skew_of_a_frame_is_its_farthest_sample_s() -> None:
-    second = replace(CONTRACT.states[0], source="second")
+    second = replace(CONTRACT.states[0], topic="second")
     contract = replace(CONTRACT, states=(CONTRACT.states[0], second))
     late = state(3)
     events = [instruction(0), state(10), replace(late, source="second"), camera(10), state(20)]
-    for order in (events, [events[0], replace(state(3), topic=STATE), replace(state(10), source="second"), camera(10)]):
+    for order in (events, [events[0], replace(state(3), source=STATE), replace(state(10), source="second"), camera(10)]):
         (frame,) = frames(served(order, contract))
         assert frame.skew_ns == 7 * MS
 
@@ -286,7 +286,7 @@ def test_the_search_for_the_nearest_sample_equals_brute_force() -> None:
 
 def test_images_of_a_second_camera_do_not_pile_up() -> None:
     """Neither beside the first camera, nor while that one is silent: raw images would fill the memory."""
-    wrist = replace(CONTRACT.primary, name="wrist", source="wrist/compressed")
+    wrist = replace(CONTRACT.primary, name="wrist", topic="wrist/compressed")
     contract = replace(CONTRACT, cameras=(CONTRACT.primary, wrist), states=())
     synchroniser = Synchroniser(contract)
     alive: list[weakref.ref[Event]] = []
