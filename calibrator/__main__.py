@@ -20,6 +20,9 @@ def _parser() -> argparse.ArgumentParser:
         commands.add_parser("sensitivity", help="policy + calibration set -> scores", formatter_class=formatter)
     )
     _add_allocate(commands.add_parser("allocate", help="scores + budget -> bit plan", formatter_class=formatter))
+    _add_transform(
+        commands.add_parser("transform", help="policy -> equal policy, easier to round", formatter_class=formatter)
+    )
     _add_quantize(commands.add_parser("quantize", help="policy + bit plan -> codes", formatter_class=formatter))
     for name, (_, text) in _ELSEWHERE.items():
         commands.add_parser(name, help=text, add_help=False)
@@ -111,6 +114,14 @@ def _add_allocate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", help="name of the device the plan is for")
     parser.add_argument("--frontier", type=Path, help="also write the whole trade-off curve to this JSON")
     parser.add_argument("--frontier-points", type=int, default=33, help="sizes on the curve")
+
+
+def _add_transform(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--policy", type=Path, required=True, help="policy folder")
+    parser.add_argument("--calibration", type=Path, required=True, help="calibration set")
+    parser.add_argument("--method", metavar="RECIPE", default="smoothquant", help="e.g. 'smoothquant(strength=0.7)'")
+    parser.add_argument("--unnorm-key", help="statistics of the calibration set's states, if the policy has several")
+    parser.add_argument("--out", type=Path, required=True, help="policy folder to write")
 
 
 def _add_quantize(parser: argparse.ArgumentParser) -> None:
@@ -242,11 +253,21 @@ def _quantize(args: argparse.Namespace) -> int:
     return 0
 
 
+def _transform(args: argparse.Namespace) -> int:
+    from calibrator.transform import TransformRequest, transform
+
+    request = TransformRequest(args.policy, args.calibration, args.out, args.method, args.unnorm_key)
+    folded = transform(request)
+    print(f"{args.out}: {args.method} folded into {folded} norms; the policy computes the same in 16 bits")
+    return 0
+
+
 _COMMANDS = {
     "collect": _collect,
     "sensitivity": _sensitivity,
     "allocate": _allocate,
     "quantize": _quantize,
+    "transform": _transform,
 }
 
 

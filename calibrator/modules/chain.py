@@ -32,6 +32,7 @@ class Layers:
     label: what people read in place of `path`. track: the part of the stage, as charts name it. runs: of each layer for
     one decision, from the number of prompt tokens and of decided values. fused: layers, by their path from `path`,
     that engines fuse because they have the same input, and what the fused layer is called; they share a format.
+    after_norms: norms by their path, and the linear layers that read their output, which nothing else does.
     """
 
     path: str
@@ -40,6 +41,7 @@ class Layers:
     track: str
     runs: Callable[[float, int], tuple[Runs, ...]]
     fused: Mapping[str, str] = field(default_factory=dict)
+    after_norms: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,10 @@ from calibrator.modules.chain import Layers, Runs, Segment
 from vla_policy.core.errors import PolicyError
 from vla_policy.core.prismatic.config import TextSpec
 
+_AFTER_NORMS = {
+    "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
+}
 _FUSED = {
     "self_attn.q_proj": "self_attn.qkv",
     "self_attn.k_proj": "self_attn.qkv",
@@ -78,7 +82,9 @@ def block_segments(model: LlamaModel, path: str, runs: Callable[[float, int], tu
                 block_input(number + 1),
                 (block_input(number), "rotation"),
                 run_of(number),
-                Layers(f"{path}.layers.{number}", f"layers.{number}", "language", "language", runs, _FUSED),
+                Layers(
+                    f"{path}.layers.{number}", f"layers.{number}", "language", "language", runs, _FUSED, _AFTER_NORMS
+                ),
             )
             for number in range(len(model.layers))
         ),

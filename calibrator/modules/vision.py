@@ -5,7 +5,7 @@ not normalised, so the last block, the final norm and SigLIP's attention pool ne
 images passes each through the same towers; their patches follow each other.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from vla_policy.core.prismatic.config import TowerSpec
 _NORM_EPS = 1e-6
 _TOWERS = ("featurizer", "fused_featurizer")
 _CHANNELS = (slice(0, 3), slice(3, 6))
+_AFTER_NORMS = {"norm1": ("attn.qkv",), "norm2": ("mlp.fc1",)}
 _TITLES = {"dinov2": "DINOv2", "siglip": "SigLIP"}
 
 
@@ -127,16 +128,19 @@ class VisionTower(nn.Module):
         def patches(pixel_values: Tensor) -> Tensor:
             return self.tokens(by_image(pixel_values)[:, channels])
 
-        def layers(part: str, tokens: int) -> Layers:
+        def layers(part: str, tokens: int, after_norms: Mapping[str, tuple[str, ...]]) -> Layers:
             runs = (Runs(images * tokens),)
-            return Layers(f"{path}.{part}", f"{label}.{part}", "vision", track, lambda *_: runs)
+            return Layers(
+                f"{path}.{part}", f"{label}.{part}", "vision", track, lambda *_: runs, after_norms=after_norms
+            )
 
-        embedding = layers("patch_embed", spec.num_patches)
+        embedding = layers("patch_embed", spec.num_patches, {})
         segments = [Segment(f"{spec.kind}.patches", ("pixel_values",), patches, embedding)]
         for number, block in enumerate(self.blocks):
             tokens = spec.prefix_tokens + spec.num_patches
             before = segments[-1].name
-            segments.append(Segment(f"{spec.kind}.{number}", (before,), block, layers(f"blocks.{number}", tokens)))
+            within = layers(f"blocks.{number}", tokens, _AFTER_NORMS)
+            segments.append(Segment(f"{spec.kind}.{number}", (before,), block, within))
         return segments
 
 

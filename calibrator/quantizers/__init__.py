@@ -5,7 +5,7 @@ A rounding method is one module in `methods`; nothing else has to know of it.
 
 from calibrator.quantizers.apply import find_layer, quantize_policy, quantized
 from calibrator.quantizers.base import Codes, LayerStatistics, WeightQuantizer
-from calibrator.quantizers.choices import find_method, parse_choice, parse_choices
+from calibrator.quantizers.choices import find_method, parse_choice, parse_choices, parse_recipe
 from calibrator.quantizers.compute import Computed, needs_statistics, quantize
 from calibrator.quantizers.weights import QuantizedWeight, groups_per_row
 
@@ -21,6 +21,7 @@ __all__ = [
     "needs_statistics",
     "parse_choice",
     "parse_choices",
+    "parse_recipe",
     "quantize",
     "quantize_policy",
     "quantized",

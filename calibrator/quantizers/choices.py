@@ -4,7 +4,8 @@ import importlib
 import json
 import pkgutil
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Protocol
 
 from calibrator.quantizers import methods
 from calibrator.quantizers.base import WeightQuantizer
@@ -37,11 +38,11 @@ def parse_choice(text: str) -> Choice:
     name, separator, recipe = text.partition(":")
     fmt = Format.parse(name)
     if fmt.weight_bits >= FULL_PRECISION.weight_bits:
-        return Choice(fmt, _recipe(text, recipe) if separator else None)
+        return Choice(fmt, parse_recipe(text, recipe, find_method) if separator else None)
     code_range(fmt.weight_bits)
     if fmt.group_size is not None and fmt.group_size < 2:
         raise ArtefactError(f"choice {text!r}: a group needs at least 2 inputs; leave _g{fmt.group_size} out for rows")
-    return Choice(fmt, _recipe(text, recipe or _USUAL))
+    return Choice(fmt, parse_recipe(text, recipe or _USUAL, find_method))
 
 
 def parse_choices(texts: Iterable[str]) -> tuple[Choice, ...]:
@@ -49,12 +50,24 @@ def parse_choices(texts: Iterable[str]) -> tuple[Choice, ...]:
     return tuple(sorted(map(parse_choice, texts), key=lambda choice: choice.precision))
 
 
-def _recipe(text: str, recipe: str) -> Recipe:
+class Method(Protocol):
+    """What a recipe needs to know of the method that it names."""
+
+    @property
+    def version(self) -> int: ...
+
+    @property
+    def defaults(self) -> Mapping[str, Parameter]: ...
+
+
+def parse_recipe(text: str, recipe: str, find: Callable[[str], Method]) -> Recipe:
+    """From e.g. `mse(steps=40)`, which stands in `text`. Raises ArtefactError for parameters that the method lacks, and
+    as `find` does."""
     match = _RECIPE.fullmatch(recipe)
     if match is None:
         raise ArtefactError(f"choice {text!r}: recipe {recipe!r} is malformed; expected e.g. rtn or mse(steps=40)")
     name, inside = match.groups()
-    method = find_method(name)
+    method = find(name)
     given: dict[str, Parameter] = {}
     for item in inside.split(",") if inside else []:
         key, _, value = item.partition("=")
@@ -63,7 +76,7 @@ def _recipe(text: str, recipe: str) -> Recipe:
     return Recipe(name, method.version, tuple(sorted(other.items())))
 
 
-def _value(text: str, method: WeightQuantizer, key: str, value: str) -> Parameter:
+def _value(text: str, method: Method, key: str, value: str) -> Parameter:
     if key not in method.defaults:
         known = ", ".join(f"{name}={json.dumps(usual)}" for name, usual in method.defaults.items()) or "none"
         raise ArtefactError(f"choice {text!r}: there is no parameter {key!r}; known, with their defaults: {known}")

@@ -89,7 +89,8 @@ def test_the_skew_of_a_frame_is_its_farthest_sample_s() -> None:
     contract = replace(CONTRACT, states=(CONTRACT.states[0], second))
     late = state(3)
     events = [instruction(0), state(10), replace(late, source="second"), camera(10), state(20)]
-    for order in (events, [events[0], replace(state(3), source=STATE), replace(state(10), source="second"), camera(10)]):
+    other = [events[0], replace(state(3), source=STATE), replace(state(10), source="second"), camera(10)]
+    for order in (events, other):
         (frame,) = frames(served(order, contract))
         assert frame.skew_ns == 7 * MS
 
