@@ -129,13 +129,13 @@ def compare_exact(spec: SweepSpec, stride: int, states: int) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Replay:
-    """A finished exact table whose evaluations are looked up. losses: [U, B, N], Eq. (9); predicted: the same, first
+    """A finished exact table whose evaluations are looked up. losses: [U, B, N], Eq. (9); first_order: the same, first
     order; phases: [N]."""
 
     table: Sensitivity
     choices: tuple[Choice, ...]
     losses: np.ndarray
-    predicted: np.ndarray
+    first_order: np.ndarray
     phases: np.ndarray
 
     def of(self, states: np.ndarray) -> "Replay":
@@ -143,7 +143,7 @@ class Replay:
         return replace(
             self,
             losses=self.losses[..., states],
-            predicted=self.predicted[..., states],
+            first_order=self.first_order[..., states],
             phases=self.phases[states],
         )
 
@@ -153,7 +153,7 @@ class Replay:
             stages=[unit.stage for unit in self.table.units],
             groups=[unit.group for unit in self.table.units],
             bits=tuple(choice.format.weight_bits for choice in self.choices),
-            predicted=self.predicted,
+            first_order=self.first_order,
             phases=self.phases,
             alpha=Objective().alpha,
             beta=Objective().beta,
@@ -231,7 +231,7 @@ def screened_row(replay: Replay, settings: ScreenSettings) -> dict[str, Any]:
     screen, result = replay.screen(settings)
     found = {
         "above": replay.scored(result.omega, result.omega_tau),
-        "first_order_alone_above": replay.scored_by(replay.predicted),
+        "first_order_alone_above": replay.scored_by(replay.first_order),
     }
     best = {target: plan_score(exact, exact, target) for target in TARGETS}
     above = {

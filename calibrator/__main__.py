@@ -61,7 +61,9 @@ def _add_sensitivity(parser: argparse.ArgumentParser) -> None:
         "scale per output channel), rounding method, e.g. w4a8_g32:rtn; w16a16 is the reference",
     )
     parser.add_argument("--kappa", type=float, default=0.1, help="temperature of the soft bottleneck, Eq. (9)")
-    parser.add_argument("--lambda", dest="weight", type=float, default=1.0, help="attribution weight, Eq. (8)")
+    parser.add_argument(
+        "--lambda", dest="attribution_weight", type=float, default=1.0, help="weight of attribution, Eq. (8)"
+    )
     parser.add_argument("--bins", type=int, default=10, help="phases of a trajectory, Eq. (12)")
     parser.add_argument("--language-block", type=int, help="decoder block whose input is a boundary; default the last")
     parser.add_argument("--unnorm-key", help="action statistics, needed when the policy has several")
@@ -181,7 +183,7 @@ def _sensitivity(args: argparse.Namespace) -> int:
         screen=screen if args.mode == "screened" else None,
         threads=args.threads,
     )
-    result = measure(spec, args.out, ScoreSettings(args.kappa, args.weight, args.bins), options)
+    result = measure(spec, args.out, ScoreSettings(args.kappa, args.attribution_weight, args.bins), options)
     low = result.choices[0]
     worst = sorted(result.units, key=lambda unit: -unit.omega[low])[:3]
     print(f"{args.out}: {len(result.units)} layers in {', '.join(map(str, settings.choices))}")

@@ -175,7 +175,7 @@ def _write_sensitivity(folder: Path, generator: np.random.Generator, table: Tabl
         "calibration": {"sha256": calibration.sha256, "samples": len(samples), "trajectories": 3},
         "choices": [choice.to_json() for choice in (*choices, FULL)],
         "kappa": scores.kappa,
-        "lambda": scores.weight,
+        "lambda": scores.attribution_weight,
         "bins": scores.bins,
         "language_block": 1,
         "dtype": "float32",

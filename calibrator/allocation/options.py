@@ -141,11 +141,11 @@ def build_groups(
     scored_by = offered(sensitivity.choices, target)
     runs_as = {measured: runs for runs, measured in scored_by.items()}
     fixed = _pinned(sensitivity, pins)
-    members: dict[str, list[UnitScores]] = {}
+    layers: dict[str, list[UnitScores]] = {}
     for unit in sensitivity.units:
-        members.setdefault(unit.group, []).append(unit)
+        layers.setdefault(unit.group, []).append(unit)
     groups = []
-    for name, units in members.items():
+    for name, units in layers.items():
         wanted = {fixed[unit.name] for unit in units if unit.name in fixed}
         if len(wanted) > 1:
             pinned = " and ".join(sorted(map(str, wanted)))

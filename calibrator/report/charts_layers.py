@@ -59,8 +59,8 @@ def _layer_tip(unit: UnitScores, choices: Sequence[Choice], plan: Plan | None) -
 def stage_band(svg: Svg, units: Sequence[UnitScores], edges: Sequence[float], y: float) -> None:
     """A coloured band under a chart whose layer i spans edges[i] to edges[i + 1]; its parts are named."""
     start = 0
-    for (stage, track), members in groupby(units, key=lambda unit: (unit.stage, unit.track)):
-        count = len(list(members))
+    for (stage, track), layers in groupby(units, key=lambda unit: (unit.stage, unit.track)):
+        count = len(list(layers))
         left, right = edges[start], edges[start + count]
         svg.rect(left + 0.5, y, right - left - 1, 5, f"s-{stage}", "\n".join([track, f"{count} layers"]))
         if right - left > 7 * len(track):

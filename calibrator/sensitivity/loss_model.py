@@ -1,15 +1,28 @@
 """What exact losses tell about those that were not evaluated, given the first-order ones (P, `proxy`).
 
-The loss L of Eq. (9) of a layer, a width and a state is taken for
+The loss L of Eq. (9) of a layer, a choice and a state is taken for
 
-    L[unit, bits, state] = c[unit, bits] (Q[unit, bits, state] + e),    Var(e) = s[unit, bits] Q mean(Q),
-    Q = P^g[stage, bits], scaled to the mean of P.
+    L[unit, choice, state] = c[unit, choice] (Q[unit, choice, state] + e),    Var(e) = s[unit, choice] Q mean(Q),
+    Q = P^g[stage, choice], scaled to the mean of P.
 
-g is below 1 where losses saturate, as at 2 bits. ln c = a level of the layer's stage + a deviation of the layer, both
-normal and correlated over widths. Layers of one stage differ little (0.01 at 8 bits, 0.05 at 4, 0.1 to 0.2 at 2); the
-head, the only layer of its kind, may lie far from the others, so a stage is believed only as far as its own layers
-were evaluated. With a variance that grows as Q, the ratio of the sums of L and Q is the best linear estimate of c (the
-ratio estimator of survey sampling).
+g is below 1 where losses saturate, as at 2 bits. With a variance that grows as Q, the ratio of the sums of L and Q is
+the best linear estimate of c (the ratio estimator of survey sampling). Its logarithm y[unit], over the B choices, is
+what is observed of x = ln c, with a diagonal error covariance D[unit]. Layers of one stage differ little (0.01 at 8
+bits, 0.05 at 4, 0.1 to 0.2 at 2); the head, the only layer of its kind, may lie far from the others, so a stage is
+believed only as far as its own layers were evaluated. That is a random-effects model (Laird and Ware, Biometrics 38,
+1982):
+
+    y[unit] ~ N(x[unit], D[unit]),    x[unit] ~ N(m[stage], Sigma),    m[stage] ~ N(median of y, T),
+
+T known, Sigma unknown with an inverse-Wishart prior around Sigma0 that is worth `_PRIOR_FREEDOM` layers. Sigma is found
+by EM (Dempster, Laird and Rubin, J. R. Stat. Soc. B 39, 1977), whose E step gives x and m under it:
+
+    E    W[unit] = (Sigma + D[unit])^-1                          the precision with which y tells m
+         V[stage] = (T^-1 + sum of W)^-1,    u[stage] = median + V (sum of W (y - median)),    over the stage's layers
+                                                                 m is N(u, V)
+         G[unit] = Sigma W,    R[unit] = Sigma - G Sigma         x, given m, is N(m + G (y - m), R)
+    M    Sigma = (_PRIOR_FREEDOM Sigma0 + sum of E (x - m)(x - m)^T) / (_PRIOR_FREEDOM + number of layers),
+         E (x - m)(x - m)^T = R + G V G^T + (G (y - u)) (G (y - u))^T
 """
 
 from collections.abc import Sequence
@@ -33,20 +46,17 @@ _NOTHING_KNOWN = 1e6
 _TINY = 1e-30
 
 
-def members(index: np.ndarray) -> np.ndarray:
+def membership(index: np.ndarray) -> np.ndarray:
     """[U, K], 1 where a layer belongs to a set: `index` [U] names each layer's among K."""
     return (index[:, None] == np.arange(index.max() + 1)).astype(float)
 
 
 @dataclass(frozen=True)
 class _Levels:
-    """Posterior of ln c of U layers in S stages at B widths.
+    """Posterior of x = ln c of U layers in S stages in B choices, under one Sigma; other letters as in the module.
 
-    A layer's ln c, given its stage's level m, is normal with mean m + gain (observed - m) and covariance `own`; the
-    levels are normal with mean `centre` and covariance `doubt`.
-
-    stage: [U], index of the layer's stage. observed: [U, B], any where nothing is known. gain, own: [U, B, B].
-    centre: [S, B]. doubt: [S, B, B].
+    stage: [U], index of the layer's stage. observed: [U, B], y; anything where nothing is known. gain, own: [U, B, B],
+    G and R. centre: [S, B], u. doubt: [S, B, B], V.
     """
 
     stage: np.ndarray
@@ -58,31 +68,38 @@ class _Levels:
 
     @staticmethod
     def fit(observed: np.ndarray, error: np.ndarray, stage: np.ndarray) -> "_Levels":
-        """EM: the layers' covariance that explains what was observed, and the levels under it.
-
-        observed: [U, B], ln c. error: [U, B], its variance; `_NOTHING_KNOWN` where it was not observed.
-        """
-        units, widths = observed.shape
-        known = error < _NOTHING_KNOWN
-        usual = np.asarray([np.median(observed[known[:, column], column]) for column in range(widths)])
-        member = members(stage)
-        stage_precision = np.linalg.inv(_alike(_STAGE_DEVIATION, widths))
-        prior = spread = _alike(_LAYER_DEVIATION, widths)
+        """EM. observed: [U, B], y. error: [U, B], the diagonals of D; `_NOTHING_KNOWN` where y was not observed."""
+        prior = spread = _alike(_LAYER_DEVIATION, observed.shape[1])
         for _ in range(_EM_STEPS):
-            precision = np.linalg.inv(spread + error[..., None] * np.eye(widths))
-            doubt = np.linalg.inv(stage_precision + np.einsum("us,ubc->sbc", member, precision))
-            pull = np.einsum("us,ubc,uc->sb", member, precision, observed - usual)
-            centre = usual + np.einsum("sbc,sc->sb", doubt, pull)
-            gain = spread @ precision
-            own = spread - gain @ spread
-            mean = np.einsum("ubc,uc->ub", gain, observed - centre[stage])
-            moment = own + gain @ doubt[stage] @ gain.swapaxes(1, 2) + mean[:, :, None] * mean[:, None, :]
-            spread = (_PRIOR_FREEDOM * prior + moment.sum(0)) / (_PRIOR_FREEDOM + units)
-        return _Levels(stage, observed, gain, own, centre, doubt)
+            levels = _Levels.expectation(spread, observed, error, stage)
+            spread = levels.maximisation(prior)
+        return levels
+
+    @staticmethod
+    def expectation(spread: np.ndarray, observed: np.ndarray, error: np.ndarray, stage: np.ndarray) -> "_Levels":
+        """The E step. spread: [B, B], Sigma."""
+        choices = observed.shape[1]
+        known = error < _NOTHING_KNOWN
+        median = np.asarray([np.median(observed[known[:, column], column]) for column in range(choices)])
+        in_stage = membership(stage)
+        precision = np.linalg.inv(spread + error[..., None] * np.eye(choices))
+        of_stages = np.linalg.inv(_alike(_STAGE_DEVIATION, choices))
+        doubt = np.linalg.inv(of_stages + np.einsum("us,ubc->sbc", in_stage, precision))
+        pull = np.einsum("us,ubc,uc->sb", in_stage, precision, observed - median)
+        centre = median + np.einsum("sbc,sc->sb", doubt, pull)
+        gain = spread @ precision
+        return _Levels(stage, observed, gain, spread - gain @ spread, centre, doubt)
+
+    def maximisation(self, prior: np.ndarray) -> np.ndarray:
+        """The M step: Sigma, [B, B]. prior: Sigma0."""
+        moved = np.einsum("ubc,uc->ub", self.gain, self.observed - self.centre[self.stage])
+        of_centre = self.gain @ self.doubt[self.stage] @ self.gain.swapaxes(1, 2)
+        moment = self.own + of_centre + moved[:, :, None] * moved[:, None, :]
+        return (_PRIOR_FREEDOM * prior + moment.sum(0)) / (_PRIOR_FREEDOM + len(moment))
 
     @cached_property
     def moments(self) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and variance of every ln c, [U, B] each."""
+        """Mean and variance of every ln c, [U, B] each, with the stages' levels integrated out."""
         centre = self.centre[self.stage]
         mean = centre + np.einsum("ubc,uc->ub", self.gain, self.observed - centre)
         rest = np.eye(centre.shape[1]) - self.gain
@@ -96,16 +113,16 @@ class _Levels:
         return centre + pull + _normal(overdispersion * self.own, generator)
 
 
-def _alike(deviation: float, widths: int) -> np.ndarray:
-    """Covariance [B, B] of a quantity with this standard deviation that is half the same at all widths."""
-    return deviation**2 * (np.eye(widths) + 1) / 2
+def _alike(deviation: float, choices: int) -> np.ndarray:
+    """Covariance [B, B] of a quantity with this standard deviation that is half the same in all choices."""
+    return deviation**2 * (np.eye(choices) + 1) / 2
 
 
 def _normal(covariance: np.ndarray, generator: np.random.Generator) -> np.ndarray:
     """Draws around 0, [draws, K, B], of K normals with `covariance` [K, B, B]."""
-    count, widths, _ = covariance.shape
-    roots = np.linalg.cholesky(covariance + 1e-9 * np.eye(widths))
-    return np.einsum("kbc,tkc->tkb", roots, generator.standard_normal((DRAWS, count, widths)))
+    count, choices, _ = covariance.shape
+    roots = np.linalg.cholesky(covariance + 1e-9 * np.eye(choices))
+    return np.einsum("kbc,tkc->tkb", roots, generator.standard_normal((DRAWS, count, choices)))
 
 
 @dataclass(frozen=True)
@@ -126,12 +143,12 @@ class LossModel:
         seen = np.isfinite(losses)
         predicted = _bent(losses, first_order, stage)
         count = seen.sum(-1)
-        weight = np.where(seen, predicted, 0.0).sum(-1)
-        ratio = np.maximum((np.nansum(losses, -1) + _TINY) / (weight + _TINY), _LEAST_RATIO)
+        total = np.where(seen, predicted, 0.0).sum(-1)
+        ratio = np.maximum((np.nansum(losses, -1) + _TINY) / (total + _TINY), _LEAST_RATIO)
         typical = predicted.mean(-1)
         squares = (losses / ratio[..., None] - predicted) ** 2 / (predicted * typical[..., None])
         noise, freedom = _noise(squares, count, stage)
-        error = np.where(count > 0, noise * typical / np.maximum(weight, _TINY), _NOTHING_KNOWN)
+        error = np.where(count > 0, noise * typical / np.maximum(total, _TINY), _NOTHING_KNOWN)
         return LossModel(predicted, _Levels.fit(np.log(ratio), error, stage), noise * typical, freedom)
 
     def miss(self, unit: int, columns: Sequence[int], states: Sequence[int], losses: np.ndarray) -> list[float]:
@@ -167,7 +184,7 @@ class LossModel:
 
 
 def _bent(losses: np.ndarray, first_order: np.ndarray, stage: np.ndarray) -> np.ndarray:
-    """Q: P^g scaled to the mean of P, with one g per stage and width from all its layers' evaluated states: the slope
+    """Q: P^g scaled to the mean of P, with one g per stage and choice from all its layers' evaluated states: the slope
     of ln L over ln P within a layer, shrunk to 1. All arrays as in `LossModel.fit`."""
     seen = np.isfinite(losses)
     count = np.maximum(seen.sum(-1, keepdims=True), 1)
@@ -182,12 +199,12 @@ def _bent(losses: np.ndarray, first_order: np.ndarray, stage: np.ndarray) -> np.
 
 def _by_stage(values: np.ndarray, stage: np.ndarray) -> np.ndarray:
     """`values` [U, B] summed over the layers of each layer's stage: [U, B]."""
-    member = members(stage)
-    return member @ (member.T @ values)
+    in_stage = membership(stage)
+    return in_stage @ (in_stage.T @ values)
 
 
 def _noise(squares: np.ndarray, count: np.ndarray, stage: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """s by unit and width, and its degrees of freedom: that of the stage and width, times a factor of the layer that is
+    """s by unit and choice, and its degrees of freedom: s of the stage and choice, times a factor of the layer that is
     shrunk to 1. A stage is only believed to be predicted well as far as its own layers have shown it.
 
     squares: [U, B, N], squared residuals in units of Q mean(Q), NaN where not evaluated.

@@ -57,7 +57,7 @@ def evidence_maps(
                 mass = mass_distortion(reference, changed, sweep.settings.epsilon)
                 attribution = jensen_shannon(reference.attribution, changed.attribution)
                 evidence[row, column, depth] = now.sum(-1)[0].cpu()
-                loss[row, column, depth] = float(mass + settings.weight * attribution)
+                loss[row, column, depth] = float(mass + settings.attribution_weight * attribution)
     shown = [str(choice) for choice in (FULL, *choices)]
     axes = {"units": list(units), "samples": list(samples), "choices": shown, "grid": [height, width]}
     return {"evidence": evidence, "loss": loss}, {"boundary": _BOUNDARY, **axes}

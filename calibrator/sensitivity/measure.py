@@ -229,13 +229,38 @@ def _executor(run: _Run, options: RunOptions) -> Iterator[Executor]:
         cluster.close()
 
 
+class _Known:
+    """Losses of all layers as far as they are known; NaN where they are not."""
+
+    def __init__(self, units: Sequence[str], choices: tuple[Choice, ...], states: int) -> None:
+        self._units, self._choices, self._states = list(units), choices, tuple(range(states))
+        flat = (len(self._units), len(choices), states)
+        deep = (*flat, len(BOUNDARIES))
+        shapes = {"mass": deep, "attribution": deep, "action_error": flat, "likelihood": flat}
+        self._arrays = {name: np.full(shape, np.nan) for name, shape in shapes.items()}
+
+    def add(self, losses: UnitLosses) -> None:
+        unit = self._units.index(losses.unit)
+        where = np.ix_([self._choices.index(choice) for choice in losses.choices], losses.samples)
+        for name, array in self._arrays.items():
+            array[unit][where] = getattr(losses, name)
+
+    def records(self) -> list[UnitLosses]:
+        """One per layer, in all choices on all states."""
+        return [self.record(unit) for unit in self._units]
+
+    def record(self, unit: str) -> UnitLosses:
+        place = self._units.index(unit)
+        arrays = {name: array[place] for name, array in self._arrays.items()}
+        return UnitLosses(unit, self._choices, self._states, **arrays)
+
+
 class _Ledger:
-    """Evaluates tasks that the journal lacks, and merges all into one record per layer."""
+    """Evaluates tasks that the journal lacks, and adds all to what is known."""
 
     def __init__(self, run: _Run, executor: Executor, journal: Journal, options: RunOptions, most: int) -> None:
         """most: evaluations (of a layer in one choice on one state) at the progress bar's end."""
-        choices, count = run.spec.settings.choices, len(run.states)
-        self.records = {shape.name: _blank(shape.name, choices, count) for shape in run.chosen}
+        self.known = _Known([shape.name for shape in run.chosen], run.spec.settings.choices, len(run.states))
         self._states, self._executor, self._journal = run.states, executor, journal
         self._bar = options.progress(total=most, desc="evaluations", unit="state")
 
@@ -249,7 +274,7 @@ class _Ledger:
     def take(self, tasks: Sequence[Task]) -> None:
         """All tasks, split into batches; every layer of a batch before the next batch."""
         split = [
-            Task(task.unit, task.choices, members) for task in tasks for members in self._states.split(task.samples)
+            Task(task.unit, task.choices, batch) for task in tasks for batch in self._states.split(task.samples)
         ]
         split.sort(key=lambda task: task.samples)
         missing = [task for task in split if self._journal.lacks(task.unit, task.choices, task.samples)]
@@ -258,24 +283,11 @@ class _Ledger:
             self._journal.write(losses)
             self._bar.update(_evaluations([losses]))
         for task in split:
-            self._merge(self._journal.read(task.unit, task.choices, task.samples))
-
-    def _merge(self, losses: UnitLosses) -> None:
-        record = self.records[losses.unit]
-        where = np.ix_([record.choices.index(choice) for choice in losses.choices], losses.samples)
-        for name in ("mass", "attribution", "action_error", "likelihood"):
-            getattr(record, name)[where] = getattr(losses, name)
+            self.known.add(self._journal.read(task.unit, task.choices, task.samples))
 
 
 def _evaluations(items: Sequence[Task] | Sequence[UnitLosses]) -> int:
     return sum(len(item.choices) * len(item.samples) for item in items)
-
-
-def _blank(unit: str, choices: tuple[Choice, ...], states: int) -> UnitLosses:
-    """A record of which nothing is known yet."""
-    flat = np.full((len(choices), states), np.nan)
-    deep = np.full((*flat.shape, len(BOUNDARIES)), np.nan)
-    return UnitLosses(unit, choices, tuple(range(states)), deep, deep.copy(), flat, flat.copy())
 
 
 def _exact(run: _Run, executor: Executor, journal: Journal, options: RunOptions) -> _Measured:
@@ -285,8 +297,8 @@ def _exact(run: _Run, executor: Executor, journal: Journal, options: RunOptions)
     with _Ledger(run, executor, journal, options, _evaluations(tasks)) as ledger:
         ledger.take(tasks)
     facts = {"mode": "exact", "exact_evaluations": _evaluations(tasks)}
-    proxies = first_order(run.sweep, list(ledger.records), evidence=False)
-    return _Measured(list(ledger.records.values()), proxies, None, facts)
+    proxies = first_order(run.sweep, [shape.name for shape in run.chosen], evidence=False)
+    return _Measured(ledger.known.records(), proxies, None, facts)
 
 
 def _screened(run: _Run, executor: Executor, journal: Journal, options: RunOptions) -> _Measured:
@@ -295,21 +307,21 @@ def _screened(run: _Run, executor: Executor, journal: Journal, options: RunOptio
     names, choices = [shape.name for shape in run.chosen], run.spec.settings.choices
     proxies = first_order(run.sweep, names, evidence=True)
     problem = _screen_problem(run, proxies)
-    with _Ledger(run, executor, journal, options, int(options.screen.cap * problem.predicted.size)) as ledger:
+    with _Ledger(run, executor, journal, options, int(options.screen.cap * problem.first_order.size)) as ledger:
 
         def evaluate(requests: Sequence[Request]) -> list[np.ndarray]:
             ledger.take([Task(names[r.unit], tuple(choices[place] for place in r.columns), r.states) for r in requests])
             results = []
             for request in requests:
-                record, where = ledger.records[names[request.unit]], np.ix_(request.columns, request.states)
-                losses = evidence_loss(record.mass[where], record.attribution[where], run.scores.weight)
+                record, where = ledger.known.record(names[request.unit]), np.ix_(request.columns, request.states)
+                losses = evidence_loss(record.mass[where], record.attribution[where], run.scores.attribution_weight)
                 results.append(soft_bottleneck(losses, run.scores.kappa))
             return results
 
         result = Screen(problem, options.screen, evaluate).run()
     estimates = [Estimate(*rows) for rows in zip(result.omega, result.omega_tau, strict=True)]
     facts = {"mode": "screened", "exact_evaluations": result.record["evaluations"], "screening": result.record}
-    return _Measured(list(ledger.records.values()), proxies, estimates, facts)
+    return _Measured(ledger.known.records(), proxies, estimates, facts)
 
 
 def _screen_problem(run: _Run, proxies: Sequence[FirstOrder]) -> ScreenProblem:
@@ -319,7 +331,7 @@ def _screen_problem(run: _Run, proxies: Sequence[FirstOrder]) -> ScreenProblem:
         stages=[shape.stage for shape in run.chosen],
         groups=[shape.group for shape in run.chosen],
         bits=tuple(choice.format.weight_bits for choice in run.spec.settings.choices),
-        predicted=np.stack([soft_bottleneck(np.abs(proxy.mass), run.scores.kappa) for proxy in proxies]),
+        first_order=np.stack([soft_bottleneck(np.abs(proxy.mass), run.scores.kappa) for proxy in proxies]),
         phases=phase_of(run.states.calibration.progress, run.scores.bins),
         alpha=objective.alpha,
         beta=objective.beta,
@@ -383,7 +395,7 @@ def _header(run: _Run, phases: np.ndarray) -> dict[str, Any]:
         },
         "choices": [choice.to_json() for choice in (*settings.choices, FULL)],
         "kappa": run.scores.kappa,
-        "lambda": run.scores.weight,
+        "lambda": run.scores.attribution_weight,
         "bins": run.scores.bins,
         "epsilon": settings.epsilon,
         "boundaries": list(BOUNDARIES),

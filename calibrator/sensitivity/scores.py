@@ -10,22 +10,23 @@ from vla_policy.core.formats import Choice
 
 @dataclass(frozen=True)
 class ScoreSettings:
-    """kappa: temperature of Eq. (9). weight: lambda of Eq. (8). bins: number of phases Q of Eq. (12)."""
+    """kappa: temperature of Eq. (9). attribution_weight: lambda of Eq. (8). bins: number of phases Q of Eq. (12)."""
 
     kappa: float = 0.1
-    weight: float = 1.0
+    attribution_weight: float = 1.0
     bins: int = 10
 
     def __post_init__(self) -> None:
-        if not self.kappa > 0 or not self.weight >= 0 or self.bins < 1:
+        if not self.kappa > 0 or not self.attribution_weight >= 0 or self.bins < 1:
             raise DataError(
-                f"kappa {self.kappa}, lambda {self.weight}, bins {self.bins}: expected kappa > 0, lambda >= 0 and a bin"
+                f"kappa {self.kappa}, lambda {self.attribution_weight}, bins {self.bins}: "
+                "expected kappa > 0, lambda >= 0 and a bin"
             )
 
 
-def evidence_loss(mass: np.ndarray, attribution: np.ndarray, weight: float) -> np.ndarray:
+def evidence_loss(mass: np.ndarray, attribution: np.ndarray, attribution_weight: float) -> np.ndarray:
     """l^ev of Eq. (8): Delta^mass + lambda Delta^attr, any shape."""
-    return mass + weight * attribution
+    return mass + attribution_weight * attribution
 
 
 def soft_bottleneck(losses: np.ndarray, kappa: float) -> np.ndarray:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from calibrator.sensitivity.loss_model import DRAWS, LossModel, members
+from calibrator.sensitivity.loss_model import DRAWS, LossModel, membership
 from vla_policy.core.errors import BudgetError
 
 _HALVINGS = 40
@@ -54,15 +54,15 @@ class ScreenProblem:
     """What is screened, as arrays.
 
     params: [U] weights per layer. stages, groups: [U] names; layers of one stage are alike, layers of one group share a
-    choice. bits: [B] weight bits of the measured choices; full precision is added with loss 0. predicted: [U, B, N], P.
-    phases: [N]. alpha, beta: of Eq. (14a).
+    choice. bits: [B] weight bits of the measured choices; full precision is added with loss 0. first_order: [U, B, N],
+    P. phases: [N]. alpha, beta: of Eq. (14a).
     """
 
     params: np.ndarray
     stages: Sequence[str]
     groups: Sequence[str]
     bits: tuple[int, ...]
-    predicted: np.ndarray
+    first_order: np.ndarray
     phases: np.ndarray
     alpha: float
     beta: float
@@ -92,7 +92,7 @@ class ScreenResult:
 
 @dataclass(frozen=True)
 class Request:
-    """Exact losses of one layer at some widths (as columns) on some states."""
+    """Exact losses of one layer in some choices (as columns) on some states."""
 
     unit: int
     columns: tuple[int, ...]
@@ -103,14 +103,14 @@ Evaluate = Callable[[Sequence[Request]], Sequence[np.ndarray]]
 """Exact losses [columns, states] of every request, in their order."""
 
 
-def state_order(predicted: np.ndarray, seed: int) -> list[int]:
+def state_order(first_order: np.ndarray, seed: int) -> list[int]:
     """All states, in turn the two with the largest loss that are left and a random one.
 
     Loss is relative to its pair's mean and averaged over pairs [U, B, N]. A sum is known best when its largest terms
     are measured and the small ones predicted; but a prediction is also large by chance, so the ratio of exact to
     predicted losses would come out too small from these states alone. Random ones show it as it is.
     """
-    relative = predicted / (predicted.mean(-1, keepdims=True) + _TINY)
+    relative = first_order / (first_order.mean(-1, keepdims=True) + _TINY)
     largest = np.argsort(-relative.mean((0, 1)), kind="stable")
     left = {int(state): None for state in largest}
     random = iter(np.random.default_rng(seed).permutation(len(largest)).tolist())
@@ -130,10 +130,10 @@ class Screen:
         self.problem = problem
         self.settings = settings
         self._evaluate = evaluate
-        self.losses: np.ndarray = np.full(problem.predicted.shape, np.nan)
+        self.losses: np.ndarray = np.full(problem.first_order.shape, np.nan)
         # A first-order loss can vanish where the real one cannot; a part of the pair's typical size is added to it.
-        typical = problem.predicted.mean(-1, keepdims=True) + _TINY
-        self._first_order = np.hypot(problem.predicted, _FLOOR * typical)
+        typical = problem.first_order.mean(-1, keepdims=True) + _TINY
+        self._first_order = np.hypot(problem.first_order, _FLOOR * typical)
         self._order = state_order(self._first_order, settings.seed)
         self._stage = np.unique(problem.stages, return_inverse=True)[1]
         self._count = np.zeros(self.losses.shape[:2], np.int64)
@@ -141,8 +141,8 @@ class Screen:
         self._misses: list[float] = []
         self._generator = np.random.default_rng(settings.seed)
         self._group = np.unique(problem.groups, return_inverse=True)[1]
-        self._members = members(self._group)
-        self._costs = (problem.params @ self._members)[:, None] * np.asarray([*problem.bits, 16.0])
+        self._in_group = membership(self._group)
+        self._costs = (problem.params @ self._in_group)[:, None] * np.asarray([*problem.bits, 16.0])
 
     @property
     def evaluations(self) -> int:
@@ -155,7 +155,7 @@ class Screen:
 
     def run(self) -> ScreenResult:
         """Pilot, then rounds of the pairs that matter most until certain enough or out of evaluations."""
-        units, widths, states = self.losses.shape
+        units, choices, states = self.losses.shape
         limit = int(self.settings.cap * self.losses.size)
         step = max(1, states // 16)
         # The narrowest choice is the worst predicted and matters most; of the others, some layers show what to expect.
@@ -165,7 +165,7 @@ class Screen:
             {
                 (unit, column)
                 for unit in range(units)
-                for column in range(widths)
+                for column in range(choices)
                 if column == narrowest or unit % every == column % every
             },
             self.settings.pilot,
@@ -227,34 +227,16 @@ class Screen:
         return means @ (sizes / sizes.sum()), means.max(-1)
 
     def _regret(self, scores: np.ndarray) -> tuple[dict[str, Regret], np.ndarray]:
-        """The regret per target relative to the plan's score, and each unit's and width's part in it [U, B].
-
-        scores: [draws, U, B]. With a draw's own multiplier per bit, the reduced cost of the plan's width over the best
-        one is an upper bound of what the plan loses there (Lagrangian duality); the sum over groups bounds the regret.
-        A group's loss is blamed on the two widths that were confused, by the variance of their scores.
-        """
-        grouped = np.einsum("tub,ug->tgb", scores, self._members)
+        """Per target, how much worse than the best its plan is; and each unit's and choice's part in that, the largest
+        over the targets, [U, B]. scores: [draws, U, B]."""
+        grouped = np.einsum("tub,ug->tgb", scores, self._in_group)
         grouped = np.concatenate([grouped, np.zeros((*grouped.shape[:2], 1))], axis=2)
-        expected, variance = grouped.mean(0), grouped.var(0)
         regret: dict[str, Regret] = {}
-        blame = np.zeros_like(expected)
+        blame = np.zeros(grouped.shape[1:])
         for target in self.settings.targets:
-            budget = target * self.problem.params.sum()
-            plan = cheapest(expected[None], self._costs, budget)[1][0]
-            value = float(_pick(expected, plan).sum())
-            multiplier, best = cheapest(grouped, self._costs, budget)
-            reduced = grouped + multiplier[:, None, None] * self._costs
-            lost = _pick(reduced, np.broadcast_to(plan, best.shape)) - _pick(reduced, best)
-            doubt, doubt_of_best = _pick(variance, plan) + _TINY, np.take(variance, best + _rows(variance)) + _TINY
-            share = doubt / (doubt + doubt_of_best)
-            part = np.zeros_like(expected)
-            part[np.arange(len(plan)), plan] = (lost * share).mean(0)
-            for column in range(part.shape[1]):
-                part[:, column] += (lost * (1 - share) * (best == column)).mean(0)
-            relative = lost.sum(1) / max(value, _TINY)
-            bound = np.quantile(relative, self.settings.confidence)
-            regret[f"{target:g}"] = Regret(float(relative.mean()), float(bound))
-            blame = np.maximum(blame, part / max(value, _TINY))
+            lost = Lost.of(grouped, self._costs, target * self.problem.params.sum())
+            regret[f"{target:g}"] = lost.regret(self.settings.confidence)
+            blame = np.maximum(blame, lost.blame(grouped.var(0)))
         return regret, blame[self._group, :-1]
 
     def _most_blamed(self, blame: np.ndarray, room: int, step: int) -> set[tuple[int, int]]:
@@ -273,10 +255,55 @@ class Screen:
         return wanted
 
 
-def cheapest(scores: np.ndarray, costs: np.ndarray, budget: float) -> tuple[np.ndarray, np.ndarray]:
-    """Lagrangian allocation: the smallest multiplier per bit at which every group's best width fits the budget.
+@dataclass(frozen=True)
+class Lost:
+    """What the plan that is best by the expected scores loses in every draw, by Lagrangian duality.
 
-    scores: [draws, groups, widths]; costs: [groups, widths]. Returns every draw's multiplier and chosen columns
+    With a draw's own multiplier per bit, the reduced cost of a group's planned choice over that of its best one is an
+    upper bound of what the plan loses there; the sum over groups bounds the plan's regret.
+
+    plan: [groups], columns. best: [draws, groups], columns of every draw's own best plan. by_group: [draws, groups].
+    value: expected score of the plan.
+    """
+
+    plan: np.ndarray
+    best: np.ndarray
+    by_group: np.ndarray
+    value: float
+
+    @staticmethod
+    def of(scores: np.ndarray, costs: np.ndarray, budget: float) -> "Lost":
+        """scores: [draws, groups, choices]; costs: [groups, choices]."""
+        expected = scores.mean(0)
+        plan = cheapest(expected[None], costs, budget)[1][0]
+        multiplier, best = cheapest(scores, costs, budget)
+        reduced = scores + multiplier[:, None, None] * costs
+        by_group = _pick(reduced, np.broadcast_to(plan, best.shape)) - _pick(reduced, best)
+        return Lost(plan, best, by_group, max(float(_pick(expected, plan).sum()), _TINY))
+
+    def regret(self, confidence: float) -> Regret:
+        relative = self.by_group.sum(1) / self.value
+        return Regret(float(relative.mean()), float(np.quantile(relative, confidence)))
+
+    def blame(self, variance: np.ndarray) -> np.ndarray:
+        """Every group's and choice's part in the regret, [groups, choices].
+
+        A group's loss is blamed on the two choices that were confused, by the `variance` of their scores.
+        """
+        doubt = _pick(variance, self.plan) + _TINY
+        doubt_of_best = np.take(variance, self.best + _rows(variance)) + _TINY
+        share = doubt / (doubt + doubt_of_best)
+        part = np.zeros_like(variance)
+        part[np.arange(len(self.plan)), self.plan] = (self.by_group * share).mean(0)
+        for column in range(part.shape[1]):
+            part[:, column] += (self.by_group * (1 - share) * (self.best == column)).mean(0)
+        return part / self.value
+
+
+def cheapest(scores: np.ndarray, costs: np.ndarray, budget: float) -> tuple[np.ndarray, np.ndarray]:
+    """Lagrangian allocation: the smallest multiplier per bit at which every group's best choice fits the budget.
+
+    scores: [draws, groups, choices]; costs: [groups, choices]. Returns every draw's multiplier and chosen columns
     [draws, groups].
     """
 
@@ -294,10 +321,10 @@ def cheapest(scores: np.ndarray, costs: np.ndarray, budget: float) -> tuple[np.n
 
 
 def _rows(table: np.ndarray) -> np.ndarray:
-    """Flat offsets of the rows of `table` [groups, widths]."""
+    """Flat offsets of the rows of `table` [groups, choices]."""
     return np.arange(len(table)) * table.shape[1]
 
 
 def _pick(table: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """The entry of every group at its column: `table` [..., groups, widths], `columns` [..., groups]."""
+    """The entry of every group at its column: `table` [..., groups, choices], `columns` [..., groups]."""
     return np.take_along_axis(table, columns[..., None], axis=-1)[..., 0]

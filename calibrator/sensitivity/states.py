@@ -59,9 +59,9 @@ class States:
             alike.setdefault(tuple(sorted(self._shapes[sample].items())), []).append(sample)
         size = self.batch_size
         return [
-            tuple(members[start : start + size])
-            for _, members in sorted(alike.items(), reverse=True)
-            for start in range(0, len(members), size)
+            tuple(together[start : start + size])
+            for _, together in sorted(alike.items(), reverse=True)
+            for start in range(0, len(together), size)
         ]
 
     def inputs(self, policy: Policy, samples: tuple[int, ...]) -> Inputs:

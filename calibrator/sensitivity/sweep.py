@@ -114,9 +114,9 @@ class Sweep:
         attribution = np.zeros_like(mass)
         action_error = np.zeros(mass.shape[:2])
         likelihood = np.zeros_like(action_error)
-        for members in self.states.split(samples):
-            full = self._full_precision(members)
-            columns = [position[sample] for sample in members]
+        for batch_samples in self.states.split(samples):
+            full = self._full_precision(batch_samples)
+            columns = [position[sample] for sample in batch_samples]
             for row, choice in enumerate(choices):
                 with quantized(self.policy, unit, choice):
                     changed = signals(full.trunk, self.units[unit].segment)

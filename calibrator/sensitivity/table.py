@@ -132,7 +132,7 @@ def score_unit(
 
     With an estimate, `losses` are NaN for states that were not evaluated, and the other scores average the rest.
     """
-    per_boundary = evidence_loss(losses.mass, losses.attribution, settings.weight)
+    per_boundary = evidence_loss(losses.mass, losses.attribution, settings.attribution_weight)
     if estimate is None:
         bottleneck = soft_bottleneck(per_boundary, settings.kappa)
         estimate = Estimate(bottleneck.mean(-1), temporal_score(bottleneck, phases))
@@ -241,7 +241,7 @@ def stack_losses(
     """
     mass = np.stack([record.mass for record in records])
     attribution = np.stack([record.attribution for record in records])
-    losses = evidence_loss(mass, attribution, settings.weight)
+    losses = evidence_loss(mass, attribution, settings.attribution_weight)
     return {
         "loss": losses.astype(np.float32),
         "mass": mass.astype(np.float32),

@@ -114,7 +114,7 @@ def test_screening_beats_the_predictions_alone() -> None:
     truth = exhaustive(problem, losses)
     got = with_full(0.75 * result.omega + 0.25 * result.omega_tau)
     best = score_of(problem, truth, truth, 4.0)
-    alone = score_of(problem, exhaustive(problem, problem.predicted), truth, 4.0)
+    alone = score_of(problem, exhaustive(problem, problem.first_order), truth, 4.0)
     assert score_of(problem, got, truth, 4.0) - best < (alone - best) / 3
 
 
@@ -146,7 +146,7 @@ def test_a_model_that_misses_becomes_uncertain() -> None:
     honest = Screen(problem, ScreenSettings(tolerance=0.0), FakeEvaluator(losses))
     # The states that are evaluated first behave as predicted; a trend along the order breaks what they promised.
     trend = np.empty(200)
-    trend[state_order(problem.predicted, 0)] = np.exp(np.linspace(0, 3, 200))
+    trend[state_order(problem.first_order, 0)] = np.exp(np.linspace(0, 3, 200))
     misled = Screen(problem, ScreenSettings(tolerance=0.0), FakeEvaluator(losses * trend))
     honest.run()
     misled.run()
