@@ -17,7 +17,7 @@ from vla_policy.core.errors import ArtefactError
 from vla_policy.core.formats import Parameter
 
 _LEAST = 1e-5
-"""Of a peak or a column's largest weight, as in the published code: a channel that never moves keeps a usable factor."""
+"""Of a peak or a column's largest weight, as in the published code: a channel that never moves has a factor, too."""
 
 
 @dataclass(frozen=True)
