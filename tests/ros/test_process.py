@@ -62,6 +62,13 @@ def test_signals_in_quick_succession_never_block_the_end(tmp_path: Path) -> None
         assert (status, output.count("closed after None")) == (0, 1), output
 
 
+def test_signals_while_the_interpreter_ends_change_nothing(tmp_path: Path) -> None:
+    """An impatient Ctrl-C: one signal after the other until the process is gone, Python's finalisation included."""
+    close = "import os, subprocess; subprocess.Popen(['sh', '-c', f'while kill -INT {{os.getpid()}}; do :; done'])"
+    status, output = run(tmp_path, close=close.replace("{{", "{").replace("}}", "}"), signals=(signal.SIGTERM,))
+    assert (status, output.count("closed after None")) == (0, 1), output
+
+
 def test_an_error_in_a_callback_closes_and_ends_with_its_traceback(tmp_path: Path) -> None:
     status, output = run(tmp_path, work="raise RuntimeError('defect')")
     assert status == 1 and "closed after RuntimeError('defect')" in output

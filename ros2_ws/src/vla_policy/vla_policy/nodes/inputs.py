@@ -100,7 +100,7 @@ def _camera_callback(
     def callback(message: Any, info: dict[str, Any]) -> None:
         missing = gaps.missing(info.get("publication_sequence_number"))
         # Numbers count per publisher, so with several of them a gap says nothing.
-        if missing and node.count_publishers(source.topic) == 1:
+        if missing and node.count_publishers(node.resolve_topic_name(source.topic)) == 1:
             lost(source.topic, missing)
         receive(source.topic, message)
 

@@ -45,6 +45,9 @@ def run_node(
         return 2
     finally:
         rclpy.try_shutdown()
+        # The interpreter gives Python's own handlers up when it ends; a second Ctrl-C would then kill it with a code.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
     return 0
 
 
