@@ -11,7 +11,7 @@ import importlib.util
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -75,6 +75,7 @@ def stages(job: Job) -> list[Stage]:
     """The chain; each stage calls the public command of the part that does the work."""
     calibration, sensitivity, plan = job.out / "calibration", job.out / "sensitivity.json", job.out / "plan.json"
     mixed, reference = job.engines["mixed"], job.engines["reference"]
+    verification, verification16 = job.out / "verification.json", job.out / "verification-16-bit.json"
     frontier, bench, served = job.out / "frontier.json", job.out / "bench.json", job.out / "served.json"
     decisions, parity, report = job.out / "decisions.json", job.out / "parity.json", job.out / "report.html"
     serving = (ROOT / "demo" / "serving.py", ROOT / "demo" / "decisions.py")
@@ -118,8 +119,8 @@ def stages(job: Job) -> list[Stage]:
             parents=(job.policy, plan, calibration),
             settings={"reference": _REFERENCE_FORMAT},
             sources=(_CORE / "core", _CALIBRATOR, _ENGINE),
-            outputs=(mixed, reference),
-            run=lambda: _build_engines(job, plan, calibration),
+            outputs=(mixed, reference, verification, verification16),
+            run=lambda: _build_engines(job, plan, calibration, {"mixed": verification, "reference": verification16}),
         ),
         Stage(
             name="bench",
@@ -154,15 +155,16 @@ def stages(job: Job) -> list[Stage]:
             name="report",
             title="report",
             parents=(
-                sensitivity, plan, frontier, calibration, mixed, reference, bench, served, decisions, parity,
-                _CALIBRATOR / "report" / "templates",
+                sensitivity, plan, frontier, calibration, mixed, verification, reference, bench, served, decisions,
+                parity, _CALIBRATOR / "report" / "templates",
             ),
             settings={},
             sources=(_CORE / "core", _CALIBRATOR),
             outputs=(report,),
             run=lambda: _calibrator(
                 "report", "--sensitivity", sensitivity, "--plan", plan, "--frontier", frontier,
-                "--calibration", calibration, "--engine", mixed, "--reference-engine", reference, "--bench", bench,
+                "--calibration", calibration, "--engine", mixed, "--verification", verification,
+                "--reference-engine", reference, "--bench", bench,
                 "--served", served, "--decisions", decisions, "--parity", parity,
                 "--contract", job.contract, "--out", report,
             ),
@@ -195,11 +197,12 @@ def _measure(policy: Path, calibration: Path, out: Path) -> None:
     _calibrator("sensitivity", "--policy", policy, "--calibration", calibration, "--out", out)
 
 
-def _build_engines(job: Job, plan: Path, calibration: Path) -> None:
+def _build_engines(job: Job, plan: Path, calibration: Path, verifications: Mapping[str, Path]) -> None:
     for name, formats in (("mixed", ("--plan", plan)), ("reference", ("--uniform", _REFERENCE_FORMAT))):
         folder = job.engines[name]
         _engine_build("build", "--policy", job.policy, *formats, "--target", "cpu", "--out", folder)
-        _engine_build("verify", folder, "--policy", job.policy, "--calibration", calibration)
+        given = ("--policy", job.policy, "--calibration", calibration)
+        _engine_build("verify", folder, *given, "--out", verifications[name])
     print(packed_against_plan(job.engines["mixed"], plan))
 
 

@@ -24,7 +24,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m engine_build", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="command")
     _add_build(commands.add_parser("build", help="policy and plan -> engine folder"))
-    _add_verify(commands.add_parser("verify", help="read the formats back, compare with the torch policy, record it"))
+    _add_verify(commands.add_parser("verify", help="compare bytes, formats and numbers with the policy's"))
     _add_inspect(commands.add_parser("inspect", help="print what an engine holds"))
     _add_bench(commands.add_parser("bench", help="latency, memory and load time beside the 16-bit engine"))
     return parser
@@ -68,7 +68,11 @@ def _build(arguments: argparse.Namespace) -> int:
 
 def _add_verify(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(command=_verify)
-    parser.add_argument("engine", type=Path, help="engine folder; its manifest gets the outcome")
+    parser.description = (
+        "Compares the engine with its policy: bytes, formats, and numbers on some states. Nothing is written into the "
+        "engine folder; the temporary files go to $TMPDIR and may be as large as the engine."
+    )
+    parser.add_argument("engine", type=Path, help="engine folder")
     parser.add_argument("--policy", type=Path, required=True, help="the policy that the engine was built from")
     parser.add_argument(
         "--calibration", type=Path, help="calibration set with reference states (default: random images)"
@@ -77,18 +81,25 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", type=Path, help="the stored weights that the engine was packed from, if it was")
     parser.add_argument("--samples", type=_positive, default=8, help="number of reference states (default: 8)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random images (default: 0)")
-    parser.add_argument("--formats-only", action="store_true", help="run nothing, record nothing: needs no GPU")
+    parser.add_argument("--formats-only", action="store_true", help="bytes and formats only: run nothing, need no GPU")
+    parser.add_argument("--out", type=Path, help="write the outcome as JSON")
 
 
 def _verify(arguments: argparse.Namespace) -> int:
     from engine_build.inspect import summary
-    from engine_build.verify import verify, verify_formats
+    from engine_build.verify import States, verify
+    from vla_policy.core.manifest import Manifest
+    from vla_policy.core.outputs import check_file
+    from vla_policy.core.verification import KIND
 
-    if arguments.formats_only:
-        print(summary(verify_formats(arguments.engine, arguments.policy, arguments.weights)))
-        return 0
-    states = arguments.calibration, arguments.samples, arguments.seed
-    print(summary(verify(arguments.engine, arguments.policy, *states, arguments.unnorm_key, arguments.weights)))
+    if arguments.out is not None:
+        check_file(arguments.out, KIND, [arguments.engine, arguments.policy, arguments.calibration, arguments.weights])
+    states = States(arguments.calibration, arguments.samples, arguments.seed, arguments.unnorm_key)
+    outcome = verify(arguments.engine, arguments.policy, None if arguments.formats_only else states, arguments.weights)
+    print(summary(Manifest.load(arguments.engine)))
+    print(outcome.summary)
+    if arguments.out is not None:
+        outcome.save(arguments.out)
     return 0
 
 

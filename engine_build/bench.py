@@ -24,6 +24,7 @@ from vla_policy.core.errors import ArtefactError, EngineError, VlaError
 from vla_policy.core.files import sha256_file
 from vla_policy.core.manifest import MANIFEST, Manifest
 from vla_policy.core.observation import Observation
+from vla_policy.core.processor import cpu_name
 from vla_policy.core.runner import Timings, load_engine
 
 _KIB = 1024
@@ -60,7 +61,7 @@ def bench(
                 workers, (engine, reference), (ours, theirs), timings, strict=True
             )
         ]
-    machine = f"{platform.machine()}, {_processor()}, {os.cpu_count()} cores"
+    machine = f"{platform.machine()}, {cpu_name()}, {os.cpu_count()} cores"
     return Bench(figures[0], figures[1], threads, machine, ours.parents)
 
 
@@ -108,14 +109,6 @@ def _observation(manifest: Manifest, unnorm_key: str) -> Observation:
     image, *further = generator.integers(0, 256, shape, dtype=np.uint8)
     state = np.asarray(proprio.low, np.float32) if proprio else None
     return Observation(image, _INSTRUCTION, state, tuple(further))
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown processor")
 
 
 def peak_bytes() -> int:

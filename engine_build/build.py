@@ -2,7 +2,7 @@
 
 import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -17,6 +17,7 @@ from calibrator.quantizers.store import Store
 from engine_build.backends import find_backend
 from engine_build.backends.base import Backend, Realised, Written, canonical
 from engine_build.export import export
+from engine_build.graph.builder import GraphBuilder
 from engine_build.plan import Plan, check_computable, check_legal, legalize, load_plan, stored_plan, uniform_plan
 from engine_build.ranges import input_peaks
 from engine_build.weights import Layer, layers_of
@@ -102,7 +103,7 @@ def build_engine(policy: Policy, plan: Plan, target: Target, out: Path) -> Manif
         written = export_graphs(folder, policy, layers, plan.assignment, backend)
         graphs = backend.compile(written, target, out)
         built = {name: folder / spec.file for name, spec in graphs.items()}
-        units = unit_records(written, built, layers, plan.assignment, backend)
+        units = unit_records(written, built, layers, plan.assignment, backend, folder)
         check_realised(out, units, backend)
         _keep_only(folder, written.graphs, graphs)
         files = file_records(folder)
@@ -121,7 +122,6 @@ def build_engine(policy: Policy, plan: Plan, target: Target, out: Path) -> Manif
             other_bytes=sum(record.bytes for record in files.values()) - counted,
             legalized=plan.legalized,
             input_peaks=dict(policy.input_peaks),
-            ran_on_target=not backend.compiles,
             notes=(_UNRUN,) if backend.compiles else (),
             versions={"onnx": onnx.__version__, "python": platform.python_version()},
         )
@@ -129,7 +129,7 @@ def build_engine(policy: Policy, plan: Plan, target: Target, out: Path) -> Manif
     return manifest
 
 
-_UNRUN = "built but not run: formats are proven by the codes found in the engine, speed and numbers are not"
+_UNRUN = "not run where it was built: formats are proven by the codes found in the engine, speed and numbers are not"
 
 
 def _plan(
@@ -164,9 +164,14 @@ def _input_peaks(request: Request, backend: Backend, plan: Plan) -> dict[str, fl
 
 
 def export_graphs(
-    folder: Path, policy: Policy, layers: Mapping[str, Layer], assignment: Mapping[str, Choice], backend: Backend
+    folder: Path,
+    policy: Policy,
+    layers: Mapping[str, Layer],
+    assignment: Mapping[str, Choice],
+    backend: Backend,
+    new_builder: Callable[[Path, int, int], GraphBuilder] = GraphBuilder,
 ) -> Written:
-    """Writes the policy's graphs in the backend's dialect, with a progress bar."""
+    """Writes the policy's graphs in the backend's dialect, with a progress bar; see `export`."""
     total = sum(layer.weights for layer in layers.values())
     bar: tqdm[Any] = tqdm(total=total, desc="packing weights", unit="weight", unit_scale=True, disable=None)
 
@@ -176,7 +181,7 @@ def export_graphs(
     with bar:
         return export(
             folder, policy.config, policy.tensors, layers, assignment, policy.codes, backend.dialect, advance,
-            policy.input_peaks,
+            policy.input_peaks, new_builder,
         )  # fmt: skip
 
 
@@ -194,19 +199,23 @@ def unit_records(
     layers: Mapping[str, Layer],
     planned: Mapping[str, Choice],
     backend: Backend,
+    scratch: Path,
 ) -> tuple[UnitRecord, ...]:
-    """What every layer became, read back. built: by graph, the files that run."""
+    """What every layer became, read back.
+
+    built: by graph, the files that run. scratch: a folder for temporary files of their size.
+    """
     realised: dict[str, Realised] = {}
     formats = {name: choice.format for name, choice in planned.items()}
     for graph, spec in written.graphs.items():
-        mine = {name: layer for name, layer in layers.items() if written.holders[name] == graph}
-        realised |= backend.read_back(written.folder / spec.file, built[graph], mine, formats)
+        mine = {name: layer for name, layer in layers.items() if written.places[name].graph == graph}
+        realised |= backend.read_back(written.folder / spec.file, built[graph], mine, formats, scratch)
     stored = stored_bytes(written.folder, written.graphs, layers)
     return tuple(
         UnitRecord(
             name=name,
             kind=layer.kind,
-            graph=written.holders[name],
+            graph=written.places[name].graph,
             outputs=layer.outputs,
             inputs=layer.inputs,
             planned=str(planned[name].format),

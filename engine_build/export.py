@@ -8,7 +8,7 @@ from onnx import TensorProto, helper
 
 from calibrator.families.loading import Tensors
 from calibrator.quantizers import Codes
-from engine_build.backends.base import Dialect, Written
+from engine_build.backends.base import Dialect, Place, Written
 from engine_build.families import find_family
 from engine_build.graph.builder import GraphBuilder
 from engine_build.graph.context import GraphContext
@@ -31,36 +31,39 @@ def export(
     dialect: Dialect,
     on_layer: Callable[[Layer], None],
     input_peaks: Mapping[str, float],
+    new_builder: Callable[[Path, int, int], GraphBuilder] = GraphBuilder,
 ) -> Written:
     """Writes every graph of the policy as `<graph>.onnx` with its `.data` into `folder`; same input, same bytes.
 
+    new_builder: what writes a graph to a path, with its type of activations and its operator set.
+
     Raises ArtefactError for a layer that is in no graph or in two.
     """
-    holders: dict[str, str] = {}
+    places: dict[str, Place] = {}
 
-    def hold(graph: str, layer: Layer) -> None:
-        if layer.name in holders:
-            raise ArtefactError(f"{layer.name}: written into graph {holders[layer.name]} and again into {graph}")
-        holders[layer.name] = graph
+    def note(graph: str, layer: Layer, x: str, result: str) -> None:
+        if layer.name in places:
+            raise ArtefactError(f"{layer.name}: written into graph {places[layer.name].graph} and again into {graph}")
+        places[layer.name] = Place(graph, x, result)
         on_layer(layer)
 
     family = find_family(config)
     graphs: dict[str, GraphSpec] = {}
     for name, write in family.graphs.items():
-        with GraphBuilder(folder / f"{name}.onnx", dialect.float_type, dialect.opset) as builder:
-            on_written = partial(hold, name)
+        with new_builder(folder / f"{name}.onnx", dialect.float_type, dialect.opset) as builder:
+            on_written = partial(note, name)
             context = GraphContext(
                 builder, tensors, layers, assignment, codes, dialect.linear, on_written, input_peaks
             )
             inputs, outputs = write(context, config)
             builder.save([_info(spec) for spec in inputs], [_info(spec) for spec in outputs])
         graphs[name] = GraphSpec(f"{name}.onnx", tuple(inputs), tuple(outputs))
-    missing = [name for name in layers if name not in holders]
+    missing = [name for name in layers if name not in places]
     if missing:
         raise ArtefactError(f"{missing[0]}: a layer of the policy that no graph holds")
     program = family.program(config)
     check_program(graphs, program)
-    return Written(folder, graphs, program, holders)
+    return Written(folder, graphs, program, places)
 
 
 def _info(spec: TensorSpec) -> "helper.ValueInfoProto":

@@ -29,7 +29,7 @@ def table(manifest: Manifest) -> str:
 
 
 def summary(manifest: Manifest) -> str:
-    """Sums, origin and proof in a few lines."""
+    """Sums and origin in a few lines."""
     totals = manifest.totals()
     formats = Counter(unit.realised for unit in manifest.units)
     parents = ", ".join(f"{name} {sha256[:12]}" for name, sha256 in sorted(manifest.parents.items()))
@@ -42,8 +42,4 @@ def summary(manifest: Manifest) -> str:
     ]
     lines += [f"legalized: {change}" for change in manifest.legalized]
     lines += [f"note: {note}" for note in manifest.notes]
-    if not manifest.ran_on_target:
-        lines.append("this engine has not run on its target")
-    check = manifest.reference_check
-    lines.append(f"reference check: {check['summary']}" if check else "reference check: not yet; run `verify`")
     return "\n".join(lines)

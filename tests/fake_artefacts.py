@@ -23,6 +23,7 @@ from vla_policy.core.files import sha256_file, sha256_folder, write_json
 from vla_policy.core.formats import FULL, Choice
 from vla_policy.core.manifest import FileRecord, Manifest, UnitRecord
 from vla_policy.core.observation import Observation
+from vla_policy.core.verification import Decisions, Largest, Layers, Reference, Verification
 
 POLICY_SHA256 = hashlib.sha256(b"policy").hexdigest()
 INSTRUCTION = "put the <b>cup</b> & <script>alert('x')</script> away"
@@ -114,6 +115,7 @@ class FakeArtefacts:
             frontier=at / "frontier.json",
             calibration=at / "calibration",
             engine=at / "mixed",
+            verification=at / "verification.json",
             reference_engine=at / "reference",
             bench=at / "bench.json",
             served=at / "served.json",
@@ -130,6 +132,7 @@ class FakeArtefacts:
         _write_plan(folder, sensitivity)
         for name, uniform in (("mixed", None), ("reference", FULL)):
             _write_engine(folder, name, sensitivity, uniform)
+        _verification(folder).save(folder / "verification.json")
         _bench(folder).save(folder / "bench.json")
         _write_served(folder, generator)
         write_json(folder / "rollout.json", _rollout(sha256_folder(folder / "mixed")))
@@ -246,10 +249,17 @@ def _write_engine(folder: Path, name: str, sensitivity: Sensitivity, uniform: Ch
         parents=parents,
         policy_config=tiny_config(448),
         other_bytes=12345,
-        ran_on_target=True,
-        reference_check={"summary": "8 states; <i>equal</i>"},
     )
     manifest.write(folder / name)
+
+
+def _verification(folder: Path) -> Verification:
+    same, full = (Decisions(error, 10 * error, 1 - error, 1.0, 1.0, error, 0) for error in (1e-6, 0.1))
+    layers = Layers({"w4a16_g64": Largest(1e-6, "projector.fc1", 1e-4)}, Largest(2e-6, "projector.fc2", 1e-4))
+    summary = "8 states; <i>equal</i>"
+    reference = Reference("A CPU <b>&</b>", 8, "calibration set", "libero", 1e-4, same, full, layers, summary)
+    parents = {"engine": sha256_file(folder / "mixed" / "manifest.json"), "policy": POLICY_SHA256}
+    return Verification("mixed", parents, 120, 987654, "", reference)
 
 
 def _bench(folder: Path) -> Bench:

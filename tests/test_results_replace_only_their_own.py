@@ -59,6 +59,7 @@ def pipeline(argv: Sequence[str] | None) -> int:
 
 FOLDERS: dict[str, tuple[Main, str]] = {
     "collect": (calibrator, "collect none --out OUT"),
+    "transform": (calibrator, "transform --policy none --calibration none --out OUT"),
     "import-oft": (calibrator, "import-oft --checkpoint none --chunk 8 --images 2 --normalization bounds --out OUT"),
     "build": (engine_build, "build --policy none --uniform w16a16 --out OUT"),
     "replay": (evaluation, "replay --bag none --contract none --engine none --out OUT"),

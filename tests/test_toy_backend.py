@@ -13,7 +13,7 @@ import vla_policy.core.backends
 from calibrator.families import TorchActor, live_units
 from calibrator.quantizers import parse_choice, quantize_policy
 from engine_build.__main__ import main
-from engine_build.verify import verify_formats
+from engine_build.verify import verify
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.formats import Format
 from vla_policy.core.manifest import Manifest
@@ -43,9 +43,10 @@ def test_a_toy_backend_builds_verifies_and_serves(tmp_path: Path, capsys: pytest
     files = sorted(path.name for path in engine_folder.iterdir())
     assert files == ["decoder.toy", "manifest.json", "tokenizer.json", "vision.toy"]
     assert {unit.realised for unit in Manifest.load(engine_folder).units} == {"w8a16"}
-    assert verify_formats(engine_folder, policy) == Manifest.load(engine_folder)
+    packed = sum(unit.code_bytes for unit in Manifest.load(engine_folder).units)
+    assert verify(engine_folder, policy, None).bytes == packed
     assert main(["verify", str(engine_folder), "--policy", str(policy), "--samples", "1"]) == 0
-    assert "logits differ by" in capsys.readouterr().out
+    assert "on a toy: 1 states; torch with the same formats: logits differ by" in capsys.readouterr().out
 
     engine, actor = load_engine(engine_folder), TorchActor.load(policy)
     choice = parse_choice("w8a16:rtn")

@@ -12,6 +12,7 @@ _OPTIONS = (
     ("frontier", "frontier.json: adds what more or less memory would change"),
     ("calibration", "calibration set: adds the camera images under the evidence maps"),
     ("engine", "engine folder: adds its bytes and its planned and realised formats"),
+    ("verification", "verification.json: adds what was proven of the engine, and where it ran"),
     ("reference-engine", "16-bit engine folder: adds its bytes beside"),
     ("bench", "bench.json: adds latency and memory of both engines"),
     ("served", "served.json: adds served actions, response times and drops"),

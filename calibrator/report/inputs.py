@@ -16,6 +16,7 @@ from vla_policy.core.errors import ArtefactError
 from vla_policy.core.files import sha256_file, sha256_folder
 from vla_policy.core.formats import Choice
 from vla_policy.core.manifest import MANIFEST, Manifest
+from vla_policy.core.verification import Verification
 
 COMMANDS = {
     "sensitivity": "python -m calibrator sensitivity --policy P --calibration C --out sensitivity.json",
@@ -23,6 +24,7 @@ COMMANDS = {
     "plan": "python -m calibrator allocate --sensitivity sensitivity.json --average-bits 4 --out plan.json",
     "frontier": "python -m calibrator allocate ... --frontier frontier.json",
     "engine": "python -m engine_build build --policy P --plan plan.json --target cpu --out engine",
+    "verification": "python -m engine_build verify engine --policy P --calibration C --out verification.json",
     "reference_engine": "python -m engine_build build --policy P --uniform w16a16 --target cpu --out reference",
     "bench": "python -m engine_build bench engine --against reference --out bench.json",
     "served": "python -m demo.serving --engine engine --bag BAG --contract CONTRACT.yaml --out served.json",
@@ -42,6 +44,7 @@ class Paths:
     frontier: Path | None = None
     calibration: Path | None = None
     engine: Path | None = None
+    verification: Path | None = None
     reference_engine: Path | None = None
     bench: Path | None = None
     served: Path | None = None
@@ -97,6 +100,7 @@ class Inputs:
     frontier: Frontier | None = None
     calibration: CalibrationSet | None = None
     engine: Manifest | None = None
+    verification: Verification | None = None
     reference_engine: Manifest | None = None
     bench: Bench | None = None
     served: ServedRun | None = None
@@ -118,6 +122,7 @@ class Inputs:
             frontier=Frontier.load(paths.frontier) if paths.frontier else None,
             calibration=load_calibration(paths.calibration) if paths.calibration else None,
             engine=Manifest.load(paths.engine) if paths.engine else None,
+            verification=Verification.load(paths.verification) if paths.verification else None,
             reference_engine=Manifest.load(paths.reference_engine) if paths.reference_engine else None,
             bench=Bench.load(paths.bench) if paths.bench else None,
             served=ServedRun.load(paths.served) if paths.served else None,
@@ -153,6 +158,7 @@ def _sources(paths: Paths, sensitivity: Sensitivity) -> dict[str, Source]:
         "frontier": paths.frontier,
         "calibration": paths.calibration / "calibration.json" if paths.calibration else None,
         "engine": paths.engine / MANIFEST if paths.engine else None,
+        "verification": paths.verification,
         "reference_engine": paths.reference_engine / MANIFEST if paths.reference_engine else None,
         "bench": paths.bench,
         "served": paths.served,
@@ -188,6 +194,11 @@ def _check_parents(inputs: Inputs, paths: Paths) -> None:
     if inputs.engine and inputs.plan:
         built_from = inputs.engine.parents.get("plan", "none")
         checks.append((paths.engine, "the plan", built_from, inputs.sources["plan"].sha256))
+    if inputs.verification:
+        checks.append((paths.verification, "the policy", inputs.verification.parents["policy"], policy))
+        if inputs.engine:
+            of, given = inputs.verification.parents["engine"], inputs.sources["engine"].sha256
+            checks.append((paths.verification, "the engine", of, given))
     if inputs.reference_engine:
         checks.append((paths.reference_engine, "the policy", inputs.reference_engine.parents["policy"], policy))
     if inputs.served and inputs.engine:

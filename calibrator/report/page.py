@@ -192,6 +192,7 @@ def _engine(inputs: Inputs) -> Section | None:
         "What was built",
         {
             "engine": inputs.engine,
+            "verification": inputs.verification,
             "reference": inputs.reference_engine,
             "plan": inputs.plan,
             "counts": counts,
@@ -237,6 +238,7 @@ def _missing(inputs: Inputs) -> list[Missing]:
         ("frontier", "what more or less memory would change", "--frontier"),
         ("calibration", "the camera images under the evidence maps", "--calibration"),
         ("engine", "bytes and formats of the engine", "--engine"),
+        ("verification", "what was proven of the engine, and where it ran", "--verification"),
         ("reference_engine", "the 16-bit engine's bytes beside it", "--reference-engine"),
         ("bench", "latency and memory of both engines", "--bench"),
         ("served", "served actions, response times and drops", "--served"),

@@ -1,6 +1,6 @@
 """What a backend gives the build: how its graphs are written, compiled and read back, and how exactly it computes."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -10,7 +10,8 @@ import numpy as np
 from engine_build.graph.context import LinearWriter
 from engine_build.weights import Layer
 from vla_policy.core.formats import Format
-from vla_policy.core.program import Call, GraphSpec
+from vla_policy.core.manifest import Manifest
+from vla_policy.core.program import Call, GraphSpec, Session
 from vla_policy.core.targets import Target
 
 ROUNDED_ACTIVATIONS_TOLERANCE = 0.15
@@ -36,16 +37,28 @@ class Realised:
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where a layer is: the name of its graph, and there those of its input and its result."""
+
+    graph: str
+    x: str
+    result: str
+
+
+@dataclass(frozen=True)
 class Written:
     """A policy's graphs as the exporter wrote them into `folder`, and the calls that a decision makes of them.
 
-    holders: which graph holds each layer.
+    places: of every layer.
     """
 
     folder: Path
     graphs: Mapping[str, GraphSpec]
     program: Mapping[str, Call]
-    holders: Mapping[str, str]
+    places: Mapping[str, Place]
+
+
+Seen = Callable[[str, str, np.ndarray], None]
 
 
 def canonical(fmt: Format, inputs: int) -> Format:
@@ -79,11 +92,12 @@ class Backend(Protocol):
         ...
 
     def read_back(
-        self, written: Path, built: Path, layers: Mapping[str, Layer], planned: Mapping[str, Format]
+        self, written: Path, built: Path, layers: Mapping[str, Layer], planned: Mapping[str, Format], scratch: Path
     ) -> dict[str, Realised]:
         """What each of a graph's layers became. Raises ArtefactError for one that cannot be found.
 
-        written: the graph as exported. built: what runs; the same file unless the backend compiles.
+        written: the graph as exported. built: what runs; the same file unless the backend compiles. scratch: a folder
+        for temporary files of the graph's size.
         """
         ...
 
@@ -93,6 +107,19 @@ class Backend(Protocol):
 
     def tolerance(self, fmt: Format) -> float:
         """What a layer of this format may add to the difference from torch, in standard deviations of the scores."""
+        ...
+
+    def open_tapped(
+        self, folder: Path, manifest: Manifest, taps: Mapping[str, Collection[str]], seen: Seen
+    ) -> Session | None:
+        """A session that also shows values inside its graphs; None where the backend has no such thing.
+
+        taps: names of values, by graph. seen: told each of them at every call, under graph and name.
+        """
+        ...
+
+    def rounding_group(self, fmt: Format) -> int | None:
+        """Inputs that share a scale where activations are rounded while the engine runs; None: all of a token."""
         ...
 
     def needs_input_range(self, fmt: Format) -> bool:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import onnx
@@ -34,6 +34,26 @@ def _refuse_not_finite(name: str, data_type: int, content: bytes) -> None:
         )
 
 
+class DataFile(Protocol):
+    """Where a graph's long tensors go, one after another."""
+
+    def write(self, content: bytes, /) -> int:
+        """Appends."""
+        ...
+
+    def tell(self) -> int:
+        """Bytes so far."""
+        ...
+
+    def flush(self) -> None:
+        """Called once, behind the last byte."""
+        ...
+
+    def close(self) -> None:
+        """Called in any case."""
+        ...
+
+
 class GraphBuilder:
     """Collects nodes and tensors of one graph. Use as a context manager: the data file is closed at the end.
 
@@ -51,7 +71,7 @@ class GraphBuilder:
         self._domains: set[str] = set()
         self._shared: dict[tuple[str, str], list[str]] = {}
         self._data_path = path.with_suffix(".data")
-        self._data = open(self._data_path, "wb")  # noqa: SIM115 (closed by __exit__)
+        self._data = self._open_data(self._data_path)
 
     def __enter__(self) -> "GraphBuilder":
         return self
@@ -60,6 +80,12 @@ class GraphBuilder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._data.close()
+
+    def _open_data(self, path: Path) -> DataFile:
+        return open(path, "wb")
+
+    def _write_graph(self, content: bytes) -> None:
+        self.path.write_bytes(content)
 
     @property
     def float_dtype(self) -> Any:
@@ -151,7 +177,7 @@ class GraphBuilder:
         ]
         model = helper.make_model(graph, opset_imports=opsets, ir_version=_IR_VERSION, producer_name="engine_build")
         self._data.flush()
-        self.path.write_bytes(model.SerializeToString(deterministic=True))
+        self._write_graph(model.SerializeToString(deterministic=True))
 
     # Shorthands for the arithmetic that the architecture is made of.
 

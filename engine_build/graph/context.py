@@ -15,12 +15,15 @@ from vla_policy.core.formats import Choice
 LinearWriter = Callable[[GraphBuilder, str, LayerWeights], str]
 """Writes one linear layer behind a value of the graph; returns the result's name."""
 
+OnLayer = Callable[[Layer, str, str], None]
+
 
 @dataclass(frozen=True)
 class GraphContext:
     """Everything that writing a graph needs.
 
-    codes: of the layers' weights. on_layer: called with each layer once it is written (progress).
+    codes: of the layers' weights. on_layer: called with each layer once it is written, and with the names of its input
+    and its result in the graph.
     input_peaks: largest |input| of layers whose activations get a fixed scale.
     """
 
@@ -30,7 +33,7 @@ class GraphContext:
     assignment: Mapping[str, Choice]
     codes: Codes
     write_linear: LinearWriter
-    on_layer: Callable[[Layer], None]
+    on_layer: OnLayer
     input_peaks: Mapping[str, float]
 
     io_dtype = np.dtype(np.float32)
@@ -49,7 +52,7 @@ class GraphContext:
                 f"{np.dtype(self.builder.float_dtype)} (at most {most:.3g}); check the checkpoint"
             )
         result = self.write_linear(self.builder, x, weights)
-        self.on_layer(layer)
+        self.on_layer(layer, x, result)
         return result
 
     def layer_norm(self, x: str, name: str, eps: float) -> str:

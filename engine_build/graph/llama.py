@@ -44,8 +44,9 @@ def positions(graph: GraphContext, x: str) -> tuple[str, str]:
 def rotary(graph: GraphContext, positions: str, text: TextSpec) -> tuple[str, str]:
     """Cosine and sine [T, head_dim] of the rotary embedding; computed in float32 whatever the activations are."""
     b = graph.builder
-    exponents = np.arange(0, text.head_dim, 2, dtype=np.float32) / np.float32(text.head_dim)
-    frequencies = (1.0 / np.power(np.float32(text.rope_theta), exponents)).astype(np.float32)
+    # In float64, so that the float32 numbers are the same on every processor: engines are compared byte by byte.
+    exponents = np.arange(0, text.head_dim, 2) / text.head_dim
+    frequencies = (1.0 / np.power(text.rope_theta, exponents)).astype(np.float32)
     column = b.node("Unsqueeze", [b.cast(positions, TensorProto.FLOAT), b.ints(1)])
     angles = b.mul(column, b.constant(frequencies[None], np.float32))
     both = b.concat([angles, angles], axis=1)

@@ -23,6 +23,7 @@ from calibrator.sensitivity.table import Objective, Sensitivity, UnitShape
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.files import read_json, write_json
 from vla_policy.core.formats import Choice
+from vla_policy.core.verification import Verification
 
 _UNITS = {"GB": 1e9, "MB": 1e6, "kB": 1e3, "B": 1.0, "%": 0.01}
 _SUPERSCRIPT = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")
@@ -239,6 +240,18 @@ def test_only_the_scores_are_required(artefacts: FakeArtefacts) -> None:
     assert "python -m engine_build bench" in table
 
 
+def test_the_verification_is_told_with_the_processor(artefacts: FakeArtefacts, tree: Element) -> None:
+    section = next(node for node in tree.find("section") if node.attributes.get("id") == "engine")
+    assert "verified on A CPU <b>&</b>" in section.text
+    assert "Verification: 120 tensors, 987,654 bytes, are exactly what policy and plan give." in section.text
+    assert "8 states; <i>equal</i>" in section.text
+    save = replace(Verification.load(artefacts.folder / "verification.json"), reference=None).save
+    unrun = artefacts.folder / "unrun.json"
+    save(unrun)
+    page = parse(render(Inputs.load(replace(artefacts.paths, verification=unrun))))
+    assert "bytes verified, not run" in page.text and "the engine was not run" in page.text
+
+
 def test_full_page_misses_nothing(tree: Element) -> None:
     assert "Not on this page" not in tree.text
     ids = [node.attributes["id"] for node in tree.find("section")]
@@ -247,7 +260,7 @@ def test_full_page_misses_nothing(tree: Element) -> None:
     assert anchors == [f"#{name}" for name in ids[1:]]
 
 
-@pytest.mark.parametrize("option", ["plan", "frontier", "bench", "served", "decisions", "parity"])
+@pytest.mark.parametrize("option", ["plan", "frontier", "verification", "bench", "served", "decisions", "parity"])
 def test_a_truncated_artefact_is_named(artefacts: FakeArtefacts, tmp_path: Path, option: str) -> None:
     broken = tmp_path / f"{option}.json"
     broken.write_text((artefacts.folder / f"{option}.json").read_text()[:-40])
@@ -281,6 +294,7 @@ def test_artefacts_of_another_run_are_refused(artefacts: FakeArtefacts, tmp_path
         ("bench", "engine", "the engine"),
         ("bench", "reference", "the 16-bit engine"),
         ("decisions", "parents", "the 16-bit engine"),
+        ("verification", "parents", "the engine"),
     ],
 )
 def test_figures_of_other_engines_are_refused(

@@ -177,7 +177,9 @@ def fake_modules(folder: Path, manifest: Manifest, capability: tuple[int, int], 
     """Stand-ins for `tensorrt`, `pycuda.driver` and the driver; the graphs' bytes name the engine."""
     memory, driver = FakeMemory(), FakeDriver(refuses)
     context = SimpleNamespace(push=lambda: None, pop=lambda: None)
-    device = SimpleNamespace(retain_primary_context=lambda: context, compute_capability=lambda: capability)
+    device = SimpleNamespace(
+        retain_primary_context=lambda: context, compute_capability=lambda: capability, name=lambda: "NVIDIA stand-in"
+    )
     written = Written(folder, manifest.graphs, manifest.program, {})
     engines = {
         (folder / spec.file).read_bytes(): (
@@ -241,7 +243,7 @@ def decide_alike(engine: Engine, actor: TorchActor, seed: int, instruction: str)
     """Whether both decide the same tokens of a state in which float16 does not decide between two."""
     state = replace(observation(seed), instruction=instruction)
     decided = actor.act(state).tokens
-    assert_clear(actor.scores(state, decided)[0], FLOAT16)
+    assert_clear(actor.scores(state, decided), FLOAT16)
     np.testing.assert_array_equal(engine.act(state).tokens, decided)
 
 
@@ -249,6 +251,7 @@ def test_decisions_equal_the_torch_policy_over_several_states(exported: tuple[Pa
     folder, manifest = exported
     modules = fake_modules(folder, manifest, (8, 0))
     engine = engine_of(folder, manifest, modules)
+    assert engine.processor == "NVIDIA stand-in"
     actor = TorchActor.load(folder / "policy")
     graphs = []
     # The prompt keeps its length for four decisions, changes, and changes back.

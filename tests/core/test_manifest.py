@@ -65,11 +65,6 @@ def test_a_reader_needs_nothing_else(tmp_path: Path) -> None:
     assert layout["proprio"]["names"] == ["x", "y", "z"]
 
 
-def test_verification_marks_the_engine_as_run() -> None:
-    checked = manifest().with_reference_check({"summary": "fine"})
-    assert checked.ran_on_target and checked.reference_check == {"summary": "fine"}
-
-
 def test_records_leave_out_the_manifest_itself(tmp_path: Path) -> None:
     (tmp_path / "data").write_bytes(b"abc")
     (tmp_path / "manifest.json").write_text("{}")

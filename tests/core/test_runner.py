@@ -11,7 +11,7 @@ import pytest
 from ragged import build_engine, observation
 from rounding import NETWORK
 
-from engine_build.verify import verify_formats
+from engine_build.verify import verify
 from vla_policy.core.errors import DataError, VlaError
 from vla_policy.core.files import sha256_file
 from vla_policy.core.observation import Observation
@@ -158,7 +158,7 @@ def test_a_graph_reads_no_data_but_the_engine_s(location: str, copied: Path) -> 
     with pytest.raises(VlaError, match=f"decoder.onnx needs '{location}', of which the manifest has no hash"):
         load_engine(copied)
     with pytest.raises(VlaError, match=f"decoder.onnx needs '{location}'"):
-        verify_formats(copied, copied.parent / "policy")
+        verify(copied, copied.parent / "policy", None)
 
 
 def test_a_folder_without_manifest_is_no_engine(tmp_path: Path) -> None:

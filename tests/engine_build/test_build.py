@@ -67,7 +67,7 @@ def test_engine_equals_the_torch_policy(formats: list[str], noise: float, tmp_pa
         expected = logits(actor, seen, decision.tokens)
         np.testing.assert_allclose(got, expected, atol=noise * np.abs(expected).max())
         if noise == NETWORK:
-            assert_clear(actor.scores(seen, decision.tokens)[0])
+            assert_clear(actor.scores(seen, decision.tokens))
             served = engine.act(seen)
             np.testing.assert_array_equal(served.tokens, decision.tokens)
             np.testing.assert_array_equal(served.action, decision.action)
@@ -82,7 +82,7 @@ def test_an_engine_of_two_images_equals_the_torch_policy(tmp_path: Path) -> None
         got = engine.policy.logits(engine.program(), engine.policy.inputs(seen), decision.tokens)
         expected = logits(actor, seen, decision.tokens)
         np.testing.assert_allclose(got, expected, atol=NETWORK * np.abs(expected).max())
-        assert_clear(actor.scores(seen, decision.tokens)[0])
+        assert_clear(actor.scores(seen, decision.tokens))
         np.testing.assert_array_equal(engine.act(seen).tokens, decision.tokens)
     with pytest.raises(DataError, match="the policy looks at 2, got 1"):
         engine.act(observation())
@@ -97,12 +97,12 @@ def test_the_allowance_for_rounding_lies_between_rounding_and_a_defect(kind: str
     image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     seen = observation(0) if kind == "tokens" else Observation(image, "push", np.array([0.3, 0.05], np.float32))
     tokens = actor.act(seen).tokens
-    found, expected = actor.scores(seen, tokens)[0], exact.scores(seen, tokens)[0]
+    found, expected = actor.scores(seen, tokens), exact.scores(seen, tokens)
     size = np.abs(expected).max()
     assert np.abs(found - expected).max() < NETWORK * size / 4
     for layer in layers_of(actor.config):
         with quantized(actor.policy, layer, parse_choice("w8a16_g32")):
-            assert np.abs(actor.scores(seen, tokens)[0] - found).max() > 2 * NETWORK * size, layer
+            assert np.abs(actor.scores(seen, tokens) - found).max() > 2 * NETWORK * size, layer
 
 
 def test_same_inputs_give_the_same_bytes(workshop: Path, tmp_path: Path) -> None:
@@ -257,7 +257,7 @@ def test_weights_that_codes_cannot_stand_for_are_refused(value: float, message: 
 def test_an_engine_that_overflows_is_reported_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Every weight is finite, and so is most states' arithmetic; what is not ends no command in a traceback."""
     policy, engine = overflowing_policy_folder(tmp_path / "policy"), tmp_path / "engine"
-    build(Request(policy, CPU, engine, uniform=FULL))
+    built = build(Request(policy, CPU, engine, uniform=FULL))
     image = np.zeros((32, 32, 3), np.uint8)
     near, far = (Observation(image, "push", np.array(state, np.float32)) for state in ((0, 0), (1, 0.1)))
     loaded = load_engine(engine, threads=1)
@@ -268,4 +268,4 @@ def test_an_engine_that_overflows_is_reported_in_one_line(tmp_path: Path, capsys
     assert run(lambda: main(["verify", str(engine), "--policy", str(policy), "--samples", "8"])) == 2
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert message.startswith("error: torch policy: normalised actions: 12 of 12 values are not finite")
-    assert Manifest.load(engine).reference_check is None
+    assert Manifest.load(engine) == built

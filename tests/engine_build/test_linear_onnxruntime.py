@@ -57,7 +57,7 @@ def test_layer_equals_simulated_quantization_and_is_read_back(fmt: Format, tmp_p
     allowed = rounding.of_products(seen, values.numpy(), bias, further=2)
     assert (np.abs(y - expected) <= allowed).all()
     assert allowed.max() < 0.1 * np.abs(grouped_activations(x, 32) - x.numpy()).max(), "finer than int8's rounding"
-    realised = read_back(tmp_path / "layer.onnx", {LAYER.name: LAYER})[LAYER.name]
+    realised = read_back(tmp_path / "layer.onnx", {LAYER.name: LAYER}, tmp_path)[LAYER.name]
     assert realised.format == canonical(fmt, INPUTS)
 
 

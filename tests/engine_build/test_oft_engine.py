@@ -15,7 +15,7 @@ from calibrator.quantizers import quantize_policy
 from engine_build.bench import bench, report
 from engine_build.build import Request, build
 from engine_build.costs import PROMPT_TOKENS, runs_per_action
-from engine_build.verify import verify, verify_formats
+from engine_build.verify import States, verify
 from engine_build.weights import layers_of
 from vla_policy.core.errors import DataError
 from vla_policy.core.files import sha256_policy
@@ -66,11 +66,11 @@ def test_actions_equal_the_torch_policy_s(folder: Path) -> None:
 
 
 def test_it_is_verified_and_measured_like_any_other(folder: Path) -> None:
-    outcome = verify(folder / "engine", folder / "policy", None, samples=2).reference_check
-    assert outcome is not None
-    same = outcome["same_formats_in_torch"]
-    assert same["equal_tokens"] is None and same["scores_error"] < NETWORK
-    assert "normalised actions differ by" in outcome["summary"] and "tokens" not in outcome["summary"]
+    outcome = verify(folder / "engine", folder / "policy", States(None, samples=2)).reference
+    assert outcome is not None and outcome.layers is not None
+    assert outcome.same_formats.equal_tokens is None and outcome.same_formats.scores_error < NETWORK
+    assert len(outcome.layers.formats) == len(FORMATS)
+    assert "normalised actions differ by" in outcome.summary and "tokens" not in outcome.summary
     manifest = Manifest.load(folder / "engine")
     assert manifest.to_json()["actions"]["tiny"]["chunk"] == CHUNK
     figures = bench(folder / "engine", folder / "engine16", repeats=2, threads=1)
@@ -90,6 +90,6 @@ def test_an_a100_engine_is_built_without_a_gpu(folder: Path, tmp_path: Path) -> 
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX builds sm_80 engines anywhere once it is installed")
     out, four = tmp_path / "engine", rtn(Format(4, 16, 64))
     manifest = build(Request(folder / "policy", find_target("a100"), out, uniform=four, legalize=True))
-    assert verify_formats(tmp_path / "engine", folder / "policy") == manifest
+    assert verify(tmp_path / "engine", folder / "policy", None).reference is None
     assert {call: spec.graph for call, spec in manifest.program.items()} == {"vision": "vision", "decide": "decoder"}
     assert manifest.program["decide"].sizes == {"ids": Range(2, 30, 128)}

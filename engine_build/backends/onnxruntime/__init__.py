@@ -1,20 +1,22 @@
 """ONNX Runtime: runs the graphs as they are written; what they became is read after its optimisations."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
 from onnx import TensorProto
 
-from engine_build.backends.base import ROUNDED_ACTIVATIONS_TOLERANCE, Dialect, Realised, Written
+from engine_build.backends.base import ROUNDED_ACTIVATIONS_TOLERANCE, Dialect, Realised, Seen, Written
 from engine_build.backends.onnxruntime.linear import linear
 from engine_build.backends.onnxruntime.readback import read_back
+from engine_build.backends.onnxruntime.tapped import TappedSession
 from engine_build.graph.builder import OPSET
 from engine_build.weights import Layer
 from vla_policy.core.backends.onnxruntime.session import open_session, session_options
 from vla_policy.core.formats import Format
-from vla_policy.core.program import GraphSpec
+from vla_policy.core.manifest import Manifest
+from vla_policy.core.program import GraphSpec, Session
 from vla_policy.core.targets import Target
 
 EXACT_TOLERANCE = 1e-4
@@ -33,15 +35,24 @@ class OnnxRuntime:
         return dict(written.graphs)
 
     def read_back(
-        self, written: Path, built: Path, layers: Mapping[str, Layer], planned: Mapping[str, Format]
+        self, written: Path, built: Path, layers: Mapping[str, Layer], planned: Mapping[str, Format], scratch: Path
     ) -> dict[str, Realised]:
-        return read_back(built, layers)
+        return read_back(built, layers, scratch)
 
     def filling(self, fmt: Format) -> tuple[int, int]:
         return 1, fmt.group_size or 1
 
     def tolerance(self, fmt: Format) -> float:
         return ROUNDED_ACTIVATIONS_TOLERANCE if fmt.activation_bits < 16 else EXACT_TOLERANCE
+
+    def open_tapped(
+        self, folder: Path, manifest: Manifest, taps: Mapping[str, Collection[str]], seen: Seen
+    ) -> Session | None:
+        return TappedSession(folder, manifest, taps, seen)
+
+    def rounding_group(self, fmt: Format) -> int | None:
+        """MatMulNBits has a scale for every group."""
+        return fmt.group_size
 
     def needs_input_range(self, fmt: Format) -> bool:
         """Never: scales of activations are found per token while it runs."""

@@ -43,9 +43,12 @@ class _Optimised:
         return total
 
 
-def read_back(graph: Path, layers: Mapping[str, Layer]) -> dict[str, Realised]:
-    """Optimises `graph` as the runner will and reports each of `layers`. Raises ArtefactError for one not found."""
-    with tempfile.TemporaryDirectory(dir=graph.parent, prefix=".readback.") as folder:
+def read_back(graph: Path, layers: Mapping[str, Layer], scratch: Path) -> dict[str, Realised]:
+    """Optimises `graph` as the runner will and reports each of `layers`. Raises ArtefactError for one not found.
+
+    scratch: a folder for the optimised graph, which does not stay.
+    """
+    with tempfile.TemporaryDirectory(dir=scratch, prefix="readback.") as folder:
         optimised = Path(folder) / "optimised.onnx"
         options = session_options()
         options.optimized_model_filepath = str(optimised)

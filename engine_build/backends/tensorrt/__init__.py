@@ -1,12 +1,12 @@
 """TensorRT, on the device that runs the engine; formats that it lacks run by plugins of this package."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import numpy as np
 from onnx import TensorProto
 
-from engine_build.backends.base import ROUNDED_ACTIVATIONS_TOLERANCE, Dialect, Realised, Written
+from engine_build.backends.base import ROUNDED_ACTIVATIONS_TOLERANCE, Dialect, Realised, Seen, Written
 from engine_build.backends.tensorrt.builder import Module, build_engines
 from engine_build.backends.tensorrt.linear import has_fixed_scale
 from engine_build.backends.tensorrt.linear_plugin import is_plugin, linear
@@ -16,7 +16,8 @@ from engine_build.packing import RUN, SLAB
 from engine_build.weights import Layer
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.formats import Format
-from vla_policy.core.program import GraphSpec
+from vla_policy.core.manifest import Manifest
+from vla_policy.core.program import GraphSpec, Session
 from vla_policy.core.targets import Target
 
 HALF_TOLERANCE = 0.02
@@ -41,7 +42,7 @@ class TensorRt:
         return build_engines(self.module, target, written, replaced)
 
     def read_back(
-        self, written: Path, built: Path, layers: Mapping[str, Layer], planned: Mapping[str, Format]
+        self, written: Path, built: Path, layers: Mapping[str, Layer], planned: Mapping[str, Format], scratch: Path
     ) -> dict[str, Realised]:
         return read_back(written, built, layers, planned)
 
@@ -51,6 +52,15 @@ class TensorRt:
 
     def tolerance(self, fmt: Format) -> float:
         return ROUNDED_ACTIVATIONS_TOLERANCE if fmt.activation_bits < 16 else HALF_TOLERANCE
+
+    def open_tapped(
+        self, folder: Path, manifest: Manifest, taps: Mapping[str, Collection[str]], seen: Seen
+    ) -> Session | None:
+        """None: an engine gives the outputs that it was built with."""
+        return None
+
+    def rounding_group(self, fmt: Format) -> int | None:
+        return None
 
     def needs_input_range(self, fmt: Format) -> bool:
         return has_fixed_scale(fmt)

@@ -21,6 +21,8 @@ class Handle:
 
 
 class ToySession:
+    processor = "a toy"
+
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self._program = manifest.program
         self._graphs = {

@@ -1,6 +1,6 @@
 """A toy backend's build side: 8-bit codes times scales, and "compiled" graphs that hold their data themselves."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,12 +8,13 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
-from engine_build.backends.base import Dialect, Realised, Written
+from engine_build.backends.base import Dialect, Realised, Seen, Written
 from engine_build.graph.builder import GraphBuilder
 from engine_build.weights import Layer, LayerWeights
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.formats import FULL_PRECISION, Format
-from vla_policy.core.program import GraphSpec
+from vla_policy.core.manifest import Manifest
+from vla_policy.core.program import GraphSpec, Session
 from vla_policy.core.targets import Target
 
 
@@ -42,7 +43,7 @@ class Toy:
         return built
 
     def read_back(
-        self, written: Path, built: Path, layers: Mapping[str, Layer], planned: Mapping[str, Format]
+        self, written: Path, built: Path, layers: Mapping[str, Layer], planned: Mapping[str, Format], scratch: Path
     ) -> dict[str, Realised]:
         tensors = {tensor.name: tensor for tensor in onnx.load_from_string(built.read_bytes()).graph.initializer}
         found = {}
@@ -56,6 +57,14 @@ class Toy:
 
     def tolerance(self, fmt: Format) -> float:
         return 1e-4
+
+    def open_tapped(
+        self, folder: Path, manifest: Manifest, taps: Mapping[str, Collection[str]], seen: Seen
+    ) -> Session | None:
+        return None
+
+    def rounding_group(self, fmt: Format) -> int | None:
+        return None
 
     def needs_input_range(self, fmt: Format) -> bool:
         return False

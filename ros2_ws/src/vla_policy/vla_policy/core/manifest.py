@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,7 @@ class Manifest:
     graphs, program: by name, the graphs and the calls that a decision makes of them.
     policy_config: the policy's `config.json`: architecture, tokens, statistics. other_bytes: all that is no unit's.
     legalized: formats that were raised for the target, in words. input_peaks: largest |input| of the layers whose
-    activations have a fixed scale. ran_on_target: False for an engine built for a machine that is not here.
+    activations have a fixed scale. notes: what a reader should know of the build.
     """
 
     target: str
@@ -100,9 +100,7 @@ class Manifest:
     other_bytes: int
     legalized: tuple[str, ...] = ()
     input_peaks: dict[str, float] = field(default_factory=dict)
-    ran_on_target: bool = False
     notes: tuple[str, ...] = ()
-    reference_check: dict[str, Any] | None = None
     versions: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -135,10 +133,6 @@ class Manifest:
             "engine_bytes": sum(record.bytes for record in self.files.values()),
             "average_bits": round(8 * codes / weights, 4) if weights else 0.0,
         }
-
-    def with_reference_check(self, outcome: dict[str, Any]) -> "Manifest":
-        """This manifest with the outcome of `engine_build verify`: the engine has run where its target is."""
-        return replace(self, reference_check=outcome, ran_on_target=True, notes=())
 
     def write(self, folder: Path | str) -> None:
         write_json(Path(folder) / MANIFEST, self.to_json())
@@ -222,9 +216,7 @@ def _parse(content: Mapping[str, Any]) -> Manifest:
         other_bytes=int(content["other_bytes"]),
         legalized=tuple(content["legalized"]),
         input_peaks=dict(content["input_peaks"]),
-        ran_on_target=bool(content["ran_on_target"]),
         notes=tuple(content["notes"]),
-        reference_check=content["reference_check"],
         versions=dict(content["versions"]),
     )
 

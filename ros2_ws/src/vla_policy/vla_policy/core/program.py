@@ -89,6 +89,11 @@ def profiles(graph: str, graphs: Mapping[str, GraphSpec], calls: Mapping[str, Ca
 class Session(Protocol):
     """What executes an engine's graphs, one call at a time."""
 
+    @property
+    def processor(self) -> str:
+        """The CPU or GPU that runs them, by its own name."""
+        ...
+
     def run(self, call: str, feeds: Mapping[str, Any], keep: Collection[str]) -> dict[str, Any]:
         """All outputs of a call by name, those in `keep` as handles that later calls take as inputs.
 

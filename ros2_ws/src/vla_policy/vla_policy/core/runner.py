@@ -35,6 +35,11 @@ class Engine:
         self.unnorm_key = unnorm_key
         self._session = session
 
+    @property
+    def processor(self) -> str:
+        """The CPU or GPU that decides, by its own name."""
+        return self._session.processor
+
     def act(self, observation: Observation) -> Decision:
         """The greedy decision.
 

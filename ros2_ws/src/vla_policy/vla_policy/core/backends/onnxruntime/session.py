@@ -11,6 +11,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from vla_policy.core.errors import ArtefactError, EngineError
 from vla_policy.core.manifest import Manifest
+from vla_policy.core.processor import cpu_name
 
 # 4 would let ONNX Runtime round the activations of 16-bit-activation layers to int8 behind the plan's back.
 _ACCURACY_LEVEL = ("session.qdq_matmulnbits_accuracy_level", "1")
@@ -50,10 +51,13 @@ def _reason(error: Exception) -> str:
     return " ".join(str(error).split())[:300]
 
 
-def open_session(path: Path, options: ort.SessionOptions) -> ort.InferenceSession:
-    """A CPU session. Raises ArtefactError, in one line, when ONNX Runtime refuses the file."""
+def open_session(path: Path, options: ort.SessionOptions, graph: bytes | None = None) -> ort.InferenceSession:
+    """A CPU session. Raises ArtefactError, in one line, when ONNX Runtime refuses the file.
+
+    graph: to be run instead of the file's own; `options` then say where its tensors are.
+    """
     try:
-        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(str(path) if graph is None else graph, options, providers=["CPUExecutionProvider"])
     except _REFUSALS as error:
         raise ArtefactError(
             f"{path}: ONNX Runtime {ort.__version__} cannot load it ({_reason(error)}); build it again"
@@ -69,10 +73,14 @@ class OnnxRuntimeSession:
                 f"{folder}: formats were proven with onnxruntime {manifest.backend_version}, installed is "
                 f"{ort.__version__}; install that version or build the engine again"
             )
+        self.processor = cpu_name()
         self._program, self._graphs = manifest.program, manifest.graphs
         self._sessions = {
-            name: open_session(folder / graph.file, session_options(threads)) for name, graph in self._graphs.items()
+            name: self._open(folder / graph.file, session_options(threads)) for name, graph in self._graphs.items()
         }
+
+    def _open(self, path: Path, options: ort.SessionOptions) -> ort.InferenceSession:
+        return open_session(path, options)
 
     def run(self, call: str, feeds: Mapping[str, Any], keep: Collection[str]) -> dict[str, Any]:
         graph = self._program[call].graph

@@ -94,6 +94,7 @@ class TensorRtSession:
         self._version, self._cuda, self._driver = tensorrt.__version__, modules.cuda, modules.driver
         self._check(folder, manifest)
         self._graphs, self._program = manifest.graphs, manifest.program
+        self.processor: str = self._cuda.Device(0).name()
         self._device = self._cuda.Device(0).retain_primary_context()
         self._buffers: dict[tuple[str, str, int], Any] = {}
         self._writings: dict[int, int] = {}  # of every buffer that an output was written to

@@ -1,0 +1,171 @@
+"""Layer by layer: an engine beside torch, which is held to the engine's own values at every layer.
+
+The engine runs with every layer's input and result shown. The torch policy, its layers quantized by the calibrator,
+then runs along: at each layer what comes is compared with the engine's input, the layer gets the engine's instead, its
+result is compared with the engine's, and the engine's goes on. So single layers are compared, and single stretches
+between two layers; nothing adds up, and no layer's rounding loosens what another is allowed.
+
+Between layers, and in layers with 16-bit activations, both compute the same products in float32. Activations of 8 bits
+are rounded as the engine rounds them: where it does so by token and group, which is finer than the calibrator's rule,
+the reference does too. But a quotient may fall on the other side of .5, which moves a token's result by up to 1 / 127.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from calibrator.families import TorchActor
+from calibrator.quantizers import find_layer
+from calibrator.quantizers.activations import input_rows, quantize_activation
+from engine_build.backends.base import Backend, Place
+from vla_policy.core.errors import ArtefactError
+from vla_policy.core.formats import Format
+from vla_policy.core.manifest import Manifest
+from vla_policy.core.observation import Observation
+from vla_policy.core.runner import Engine
+from vla_policy.core.verification import Largest, Layers
+
+SAME_ARITHMETIC = 1e-4
+ROUNDED_ACTIVATIONS = 0.01
+
+
+def allowed_error(fmt: Format) -> float:
+    """What a layer of this format may differ by from torch's on the same input."""
+    return SAME_ARITHMETIC if fmt.activation_bits == 16 else ROUNDED_ACTIVATIONS
+
+
+def check_layers(
+    folder: Path,
+    manifest: Manifest,
+    places: Mapping[str, Place],
+    backend: Backend,
+    actor: TorchActor,
+    states: Sequence[Observation],
+) -> Layers | None:
+    """The largest errors over all states, with `actor` quantized as the engine is; None where nothing is shown.
+
+    Raises ArtefactError naming the first layer, or the stretch before it, that differs by more than is allowed.
+    """
+    values = _Values()
+    session = backend.open_tapped(folder, manifest, _taps(places), values.add)
+    if session is None:
+        return None
+    policy = manifest.config.family.policy(manifest.config, folder, actor.unnorm_key)
+    engine = Engine(manifest, session, policy, actor.unnorm_key)
+    planned = {unit.name: Format.parse(unit.planned) for unit in manifest.units}
+    largest: dict[str, Largest] = {}
+    between = Largest(0.0, "", SAME_ARITHMETIC)
+    for state in tqdm(states, desc="layer by layer", unit="state", disable=None):
+        decided = actor.act(state)
+        values.clear()
+        engine.scores(state, decided)
+        with _held_to(values, places, planned, backend, actor.policy) as errors:
+            actor.scores(state, decided.tokens)
+        for name, (before, inside) in errors.items():
+            fmt = planned[name]
+            known = largest.get(str(fmt), Largest(0.0, "", allowed_error(fmt)))
+            between, largest[str(fmt)] = _larger(between, before, name), _larger(known, inside, name)
+            _refuse(folder, f"{name}: what comes to it", before, between.allowed)
+            _refuse(folder, f"{name}: its result ({fmt})", inside, known.allowed)
+    return Layers(largest, between)
+
+
+def _taps(places: Mapping[str, Place]) -> dict[str, list[str]]:
+    """The values to be shown, each once, by graph."""
+    taps: dict[str, dict[str, None]] = {}
+    for place in places.values():
+        taps.setdefault(place.graph, {}).update({place.x: None, place.result: None})
+    return {graph: list(names) for graph, names in taps.items()}
+
+
+def _refuse(folder: Path, what: str, error: float, allowed: float) -> None:
+    if not error <= allowed:
+        raise ArtefactError(
+            f"{folder}: {what} differs from torch's on the same values by {error:.2e} of a token's root mean square, "
+            f"allowed {allowed:g}; build it again"
+        )
+
+
+def _larger(known: Largest, error: float, layer: str) -> Largest:
+    return Largest(error, layer, known.allowed) if error > known.error or not known.layer else known
+
+
+class _Values:
+    """What an engine showed, call by call."""
+
+    def __init__(self) -> None:
+        self._values: dict[tuple[str, str], list[np.ndarray]] = {}
+
+    def add(self, graph: str, name: str, value: np.ndarray) -> None:
+        self._values.setdefault((graph, name), []).append(value)
+
+    def clear(self) -> None:
+        self._values.clear()
+
+    def rows(self, graph: str, name: str) -> Tensor:
+        """float32 [tokens, values] of all calls."""
+        joined = np.concatenate(self._values[graph, name], axis=1)
+        return torch.from_numpy(joined.reshape(-1, joined.shape[-1]))
+
+
+@contextmanager
+def _held_to(
+    values: _Values, places: Mapping[str, Place], formats: Mapping[str, Format], backend: Backend, policy: nn.Module
+) -> Iterator[dict[str, tuple[float, float]]]:
+    """Inside, every layer takes and gives the engine's rows; yields the errors before and in each, as they come."""
+    errors: dict[str, tuple[float, float]] = {}
+    before: dict[str, float] = {}
+
+    def hold(name: str, place: Place, module: nn.Linear | nn.Conv2d) -> list[torch.utils.hooks.RemovableHandle]:
+        x, y, fmt = values.rows(place.graph, place.x), values.rows(place.graph, place.result), formats[name]
+        group = backend.rounding_group(fmt) if fmt.activation_bits < 16 else None
+
+        def enter(layer: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            before[name] = _error(x, input_rows(layer, arguments[0]))
+            return (_like(layer, x, arguments[0]), *arguments[1:])
+
+        def leave(layer: nn.Module, arguments: tuple[Tensor, ...], result: Tensor) -> Tensor:
+            channels_first = isinstance(layer, nn.Conv2d)
+            rows = result.flatten(2).transpose(1, 2) if channels_first else result
+            expected = rows if group is None else _rounded_by(group, module, x, fmt)
+            errors[name] = (before[name], _error(y, expected.reshape(y.shape)))
+            taken = y.reshape(rows.shape)
+            return taken.transpose(1, 2).reshape(result.shape) if channels_first else taken
+
+        # First of all hooks: the one that rounds the input is to get the engine's.
+        return [module.register_forward_pre_hook(enter, prepend=True), module.register_forward_hook(leave)]
+
+    handles = [handle for name, place in places.items() for handle in hold(name, place, find_layer(policy, name))]
+    try:
+        yield errors
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _rounded_by(group: int, layer: nn.Linear | nn.Conv2d, x: Tensor, fmt: Format) -> Tensor:
+    """The result of a layer whose input [tokens, inputs] is rounded by token and group."""
+    padded = nn.functional.pad(x, (0, -x.shape[1] % group)).reshape(len(x), -1, group)
+    rounded = quantize_activation(padded, fmt.activation_bits).flatten(1)[:, : x.shape[1]]
+    return nn.functional.linear(rounded, layer.weight.flatten(1), layer.bias)
+
+
+def _like(layer: nn.Module, rows: Tensor, x: Tensor) -> Tensor:
+    """The inverse of `input_rows`, in the shape of `x`."""
+    if isinstance(layer, nn.Conv2d):
+        columns = rows.reshape(len(x), -1, rows.shape[-1]).transpose(1, 2)
+        return nn.functional.fold(columns, x.shape[2:], layer.kernel_size, stride=layer.stride)
+    return rows.reshape(x.shape)
+
+
+def _error(got: Tensor, expected: Tensor) -> float:
+    """Largest root mean square difference of a token's values over those of this token, or of the median one if they
+    are larger: what nearly cancels has no digits to agree in."""
+    size = expected.square().mean(-1).sqrt()
+    difference = (got - expected).square().mean(-1).sqrt()
+    return float((difference / size.clamp(min=max(float(size.median()), 1e-30))).max())
