@@ -38,9 +38,10 @@ TENSOR_NAMES = re.compile(
 )
 LAYOUTS = ("/calibrator/modules/", "/engine_build/graph/llama.py", "/engine_build/graph/vision.py", "/core/prismatic/")
 # Whatever a robot has to install for the core; the GPU runtimes are imported where such an engine is loaded.
-CORE_LIBRARIES = {"numpy", "PIL", "tokenizers", "onnxruntime", "yaml", "tensorrt", "tensorrt_rtx", "pycuda"}
-# Of bags: the library, and the codecs that it brings.
-CORE_LIBRARIES |= {"rosbags", "lz4", "backports", "compression"}
+CORE_LIBRARIES = {
+    *("numpy", "PIL", "tokenizers", "onnxruntime", "yaml", "rosbags", "lz4", "backports", "compression"),
+    *("tensorrt", "tensorrt_rtx", "pycuda"),
+}
 WORKSTATION_LIBRARIES = {"torch", "transformers", "cvxpy", "onnx", "ray", "libero", "metaworld", "mujoco", "h5py"}
 
 

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 from rosbags.rosbag2 import StoragePlugin
 
 from tests.core import ros_messages as msgs
@@ -75,63 +74,6 @@ def test_a_bad_message_is_reported_and_the_rest_served(tmp_path: Path) -> None:
     results = list(read_frames(write_bag(tmp_path / "bag", messages), CONTRACT))
     assert [result.reason for result in results if isinstance(result, Dropped)] == [DropReason.INVALID_MESSAGE]
     assert sum(isinstance(result, Frame) for result in results) == 5
-
-
-def test_quality_of_service_in_other_words_hides_nothing(tmp_path: Path) -> None:
-    """metadata.yaml was edited, or written by another version than the file; what the files hold counts."""
-    bag = write_bag(tmp_path / "bag", recording())
-    content = yaml.safe_load((bag / "metadata.yaml").read_text())
-    for topic in content["rosbag2_bagfile_information"]["topics_with_message_count"]:
-        topic["topic_metadata"]["offered_qos_profiles"] = "- history: keep_last\n  depth: 7\n"
-    (bag / "metadata.yaml").write_text(yaml.safe_dump(content))
-    assert len([item for item in read_frames(bag, CONTRACT) if isinstance(item, Frame)]) == 5
-
-
-def test_what_was_counted_and_is_not_there_is_said(tmp_path: Path) -> None:
-    bag = write_bag(tmp_path / "bag", recording())
-    content = yaml.safe_load((bag / "metadata.yaml").read_text())
-    for topic in content["rosbag2_bagfile_information"]["topics_with_message_count"]:
-        topic["message_count"] += 2 * (topic["topic_metadata"]["name"] == "/joint_states")
-    (bag / "metadata.yaml").write_text(yaml.safe_dump(content))
-    results = list(read_frames(bag, CONTRACT))
-    missing = [item for item in results if isinstance(item, Dropped)]
-    assert [(item.topic, item.reason) for item in missing] == [("joint_states", DropReason.NOT_IN_THE_BAG)] * 2
-    assert "counts 7 messages, the files hold 5" in missing[0].detail
-
-
-FOREIGN = Path(__file__).parent / "foreign_bags"
-
-
-@pytest.mark.parametrize("name", ["json_channel", "noprofile", "service_event"])
-def test_channels_that_the_contract_does_not_name_are_not_interpreted(name: str) -> None:
-    """A JSON channel, one without a profile, a service's introspection whose type is no message."""
-    results = list(read_frames(FOREIGN / f"{name}.mcap", CONTRACT))
-    assert [type(item) for item in results] == [Frame] * 8
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [("hole.mcap", "Data corruption"), ("zstd_file_cut", "ended before the end-of-stream marker")],
-)
-def test_a_damaged_file_is_one_line(name: str, message: str) -> None:
-    with pytest.raises(ContractError, match=message) as caught:
-        list(read_frames(FOREIGN / name, CONTRACT))
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("storage", [StoragePlugin.MCAP, StoragePlugin.SQLITE3])
-def test_damage_anywhere_ends_in_one_line_or_in_less(tmp_path: Path, storage: StoragePlugin) -> None:
-    """Every hundredth byte overwritten in turn: refused in one line, or read with what is left told."""
-    bag = write_bag(tmp_path / "bag", recording(), storage)
-    (file,) = (path for path in bag.iterdir() if path.suffix in (".mcap", ".db3"))
-    whole = file.read_bytes()
-    generator = np.random.default_rng(0)
-    for place in generator.integers(0, len(whole), 60):
-        file.write_bytes(whole[:place] + b"\xff\x00\xff" + whole[place + 3 :])
-        try:
-            list(read_frames(bag, CONTRACT))
-        except ContractError as error:
-            assert "\n" not in str(error)
 
 
 def test_wrong_bags_are_named(tmp_path: Path) -> None:

@@ -149,19 +149,33 @@ def test_a_refused_instruction_leaves_no_task() -> None:
     assert reasons(results) == [DropReason.INVALID_MESSAGE, DropReason.NO_INSTRUCTION]
 
 
-def test_episodes_begin_with_an_instruction() -> None:
-    """With another one, or with one after none: the same words said again are the same task."""
-    events = [instruction(0), state(10), camera(10), instruction(12), state(20), camera(20)]
-    events += [instruction(25, "something else"), state(30), camera(30)]
-    assert [(frame.episode, frame.step) for frame in frames(served(events))] == [(0, 0), (0, 1), (1, 0)]
-    events += [instruction(35, ""), instruction(36, "something else"), state(40), camera(40)]
-    assert [(frame.episode, frame.step) for frame in frames(served(events))][-1] == (2, 0)
+REFUSED = Dropped(INSTRUCTION, START_NS, DropReason.INVALID_MESSAGE, "too long")
 
 
-def test_a_pause_ends_an_episode() -> None:
-    """Two recordings of one task in one bag: nothing else tells them apart."""
-    events = [instruction(0), state(10), camera(10), state(9000), camera(9000), state(9010), camera(9010)]
-    assert [(frame.episode, frame.step) for frame in frames(served(events))] == [(0, 0), (1, 0), (1, 1)]
+@pytest.mark.parametrize(
+    ("between", "episodes"),
+    [
+        ([instruction(25)], [0, 0]),
+        ([instruction(25, " pick\u00a0up\tthe\n soup ")], [0, 0]),
+        ([instruction(25, "open the drawer")], [0, 1]),
+        ([instruction(25, ""), instruction(26)], [0, 1]),
+        ([REFUSED, instruction(26)], [0, 1]),
+        ([instruction(25, "open the drawer"), instruction(26)], [0, 1]),
+    ],
+    ids=["again", "again, other white space", "another", "none between", "refused between", "none of its frames"],
+)
+def test_an_episode_begins_with_another_instruction(between: list[Event | Dropped], episodes: list[int]) -> None:
+    results = frames(served([instruction(0), state(10), camera(10), *between, state(30), camera(30)]))
+    assert [frame.episode for frame in results] == episodes
+    assert [frame.step for frame in results] == [0, 1 - episodes[1]]
+    assert {frame.instruction for frame in results} <= {"pick up the soup", "open the drawer"}
+
+
+def test_an_episode_begins_after_a_pause_of_the_images_and_where_the_clock_is_set_back() -> None:
+    times = (0, 4999, 9999, 20_000, 20_050, 50, 100)
+    results = frames(served([instruction(0), *(make(ms) for ms in times for make in (state, camera))]))
+    places = [((frame.stamp_ns - START_NS) // MS, frame.episode, frame.step) for frame in results]
+    assert places == [(0, 0, 0), (4999, 0, 1), (9999, 0, 2), (20_000, 1, 0), (20_050, 1, 1), (100, 2, 0)]
 
 
 @pytest.mark.parametrize("text", ["pick up\u00a0the soup", "pick up the soup\n", "\tpick  up the\r\nsoup"])

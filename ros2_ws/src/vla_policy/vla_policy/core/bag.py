@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 from rosbags.serde import SerdeError
-from rosbags.typesys import Stores, TypesysError, get_types_from_idl, get_types_from_msg, get_typestore
+from rosbags.typesys import Stores, get_types_from_idl, get_types_from_msg, get_typestore
 from rosbags.typesys.store import Typestore
 
 from vla_policy.core.bag_files import MCAP, SQLITE, BagFile, Channel, Message, open_file, unpack_file
@@ -28,50 +28,47 @@ _IDL_SEPARATOR = "=" * 80 + "\n"
 class Bag:
     """An open bag: what its files hold, whatever metadata.yaml says of them.
 
-    channels: of all files. counted: messages by topic as metadata.yaml counts them; empty without a readable one.
-    trouble: what is wrong with metadata.yaml, a line each.
+    channels: of all files. counted: messages by topic and type as metadata.yaml counts them; empty without a readable
+    one. trouble: what is wrong with metadata.yaml, a line each.
     """
 
-    def __init__(self, path: Path, files: list[BagFile], counted: Mapping[str, int], trouble: tuple[str, ...]) -> None:
+    def __init__(
+        self, path: Path, files: list[BagFile], counted: Mapping[tuple[str, str], int], trouble: tuple[str, ...]
+    ) -> None:
         self.path, self.counted, self.trouble = path, counted, trouble
         self.channels = tuple(channel for file in files for channel in file.channels)
         self._files = files
         self._stores: dict[tuple[str, str, str], Typestore] = {}
 
-    def messages(self, topics: Collection[str]) -> Iterator[Message]:
-        """Every message on `topics` in order of recorded time. Raises ContractError where a file is damaged."""
-        wanted = [file.messages([item for item in file.channels if item.topic in topics]) for file in self._files]
+    def messages(self, channels: Collection[Channel]) -> Iterator[Message]:
+        """Every message of `channels` in order of recorded time. Raises ContractError where a file is damaged."""
+        wanted = [file.messages([item for item in file.channels if item in channels]) for file in self._files]
         return heapq.merge(*wanted, key=lambda message: message.time_ns)
 
-    def decode(self, message: Message, kind: str) -> Any:
-        """The message as an object with the fields of `kind`.
+    def decode(self, message: Message) -> Any:
+        """The message as an object with the fields of its type.
 
-        Raises DataError where it is no message of that type, ContractError for a type whose text cannot be parsed.
+        Raises DataError where it is damaged, ContractError for a type whose text cannot be parsed or tells of other
+        fields than ROS 2 Jazzy's.
         """
         channel = message.channel
-        if not carries(channel, kind):
-            raise DataError(f"{channel.topic}: a message of type {channel.type!r}, encoded as {channel.encoding!r}")
         try:
-            return self._store(channel).deserialize_cdr(message.data, kind)
+            return self._store(channel).deserialize_cdr(message.data, channel.type)
         except (SerdeError, IndexError, OverflowError, MemoryError) as error:
             raise DataError(f"{channel.topic}: a message of {len(message.data)} bytes is damaged ({error})") from error
 
     def _store(self, channel: Channel) -> Typestore:
-        """The channel's type as its file describes it; what the file does not describe is as in ROS 2 Jazzy."""
+        """The types of ROS 2 Jazzy, and the channel's as its file describes it."""
         key = (channel.type, channel.language, channel.definition)
         if key not in self._stores:
             store = get_typestore(Stores.ROS2_JAZZY)
             try:
-                described = _described(channel)
-                for kind in described:
-                    store.fielddefs.pop(kind, None)
-                    store.types.pop(kind, None)
-                store.register(described)
+                store.register(_described(channel))
                 store.get_msgdef(channel.type)
-            except (TypesysError, KeyError, ValueError) as error:
+            except Exception as error:  # the library compiles what the text says, which may be anything
                 raise ContractError(
-                    f"{self.path}: topic {channel.topic}: the bag's description of {channel.type} cannot be read "
-                    f"({error}); record it again"
+                    f"{self.path}: topic {channel.topic}: the bag's description of {channel.type} is not ROS 2 "
+                    f"Jazzy's, or cannot be read ({error}); record it again"
                 ) from error
             self._stores[key] = store
         return self._stores[key]
@@ -87,9 +84,10 @@ def _described(channel: Channel) -> dict[str, Any]:
         raise ValueError(f"it is described in {channel.language!r}")
     types: dict[str, Any] = {}
     for part in channel.definition.split(_IDL_SEPARATOR):
-        text = part.split("\n", 1)[1] if part.startswith("IDL: ") else part
-        if text.strip():
-            types |= get_types_from_idl(text)
+        # The library's parser knows no #include; what it would bring stands in a part of its own.
+        lines = [line for line in part.splitlines() if not line.startswith(("IDL: ", "#include"))]
+        if any(lines):
+            types |= get_types_from_idl("\n".join(lines))
     return types
 
 
@@ -139,15 +137,16 @@ def _unpacked(path: Path, stack: ExitStack) -> Path:
     return plain
 
 
-def _metadata(path: Path, found: list[Path]) -> tuple[dict[str, int], tuple[str, ...]]:
-    """Messages by topic as metadata.yaml counts them, and what it says that the folder contradicts."""
+def _metadata(path: Path, found: list[Path]) -> tuple[dict[tuple[str, str], int], tuple[str, ...]]:
+    """Messages by topic and type as metadata.yaml counts them, and what it says that the folder contradicts."""
     if not path.is_file():
         return {}, ()
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))["rosbag2_bagfile_information"]
-        counted: Counter[str] = Counter()
+        counted: Counter[tuple[str, str]] = Counter()
         for item in content["topics_with_message_count"]:
-            counted[item["topic_metadata"]["name"]] += int(item["message_count"])
+            topic = item["topic_metadata"]
+            counted[topic["name"], topic["type"]] += int(item["message_count"])
         named = {_plain(Path(name)).name for name in content["relative_file_paths"]}
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
         return {}, (f"{_METADATA} cannot be read ({' '.join(str(error).split())}): nobody knows what it counted",)
@@ -160,12 +159,13 @@ def resolve(topic: str, namespace: str = "") -> str:
     return topic if topic.startswith("/") else f"/{namespace.strip('/')}/{topic}".replace("//", "/")
 
 
-def contract_topics(bag: Bag, contract: Contract, namespace: str, instruction: str = "") -> dict[str, str]:
-    """Contract topic by the bag's topic name; with an `instruction` the bag need not hold one.
+def contract_channels(bag: Bag, contract: Contract, namespace: str, instruction: str = "") -> dict[Channel, str]:
+    """The bag's channels of the contract's topics, each with the contract's name of its topic.
 
-    Raises ContractError where the bag lacks a topic, or has it with another type only.
+    Other types on such a topic are no more read than the node receives them. With an `instruction` the bag need not
+    hold one. Raises ContractError where the bag lacks a topic, or has it with another type only.
     """
-    names: dict[str, str] = {}
+    channels: dict[Channel, str] = {}
     for topic, kind in contract.input_types.items():
         name = resolve(topic, namespace)
         held = [channel for channel in bag.channels if channel.topic == name]
@@ -173,25 +173,25 @@ def contract_topics(bag: Bag, contract: Contract, namespace: str, instruction: s
             continue
         if not held:
             others = ", ".join(sorted({channel.topic for channel in bag.channels})) or "nothing"
-            counted = f", although {_METADATA} counts {bag.counted[name]} messages on it" if name in bag.counted else ""
+            count = bag.counted.get((name, kind), 0)
+            counted = f", although {_METADATA} counts {count} messages on it" if count else ""
             raise ContractError(
                 f"{bag.path}: no topic {name}, which {contract.path} asks for{counted}; the bag holds {others}"
             )
-        if not any(carries(channel, kind) for channel in held):
+        fitting = [channel for channel in held if carries(channel, kind)]
+        if not fitting:
             got = f"{held[0].type} ({held[0].encoding})"
             raise ContractError(f"{bag.path}: topic {name} is {got}, {contract.path} expects {kind} (cdr)")
-        names[name] = topic
-    return names
+        channels |= dict.fromkeys(fitting, topic)
+    return channels
 
 
-def count_messages(
-    path: Path | str, contract: Contract, namespace: str = "", instruction: str = ""
-) -> dict[str, int]:
+def count_messages(path: Path | str, contract: Contract, namespace: str = "") -> dict[str, int]:
     """Checks that the bag fits the contract, and counts the messages on each of its topics."""
     with open_bag(path) as bag:
-        names = contract_topics(bag, contract, namespace, instruction)
-        counts = Counter(names[message.channel.topic] for message in bag.messages(names))
-        return {topic: counts[topic] for topic in names.values()}
+        channels = contract_channels(bag, contract, namespace)
+        counts = Counter(channels[message.channel] for message in bag.messages(channels))
+        return {topic: counts[topic] for topic in channels.values()}
 
 
 def read_events(
@@ -202,21 +202,21 @@ def read_events(
     So does every message that metadata.yaml counts and no file holds, at the end. `instruction`: see `read_frames`.
     """
     with open_bag(path) as bag:
-        names = contract_topics(bag, contract, namespace, instruction)
+        channels = contract_channels(bag, contract, namespace, instruction)
         for detail in bag.trouble:
             yield Dropped(_METADATA, 0, DropReason.NOT_IN_THE_BAG, detail)
         read: Counter[str] = Counter()
-        for message in bag.messages(names):
-            read[message.channel.topic] += 1
-            topic = names[message.channel.topic]
+        for message in bag.messages(channels):
+            topic = channels[message.channel]
+            read[topic] += 1
             try:
-                content = bag.decode(message, contract.input_types[topic])
-                yield from to_events(contract, topic, content, message.time_ns)
+                yield from to_events(contract, topic, bag.decode(message), message.time_ns)
             except DataError as error:
                 yield Dropped(topic, message.time_ns, DropReason.INVALID_MESSAGE, str(error))
-        for name, topic in names.items():
-            detail = f"{_METADATA} counts {bag.counted.get(name, 0)} messages, the files hold {read[name]}"
-            for _ in range(bag.counted.get(name, 0) - read[name]):
+        for topic, kind in contract.input_types.items():
+            counted = bag.counted.get((resolve(topic, namespace), kind), 0)
+            detail = f"{_METADATA} counts {counted} messages, the files hold {read[topic]}"
+            for _ in range(counted - read[topic]):
                 yield Dropped(topic, 0, DropReason.NOT_IN_THE_BAG, detail)
 
 

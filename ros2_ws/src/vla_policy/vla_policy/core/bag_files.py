@@ -128,8 +128,8 @@ class _SqliteFile:
         qos = "offered_qos_profiles" if "offered_qos_profiles" in columns else "''"
         query = f"SELECT id, name, type, serialization_format, {qos} FROM topics ORDER BY id"
         self.channels = tuple(
-            Channel(number, topic, kind, encoding, *definitions.get(kind, ("", "")), str(profiles or ""))
-            for number, topic, kind, encoding, profiles in database.execute(query)
+            Channel(number, *(str(text or "") for text in (*names, *definitions.get(names[1], ("", "")), profiles)))
+            for number, *names, profiles in database.execute(query)
         )
 
     def messages(self, channels: Collection[Channel]) -> Iterator[Message]:
@@ -243,7 +243,7 @@ class _McapFile:
         cursor = _Cursor(content)
         number = cursor.number(16)
         if opcode == _SCHEMA:
-            self._schemas[number] = (cursor.text(), cursor.text(), cursor.text())
+            self._schemas.setdefault(number, (cursor.text(), cursor.text(), cursor.text()))
             return
         kind, language, definition = self._schemas.get(cursor.number(16), ("", "", ""))
         topic, encoding, pairs = cursor.text(), cursor.text(), _Cursor(cursor.block())
@@ -251,7 +251,8 @@ class _McapFile:
         while pairs:
             facts |= {pairs.text(): pairs.text()}
         qos = facts.get("offered_qos_profiles", "")
-        self._channels[number] = Channel(number, topic, kind, encoding, language, definition, qos)
+        # Declared again before the chunks that use it; it must be the same.
+        self._channels.setdefault(number, Channel(number, topic, kind, encoding, language, definition, qos))
 
     def _single_messages(self, ids: set[int]) -> Iterator[Message]:
         for time_ns, channel, offset, size in self._single:

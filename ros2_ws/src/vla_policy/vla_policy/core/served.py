@@ -34,13 +34,13 @@ class ServedAction:
 def read_served(path: Path | str) -> Iterator[ServedAction]:
     """Every chunk of the bag in recorded order. Raises ContractError when it holds none, or one that is damaged."""
     with open_bag(path) as bag:
-        topics = {channel.topic for channel in bag.channels if carries(channel, ACTION_CHUNK)}
-        if not topics:
+        channels = [channel for channel in bag.channels if carries(channel, ACTION_CHUNK)]
+        if not channels:
             held = ", ".join(sorted(channel.topic for channel in bag.channels)) or "nothing"
             raise ContractError(f"{path}: no topic of type {ACTION_CHUNK}; the bag holds {held}")
-        for recorded in bag.messages(topics):
+        for recorded in bag.messages(channels):
             try:
-                message = bag.decode(recorded, ACTION_CHUNK)
+                message = bag.decode(recorded)
                 actions = np.asarray(message.actions, np.float64).reshape(message.horizon, message.action_dim)
             except (DataError, ValueError) as error:
                 raise ContractError(f"{path}: a decision cannot be read ({error}); record it again") from error

@@ -13,7 +13,7 @@ file for the counts, `served` a bag for the decisions.
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ from rclpy.serialization import deserialize_message
 from rosgraph_msgs.msg import Clock as ClockMessage
 from vla_policy_interfaces.msg import ActionChunk
 
-from vla_policy.core.bag import Bag, carries, contract_topics, open_bag, resolve
+from vla_policy.core.bag import Bag, contract_channels, open_bag, resolve
 from vla_policy.core.bag_files import Channel, Message
 from vla_policy.core.contract import load_contract
 from vla_policy.core.errors import ContractError, DataError
@@ -128,15 +128,13 @@ class ReplayNode(Node):
     def _run(self) -> None:
         try:
             with open_bag(self.settings.bag) as bag:
-                names = contract_topics(bag, self._contract, self.settings.namespace)
-                kinds = {name: self._contract.input_types[topic] for name, topic in names.items()}
-                publishers = {
-                    item.topic: self._publisher(item, names[item.topic])
-                    for item in reversed(bag.channels)  # the first of several publishers' profile counts
-                    if item.topic in names and carries(item, kinds[item.topic])
-                }
+                channels = contract_channels(bag, self._contract, self.settings.namespace)
+                publishers: dict[str, Publisher] = {}
+                for channel, topic in channels.items():
+                    if channel.topic not in publishers:  # of several publishers the first one's profile counts
+                        publishers[channel.topic] = self._publisher(channel, topic)
                 self._await_subscribers(publishers)
-                self._publish(self._whole(bag, kinds), publishers)
+                self._publish(self._whole(bag, channels), publishers)
             self._await_answers()
             self._summarise()
         except Exception as error:
@@ -144,11 +142,11 @@ class ReplayNode(Node):
         finally:
             self._done.set()
 
-    def _whole(self, bag: Bag, kinds: Mapping[str, str]) -> Iterator[tuple[Message, Any]]:
+    def _whole(self, bag: Bag, channels: Collection[Channel]) -> Iterator[tuple[Message, Any]]:
         """Messages with what they hold; one that is damaged must not be sent, it would end whoever takes it."""
-        for message in bag.messages(kinds):
+        for message in bag.messages(channels):
             try:
-                yield message, bag.decode(message, kinds[message.channel.topic])
+                yield message, bag.decode(message)
             except DataError as error:
                 self.get_logger().warning(f"not sent: {error}")
 
