@@ -9,6 +9,7 @@ from pathlib import Path
 
 from vla_policy.core.cli import run
 from vla_policy.core.errors import BudgetError, VlaError
+from vla_policy.core.instruction import normalised
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -36,7 +37,7 @@ def _add_collect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the choice")
     parser.add_argument("--contract", type=Path, help="topic contract (YAML), needed for bags")
     parser.add_argument("--namespace", default="", help="ROS namespace of the bag's relative topics")
-    parser.add_argument("--instruction", default="", help="task in words, where a source does not tell it")
+    parser.add_argument("--instruction", type=normalised, default="", help="task, where a source tells none")
     parser.add_argument(
         "--hdf5-image",
         nargs="+",
@@ -139,16 +140,16 @@ def _add_quantize(parser: argparse.ArgumentParser) -> None:
 
 def _collect(args: argparse.Namespace) -> int:
     from calibrator.data.calibration import CALIBRATION, collect
-    from calibrator.data.sources import Hdf5Layout, open_sources
+    from calibrator.data.hdf5 import Hdf5Layout
+    from calibrator.data.sources import open_sources
     from vla_policy.core.contract import load_contract
-    from vla_policy.core.instruction import normalised
     from vla_policy.core.left_out import LeftOut, told
     from vla_policy.core.outputs import check_folder
 
     check_folder(args.out, CALIBRATION, [*args.sources, args.contract])
     contract = load_contract(args.contract) if args.contract else None
     layout = Hdf5Layout(tuple(args.hdf5_image), tuple(args.hdf5_state), not args.hdf5_upright, args.hdf5_crop_area)
-    sources = open_sources(args.sources, contract, args.namespace, layout, normalised(args.instruction))
+    sources = open_sources(args.sources, contract, args.namespace, layout, args.instruction)
     content = collect(sources, args.out, args.samples, args.seed)
     for source in content["sources"]:
         reasons = told(LeftOut(**item) for item in source["left_out"])

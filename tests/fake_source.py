@@ -22,7 +22,7 @@ class FakeSource:
 
     def index(self) -> SourceIndex:
         found = [Trajectory(name, length, tuple(range(length))) for name, length in self._lengths.items()]
-        return SourceIndex(tuple(found), {})
+        return SourceIndex(tuple(found), ())
 
     def read(self, wanted: Mapping[str, frozenset[int]]) -> Iterator[tuple[str, int, Observation]]:
         for name, steps in wanted.items():

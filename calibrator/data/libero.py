@@ -11,8 +11,8 @@ _DEMO = "_demo"
 def written_instruction(problem_info: Any, stem: str) -> tuple[str, str] | None:
     """The instruction and what tells it, "problem_info" or "the file's name"; None where neither does.
 
-    problem_info: attribute of the file's `data`, JSON with a `language_instruction`: a sentence, quoted or not, or
-    a list of its words. stem: the file's name without its ending, which tells the task where it ends with "_demo".
+    problem_info: attribute of the file's `data`, JSON with a `language_instruction`: a sentence, quoted or not, or a
+    list of its words. stem: the file's name without its ending, which tells the task where it ends with "_demo".
     """
     sentence = _sentence(_language(problem_info))
     if sentence:
