@@ -17,6 +17,7 @@ from vla_policy.core.bag import read_frames
 from vla_policy.core.contract import Contract, load_contract
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.files import sha256_file, sha256_folder, write_json
+from vla_policy.core.instruction import normalised
 from vla_policy.core.observe import observe
 from vla_policy.core.outputs import FolderKind, atomic_folder, check_folder
 from vla_policy.core.synchroniser import Frame
@@ -50,7 +51,7 @@ def add_replay(parser: argparse.ArgumentParser) -> None:
         "--unnorm-key", metavar="KEY", help="which of the policies' statistics to use (default: the only ones)"
     )
     parser.add_argument("--namespace", default="", help="ROS namespace of the contract's topics in the bag")
-    parser.add_argument("--instruction", default="", help="task in words, where the bag does not tell it")
+    parser.add_argument("--instruction", type=normalised, default="", help="task, where the bag tells none")
     parser.add_argument(
         "--bins", type=int, default=10, help="bins of progress through an episode (default %(default)s)"
     )
@@ -156,9 +157,9 @@ def _summary(answers: Answers) -> dict[str, Any]:
     return {
         "name": answers.name,
         "frames": len(answers.stamp_ns),
-        "episodes": int(answers.episode.max()) + 1,
+        "episodes": answers.episodes,
         "drops": answers.drops,
-        "first_drops": answers.particulars,
+        "left_out": [asdict(item) for item in answers.left_out],
         "stray_frames": answers.strays,
         "decisions_sha256": answers.sha256,
         "latency_ms": answers.latency_ms.tolist(),
@@ -207,8 +208,8 @@ def _print(
     candidate: Answers, reference: Answers | None, comparison: Comparison | None, checks: list[Check], out: Path
 ) -> None:
     print(f"{candidate.name}: {len(candidate.stamp_ns)} frames answered, drops {candidate.drops or 'none'}")
-    for reason, detail in candidate.particulars.items():
-        print(f"first {reason}: {detail}")
+    for left_out in candidate.left_out:
+        print(f"left out: {left_out}")
     for answers in (candidate, reference):
         if answers is not None and answers.strays:
             print(f"{answers.name}: prefers a token that is no action in {answers.strays} frames")

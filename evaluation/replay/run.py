@@ -3,19 +3,20 @@
 import hashlib
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from vla_policy.core.bag import count_messages, read_frames
+from vla_policy.core.bag import read_frames
 from vla_policy.core.contract import Contract
 from vla_policy.core.errors import ContractError
+from vla_policy.core.left_out import LeftOut, Tally, told
 from vla_policy.core.observation import Actor, check_strays
 from vla_policy.core.observe import check_contract
 from vla_policy.core.served import ServedAction, read_served
-from vla_policy.core.synchroniser import Dropped, DropReason, Frame
+from vla_policy.core.synchroniser import Dropped, Frame
 from vla_policy.core.worker import Refusal, decide
 
 
@@ -24,10 +25,9 @@ class Answers:
     """What one actor answered. Arrays have one row per frame, in the bag's order.
 
     stamp_ns, episode, step: int64 [N]. tokens: int64 [N, H K]. actions: float64 [N, H K], un-normalised, the policy's
-    units; H is 1 unless the policy decides chunks. latency_ms: float64 [N], the actor's own. drops: messages and frames
-    without an answer, by reason; particulars: of the first one for each reason; refused: frames among them that the
-    actor or the decoder refused, reason by stamp. strays: answered frames in which an engine prefers something else
-    than an action.
+    units; H is 1 unless the policy decides chunks. latency_ms: float64 [N], the actor's own. left_out: messages and
+    frames without an answer; refused: frames among them that the actor or the decoder refused, reason by stamp.
+    strays: answered frames in which an engine prefers something else than an action.
     """
 
     name: str
@@ -38,10 +38,22 @@ class Answers:
     tokens: np.ndarray
     actions: np.ndarray
     latency_ms: np.ndarray
-    drops: dict[str, int]
-    particulars: dict[str, str] = field(default_factory=dict)
+    left_out: tuple[LeftOut, ...] = ()
     refused: dict[int, str] = field(default_factory=dict)
     strays: int = 0
+
+    @property
+    def episodes(self) -> int:
+        """How many of the bag's episodes have an answer."""
+        return len(np.unique(self.episode))
+
+    @property
+    def drops(self) -> dict[str, int]:
+        """How much was left out, by reason."""
+        counts: Counter[str] = Counter()
+        for item in self.left_out:
+            counts[item.reason] += item.count
+        return dict(sorted(counts.items()))
 
     @property
     def sha256(self) -> str:
@@ -59,21 +71,6 @@ class Answers:
         return self.step / np.maximum(last[self.episode], 1)
 
 
-class _Drops:
-    """What has no answer, by reason: how often, and the first one's particulars."""
-
-    def __init__(self) -> None:
-        self.counts: Counter[str] = Counter()
-        self.first: dict[str, str] = {}
-
-    def add(self, reason: DropReason, detail: str) -> None:
-        self.counts[reason.value] += 1
-        self.first.setdefault(reason.value, detail)
-
-    def __str__(self) -> str:
-        return "; ".join(f"{reason} {count}: {self.first[reason]}" for reason, count in self.counts.items())
-
-
 def answer(
     bag: Path, contract: Contract, actor: Actor, name: str, namespace: str = "", instruction: str = ""
 ) -> Answers:
@@ -83,22 +80,22 @@ def answer(
     engine that decides something else than actions.
     """
     check_contract(contract, actor.config, actor.unnorm_key)
-    drops, strays = _Drops(), 0
+    tally, strays = Tally(), 0
     refused: dict[int, str] = {}
     rows: list[tuple[Frame, np.ndarray, np.ndarray, float]] = []
-    total = count_messages(bag, contract, namespace, instruction)[contract.primary.topic]
-    frames_read = _served_frames(bag, contract, namespace, instruction, drops)
-    for frame in tqdm(frames_read, total=total, desc=f"replay {name}", unit="frame"):
+    frames_read = _served_frames(bag, contract, namespace, instruction, tally)
+    for frame in tqdm(frames_read, desc=f"replay {name}", unit="frame"):
         outcome = decide(actor, contract, frame)
         if isinstance(outcome, Refusal):
-            drops.add(outcome.reason, str(outcome.error))
+            tally.add(contract.primary.topic, outcome.reason.value, str(outcome.error))
             refused[frame.stamp_ns] = outcome.reason.value
             continue
         decision, latency_ms = outcome
         strays += decision.stray
         rows.append((frame, decision.tokens, decision.action, latency_ms))
     if not rows:
-        raise ContractError(f"{bag}: no frame could be served by {name} ({str(drops) or 'it is empty'})")
+        reasons = f"left out: {told(tally.found)}" if tally.found else "it is empty"
+        raise ContractError(f"{bag}: no frame could be served by {name}; {reasons}")
     check_strays(strays, len(rows), f"{bag}: {name}")
     frames = [row[0] for row in rows]
     return Answers(
@@ -110,8 +107,7 @@ def answer(
         tokens=np.stack([row[1].reshape(-1) for row in rows]),
         actions=np.stack([row[2].reshape(-1) for row in rows]),
         latency_ms=np.asarray([row[3] for row in rows]),
-        drops=dict(sorted(drops.counts.items())),
-        particulars=drops.first,
+        left_out=tally.found,
         refused=refused,
         strays=strays,
     )
@@ -134,9 +130,11 @@ def recorded(served: Path, frames: Answers) -> Answers:
     if not kept.any():
         raise ContractError(f"{served}: answers no frame of this bag; was it recorded from another one?")
     chosen = [by_stamp[stamp] for stamp in frames.stamp_ns[kept].tolist()]
-    drops = Counter(frames.drops)
-    drops.subtract(reason for stamp, reason in frames.refused.items() if stamp in by_stamp)
-    drops["unanswered"] += int((~kept).sum())
+    answered = Counter(reason for stamp, reason in frames.refused.items() if stamp in by_stamp)
+    left_out = [replace(item, count=item.count - answered[item.reason]) for item in frames.left_out]
+    if not kept.all():
+        example = f"the image of {frames.stamp_ns[~kept][0]} ns"
+        left_out.append(LeftOut(served.name, "unanswered", int((~kept).sum()), example))
     return Answers(
         name=served.name,
         stamp_ns=frames.stamp_ns[kept],
@@ -146,16 +144,15 @@ def recorded(served: Path, frames: Answers) -> Answers:
         tokens=np.stack([action.tokens for action in chosen]),
         actions=np.stack([action.actions.reshape(-1) for action in chosen]),
         latency_ms=np.asarray([action.latency_ms for action in chosen]),
-        drops=dict(sorted((+drops).items())),
-        particulars={reason: detail for reason, detail in frames.particulars.items() if drops[reason] > 0},
+        left_out=tuple(item for item in left_out if item.count),
     )
 
 
 def _served_frames(
-    bag: Path, contract: Contract, namespace: str, instruction: str, drops: _Drops
+    bag: Path, contract: Contract, namespace: str, instruction: str, tally: Tally
 ) -> Iterator[Frame]:
     for result in read_frames(bag, contract, namespace, instruction):
         if isinstance(result, Dropped):
-            drops.add(result.reason, result.detail)
+            tally.add(result.topic, result.reason.value, result.detail)
         else:
             yield result

@@ -191,6 +191,7 @@ class SimulatedRobotNode(Node):
             self._obey(robot)
             success, step = robot.step(), step + 1
             self._pace(begun_s)
+        self._instruction.publish(String(data=""))  # the task is over; the same one may come again
         self.results.append({"task": episode.task, "trial": episode.trial, "success": success, "steps": step})
         self.get_logger().info(f"{episode.task} {episode.trial}: {'success' if success else 'failure'}, {step} steps")
 

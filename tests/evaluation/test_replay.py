@@ -24,6 +24,7 @@ from tests.tiny import overflowing_policy_folder, tiny_policy_folder
 from vla_policy.core.contract import Contract, load_contract
 from vla_policy.core.errors import ContractError, DataError
 from vla_policy.core.formats import FULL
+from vla_policy.core.left_out import LeftOut
 from vla_policy.core.served import ServedAction
 from vla_policy.core.targets import find_target
 
@@ -53,7 +54,7 @@ def answers(actions: list[list[float]], name: str = "a", episodes: list[int] | N
     step = np.asarray([int((episode[:row] == episode[row]).sum()) for row in range(count)])
     values = np.asarray(actions)
     return Answers(
-        name, np.arange(count) + 1, episode, step, ("go",) * count, np.rint(values), values, np.ones(count), {}
+        name, np.arange(count) + 1, episode, step, ("go",) * count, np.rint(values), values, np.ones(count)
     )
 
 
@@ -107,7 +108,8 @@ def test_two_runs_are_identical_and_every_frame_is_answered_once(material: Path,
 
 def test_each_threshold_can_pass_and_fail(tmp_path: Path, contract: Contract) -> None:
     reference, candidate = answers([[0, 0, -1], [0, 0, -1]]), answers([[0.5, 0, -1], [0, 0, 1]], "b")
-    candidate = replace(candidate, drops={"undecodable": 2}, latency_ms=np.asarray([10.0, 30.0]))
+    dropped = (LeftOut("camera", "undecodable", 2, "cut off"),)
+    candidate = replace(candidate, left_out=dropped, latency_ms=np.asarray([10.0, 30.0]))
     comparison = compare(reference, candidate, contract.action, 2, 1)
     for name, passing, failing in [
         ("max_mean_error", "{dx: 0.25}", "{dx: 0.2}"),
@@ -144,8 +146,8 @@ def test_the_demo_s_thresholds_bite(tmp_path: Path) -> None:
     still = np.zeros((100, 7)) - np.eye(7)[6]
     reference = answers(still.tolist())
 
-    def failed(change: np.ndarray, drops: dict[str, int] | None = None) -> list[str]:
-        candidate = replace(answers((still + change).tolist(), "b"), drops=drops or {})
+    def failed(change: np.ndarray, *left_out: LeftOut) -> list[str]:
+        candidate = replace(answers((still + change).tolist(), "b"), left_out=left_out)
         found = check(thresholds, candidate, compare(reference, candidate, shipped.action, 2, 1))
         assert len(found) == 6, "every threshold was checked"
         return [item.name for item in found if not item.passed]
@@ -154,7 +156,7 @@ def test_the_demo_s_thresholds_bite(tmp_path: Path) -> None:
     grip[[10, 40], 6] = 2.0
     assert failed(none) == [] and failed(none + 0.04 * np.eye(7)[1]) == []
     assert failed(none + 0.06 * np.eye(7)[1]) == ["mean error dy"]
-    assert failed(none, {"undecodable": 1}) == ["drops"]
+    assert failed(none, LeftOut("camera", "undecodable", 1, "cut off")) == ["drops"]
     assert failed(grip) == ["added gripper flips"]
     assert failed(none + 2.0 * np.eye(7)[6]) == ["gripper disagreement"]
 
@@ -203,7 +205,8 @@ def test_an_engine_that_overflows_is_counted_and_the_rest_answered(
     assert main([*command, "--out", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out
     assert "engine: 16 frames answered, drops {'engine_error': 4}" in printed
-    assert "first engine_error: normalised actions: 12 of 12 values are not finite" in printed
+    reason = "engine_error 4 (normalised actions: 12 of 12 values are not finite"
+    assert f"left out: camera/image_raw/compressed: {reason}" in printed
     content = json.loads((tmp_path / "out/replay.json").read_text())
     assert (content["candidate"]["frames"], content["candidate"]["drops"]) == (16, {"engine_error": 4})
     thresholds = tmp_path / "thresholds.yaml"
@@ -221,7 +224,8 @@ def test_an_engine_that_never_decides_is_one_line(
     command = ["replay", "--bag", str(material / "bag"), "--contract", str(material / "contract.yaml")]
     assert main([*command, "--engine", str(policy), "--out", str(tmp_path / "out")]) == 2
     message = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "no frame could be served by policy (engine_error 20: torch policy: logits of the action tokens:" in message
+    reason = "engine_error 20 (torch policy: logits of the action tokens:"
+    assert f"no frame could be served by policy; left out: camera/image_raw/compressed: {reason}" in message
     assert not (tmp_path / "out").exists()
 
 
@@ -244,8 +248,7 @@ def test_a_recording_drops_what_its_node_did_not_answer(monkeypatch: pytest.Monk
     refused = {5: "engine_error", 6: "engine_error"}
     frames = replace(
         answers([[0, 0, 0]] * 4),
-        drops={"engine_error": 2, "no_instruction": 1},
-        particulars={"engine_error": "overflow", "no_instruction": "none yet"},
+        left_out=(LeftOut("camera", "engine_error", 2, "too large"), LeftOut("camera", "no_instruction", 1, "none")),
         refused=refused,
     )
     rows = {1: 0.0, 3: float("nan"), 4: 0.0, 5: 0.0}
@@ -257,4 +260,5 @@ def test_a_recording_drops_what_its_node_did_not_answer(monkeypatch: pytest.Monk
     found = run.recorded(Path("served"), frames)
     assert found.stamp_ns.tolist() == [1, 4]
     assert found.drops == {"engine_error": 1, "no_instruction": 1, "unanswered": 2}
-    assert found.particulars == frames.particulars
+    examples = {item.reason: item.example for item in found.left_out}
+    assert examples == {"engine_error": "too large", "no_instruction": "none", "unanswered": "the image of 2 ns"}
