@@ -155,7 +155,10 @@ def weight_files(folder: Path, used: Collection[Path] = ()) -> list[Path]:
     index = folder / _INDEX
     files = sorted(folder.glob("*.safetensors"))
     if index.is_file():
-        listed = {named_file(folder, name).name for name in read_json(index)["weight_map"].values()}
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise ArtefactError(f"{index}: no weight_map of tensors to file names; copy it again")
+        listed = {named_file(folder, name).name for name in weight_map.values()}
         absent = sorted(listed - {path.name for path in files})
         if absent:
             raise ArtefactError(f"{folder / absent[0]}: missing shard (listed in {_INDEX}); copy it again")

@@ -53,6 +53,50 @@ def test_defaults_are_sensor_qos(tmp_path: Path) -> None:
     assert contract.instruction.qos.reliability == "reliable"
 
 
+def parted(*parts: slice, **changes: object):
+    """The joint states' values in entries of their own, all of one topic."""
+
+    def edit(content: dict) -> None:
+        (whole,) = content["states"]
+        content["states"] = [{**whole, "values": whole["values"][part]} for part in parts]
+        content["states"][-1].update(changes)
+
+    return edit
+
+
+def turn(topic: str, field: str):
+    """One more entry: a part of a pose."""
+    value = {"name": "turn", "field": field, "unit": "rad"}
+    entry = {"topic": topic, "type": "geometry_msgs/msg/PoseStamped", "values": [value]}
+    return lambda content: content["states"].append(entry)
+
+
+def test_two_publishers_of_one_topic_are_two_sources(tmp_path: Path) -> None:
+    contract = edited(tmp_path, parted(slice(3), slice(3, 5)))
+    assert contract.state_names == load_contract(LIBERO).state_names
+    assert [state.key for state in contract.states] == [
+        "joint_states (x, y, z)",
+        "joint_states (gripper_width, gripper_velocity)",
+    ]
+    assert list(contract.input_types) == ["instruction", "joint_states", "camera/image_raw/compressed"]
+    assert load_contract(LIBERO).states[0].key == "joint_states"
+
+
+def test_the_state_of_openvla_oft_s_libero_policies_can_be_named(tmp_path: Path) -> None:
+    fields = [*(f"position.{axis}" for axis in "xyz"), *(f"axis_angle.{axis}" for axis in "xyz")]
+    hand = [{"name": field, "field": field, "unit": "rad" if "angle" in field else "m"} for field in fields]
+    fingers = [
+        {"name": name, "joint": f"panda_{name}", "field": "position", "unit": "m"}
+        for name in ("finger_joint1", "finger_joint2")
+    ]
+    states = [
+        {"topic": "tool_pose", "type": "geometry_msgs/msg/PoseStamped", "values": hand},
+        {"topic": "joint_states", "type": "sensor_msgs/msg/JointState", "values": fingers},
+    ]
+    contract = edited(tmp_path, lambda content: content.update(states=states))
+    assert contract.state_names == (*fields, "finger_joint1", "finger_joint2")
+
+
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
@@ -66,6 +110,14 @@ def test_defaults_are_sensor_qos(tmp_path: Path) -> None:
         (lambda c: c["states"][0]["values"][0].update(field="torque"), "expected one of position, velocity, effort"),
         (lambda c: c["states"][0]["values"][1].update(name="x"), "state name 'x' is used twice"),
         (lambda c: c["instruction"].update(topic="joint_states"), "topic 'joint_states' is used twice"),
+        (parted(slice(3), slice(2, 5)), "state name 'z' is used twice"),
+        (parted(slice(3), slice(3, 5), qos={"depth": 7}), "'joint_states' is used 2 times with different qos"),
+        (
+            turn("joint_states", "axis_angle.x"),
+            "used 2 times; only entries of type sensor_msgs/msg/JointState can",
+        ),
+        (turn("pose", "axis_angle.w"), "field: expected one of .*axis_angle.z, got 'axis_angle.w'"),
+        (lambda c: c["synchronisation"].update(episode_gap_s=0), "episode_gap_s: expected a number above 0"),
         (lambda c: c["instruction"].update(topic="two words"), "expected a ROS topic name"),
         (lambda c: c["cameras"][0].update(topic="wrist-camera/image"), "expected a ROS topic name"),
         (lambda c: c["action"].update(topic="0_cmd"), "expected a ROS topic name"),

@@ -42,6 +42,12 @@ def test_the_prompt_is_openvlas_sentence(folder: Path, raw: Tokenizer) -> None:
     np.testing.assert_allclose(centres, [0.25, 0.0], atol=1 / 255)
 
 
+@pytest.mark.parametrize("text", ["pick\u00a0up\u2003the red block", "\tpick  up\r\nthe\u3000red block\u0085"])
+def test_white_space_of_any_kind_is_one_blank(folder: Path, text: str) -> None:
+    tokenizer = PromptTokenizer(folder, PolicyConfig.load(folder))
+    np.testing.assert_array_equal(tokenizer.encode(text, STATE), tokenizer.encode("pick up the red block", STATE))
+
+
 def test_the_last_ids_are_the_action_bins_in_openvlas_order(folder: Path, raw: Tokenizer) -> None:
     config = PolicyConfig.load(folder)
     assert raw.get_vocab_size() == config.token_vocab

@@ -417,6 +417,41 @@ def test_a_frozen_camera_holds(bench: Bench) -> None:
     assert HoldReason.FROZEN_CAMERA not in bench.reasons()
 
 
+def test_each_publisher_of_a_shared_topic_must_be_fresh_and_the_one_that_is_not_is_named() -> None:
+    (whole,) = CONTRACT.states
+    parts = tuple(replace(whole, values=values, shared=True) for values in (whole.values[:3], whole.values[3:]))
+    bench = Bench(replace(CONTRACT, states=parts))
+    bench.instruct()
+    bench.server.enable(True)
+
+    def see(arm: bool, gripper: bool) -> None:
+        bench.now_ns += 50 * 10**6
+        if arm:
+            bench.server.receive(STATE, msgs.joints(bench.now_ns, [0.25, 0, 0], names=msgs.JOINTS[:3]))
+        if gripper:
+            bench.server.receive(STATE, msgs.joints(bench.now_ns, [0.04], names=msgs.JOINTS[3:]))
+        image = msgs.picture(bench.now_ns // 10**6, 4)
+        bench.server.receive(CAMERA, msgs.compressed(bench.now_ns, image))
+        bench.server.expire()
+        bench.answered()
+
+    for _ in range(3):
+        see(True, True)
+    assert bench.reasons() == set() and bench.chunks[-1].actions[0, 0] == 0.25
+    for _ in range(12):
+        see(True, False)
+    gripper = f"{STATE} (gripper_width, gripper_velocity)"
+    status = bench.server.status()
+    assert bench.reasons() == {HoldReason.STALE_STATE} and status.faults == {gripper: HoldReason.STALE_STATE}
+    assert status.ages_ms[gripper] == 600 and status.ages_ms[f"{STATE} (x, y, z)"] == 0
+    assert f"nearest message on {gripper}" in status.drops[DropReason.UNSYNCHRONISED].last
+    assert status.received[STATE] == 18 and DropReason.INVALID_MESSAGE not in status.drops
+    see(True, True)
+    assert bench.reasons() == set()
+    bench.server.receive(STATE, msgs.joints(bench.now_ns, [0.0], names=["wheel"]))
+    assert "joint 'end_effector_x' is missing" in bench.server.status().drops[DropReason.INVALID_MESSAGE].last
+
+
 def test_each_camera_must_be_fresh_and_alive_and_the_one_that_is_not_is_named() -> None:
     wrist = replace(CONTRACT.primary, name="wrist", topic="wrist/compressed")
     bench = Bench(replace(CONTRACT, cameras=(CONTRACT.primary, wrist)))

@@ -3,20 +3,24 @@
 import json
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from rosbags.rosbag2 import StoragePlugin
+import yaml
+from rosbags.rosbag2 import StoragePlugin, Writer
 
-from tests.core.bags import write_bag
+from tests.core import ros_messages
+from tests.core.bags import Message, write_bag
 from tests.core.ros_messages import STORE
 from tests.core.test_bag import CONTRACT as LOADED
 from tests.core.test_bag import recording
 from tests.ros.fake_policy_node import echo
 from tests.ros.world import CONTRACT, WRIST, World, end, fake_engine, fresh_domain, node_command, process, two_cameras
 from vla_policy.core.bag import read_frames
-from vla_policy.core.contract import load_contract
+from vla_policy.core.contract import JOINT_STATE, load_contract
 from vla_policy.core.observe import observe
 from vla_policy.core.recording import BagWriter, recorded_qos
 from vla_policy.core.served import read_served
@@ -57,6 +61,46 @@ def test_served_actions_equal_the_in_process_ones(
         assert len(observation.images) == cameras
         np.testing.assert_array_equal(served[frame.stamp_ns].actions[0], echo(observation))
         assert served[frame.stamp_ns].instruction == frame.instruction
+
+
+def test_an_arm_and_a_gripper_that_publish_apart_are_served_as_in_process(tmp_path: Path) -> None:
+    """On one topic, the gripper 2 ms later; one message of it is damaged, and is not sent."""
+    content = yaml.safe_load(CONTRACT.read_text())
+    (whole,) = content["states"]
+    content["states"] = [whole | {"values": whole["values"][part]} for part in (slice(3), slice(3, 5))]
+    path = tmp_path / "contract.yaml"
+    path.write_text(yaml.safe_dump(content))
+    contract, kinds = load_contract(path), dict[str, Any]()
+    with Writer(tmp_path / "bag", version=9) as writer:
+        for place, (topic, kind, time_ns, message) in enumerate(apart(recording(frames=20))):
+            if topic not in kinds:
+                kinds[topic] = writer.add_connection(topic, kind, typestore=STORE)
+            data = bytes(STORE.serialize_cdr(message, kind))
+            writer.write(kinds[topic], time_ns, data[:20] if place == 5 else data)
+    engine, domain, log = fake_engine(tmp_path / "engine", action="echo"), fresh_domain(), tmp_path / "log"
+    node = node_command(engine, path, lossless=True, check_sources="none", use_sim_time=True)
+    replay = replay_command(tmp_path / "bag", contract=path, rate=0.0, served=tmp_path / "served")
+    with process(node, domain, log), process(replay, domain, log) as replaying:
+        assert replaying.wait(60) == 0, log.read_text()
+    assert log.read_text().count("not sent: /joint_states: a message of 20 bytes is damaged") == 1
+    served = {action.stamp_ns: action for action in read_served(tmp_path / "served")}
+    results = list(read_frames(tmp_path / "bag", contract))
+    frames = [item for item in results if isinstance(item, Frame)]
+    assert len(served) == len(frames) == 20 and len(results) == 21
+    for frame in frames:
+        np.testing.assert_array_equal(served[frame.stamp_ns].actions[0], echo(observe(frame, contract)))
+
+
+def apart(messages: list[Message]) -> Iterator[Message]:
+    """Each joint state as two messages."""
+    for topic, kind, time_ns, message in messages:
+        if kind != JOINT_STATE:
+            yield topic, kind, time_ns, message
+            continue
+        for part, late_ns in ((slice(3), 0), (slice(3, 4), 2_000_000)):
+            values = [field[part].tolist() for field in (message.position, message.velocity)]
+            joints = ros_messages.joints(time_ns + late_ns, *values, names=message.name[part])
+            yield topic, kind, time_ns + late_ns, joints
 
 
 def test_frames_that_are_never_answered_are_given_up_and_counted(tmp_path: Path) -> None:

@@ -194,7 +194,7 @@ def _refuse_best_effort(node: Node, name: str, publisher: TopicEndpointInfo, pat
 def _check_message(
     node: Node, contract: Contract, source: Source, subscription: Subscription, patience: _Patience
 ) -> Event:
-    name = node.resolve_topic_name(source.topic)
+    name = node.resolve_topic_name(source.topic) + source.key.removeprefix(source.topic)
     refusal = f"{name}: no message within {patience.wait_s:g} s, though it has a publisher; check the driver"
     while True:
         while (taken := subscription.handle.take_message(subscription.msg_type, False)) is None:
