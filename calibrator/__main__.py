@@ -42,9 +42,15 @@ def _add_collect(parser: argparse.ArgumentParser) -> None:
         "--hdf5-image",
         nargs="+",
         default=["obs/agentview_rgb"],
-        help="image datasets of an HDF5 demonstration, one per camera in the policy's order",
+        help="image datasets of an HDF5 demonstration, one per camera in the policy's order "
+        "(OpenVLA-OFT: obs/agentview_rgb obs/eye_in_hand_rgb)",
     )
-    parser.add_argument("--hdf5-state", nargs="*", default=[], help="state datasets, joined in this order")
+    parser.add_argument(
+        "--hdf5-state",
+        nargs="*",
+        default=[],
+        help="state datasets, joined in this order (OpenVLA-OFT: obs/ee_states obs/gripper_states)",
+    )
     parser.add_argument("--hdf5-upright", action="store_true", help="HDF5 images are upright: do not turn them")
     parser.add_argument("--hdf5-crop-area", type=float, default=1.0, help="centre crop, part of the area in (0, 1]")
 

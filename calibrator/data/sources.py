@@ -46,7 +46,8 @@ class BagSource:
         tally = Tally()
         for item in self._frames():
             if isinstance(item, Dropped):
-                tally.add(item.topic, item.reason.value, item.detail)
+                advice = "; give it with --instruction" if item.reason is DropReason.NO_INSTRUCTION else ""
+                tally.add(item.topic, item.reason.value, item.detail + advice)
                 continue
             name = _episode(item)
             lengths[name] = max(lengths[name], item.step + 1)

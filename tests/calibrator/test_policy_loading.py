@@ -97,6 +97,13 @@ def test_a_part_that_would_be_left_out_is_named(folder: Path, part: str) -> None
         pass
 
 
+@pytest.mark.parametrize("content", ["{}", '{"weight_map": 3}', '{"weight_map": {"a": 1}}', '{"metadata": {}}'])
+def test_an_index_without_a_map_of_files_is_named(folder: Path, content: str) -> None:
+    (folder / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(ArtefactError, match=r"index\.json: no weight_map of tensors to file names; copy it again"):
+        load_policy(folder)
+
+
 def test_weights_that_the_index_does_not_list_are_named(folder: Path) -> None:
     names = load_file(folder / "model.safetensors")
     index = folder / "model.safetensors.index.json"

@@ -1,8 +1,10 @@
 """Calibration states from bags and episode files; what cannot be used is counted."""
 
 import json
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -201,3 +203,74 @@ def test_collect_command_reports_what_was_left_out(tmp_path: Path, capsys: pytes
     again = tmp_path / "again"
     collect([BagSource(bag, CONTRACT)], again, 5, seed=0)
     assert load_calibration(again).sha256 == loaded.sha256
+
+
+Change = Callable[[str, int, Any], Iterator[tuple[str, Any]]]
+
+
+def video(kind: str, time_ns: int, message: Any) -> Iterator[tuple[str, Any]]:
+    message.format, message.data = "h264", np.zeros(300, np.uint8)
+    yield kind, message
+
+
+def unstamped(kind: str, time_ns: int, message: Any) -> Iterator[tuple[str, Any]]:
+    message.header.stamp.sec = message.header.stamp.nanosec = 0
+    yield kind, message
+
+
+def since_boot(kind: str, time_ns: int, message: Any) -> Iterator[tuple[str, Any]]:
+    message.header.stamp.sec -= 1_699_999_000
+    yield kind, message
+
+
+def apart(kind: str, time_ns: int, message: Any) -> Iterator[tuple[str, Any]]:
+    for part in (slice(3), slice(3, 4)):
+        yield kind, msgs.joints(time_ns, message.position[part].tolist(), names=message.name[part])
+
+
+def sixteen_bit(kind: str, time_ns: int, message: Any) -> Iterator[tuple[str, Any]]:
+    depth = np.zeros((8, 8, 2), np.uint8)
+    yield IMAGE, msgs.raw(time_ns, depth, "16UC1")
+
+
+CAUSES: dict[str, tuple[str, Change, str, str, int, str]] = {
+    "video": (CAMERA, video, CAMERA[1:], "undecodable", 10, "'h264'"),
+    "no stamps": (CAMERA, unstamped, CAMERA[1:], "invalid_message", 10, "header.stamp is 0 ns"),
+    "two clocks": (CAMERA, since_boot, CAMERA[1:], "unsynchronised", 10, "s away; do both publishers stamp with"),
+    "two publishers": ("/joint_states", apart, "joint_states", "invalid_message", 20, "joint 'gripper' is missing"),
+    "depth": (CAMERA, sixteen_bit, CAMERA[1:], "undecodable", 10, "'16UC1'"),
+}
+
+
+@pytest.mark.parametrize("name", CAUSES)
+def test_nothing_usable_is_told_by_topic_reason_and_particular(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changed, change, where, reason, count, particular = CAUSES[name]
+    messages: list[Message] = []
+    for topic, kind, time_ns, message in two_episodes():
+        changes = change(kind, time_ns - 1_000_000, message) if topic == changed else [(kind, message)]
+        messages += [(topic, other, time_ns, changed_message) for other, changed_message in changes]
+    bag = write_bag(tmp_path / "bag", messages)
+    contract = CONTRACT_PATH
+    if name == "depth":
+        contract = tmp_path / "contract.yaml"
+        contract.write_text(CONTRACT_PATH.read_text().replace(COMPRESSED_IMAGE, IMAGE))
+    command = ["collect", str(bag), "--contract", str(contract), "--out", str(tmp_path / "set"), "--samples", "4"]
+    assert main(command) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    start = (
+        f"error: 4 states were asked for, the sources hold 0 usable ones: {bag} left out {where}: {reason} {count} ("
+    )
+    assert line.startswith(start) and particular in line
+    assert "lower --samples" not in line and line.endswith("; mend the first cause, or add recordings")
+
+
+def test_a_task_that_came_after_the_frames_can_be_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, *others = episode("open the drawer", START_NS, 6, 0)
+    bag = write_bag(tmp_path / "bag", [*others, (*first[:2], START_NS + 10**10, first[3])])
+    command = ["collect", str(bag), "--contract", str(CONTRACT_PATH), "--out", str(tmp_path / "set"), "--samples", "4"]
+    assert main(command) == 2
+    assert "no_instruction 6 (an image before the task in words; give it with --instruction)" in capsys.readouterr().err
+    assert main([*command, "--instruction", "open the drawer"]) == 0
+    assert {sample.instruction for sample in load_calibration(tmp_path / "set").samples} == {"open the drawer"}
