@@ -19,6 +19,7 @@ from calibrator.quantizers.methods.rtn import levels
 from calibrator.quantizers.weights import QuantizedWeight, by_groups, code_range, half
 from vla_policy.core.formats import Format, Parameter
 
+STEPS = 32
 _ROOM = 4 / 3
 _REFINEMENTS = 2
 
@@ -27,17 +28,18 @@ class LeastSquares:
     """See the module. A group of zeros gets scale 1."""
 
     version = 1
-    defaults: Mapping[str, Parameter] = {"steps": 32}
+    defaults: Mapping[str, Parameter] = {"steps": STEPS}
     needs_statistics = False
 
     def quantize(
         self, weight: Tensor, fmt: Format, parameters: Mapping[str, Parameter], statistics: LayerStatistics | None
     ) -> QuantizedWeight:
         steps = int(parameters["steps"])
-        return by_groups(weight, fmt, lambda grouped: _search(grouped, fmt.weight_bits, steps))
+        return by_groups(weight, fmt, lambda grouped: search(grouped, fmt.weight_bits, steps))
 
 
-def _search(grouped: Tensor, bits: int, steps: int) -> tuple[Tensor, Tensor]:
+def search(grouped: Tensor, bits: int, steps: int = STEPS) -> tuple[Tensor, Tensor]:
+    """Codes of float32 [..., size], and the scales [...] of their groups."""
     low, high = code_range(bits)
     peak, size = grouped.abs().amax(-1), grouped.square().mean(-1).sqrt()
 
