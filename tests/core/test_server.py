@@ -99,6 +99,13 @@ class Bench:
         assert self.server.tick().command is not None
         return self
 
+    def start_again(self) -> None:
+        """An operator's start, after which the next decision moves the robot."""
+        assert self.server.start() is None
+        self.see()
+        self.answered()
+        assert self.server.tick().command is not None
+
 
 @pytest.fixture
 def bench() -> Bench:
@@ -201,10 +208,7 @@ def test_stop_latches_until_reset_and_start(bench: Bench) -> None:
     assert bench.server.start() == "a stop is latched (operator); reset it first"
     bench.server.reset()
     assert bench.reasons() == {HoldReason.NOT_STARTED}
-    assert bench.server.start() is None
-    bench.see()
-    bench.answered()
-    assert bench.server.tick().command is not None
+    bench.start_again()
 
 
 def test_enable_does_not_lift_a_latched_stop(bench: Bench) -> None:
@@ -605,10 +609,7 @@ def test_a_fault_that_lasts_disarms(bench: Bench) -> None:
     bench.see()
     bench.answered()
     assert bench.reasons() == {HoldReason.NOT_STARTED}
-    assert bench.server.start() is None
-    bench.see()
-    bench.answered()
-    assert bench.server.tick().command is not None
+    bench.start_again()
 
 
 def test_short_faults_do_not_add_up_and_waiting_for_a_task_is_none(bench: Bench) -> None:

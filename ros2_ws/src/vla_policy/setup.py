@@ -18,7 +18,7 @@ setup(
         (f"share/{PACKAGE}/config", glob("config/*")),
     ],
     install_requires=[
-        "backports.zstd; python_version < '3.14'",
+        "backports.zstd>=1.8; python_version < '3.14'",
         "lz4",
         "numpy",
         "onnxruntime",

@@ -174,6 +174,32 @@ class Room:
         return Room(lower, upper)
 
 
+class Halts:
+    """How many holds a motion still needs to end; `most` 0: as many as the hold lasts."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._left = 0
+        self.target: np.ndarray | None = None
+        """Where the first hold of this motion found the joints, which the later ones repeat."""
+
+    @property
+    def due(self) -> bool:
+        return self._left > 0
+
+    def moved(self) -> None:
+        self._left, self.target = self._most or 1, None
+
+    def sent(self, target: np.ndarray | None) -> None:
+        self.target = target
+        if self._most:
+            self._left -= 1
+
+    def forget(self) -> None:
+        """There is nothing to end: what was commanded before is no longer what the robot does."""
+        self._left, self.target = 0, None
+
+
 class FreezeDetector:
     """A camera that repeats one image under new stamps is frozen, whatever its stamps say."""
 

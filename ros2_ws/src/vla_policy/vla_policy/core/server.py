@@ -19,7 +19,7 @@ from vla_policy.core.events import Event, to_events
 from vla_policy.core.latency import Percentiles, RateCounter, RollingWindow
 from vla_policy.core.observation import Actor
 from vla_policy.core.ros_image import CompressedImage, RawImage
-from vla_policy.core.safety import MEANT, Command, FreezeDetector, HoldReason, Limiter, Room
+from vla_policy.core.safety import MEANT, Command, FreezeDetector, Halts, HoldReason, Limiter, Room
 from vla_policy.core.synchroniser import Dropped, DropReason, Frame, Synchroniser
 from vla_policy.core.worker import Answer, InferenceWorker
 
@@ -161,7 +161,7 @@ class PolicyServer:
         self._joint_positions: dict[str, float] = {}
         self._measured: dict[str, float] = {}
         self._last_tick_ns: int | None = None
-        self._halts = _Halts(contract.action.hold_commands)
+        self._halts = Halts(contract.action.hold_commands)
         self._held_since_ns: int | None = None
         self._sequence = self._commands = self._limited = self._late = 0
         self._drops: dict[DropReason, Drops] = {}
@@ -523,29 +523,3 @@ class PolicyServer:
 @dataclass(frozen=True)
 class _Text:
     data: str
-
-
-class _Halts:
-    """How many holds a motion still needs to end; `most` 0: as many as the hold lasts."""
-
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._left = 0
-        self.target: np.ndarray | None = None
-        """Where the first hold of this motion found the joints, which the later ones repeat."""
-
-    @property
-    def due(self) -> bool:
-        return self._left > 0
-
-    def moved(self) -> None:
-        self._left, self.target = self._most or 1, None
-
-    def sent(self, target: np.ndarray | None) -> None:
-        self.target = target
-        if self._most:
-            self._left -= 1
-
-    def forget(self) -> None:
-        """There is nothing to end: what was commanded before is no longer what the robot does."""
-        self._left, self.target = 0, None
