@@ -6,8 +6,8 @@ result is compared with the engine's, and the engine's goes on. So single layers
 between two layers; nothing adds up, and no layer's rounding loosens what another is allowed.
 
 Between layers, and in layers with 16-bit activations, both compute the same products in float32. Activations of 8 bits
-are rounded as the engine rounds them: where it does so by token and group, which is finer than the calibrator's rule,
-the reference does too. But a quotient may fall on the other side of .5, which moves a token's result by up to 1 / 127.
+are rounded by the engine's rule, but a quotient may fall on the other side of .5, which moves a token's result by up to
+1 / 127.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from calibrator.families import TorchActor
 from calibrator.quantizers import find_layer
-from calibrator.quantizers.activations import input_rows, quantize_activation
+from calibrator.quantizers.activations import input_rows
 from engine_build.backends.base import Backend, Place
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.formats import Format
@@ -64,7 +64,7 @@ def check_layers(
         decided = actor.act(state)
         values.clear()
         engine.scores(state, decided)
-        with _held_to(values, places, planned, backend, actor.policy) as errors:
+        with _held_to(values, places, actor.policy) as errors:
             actor.scores(state, decided.tokens)
         for name, (before, inside) in errors.items():
             fmt = planned[name]
@@ -115,15 +115,14 @@ class _Values:
 
 @contextmanager
 def _held_to(
-    values: _Values, places: Mapping[str, Place], formats: Mapping[str, Format], backend: Backend, policy: nn.Module
+    values: _Values, places: Mapping[str, Place], policy: nn.Module
 ) -> Iterator[dict[str, tuple[float, float]]]:
     """Inside, every layer takes and gives the engine's rows; yields the errors before and in each, as they come."""
     errors: dict[str, tuple[float, float]] = {}
     before: dict[str, float] = {}
 
     def hold(name: str, place: Place, module: nn.Linear | nn.Conv2d) -> list[torch.utils.hooks.RemovableHandle]:
-        x, y, fmt = values.rows(place.graph, place.x), values.rows(place.graph, place.result), formats[name]
-        group = backend.rounding_group(fmt) if fmt.activation_bits < 16 else None
+        x, y = values.rows(place.graph, place.x), values.rows(place.graph, place.result)
 
         def enter(layer: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             before[name] = _error(x, input_rows(layer, arguments[0]))
@@ -132,8 +131,7 @@ def _held_to(
         def leave(layer: nn.Module, arguments: tuple[Tensor, ...], result: Tensor) -> Tensor:
             channels_first = isinstance(layer, nn.Conv2d)
             rows = result.flatten(2).transpose(1, 2) if channels_first else result
-            expected = rows if group is None else _rounded_by(group, module, x, fmt)
-            errors[name] = (before[name], _error(y, expected.reshape(y.shape)))
+            errors[name] = (before[name], _error(y, rows.reshape(y.shape)))
             taken = y.reshape(rows.shape)
             return taken.transpose(1, 2).reshape(result.shape) if channels_first else taken
 
@@ -146,13 +144,6 @@ def _held_to(
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _rounded_by(group: int, layer: nn.Linear | nn.Conv2d, x: Tensor, fmt: Format) -> Tensor:
-    """The result of a layer whose input [tokens, inputs] is rounded by token and group."""
-    padded = nn.functional.pad(x, (0, -x.shape[1] % group)).reshape(len(x), -1, group)
-    rounded = quantize_activation(padded, fmt.activation_bits).flatten(1)[:, : x.shape[1]]
-    return nn.functional.linear(rounded, layer.weight.flatten(1), layer.bias)
 
 
 def _like(layer: nn.Module, rows: Tensor, x: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ def pack_nbits(codes: np.ndarray, bits: int, group: int) -> np.ndarray:
     """Codes [out, in] as MatMulNBits' B, uint8 [out, groups, group * bits / 8]: shifted by 2^(bits - 1), its zero."""
     blocks = pad_groups(codes, group)
     outputs, groups, _ = blocks.shape
-    shifted = (blocks + np.int8(1 << (bits - 1))).astype(np.int8)
+    shifted = (blocks.astype(np.int16) + (1 << (bits - 1))).astype(np.uint8)
     return np.frombuffer(pack(shifted, bits), np.uint8).reshape(outputs, groups, group * bits // 8)
 
 

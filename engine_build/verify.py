@@ -28,6 +28,7 @@ from engine_build.graph.comparer import GraphComparer
 from engine_build.layerwise import check_layers
 from engine_build.reference import compare, reference_states
 from engine_build.weights import layers_of
+from vla_policy.core.backends.base import parse_version
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.files import sha256_file, sha256_policy
 from vla_policy.core.formats import FULL_PRECISION, Format
@@ -35,6 +36,7 @@ from vla_policy.core.manifest import MANIFEST, Manifest, UnitRecord
 from vla_policy.core.observation import check_strays
 from vla_policy.core.policy_config import PolicyConfig
 from vla_policy.core.runner import load_engine
+from vla_policy.core.targets import find_target
 from vla_policy.core.verification import Decisions, Layers, Reference, Verification
 
 _COMPILED = (
@@ -207,7 +209,8 @@ def _reference(
     full = compare(engine, actor, seen, "against full precision")
     source = str(states.calibration) if states.calibration else "random images (--calibration names real states)"
     check_strays(full.stray_states, len(seen), source)
-    quantize_policy(actor.policy, {unit.name: unit.choice for unit in manifest.units}, codes)
+    target = find_target(manifest.target).on(manifest.backend, parse_version(manifest.backend_version))
+    quantize_policy(actor.policy, {unit.name: unit.choice for unit in manifest.units}, codes, target.rounding)
     same = compare(engine, actor, seen, "against the same formats in torch")
     allowed, what = tolerance_of(manifest), engine.policy.scored
     if not same.scores_error <= allowed:

@@ -9,7 +9,7 @@ from calibrator.quantizers.activations import quantize_input
 from calibrator.quantizers.base import Codes
 from calibrator.quantizers.compute import Computed
 from vla_policy.core.errors import PolicyError
-from vla_policy.core.formats import Choice
+from vla_policy.core.formats import FULL_PRECISION, Choice, Format, Rounding
 
 
 def find_layer(policy: nn.Module, unit: str) -> nn.Linear | nn.Conv2d:
@@ -23,40 +23,55 @@ def find_layer(policy: nn.Module, unit: str) -> nn.Linear | nn.Conv2d:
     return module
 
 
-def _apply(policy: nn.Module, unit: str, choice: Choice, codes: Codes) -> Callable[[], None]:
+def _apply(policy: nn.Module, unit: str, choice: Choice, codes: Codes, rounding: Rounding) -> Callable[[], None]:
     """Puts one layer into its choice; returns what takes that back, bit for bit."""
     module = find_layer(policy, unit)
-    original, bits = module.weight.data, choice.format.activation_bits
+    original, fmt = module.weight.data, choice.format
     if choice.recipe is not None:
         module.weight.data = codes.of(unit, original, choice).dequantize().to(original.dtype)
-    rounding = None
-    if bits < 16:
-        rounding = module.register_forward_pre_hook(
-            lambda layer, args: (quantize_input(layer, args[0], bits), *args[1:])
+    hook = None
+    if fmt.activation_bits < FULL_PRECISION.activation_bits:
+        hook = module.register_forward_pre_hook(
+            lambda layer, args: (quantize_input(layer, args[0], fmt, rounding), *args[1:])
         )
 
     def restore() -> None:
         module.weight.data = original
-        if rounding is not None:
-            rounding.remove()
+        if hook is not None:
+            hook.remove()
 
     return restore
 
 
 @contextmanager
-def quantized(policy: nn.Module, unit: str, choice: Choice, codes: Codes | None = None) -> Iterator[None]:
+def quantized(
+    policy: nn.Module,
+    unit: str,
+    choice: Choice,
+    codes: Codes | None = None,
+    rounding: Rounding = Rounding.TOKEN,
+) -> Iterator[None]:
     """Runs the block with one layer in `choice` and everything else as it was; restored bit for bit, even on errors.
 
     Weights of 16 bits are left alone, and so are activations of 16 bits. codes: computed unless somebody has them.
+    rounding: of activations below 16 bits, `Target.rounding` of a machine.
     """
-    restore = _apply(policy, unit, choice, codes or Computed())
+    restore = _apply(policy, unit, choice, codes or Computed(), rounding)
     try:
         yield
     finally:
         restore()
 
 
-def quantize_policy(policy: nn.Module, assignment: Mapping[str, Choice], codes: Codes | None = None) -> None:
-    """Quantizes the named layers for good, in place; the simulated twin of the engine that the plan gives."""
+def quantize_policy(
+    policy: nn.Module,
+    assignment: Mapping[str, Choice],
+    codes: Codes | None = None,
+    rounding: Callable[[Format], Rounding | None] = lambda fmt: None,
+) -> None:
+    """Quantizes the named layers for good, in place; the simulated twin of the engine that the plan gives.
+
+    rounding: of activations in a format, e.g. a `Target.rounding`; None where it has none to say: per token.
+    """
     for unit, choice in assignment.items():
-        _apply(policy, unit, choice, codes or Computed())
+        _apply(policy, unit, choice, codes or Computed(), rounding(choice.format) or Rounding.TOKEN)

@@ -123,8 +123,8 @@ class _Layer:
         """Squared action error [B] and change of ln M [B, boundaries], float32."""
         weight = self.module.weight
         coded = weight if choice.recipe is None else quantize(weight, choice).dequantize().to(weight.dtype)
-        change, bits = coded - weight, choice.format.activation_bits
-        rounded = quantize_input(self.module, self.x, bits) if bits < 16 else self.x
+        change = coded - weight
+        rounded = quantize_input(self.module, self.x, choice.format)
         # Q(W)Q(x) - Wx = (Q(W) - W)Q(x) + W(Q(x) - x): differences first, or they drown in the rounding of bfloat16.
         moved = self._apply(rounded, change)
         if rounded is not self.x:

@@ -118,10 +118,6 @@ class Backend(Protocol):
         """
         ...
 
-    def rounding_group(self, fmt: Format) -> int | None:
-        """Inputs that share a scale where activations are rounded while the engine runs; None: all of a token."""
-        ...
-
     def needs_input_range(self, fmt: Format) -> bool:
         """Whether activations are rounded with a scale that must be known when the engine is built."""
         ...

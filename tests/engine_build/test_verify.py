@@ -27,7 +27,7 @@ from vla_policy.core.processor import cpu_name
 from vla_policy.core.verification import Verification
 
 STATES = States(None, samples=2)
-FORMS = ("w2a16_g32", "w4a16_g32", "w4a16", "w8a16_g32", "w16a16", "w8a8", "w4a8_g32", "w2a8_g64")
+FORMS = ("w2a16_g32", "w4a16_g32", "w4a16", "w8a16_g32", "w16a16", "w8a8", "w8a8_g32", "w4a8_g32", "w2a8_g64")
 
 
 @pytest.fixture

@@ -50,10 +50,6 @@ class OnnxRuntime:
     ) -> Session | None:
         return TappedSession(folder, manifest, taps, seen)
 
-    def rounding_group(self, fmt: Format) -> int | None:
-        """MatMulNBits has a scale for every group."""
-        return fmt.group_size
-
     def needs_input_range(self, fmt: Format) -> bool:
         """Never: scales of activations are found per token while it runs."""
         return False

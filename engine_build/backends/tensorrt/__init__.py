@@ -59,9 +59,6 @@ class TensorRt:
         """None: an engine gives the outputs that it was built with."""
         return None
 
-    def rounding_group(self, fmt: Format) -> int | None:
-        return None
-
     def needs_input_range(self, fmt: Format) -> bool:
         return has_fixed_scale(fmt)
 

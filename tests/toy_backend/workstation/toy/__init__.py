@@ -63,9 +63,6 @@ class Toy:
     ) -> Session | None:
         return None
 
-    def rounding_group(self, fmt: Format) -> int | None:
-        return None
-
     def needs_input_range(self, fmt: Format) -> bool:
         return False
 

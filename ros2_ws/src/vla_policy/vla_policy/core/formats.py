@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 from vla_policy.core.errors import ArtefactError
@@ -45,6 +46,18 @@ class Format:
 
 
 FULL_PRECISION = Format(16, 16)
+
+
+class Rounding(Enum):
+    """Which values of an input below 16 bits share a scale; a matter of the kernel, not of the format's name.
+
+    TOKEN, GROUP: found while the engine runs, from the largest magnitude of a token, or of its part that one group of
+    the weights multiplies. TENSOR: fixed when it is built, from the states of a calibration set.
+    """
+
+    TOKEN = "per token"
+    GROUP = "per token and group"
+    TENSOR = "per tensor, fixed"
 
 
 @dataclass(frozen=True)

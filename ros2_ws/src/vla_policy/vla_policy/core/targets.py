@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from vla_policy.core.backends import find_backend
 from vla_policy.core.backends.base import LayerKind, Rule, Version
 from vla_policy.core.errors import ArtefactError
-from vla_policy.core.formats import Format
+from vla_policy.core.formats import Format, Rounding
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,11 @@ class Target:
         """Every format that a layer of this kind may have, most precise first."""
         formats = [fmt for rule in self._rules(kind) for fmt in rule.formats()]
         return tuple(sorted(formats, key=lambda fmt: fmt.precision, reverse=True))
+
+    def rounding(self, fmt: Format, kind: LayerKind = "linear") -> Rounding | None:
+        """How its kernel rounds activations; None where it does not, or where no kernel runs the format."""
+        found = next((rule for rule in self._rules(kind) if fmt in rule.formats()), None)
+        return None if found is None or fmt.activation_bits >= 16 else found.rounding
 
     def _rules(self, kind: LayerKind) -> list[Rule]:
         rules = find_backend(self.backend).rules(self.runtimes[0].version)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
-from vla_policy.core.formats import Format
+from vla_policy.core.formats import Format, Rounding
 from vla_policy.core.manifest import Manifest
 from vla_policy.core.program import Session
 
@@ -19,13 +19,17 @@ Version = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Rule:
-    """One format that a backend runs: by which kernel, for which group sizes and layer kinds."""
+    """One format that a backend runs: by which kernel, for which group sizes and layer kinds.
+
+    rounding: of activations below 16 bits.
+    """
 
     weight_bits: int
     activation_bits: int
     groups: tuple[int | None, ...]
     kernel: str
     kinds: tuple[LayerKind, ...] = _ALL_KINDS
+    rounding: Rounding = Rounding.TOKEN
 
     def formats(self) -> tuple[Format, ...]:
         return tuple(Format(self.weight_bits, self.activation_bits, group) for group in self.groups)

@@ -4,11 +4,13 @@ from pathlib import Path
 
 from vla_policy.core.backends.base import ROW, Rule, Version
 from vla_policy.core.backends.onnxruntime.onnx_files import external_files
+from vla_policy.core.formats import Rounding
 from vla_policy.core.manifest import Manifest
 from vla_policy.core.program import Session
 
 _NO_A4 = "no kernel multiplies 4-bit activations here"
 _NO_W3 = "ONNX has no 3-bit type"
+_LEVEL_4 = "MatMulNBits at accuracy level 4: int8 activations per token and group"
 
 
 class OnnxRuntime:
@@ -26,8 +28,7 @@ class OnnxRuntime:
             Rule(4, 16, (ROW,), "DequantizeLinear at run time, then float32 MatMul"),
             Rule(2, 16, (ROW, 32, 64, 128), "DequantizeLinear at run time, then float32 MatMul"),
             Rule(8, 8, (ROW,), "MatMulInteger: 8-bit codes per token and per row, int32 sums"),
-            Rule(4, 8, (32, 64, 128), "MatMulNBits at accuracy level 4: int8 activations per token and group"),
-            Rule(2, 8, (32, 64, 128), "MatMulNBits at accuracy level 4: int8 activations per token and group"),
+            *(Rule(bits, 8, (32, 64, 128), _LEVEL_4, rounding=Rounding.GROUP) for bits in (8, 4, 2)),
         )
 
     def files_named_in(self, graph: Path) -> set[str]:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from vla_policy.core.backends.base import ROW, Rule, Version
+from vla_policy.core.formats import Rounding
 from vla_policy.core.manifest import Manifest
 from vla_policy.core.program import Session
 
@@ -10,7 +11,10 @@ BLOCKS = (ROW, 32, 64, 128)
 COMMON_RULES = (
     Rule(16, 16, (ROW,), "float16"),
     Rule(8, 16, (ROW,), "INT8 weights, one scale per row, float16 MatMul"),
-    Rule(8, 8, (ROW,), "INT8 both; activations with one fixed scale per tensor, from the calibration set"),
+    Rule(
+        8, 8, (ROW,), "INT8 both; activations with one fixed scale per tensor, from the calibration set",
+        rounding=Rounding.TENSOR,
+    ),
     Rule(4, 16, BLOCKS, "INT4 weights in blocks, float16 MatMul"),
 )
 """What TensorRT and TensorRT-RTX have alike."""
