@@ -18,7 +18,8 @@ from vla_policy.core.errors import DataError
 from vla_policy.core.observation import Decision, Observation
 from vla_policy.core.policy_config import ActionStats, NormStats, PolicyConfig
 from vla_policy.core.safety import HoldReason
-from vla_policy.core.server import Latch, PolicyServer, ServedChunk, ServerSettings, Status, Step
+from vla_policy.core.server import PolicyServer, ServedChunk, ServerSettings, Step
+from vla_policy.core.status import Latch, Status
 from vla_policy.core.synchroniser import Dropped, DropReason
 from vla_policy.core.worker import Answer, InferenceWorker
 

@@ -44,7 +44,7 @@ def to_events(contract: Contract, topic: str, message: Any, received_ns: int) ->
     """
     source, *others = (source for source in contract.sources if source.topic == topic)
     if isinstance(source, InstructionTopic):
-        return [Event(topic, received_ns, received_ns, _instruction(source, message.data))]
+        return [to_instruction(contract, message.data, received_ns)]
     stamp_ns = message.header.stamp.sec * 10**9 + message.header.stamp.nanosec
     if stamp_ns <= 0:
         raise DataError(f"{topic}: header.stamp is {stamp_ns} ns; the publisher must stamp its messages")
@@ -61,15 +61,16 @@ def to_events(contract: Contract, topic: str, message: Any, received_ns: int) ->
     return [Event(item.key, stamp_ns, received_ns, _state(item, message), positions) for item in entries]
 
 
-def _instruction(source: InstructionTopic, text: str) -> str:
-    text = normalised(text)
+def to_instruction(contract: Contract, text: str, received_ns: int) -> Event:
+    """What the contract's instruction topic gives when it says `text`. Raises as `to_events` does."""
+    source, text = contract.instruction, normalised(text)
     if len(text) > source.max_length:
         raise DataError(
             f"{source.topic}: instruction of {len(text)} characters; at most {source.max_length} are allowed"
         )
     if not text.isprintable():
         raise DataError(f"{source.topic}: instruction holds characters that are not printable: {text[:80]!r}")
-    return text
+    return Event(source.topic, received_ns, received_ns, text)
 
 
 def _image(source: CameraTopic, message: Any) -> EncodedImage:

@@ -6,7 +6,7 @@ called from different threads.
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +15,11 @@ import numpy as np
 from vla_policy.core.chunks import Chunk, ChunkExecutor
 from vla_policy.core.contract import Contract
 from vla_policy.core.errors import DataError
-from vla_policy.core.events import Event, to_events
-from vla_policy.core.latency import Percentiles, RateCounter, RollingWindow
+from vla_policy.core.events import Event, to_events, to_instruction
 from vla_policy.core.observation import Actor
-from vla_policy.core.ros_image import CompressedImage, RawImage
-from vla_policy.core.safety import MEANT, Command, FreezeDetector, Halts, HoldReason, Limiter, Room
+from vla_policy.core.safety import MEANT, Command, Halts, HoldReason, Limiter
+from vla_policy.core.sources import SourceMonitor
+from vla_policy.core.status import Figures, Latch, Status
 from vla_policy.core.synchroniser import Dropped, DropReason, Frame, Synchroniser
 from vla_policy.core.worker import Answer, InferenceWorker
 
@@ -69,52 +69,6 @@ class Step:
     reasons: tuple[HoldReason, ...]
 
 
-@dataclass(frozen=True)
-class Latch:
-    """A stop that only `reset` takes back."""
-
-    reason: str
-    engine_failed: bool = False
-
-
-@dataclass(frozen=True)
-class Drops:
-    """How often something was dropped for one reason, and the last time's particulars."""
-
-    count: int
-    last: str
-
-
-@dataclass(frozen=True)
-class Status:
-    """A snapshot for diagnostics. Ages in milliseconds since each source's last stamp, None before its first message.
-
-    `overhead_ms`: from the image's callback to the published action, less the engine's time for this frame and, while
-    it was still busy, for the one before. `holding`: what forbids motion now, or left the last control step without a
-    command. `faults`: what is wrong with a camera or state, by source. `received`: messages by topic. `drops`: by
-    reason; one reason's particulars are not lost to another that is more frequent.
-    """
-
-    active: bool
-    enabled: bool
-    started: bool
-    latch: Latch | None
-    instruction: str
-    holding: tuple[HoldReason, ...]
-    faults: dict[str, HoldReason]
-    received: dict[str, int]
-    chunks: int
-    commands: int
-    limited: int
-    late: int
-    drops: dict[DropReason, Drops]
-    ages_ms: dict[str, float | None]
-    rates_hz: dict[str, float]
-    latency_ms: Percentiles
-    age_ms: Percentiles
-    overhead_ms: Percentiles
-
-
 class PolicyServer:
     """Serves one policy under one contract; see the module's text."""
 
@@ -140,8 +94,9 @@ class PolicyServer:
             settings.blending,
             settings.ensemble_decay,
         )
-        freeze_timeout_ns = round(settings.freeze_timeout_s * 1e9)
-        self._freezes = {camera.topic: FreezeDetector(freeze_timeout_ns) for camera in contract.cameras}
+        self._sources = SourceMonitor(
+            contract, settings.source_timeout_s, settings.future_tolerance_s, settings.freeze_timeout_s
+        )
         self._worker = InferenceWorker(
             contract,
             actor,
@@ -153,20 +108,13 @@ class PolicyServer:
         )
         self._enabled = self._started = self._active = False
         self._latch: Latch | None = None
-        self._claim: str | None = None  # while a run has its instruction: the one that follows it
+        self._claim: Event | Dropped | None = None  # while a run has its instruction: what follows it
         self._late_since_chunk = False
         self._wanting: HoldReason | None = None
-        self._received = dict.fromkeys(contract.input_types, 0)
-        self._last_stamp_ns: dict[str, int] = {}
-        self._joint_positions: dict[str, float] = {}
-        self._measured: dict[str, float] = {}
         self._last_tick_ns: int | None = None
         self._halts = Halts(contract.action.hold_commands)
         self._held_since_ns: int | None = None
-        self._sequence = self._commands = self._limited = self._late = 0
-        self._drops: dict[DropReason, Drops] = {}
-        self._rates = {topic: RateCounter() for topic in (*contract.input_types, "chunks", "commands")}
-        self._latency, self._age, self._overhead = RollingWindow(), RollingWindow(), RollingWindow()
+        self._figures = Figures(contract.input_types)
 
     # --- life ---------------------------------------------------------------------------------------------------
 
@@ -201,21 +149,21 @@ class PolicyServer:
     def receive(self, topic: str, message: Any) -> None:
         """Takes a message of one of the contract's topics."""
         now_ns = self._clock()
-        if topic == self._contract.instruction.topic and self._claim is not None:
-            self._claim = message.data
-            self._drop(Dropped(topic, now_ns, DropReason.INSTRUCTION_CLAIMED, "a run has its own until it ends"))
-            return
-        self._take(topic, message, now_ns)
-
-    def _take(self, topic: str, message: Any, now_ns: int) -> None:
+        with self._lock:
+            self._figures.message(topic, now_ns)
         events: list[Event] | list[Dropped]
         try:
             events = to_events(self._contract, topic, message, now_ns)
         except DataError as error:
             events = [Dropped(topic, now_ns, DropReason.INVALID_MESSAGE, str(error))]
+        if topic == self._contract.instruction.topic and self._claim is not None:
+            (self._claim,) = events
+            self._drop(Dropped(topic, now_ns, DropReason.INSTRUCTION_CLAIMED, "a run has its own until it ends"))
+        else:
+            self._offer(events)
+
+    def _offer(self, events: Sequence[Event | Dropped]) -> None:
         with self._lock:
-            self._received[topic] += 1
-            self._rates[topic].add(now_ns)
             results: list[Frame | Dropped] = []
             for event in events:
                 self._note(event)
@@ -236,9 +184,8 @@ class PolicyServer:
         return self._instruct(text)
 
     def _instruct(self, text: str) -> str:
-        topic, now_ns = self._contract.instruction.topic, self._clock()
-        (event,) = to_events(self._contract, topic, _Text(text), now_ns)
-        self._take(topic, _Text(text), now_ns)
+        event = to_instruction(self._contract, text, self._clock())
+        self._offer([event])
         return str(event.payload)
 
     def claim(self, text: str) -> None:
@@ -246,7 +193,7 @@ class PolicyServer:
 
         Raises DataError as `instruct` does.
         """
-        former = self._synchroniser.instruction
+        former = to_instruction(self._contract, self._synchroniser.instruction, self._clock())
         self.instruct(text)
         self._claim = former
 
@@ -258,14 +205,7 @@ class PolicyServer:
             return
         if event.source == instruction and event.payload != self._synchroniser.instruction:
             self._chunks.clear()
-        self._last_stamp_ns[event.source] = event.stamp_ns
-        if isinstance(event.payload, RawImage | CompressedImage):
-            self._freezes[event.source].see(event.payload.checksum(), event.stamp_ns)
-        if event.positions is not None:
-            self._joint_positions = self._joint_positions | dict(event.positions)
-        if isinstance(event.payload, np.ndarray):
-            source = next(state for state in self._contract.states if state.key == event.source)
-            self._measured |= zip((value.name for value in source.values), event.payload.tolist(), strict=True)
+        self._sources.see(event)
 
     def _handle(self, results: list[Frame | Dropped]) -> None:
         for result in results:
@@ -277,8 +217,7 @@ class PolicyServer:
 
     def _drop(self, dropped: Dropped, count: int = 1) -> None:
         with self._lock:
-            former = self._drops.get(dropped.reason, Drops(0, ""))
-            self._drops[dropped.reason] = Drops(former.count + count, dropped.detail)
+            self._figures.dropped(dropped, count)
             if dropped.reason is DropReason.CLOCK_JUMP:
                 self._chunks.clear()
         self._on_drop(dropped)
@@ -294,14 +233,13 @@ class PolicyServer:
             late = max(answer.latency_ms, age_ms) > deadline_ms
             current = self._active and answer.frame.instruction == self._synchroniser.instruction
             usable = current and not late
-            self._late += late
             self._late_since_chunk = late
             if usable:
                 steps = self._actor.config.steps_per_action
                 most = self._contract.action.chunk_rows
                 self._chunks.submit(Chunk.of(answer.frame.stamp_ns, actions, steps, most))
             chunk = ServedChunk(
-                sequence=self._sequence,
+                sequence=self._figures.chunks,
                 frame=answer.frame,
                 actions=actions,
                 tokens=answer.decision.tokens,
@@ -310,14 +248,11 @@ class PolicyServer:
                 age_ms=age_ms,
                 usable=usable,
             )
-            self._sequence += 1
-            self._rates["chunks"].add(now_ns)
-            self._latency.add(answer.latency_ms)
-            self._age.add(age_ms)
+            self._figures.chunk(answer.latency_ms, age_ms, late, now_ns)
         self._on_chunk(chunk)
         total_ms = (self._clock() - answer.frame.received_ns) / 1e6
         with self._lock:
-            self._overhead.add(total_ms - answer.latency_ms - answer.queued_ms)
+            self._figures.overhead_ms.add(total_ms - answer.latency_ms - answer.queued_ms)
 
     def tick(self) -> Step:
         """What the robot should do now: called once per control step.
@@ -337,9 +272,7 @@ class PolicyServer:
                 self._held_since_ns = None
                 self._halts.moved()
                 self._chunks.carried_out(now_ns)
-                self._commands += 1
-                self._limited += outcome.limited
-                self._rates["commands"].add(now_ns)
+                self._figures.command(outcome.limited, now_ns)
                 return Step(outcome, ())
             held = tuple(reasons) if outcome is None else (outcome,)
             self._disarm(held, now_ns)
@@ -375,22 +308,11 @@ class PolicyServer:
         action = self._chunks.action(now_ns)
         if action is None:
             return HoldReason.DEADLINE_MISSED if self._late_since_chunk else HoldReason.NO_CHUNK
-        command = self._limiter.command(action, now_ns, self._room(now_ns))
+        command = self._limiter.command(action, now_ns, self._sources.room(self._limiter.targets, now_ns))
         return HoldReason.STALE_STATE if command is None else command
 
-    def _room(self, now_ns: int) -> Room | None:
-        """What the workspace leaves: the arm moves on for a period, and has moved since it was measured."""
-        action = self._contract.action
-        if not action.workspace:
-            return None
-        sources = {value.name: state.key for state in self._contract.states for value in state.values}
-        oldest_ns = min(self._last_stamp_ns[sources[axis.state]] for axis in action.workspace)
-        reach_ns = action.control_period_ns + max(0, now_ns - oldest_ns)
-        return Room.of(self._limiter.targets, action.workspace, self._measured, reach_ns / 1e9)
-
     def _positions(self) -> np.ndarray | None:
-        known = [self._joint_positions.get(target, np.nan) for target in self._limiter.targets]
-        return np.asarray(known) if np.isfinite(known).all() else None
+        return self._sources.positions(self._limiter.targets)
 
     def _reasons(self, now_ns: int) -> list[HoldReason]:
         reasons = []
@@ -408,22 +330,7 @@ class PolicyServer:
             reasons.append(HoldReason.NO_CLOCK)
         if self._last_tick_ns is not None and now_ns < self._last_tick_ns:
             reasons.append(HoldReason.CLOCK_JUMP)
-        return list(dict.fromkeys([*reasons, *self._faults(now_ns).values()]))
-
-    def _faults(self, now_ns: int) -> dict[str, HoldReason]:
-        """What is wrong with a camera or state, by source."""
-        timeout_ns = self._settings.source_timeout_s * 1e9
-        faults = {}
-        for source in (*self._freezes, *(state.key for state in self._contract.states)):
-            camera = self._freezes.get(source)
-            age_ns = now_ns - self._last_stamp_ns.get(source, -(1 << 62))
-            if age_ns > timeout_ns:
-                faults[source] = HoldReason.STALE_STATE if camera is None else HoldReason.STALE_CAMERA
-            elif age_ns < -self._settings.future_tolerance_s * 1e9:
-                faults[source] = HoldReason.FUTURE_STAMP
-            elif camera is not None and camera.frozen:
-                faults[source] = HoldReason.FROZEN_CAMERA
-        return faults
+        return list(dict.fromkeys([*reasons, *self._sources.faults(now_ns).values()]))
 
     @property
     def enabled(self) -> bool:
@@ -464,7 +371,7 @@ class PolicyServer:
             self._chunks.clear()
         former, self._claim = self._claim, None
         if former is not None:
-            self._take(self._contract.instruction.topic, _Text(former), self._clock())
+            self._offer([former])
 
     def stop(self, latch: Latch) -> None:
         """Latches a stop, unless one is: the robot is held until `reset` and then `start`."""
@@ -494,10 +401,7 @@ class PolicyServer:
             now_ns = self._clock()
             reasons = self._reasons(now_ns)
             wanting = [] if self._wanting is None else [self._wanting]
-            ages = {
-                source.key: (now_ns - stamp_ns) / 1e6 if (stamp_ns := self._last_stamp_ns.get(source.key)) else None
-                for source in self._contract.sources
-            }
+            figures = self._figures
             return Status(
                 active=self._active,
                 enabled=self._enabled,
@@ -505,21 +409,16 @@ class PolicyServer:
                 latch=self._latch,
                 instruction=self._synchroniser.instruction,
                 holding=tuple(reasons or wanting),
-                faults=self._faults(now_ns),
-                received=dict(self._received),
-                chunks=self._sequence,
-                commands=self._commands,
-                limited=self._limited,
-                late=self._late,
-                drops=dict(self._drops),
-                ages_ms=ages,
-                rates_hz={name: counter.rate_hz(now_ns) for name, counter in self._rates.items()},
-                latency_ms=self._latency.percentiles(),
-                age_ms=self._age.percentiles(),
-                overhead_ms=self._overhead.percentiles(),
+                faults=self._sources.faults(now_ns),
+                received=dict(figures.received),
+                chunks=figures.chunks,
+                commands=figures.commands,
+                limited=figures.limited,
+                late=figures.late,
+                drops=dict(figures.drops),
+                ages_ms=self._sources.ages_ms(now_ns),
+                rates_hz=figures.rates_hz(now_ns),
+                latency_ms=figures.latency_ms.percentiles(),
+                age_ms=figures.age_ms.percentiles(),
+                overhead_ms=figures.overhead_ms.percentiles(),
             )
-
-
-@dataclass(frozen=True)
-class _Text:
-    data: str

@@ -8,7 +8,7 @@ from std_msgs.msg import Header
 
 from vla_policy.core.latency import Percentiles
 from vla_policy.core.safety import MEANT, HoldReason
-from vla_policy.core.server import Status
+from vla_policy.core.status import Status
 
 
 def to_diagnostics(

@@ -33,7 +33,8 @@ from vla_policy.core.errors import ArtefactError, DataError, VlaError
 from vla_policy.core.files import sha256_file
 from vla_policy.core.observation import Actor, Observation
 from vla_policy.core.observe import check_contract
-from vla_policy.core.server import Latch, PolicyServer, ServedChunk
+from vla_policy.core.server import PolicyServer, ServedChunk
+from vla_policy.core.status import Latch
 from vla_policy.core.synchroniser import Dropped, DropReason
 from vla_policy.nodes import diagnostics, inputs, parameters
 from vla_policy.nodes.emergency_stop import EmergencyStop

@@ -20,7 +20,8 @@ from vla_policy_interfaces.action import RunPolicy
 from vla_policy.core.contract import Contract
 from vla_policy.core.errors import DataError
 from vla_policy.core.safety import HoldReason
-from vla_policy.core.server import PolicyServer, Status
+from vla_policy.core.server import PolicyServer
+from vla_policy.core.status import Status
 from vla_policy.nodes.outputs import to_duration
 
 _FEEDBACK_PERIOD_S = 0.1
