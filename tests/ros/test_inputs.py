@@ -1,20 +1,26 @@
 """The input topics' callbacks, with real subscriptions in this process."""
 
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from tests.core import ros_messages as msgs
-from tests.ros.world import CONTRACT, fresh_domain
+from tests.ros.world import CONTRACT, TIMEOUT_S, fresh_domain
 from vla_policy.core.contract import load_contract
 from vla_policy.core.errors import ContractError
+from vla_policy.core.server import ServerSettings
+from vla_policy.core.status import Latch
 
 import rclpy  # isort: skip  # after the importorskip in tests.ros.world
 from builtin_interfaces.msg import Time  # isort: skip
 from rclpy.node import Node  # isort: skip
+from rclpy.parameter import Parameter  # isort: skip
+from rclpy.publisher import Publisher  # isort: skip
+from rclpy.qos import QoSProfile  # isort: skip
 from sensor_msgs.msg import CompressedImage, JointState  # isort: skip
 from std_msgs.msg import Header  # isort: skip
 from vla_policy.nodes import inputs  # isort: skip
@@ -64,17 +70,109 @@ def test_each_publisher_of_a_shared_topic_must_be_there(node: Node) -> None:
         driver.join()
 
 
+class Server:
+    """Hears what the node would serve."""
+
+    def __init__(self, receive: Callable[[str, Any], None]) -> None:
+        self.receive = receive
+        self.latches: list[Latch] = []
+        self.stopped = threading.Event()
+
+    def stop(self, latch: Latch) -> None:
+        self.latches.append(latch)
+        self.stopped.set()
+
+
 def test_a_flood_of_states_cannot_keep_the_images_out(node: Node) -> None:
-    """Another state arrives while each one is handled: the callback still returns, after a queue's length."""
-    publisher = node.create_publisher(JointState, STATE.topic, inputs.qos_of(STATE, False, 1))
-    handled: list[str] = []
+    """Two more states come while each one is handled: the queue is never empty, and the image is heard all the same."""
+    states = node.create_publisher(JointState, STATE.topic, inputs.qos_of(STATE, False, 1))
+    camera = node.create_publisher(CompressedImage, LOADED.primary.topic, inputs.qos_of(LOADED.primary, False, 1))
+    flooded, seen = threading.Semaphore(0), threading.Event()
 
     def receive(topic: str, message: Any) -> None:
-        handled.append(topic)
-        assert len(handled) < 1000, "the callback goes on as long as the flood"
-        publisher.publish(JointState())
+        if topic == LOADED.primary.topic:
+            seen.set()
+        elif not seen.is_set():
+            flooded.release()
+            for _ in range(2):
+                states.publish(JointState())
 
-    subscriptions = inputs.subscribe(node, LOADED, False, 1, receive, lambda topic, count: None)
-    (states,) = (item for item in subscriptions if item.msg_type is JointState)
-    states.callback(JointState())
-    assert handled == [STATE.topic] * (1 + STATE.qos.depth)
+    heard = inputs.Inputs(node, LOADED, ServerSettings(), Server(receive))
+    try:
+        wait_matched(states, camera)
+        states.publish(JointState())
+        for _ in range(2 * STATE.qos.depth):
+            assert flooded.acquire(timeout=TIMEOUT_S)
+        camera.publish(CompressedImage())
+        assert seen.wait(TIMEOUT_S), "the image waits as long as states come"
+    finally:
+        heard.close()
+
+
+def test_joint_states_of_1000_hz_are_all_heard_in_order(node: Node) -> None:
+    """Though an executor takes one message per topic and round: a second of them, beside 30 images."""
+    reliable = replace(STATE, qos=replace(STATE.qos, reliability="reliable"))
+    contract = replace(LOADED, states=(reliable,))
+    states = node.create_publisher(JointState, STATE.topic, QoSProfile(depth=1000))
+    camera = node.create_publisher(CompressedImage, LOADED.primary.topic, QoSProfile(depth=10))
+    heard: list[int] = []
+    pause = threading.Event()
+
+    def receive(topic: str, message: Any) -> None:
+        if topic == STATE.topic:
+            heard.append(message.header.stamp.nanosec)
+
+    subject = inputs.Inputs(node, contract, ServerSettings(), Server(receive))
+    try:
+        wait_matched(states, camera)
+        begun_s = time.monotonic()
+        for number in range(1000):
+            states.publish(JointState(header=Header(stamp=Time(nanosec=number))))
+            if number % 33 == 0:
+                camera.publish(CompressedImage(data=bytes(20_000)))
+            pause.wait(max(0.0, begun_s + (number + 1) / 1000 - time.monotonic()))
+        deadline_s = time.monotonic() + TIMEOUT_S
+        while (not heard or heard[-1] != 999) and time.monotonic() < deadline_s:
+            pause.wait(0.01)
+    finally:
+        subject.close()
+    assert heard == list(range(1000))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # the traceback is for the log
+def test_inputs_that_fail_stop_the_robot(node: Node) -> None:
+    states = node.create_publisher(JointState, STATE.topic, inputs.qos_of(STATE, False, 1))
+
+    def receive(topic: str, message: Any) -> None:
+        raise RuntimeError("a defect")
+
+    server = Server(receive)
+    heard = inputs.Inputs(node, LOADED, ServerSettings(), server)
+    try:
+        wait_matched(states)
+        states.publish(JointState())
+        assert server.stopped.wait(TIMEOUT_S)
+    finally:
+        heard.close()
+    (latch,) = server.latches
+    assert "the inputs failed (RuntimeError('a defect'))" in latch.reason
+
+
+def test_a_parameter_that_is_no_quality_of_service_is_refused() -> None:
+    context = rclpy.Context()
+    name = f"qos_overrides./{STATE.topic}.subscription.reliability"
+    rclpy.init(context=context, domain_id=fresh_domain())
+    node = rclpy.create_node("subject", context=context, parameter_overrides=[Parameter(name, value="perhaps")])
+    try:
+        with pytest.raises(ContractError, match=rf"parameter {name}: 'perhaps' is none of .*reliable, best_effort"):
+            inputs.check_sources(node, LOADED, "graph", 1.0, False, threading.Event())
+    finally:
+        node.destroy_node()
+        rclpy.shutdown(context=context)
+
+
+def wait_matched(*publishers: Publisher) -> None:
+    deadline_s = time.monotonic() + TIMEOUT_S
+    while any(item.get_subscription_count() == 0 for item in publishers):
+        assert time.monotonic() < deadline_s, "the subscriptions"
+        threading.Event().wait(0.01)

@@ -1,15 +1,23 @@
-"""The contract's input topics: message classes, quality of service, and the checks at configure."""
+"""The contract's input topics: message classes, quality of service, and the checks at configure.
 
+They are heard in a node and a thread of their own. An executor takes one message per topic and round; beside the
+services and timers of the policy node a round takes so long that joint states of 1000 Hz would pile up, and the control
+step would wait for images.
+"""
+
+import contextlib
 import threading
 import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NoReturn
 
+import rclpy
 from geometry_msgs.msg import PoseStamped
+from rcl_interfaces.msg import ParameterDescriptor
+from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
 from rclpy.node import Node
 from rclpy.qos import DurabilityPolicy, HistoryPolicy, QoSProfile, ReliabilityPolicy
-from rclpy.qos_overriding_options import QoSOverridingOptions
 from rclpy.subscription import Subscription
 from rclpy.topic_endpoint_info import TopicEndpointInfo
 from sensor_msgs.msg import CompressedImage, Image, JointState
@@ -20,6 +28,8 @@ from vla_policy.core.contract import CameraTopic, Contract, InstructionTopic, St
 from vla_policy.core.errors import ContractError, DataError
 from vla_policy.core.events import Event, to_events
 from vla_policy.core.ros_image import EncodedImage
+from vla_policy.core.server import PolicyServer, ServerSettings
+from vla_policy.core.status import Latch
 
 MESSAGES: dict[str, type] = {
     names.IMAGE: Image,
@@ -45,64 +55,102 @@ def qos_of(source: Source, lossless: bool, queue_size: int) -> QoSProfile:
     )
 
 
-def subscribe(
-    node: Node,
-    contract: Contract,
-    lossless: bool,
-    queue_size: int,
-    receive: Callable[[str, Any], None],
-    lost: Callable[[str, int], None],
-) -> list[Subscription]:
-    """One subscription per topic; `receive` gets the contract's topic and the message, `lost` what never arrived."""
-    made: list[Subscription] = []
-    for source in {source.topic: source for source in contract.sources}.values():
-        callback: Callable[..., None] = partial(receive, source.topic)
-        if isinstance(source, CameraTopic):
-            callback = _camera_callback(node, source, receive, lost)
-        subscription = _subscription(node, source, callback, qos_of(source, lossless, queue_size))
-        if isinstance(source, StateTopic):
-            subscription.callback = partial(_receive_all, subscription, source.topic, receive)
-        made.append(subscription)
-    return made
+def _overridden(owner: Node, topic: str, profile: QoSProfile) -> QoSProfile:
+    """`profile` with what the owner's parameters `qos_overrides.TOPIC.subscription.*` change, as ROS names them.
 
+    Raises ContractError for a word that is no policy.
+    """
 
-def _subscription(node: Node, source: Source, callback: Callable[..., None], profile: QoSProfile) -> Subscription:
-    return node.create_subscription(
-        MESSAGES[source.type],
-        source.topic,
-        callback,
-        profile,
-        qos_overriding_options=QoSOverridingOptions.with_default_policies(),
+    def given(policy: str, default: Any) -> Any:
+        name = f"qos_overrides.{topic}.subscription.{policy}"
+        if not owner.has_parameter(name):
+            owner.declare_parameter(name, default, ParameterDescriptor(description=policy, read_only=True))
+        return owner.get_parameter(name).value
+
+    def word(policy: str, kind: Any, default: Any) -> Any:
+        value = given(policy, default.name.lower())
+        if value.upper() not in kind.__members__:
+            known = ", ".join(name.lower() for name in kind.__members__)
+            raise ContractError(f"parameter qos_overrides.{topic}.subscription.{policy}: {value!r} is none of {known}")
+        return kind[value.upper()]
+
+    return QoSProfile(
+        history=word("history", HistoryPolicy, profile.history),
+        depth=given("depth", profile.depth),
+        reliability=word("reliability", ReliabilityPolicy, profile.reliability),
+        durability=profile.durability,
     )
 
 
-def _receive_all(subscription: Subscription, topic: str, receive: Callable[[str, Any], None], message: Any) -> None:
-    """Takes every state that waits: an executor gives one message per topic and round, and states outnumber images.
+class _Listener:
+    """A node beside the owner's, with subscriptions to the owner's topics and an executor of its own."""
 
-    At most a queue's length, so that a flood of states cannot keep the images out.
-    """
-    receive(topic, message)
-    for _ in range(subscription.qos_profile.depth):
-        taken = subscription.handle.take_message(subscription.msg_type, False)
-        if taken is None:
-            return
-        receive(topic, taken[0])
+    def __init__(self, owner: Node) -> None:
+        self._owner = owner
+        self.node = rclpy.create_node(
+            f"{owner.get_name()}_inputs",
+            namespace=owner.get_namespace(),
+            context=owner.context,
+            use_global_arguments=False,
+            start_parameter_services=False,
+        )
+        self.executor = SingleThreadedExecutor(context=owner.context)
+        self.executor.add_node(self.node)
+
+    def subscribe(self, source: Source, callback: Callable[..., None], profile: QoSProfile) -> Subscription:
+        """By the owner's remaps and parameters."""
+        topic = self._owner.resolve_topic_name(source.topic)
+        profile = _overridden(self._owner, topic, profile)
+        return self.node.create_subscription(MESSAGES[source.type], topic, callback, profile)
+
+    def close(self, thread: threading.Thread | None = None) -> None:
+        """thread: that spins the executor."""
+        self.executor.shutdown(timeout_sec=2.0)
+        if thread is not None:
+            thread.join(2.0)
+        self.node.destroy_node()
 
 
-def _camera_callback(
-    node: Node, source: CameraTopic, receive: Callable[[str, Any], None], lost: Callable[[str, int], None]
-) -> Callable[..., None]:
+class Inputs:
+    """One subscription per topic until `close`; the server gets every message, and how many images never arrived."""
+
+    def __init__(self, owner: Node, contract: Contract, settings: ServerSettings, server: PolicyServer) -> None:
+        self._listener, self._server = _Listener(owner), server
+        for source in {source.topic: source for source in contract.sources}.values():
+            callback: Callable[..., None] = partial(server.receive, source.topic)
+            if isinstance(source, CameraTopic):
+                callback = _camera_callback(owner, source, server)
+            self._listener.subscribe(source, callback, qos_of(source, settings.lossless, settings.queue_size))
+        self._thread = threading.Thread(target=self._spin, name="inputs", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """After it no further message is received."""
+        self._listener.close(self._thread)
+
+    def _spin(self) -> None:
+        try:
+            self._listener.executor.spin()
+        except ExternalShutdownException:
+            pass
+        except BaseException as error:
+            # Nothing is heard any more; the traceback goes to stderr.
+            self._server.stop(Latch(f"the inputs failed ({error!r}); see the log"))
+            raise
+
+
+def _camera_callback(owner: Node, source: CameraTopic, server: PolicyServer) -> Callable[..., None]:
     # Older rclpy gives no message info; images that the transport loses cannot be counted there.
     if not hasattr(Subscription, "CallbackType"):
-        return partial(receive, source.topic)
+        return partial(server.receive, source.topic)
     gaps = _GapCounter()
 
     def callback(message: Any, info: dict[str, Any]) -> None:
         missing = gaps.missing(info.get("publication_sequence_number"))
         # Numbers count per publisher, so with several of them a gap says nothing.
-        if missing and node.count_publishers(node.resolve_topic_name(source.topic)) == 1:
-            lost(source.topic, missing)
-        receive(source.topic, message)
+        if missing and owner.count_publishers(owner.resolve_topic_name(source.topic)) == 1:
+            server.lost(source.topic, missing)
+        server.receive(source.topic, message)
 
     return callback
 
@@ -130,16 +178,16 @@ def check_sources(
     patience = _Patience(wait_s, ending)
     required: tuple[Source, ...] = (*contract.states, *contract.cameras)
     positions: set[str] = set()
-    for source in required:
-        # Subscribed as it will be, so that quality of service given by parameters counts here too.
-        subscription = _subscription(node, source, lambda message: None, qos_of(source, lossless, 1))
-        try:
+    with contextlib.closing(_Listener(node)) as listener:
+        for source in required:
+            heard: list[Any] = []
+            # Subscribed as it will be, so that quality of service given by parameters counts here too.
+            subscription = listener.subscribe(source, heard.append, qos_of(source, lossless, 1))
             _check_graph(node, source, subscription, patience)
             if check == "message":
-                event = _check_message(node, contract, source, subscription, patience)
+                event = _check_message(node, contract, source, listener, heard, patience)
                 positions |= set(event.positions or ())
-        finally:
-            node.destroy_subscription(subscription)
+            listener.node.destroy_subscription(subscription)
     missing = [item.target for item in contract.action.dimensions if item.target not in {*positions, names.GRIPPER}]
     if check == "message" and contract.action.command == "joint_trajectory" and missing:
         raise ContractError(
@@ -192,15 +240,17 @@ def _refuse_best_effort(node: Node, name: str, publisher: TopicEndpointInfo, pat
 
 
 def _check_message(
-    node: Node, contract: Contract, source: Source, subscription: Subscription, patience: _Patience
+    node: Node, contract: Contract, source: Source, listener: _Listener, heard: list[Any], patience: _Patience
 ) -> Event:
     name = node.resolve_topic_name(source.topic) + source.key.removeprefix(source.topic)
     refusal = f"{name}: no message within {patience.wait_s:g} s, though it has a publisher; check the driver"
     while True:
-        while (taken := subscription.handle.take_message(subscription.msg_type, False)) is None:
-            patience.wait(refusal)
+        while not heard:
+            listener.executor.spin_once(timeout_sec=0.0)
+            if not heard:
+                patience.wait(refusal)
         try:
-            for event in to_events(contract, source.topic, taken[0], node.get_clock().now().nanoseconds):
+            for event in to_events(contract, source.topic, heard.pop(), node.get_clock().now().nanoseconds):
                 if isinstance(event.payload, EncodedImage):
                     event.payload.decode()
                 if event.source == source.key:

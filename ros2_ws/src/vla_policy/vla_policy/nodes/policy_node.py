@@ -23,7 +23,6 @@ from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackRet
 from rclpy.node import Node
 from rclpy.parameter import Parameter
 from rclpy.qos import QoSProfile
-from rclpy.subscription import Subscription
 from rclpy.timer import Timer
 from std_srvs.srv import SetBool, Trigger
 from vla_policy_interfaces.srv import SetInstruction
@@ -39,6 +38,7 @@ from vla_policy.core.synchroniser import Dropped, DropReason
 from vla_policy.nodes import diagnostics, inputs, parameters
 from vla_policy.nodes.emergency_stop import EmergencyStop
 from vla_policy.nodes.exclusive import NameLock
+from vla_policy.nodes.lifecycle import refuse_impossible_transitions
 from vla_policy.nodes.outputs import Outputs
 from vla_policy.nodes.process import run_node
 from vla_policy.nodes.run_policy import RunPolicyServer
@@ -78,7 +78,7 @@ class PolicyNode(LifecycleNode):
         self._server: PolicyServer | None = None
         self._watchdog: OutputWatchdog | None = None
         self._output_lock = threading.Lock()
-        self._inputs: list[Subscription] = []
+        self._inputs: inputs.Inputs | None = None
         self._periodic: list[Timer] = []
         self._latch: Latch | None = None
         self._drops_logged_s: dict[DropReason, float] = {}
@@ -90,7 +90,7 @@ class PolicyNode(LifecycleNode):
         self.create_service(Trigger, "~/stop", self._on_stop)
         self.create_service(Trigger, "~/reset", self._on_reset)
         self.create_service(SetInstruction, "~/set_instruction", self._on_set_instruction)
-        self._survive_impossible_transitions()
+        refuse_impossible_transitions(self)
         if self.get_parameter("autostart").value:
             self._autostart_timer = self.create_timer(
                 0.0, self._autostart, clock=Clock(clock_type=ClockType.STEADY_TIME)
@@ -170,9 +170,7 @@ class PolicyNode(LifecycleNode):
             self.create_timer(_EXPIRE_PERIOD_S, server.expire, clock=steady),
             self.create_timer(settings.diagnostics_period_s, self._diagnose, clock=steady),
         ]
-        self._inputs = inputs.subscribe(
-            self, contract, settings.server.lossless, settings.server.queue_size, server.receive, server.lost
-        )
+        self._inputs = inputs.Inputs(self, contract, settings.server, server)
         self.get_logger().info(f"active, {'enabled' if settings.enabled else 'disabled: dry run'}")
         return result
 
@@ -216,11 +214,11 @@ class PolicyNode(LifecycleNode):
         server, self._server = self._server, None
         if server is None:
             return
-        for subscription in self._inputs:
-            self.destroy_subscription(subscription)
+        if self._inputs is not None:
+            self._inputs.close()
         for timer in self._periodic:
             self.destroy_timer(timer)
-        self._inputs, self._periodic = [], []
+        self._inputs, self._periodic = None, []
         self._latch = self._latch or server.status().latch
         with self._output_lock:
             # Silenced first: a decision that arrives now must not command after the hold.
@@ -239,20 +237,6 @@ class PolicyNode(LifecycleNode):
         if self._lock is not None:
             self._lock.release()
         self._outputs = self._actor = self._contract = self._settings = self._lock = None
-
-    def _survive_impossible_transitions(self) -> None:
-        """rclpy lets the error of a transition that the state does not allow end the whole process."""
-        change_state = self._service_change_state.callback
-
-        def answered(request: Any, response: Any) -> Any:
-            try:
-                return change_state(request, response)
-            except RuntimeError as error:
-                self.get_logger().warning(f"transition {request.transition.id} refused: {error}")
-                response.success = False
-                return response
-
-        self._service_change_state.callback = answered
 
     def _on_set_parameters(self, values: list[Parameter]) -> SetParametersResult:
         fixed = [value.name for value in values if value.name in parameters.DECLARED]
