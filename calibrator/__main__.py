@@ -74,7 +74,13 @@ def _add_sensitivity(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bins", type=int, default=10, help="phases of a trajectory, Eq. (12)")
     parser.add_argument("--language-block", type=int, help="decoder block whose input is a boundary; default the last")
     parser.add_argument("--unnorm-key", help="action statistics, needed when the policy has several")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="how weights are held; bfloat16 takes half the memory and about a quarter more time, and loses nothing of "
+        "a checkpoint in bfloat16: activations, gradients and losses are float32 either way",
+    )
     parser.add_argument("--device", default="cpu", help="where the policy runs: cpu, cuda, cuda:1, ...")
     parser.add_argument("--batch-size", type=int, default=16, help="states per pass")
     parser.add_argument("--threads", type=int, help="torch threads; default 1 below 0.1 B parameters, all cores above")

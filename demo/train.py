@@ -27,7 +27,6 @@ from tqdm import tqdm
 
 from calibrator.families.loading import load_policy, save_policy
 from calibrator.families.openvla import OpenVLA
-from calibrator.sensitivity.arithmetic import multiplies_bfloat16
 from calibrator.tensors import disk_errors
 from demo.batches import Batch, Batches
 from demo.dataset import Demonstrations, load_demonstrations, percentiles
@@ -119,6 +118,11 @@ def initialise(policy: OpenVLA) -> None:
     positions = torch.linspace(0, 1, ACTION_BINS)[:, None]
     with torch.no_grad():
         embedding[first : first + ACTION_BINS] = 0.05 * torch.cos(positions * frequencies + torch.rand(width) * 6.28)
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 matrices itself, so that they are worth having."""
+    return device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def soft_targets(tokens: Tensor, first: int, sigma: float) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from calibrator.families.base import find_family
 from calibrator.modules.policy import Policy
@@ -36,9 +36,15 @@ def empty_policy(config: PolicyConfig) -> Policy:
         return find_family(config).build(config).eval()
 
 
-def load_policy(folder: Path | str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Policy:
+def load_policy(
+    folder: Path | str,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    matrices: torch.dtype | None = None,
+) -> Policy:
     """The policy in `folder`, in eval mode, without gradients for its weights.
 
+    matrices: how the weights of linear, convolution and embedding layers are held, where not as everything else.
     Raises ArtefactError for a missing or damaged file and PolicyError naming a missing, unexpected or wrongly shaped
     tensor, or a device that is not there.
     """
@@ -46,13 +52,21 @@ def load_policy(folder: Path | str, dtype: torch.dtype = torch.float32, device: 
     check_device(device)
     config = PolicyConfig.load(folder)
     policy = empty_policy(config)
+    held = matrix_names(policy) if matrices is not None else frozenset()
     files = tensor_files(folder, config)
     state: dict[str, Tensor] = {}
     for path in sorted(set(files.values())):
         with open_weights(path) as stream:
             for name in (name for name, file in files.items() if file == path):
-                state[name] = stream.get_tensor(name).to(device=device, dtype=dtype)
+                wanted = matrices if name in held else dtype
+                state[name] = stream.get_tensor(name).to(device=device, dtype=wanted)
     return fill_policy(policy, state, device)
+
+
+def matrix_names(policy: Policy) -> frozenset[str]:
+    """The weights of linear, convolution and embedding layers, nearly all of a policy's numbers."""
+    kinds = nn.Linear, nn.Conv2d, nn.Embedding
+    return frozenset(f"{name}.weight" for name, module in policy.named_modules() if isinstance(module, kinds))
 
 
 def check_device(device: str) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from calibrator.modules.chain import DECIDED, Chain
+from calibrator.quantizers.apply import computes_in
 from vla_policy.core.policy_config import PolicyConfig
 
 Inputs = Mapping[str, Tensor]
@@ -41,7 +42,6 @@ class Policy(nn.Module):
         return {name: self.tensor(np.concatenate([state[name] for state in states])) for name in states[0]}
 
     def tensor(self, values: np.ndarray) -> Tensor:
-        """`values` on the policy's device; floating-point numbers in its dtype."""
-        weight = next(self.parameters())
-        found = torch.from_numpy(values).to(weight.device)
-        return found.to(weight.dtype) if found.is_floating_point() else found
+        """`values` on the policy's device; floating-point numbers in the type that it computes in."""
+        found = torch.from_numpy(values).to(next(self.parameters()).device)
+        return found.to(computes_in(self)) if found.is_floating_point() else found

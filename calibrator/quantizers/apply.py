@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
 from calibrator.quantizers.activations import quantize_input
@@ -10,6 +11,11 @@ from calibrator.quantizers.base import Codes
 from calibrator.quantizers.compute import Computed
 from vla_policy.core.errors import PolicyError
 from vla_policy.core.formats import FULL_PRECISION, Choice, Format, Rounding
+
+
+def computes_in(policy: nn.Module) -> torch.dtype:
+    """The widest type of its parameters; matrices may be held in a narrower one (`families.load_policy`)."""
+    return max((parameter.dtype for parameter in policy.parameters()), key=lambda dtype: dtype.itemsize)
 
 
 def find_layer(policy: nn.Module, unit: str) -> nn.Linear | nn.Conv2d:
@@ -28,7 +34,7 @@ def _apply(policy: nn.Module, unit: str, choice: Choice, codes: Codes, rounding:
     module = find_layer(policy, unit)
     original, fmt = module.weight.data, choice.format
     if choice.recipe is not None:
-        module.weight.data = codes.of(unit, original, choice).dequantize().to(original.dtype)
+        module.weight.data = codes.of(unit, original, choice).dequantize().to(computes_in(policy))
     hook = None
     if fmt.activation_bits < FULL_PRECISION.activation_bits:
         hook = module.register_forward_pre_hook(

@@ -1,32 +1,31 @@
 """Rounding methods by name, and choices from text."""
 
-import importlib
 import json
-import pkgutil
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol
 
-from calibrator.quantizers import methods
 from calibrator.quantizers.base import WeightQuantizer
 from calibrator.quantizers.weights import code_range
+from vla_policy.core import registry
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.formats import FULL_PRECISION, Choice, Format, Parameter, Recipe
 
+_METHODS = "calibrator.quantizers.methods"
 _USUAL = "rtn"
 _RECIPE = re.compile(r"(\w+)(?:\((.*)\))?")
 
 
-def method_names() -> list[str]:
+def method_names() -> tuple[str, ...]:
     """The names of all rounding methods."""
-    return sorted(module.name for module in pkgutil.iter_modules(methods.__path__))
+    return registry.names(_METHODS, modules=True)
 
 
 def find_method(name: str) -> WeightQuantizer:
     """The method called `name`. Raises ArtefactError naming the choices."""
-    if name not in method_names():
+    found: WeightQuantizer | None = registry.find(_METHODS, name, "QUANTIZER", modules=True)
+    if found is None:
         raise ArtefactError(f"rounding method {name!r} is unknown; choose one of: {', '.join(method_names())}")
-    found: WeightQuantizer = importlib.import_module(f"{methods.__name__}.{name}").QUANTIZER
     return found
 
 

@@ -121,11 +121,11 @@ class _Layer:
     @torch.no_grad()
     def estimate(self, choice: Choice) -> tuple[Tensor, Tensor]:
         """Squared action error [B] and change of ln M [B, boundaries], float32."""
-        weight = self.module.weight
-        coded = weight if choice.recipe is None else quantize(weight, choice).dequantize().to(weight.dtype)
+        weight = self.module.weight.float()
+        coded = weight if choice.recipe is None else quantize(weight, choice).dequantize()
         change = coded - weight
         rounded = quantize_input(self.module, self.x, choice.format)
-        # Q(W)Q(x) - Wx = (Q(W) - W)Q(x) + W(Q(x) - x): differences first, or they drown in the rounding of bfloat16.
+        # Q(W)Q(x) - Wx = (Q(W) - W)Q(x) + W(Q(x) - x): differences first, or they drown in rounding.
         moved = self._apply(rounded, change)
         if rounded is not self.x:
             moved = moved + self._apply(rounded - self.x, weight)

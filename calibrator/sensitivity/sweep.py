@@ -12,7 +12,7 @@ from torch import Tensor
 from calibrator.data.calibration import load_calibration
 from calibrator.families import Policy, live_units, load_policy
 from calibrator.quantizers import quantized
-from calibrator.sensitivity.arithmetic import products
+from calibrator.sensitivity.arithmetic import float32_products
 from calibrator.sensitivity.evidence import (
     BOUNDARIES,
     EPSILON,
@@ -37,7 +37,7 @@ class SweepSettings:
     """What the numbers depend on.
 
     choices: what every layer is measured in; full precision is the reference. language_block: decoder block whose input
-    is the language boundary, None for the last.
+    is the language boundary, None for the last. dtype: how matrices are held; all arithmetic is float32.
     """
 
     choices: tuple[Choice, ...]
@@ -161,12 +161,12 @@ class SweepSpec:
 
     def arithmetic(self) -> AbstractContextManager[None]:
         """The block that every pass of this sweep runs in."""
-        return products(self.device, _DTYPES[self.settings.dtype])
+        return float32_products(_DTYPES[self.settings.dtype])
 
     def load_policy(self) -> Policy:
         """Raises PolicyError for unknown statistics before any weight is read, and as the loader."""
         PolicyConfig.load(self.policy).unnorm_key(self.settings.unnorm_key)
-        return load_policy(self.policy, _DTYPES[self.settings.dtype], self.device)
+        return load_policy(self.policy, device=self.device, matrices=_DTYPES[self.settings.dtype])
 
     def load_states(self, policy: Policy) -> States:
         calibration = load_calibration(self.calibration)

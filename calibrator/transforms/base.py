@@ -1,16 +1,16 @@
 """What a transform is: a factor per input channel of layers that read one norm's output, chosen by a method."""
 
-import importlib
-import pkgutil
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from torch import Tensor
 
 from calibrator.quantizers import LayerStatistics, parse_recipe
-from calibrator.transforms import methods
+from vla_policy.core import registry
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.formats import Parameter, Recipe
+
+_METHODS = "calibrator.transforms.methods"
 
 
 class ChannelScaling(Protocol):
@@ -35,16 +35,16 @@ class ChannelScaling(Protocol):
         ...
 
 
-def transform_names() -> list[str]:
+def transform_names() -> tuple[str, ...]:
     """The names of all transforms."""
-    return sorted(module.name for module in pkgutil.iter_modules(methods.__path__))
+    return registry.names(_METHODS, modules=True)
 
 
 def find_transform(name: str) -> ChannelScaling:
     """The transform called `name`. Raises ArtefactError naming the choices."""
-    if name not in transform_names():
+    found: ChannelScaling | None = registry.find(_METHODS, name, "TRANSFORM", modules=True)
+    if found is None:
         raise ArtefactError(f"transform {name!r} is unknown; choose one of: {', '.join(transform_names())}")
-    found: ChannelScaling = importlib.import_module(f"{methods.__name__}.{name}").TRANSFORM
     return found
 
 
