@@ -32,7 +32,8 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from calibrator.data.calibration import SourceIndex, Trajectory, collect
+from calibrator.data.calibration import collect
+from calibrator.data.records import Record, SourceIndex, Trajectory
 from calibrator.families import Policy, live_units
 from calibrator.families.loading import check_device, empty_policy, fill_policy
 from calibrator.modules.chain import Chain
@@ -143,10 +144,10 @@ class RandomSource:
     def index(self) -> SourceIndex:
         return SourceIndex((Trajectory("random", self.length, tuple(range(self.length))),), ())
 
-    def read(self, wanted: Mapping[str, frozenset[int]]) -> Iterator[tuple[str, int, Observation]]:
+    def read(self, wanted: Mapping[str, frozenset[int]]) -> Iterator[Record]:
         for step in sorted(wanted.get("random", ())):
             image = np.random.default_rng(step).integers(0, 256, (self.size, self.size, 3), dtype=np.uint8)
-            yield "random", step, Observation(image, INSTRUCTION, None)
+            yield Record("random", step, Observation(image, INSTRUCTION, None))
 
     def describe(self) -> dict[str, Any]:
         return {"kind": "random", "path": self.path}

@@ -31,28 +31,41 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_collect(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("sources", nargs="+", type=Path, help="rosbag2 folders, LIBERO HDF5, folders of demo.collect")
+    parser.add_argument(
+        "sources",
+        nargs="+",
+        type=Path,
+        help="rosbag2 recordings, LeRobot (v3.0, v2.1) or RLDS data sets, LIBERO HDF5, folders of demo.collect",
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder of the calibration set")
     parser.add_argument("--samples", type=int, default=32, help="number of states")
     parser.add_argument("--seed", type=int, default=0, help="seed of the choice")
-    parser.add_argument("--contract", type=Path, help="topic contract (YAML), needed for bags")
+    parser.add_argument("--contract", type=Path, help="topic contract (YAML), needed for bags; it is their layout")
     parser.add_argument("--namespace", default="", help="ROS namespace of the bag's relative topics")
-    parser.add_argument("--instruction", type=normalised, default="", help="task, where a source tells none")
-    parser.add_argument(
-        "--hdf5-image",
-        nargs="+",
-        default=["obs/agentview_rgb"],
-        help="image datasets of an HDF5 demonstration, one per camera in the policy's order "
-        "(OpenVLA-OFT: obs/agentview_rgb obs/eye_in_hand_rgb)",
+    _add_layout(parser)
+
+
+def _add_layout(parser: argparse.ArgumentParser) -> None:
+    """What of a record the policy sees; nothing given means what the source itself says."""
+    group = parser.add_argument_group("layout", "what of a record the policy sees, in the source's own names")
+    group.add_argument("--layout", metavar="PRESET", help="a published set's; what is given besides replaces its parts")
+    group.add_argument("--camera", nargs="+", help="images, in the policy's order")
+    group.add_argument(
+        "--state", nargs="*", help="parts of the state, joined in this order, e.g. 'observation.state[0:6]'"
     )
-    parser.add_argument(
-        "--hdf5-state",
-        nargs="*",
-        default=[],
-        help="state datasets, joined in this order (OpenVLA-OFT: obs/ee_states obs/gripper_states)",
+    group.add_argument("--action", help="recorded actions, which the policy's own are checked against")
+    group.add_argument("--task", help="text that holds the task")
+    group.add_argument("--instruction", type=normalised, help="task, where a record tells none")
+    group.add_argument(
+        "--rotate", nargs="+", type=int, choices=(0, 180), help="degrees by which stored images are turned, one or each"
     )
-    parser.add_argument("--hdf5-upright", action="store_true", help="HDF5 images are upright: do not turn them")
-    parser.add_argument("--hdf5-crop-area", type=float, default=1.0, help="centre crop, part of the area in (0, 1]")
+    group.add_argument(
+        "--crop-area", nargs="+", type=float, metavar="PART", help="centre that is kept, part in (0, 1], one or each"
+    )
+    group.add_argument("--colours", choices=("rgb", "bgr"), help="order of stored colours")
+    group.add_argument(
+        "--gripper", choices=("same", "opposite"), help="sense of the recorded gripper, against the policy's"
+    )
 
 
 def _add_sensitivity(parser: argparse.ArgumentParser) -> None:
@@ -152,7 +165,7 @@ def _add_quantize(parser: argparse.ArgumentParser) -> None:
 
 def _collect(args: argparse.Namespace) -> int:
     from calibrator.data.calibration import CALIBRATION, collect
-    from calibrator.data.hdf5 import Hdf5Layout
+    from calibrator.data.layout import RecordLayout
     from calibrator.data.sources import open_sources
     from vla_policy.core.contract import load_contract
     from vla_policy.core.left_out import LeftOut, told
@@ -160,8 +173,19 @@ def _collect(args: argparse.Namespace) -> int:
 
     check_folder(args.out, CALIBRATION, [*args.sources, args.contract])
     contract = load_contract(args.contract) if args.contract else None
-    layout = Hdf5Layout(tuple(args.hdf5_image), tuple(args.hdf5_state), not args.hdf5_upright, args.hdf5_crop_area)
-    sources = open_sources(args.sources, contract, args.namespace, layout, args.instruction)
+    layout = RecordLayout.named(
+        args.layout,
+        cameras=args.camera,
+        state=args.state,
+        action=args.action,
+        task=args.task,
+        instruction=args.instruction,
+        rotation=args.rotate,
+        crop_area=args.crop_area,
+        colours=args.colours,
+        gripper=args.gripper,
+    )
+    sources = open_sources(args.sources, contract, args.namespace, layout)
     content = collect(sources, args.out, args.samples, args.seed)
     for source in content["sources"]:
         reasons = told(LeftOut(**item) for item in source["left_out"])

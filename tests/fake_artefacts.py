@@ -11,7 +11,8 @@ from tiny import tiny_config
 
 from calibrator.allocation.plan import Plan
 from calibrator.allocation.planning import Limits, Planner, PlanRequest, write_frontier
-from calibrator.data.calibration import SourceIndex, Trajectory, collect, load_calibration
+from calibrator.data.calibration import collect, load_calibration
+from calibrator.data.records import Record, SourceIndex, Trajectory
 from calibrator.quantizers import parse_choices
 from calibrator.report.inputs import Paths
 from calibrator.sensitivity.scores import ScoreSettings, phase_of
@@ -77,11 +78,11 @@ class FakeSource:
     def index(self) -> SourceIndex:
         return SourceIndex(tuple(Trajectory(f"episode_{n}", 9, tuple(range(9))) for n in range(3)), {})
 
-    def read(self, wanted: Mapping[str, frozenset[int]]) -> Iterator[tuple[str, int, Observation]]:
+    def read(self, wanted: Mapping[str, frozenset[int]]) -> Iterator[Record]:
         for name, steps in wanted.items():
             for step in sorted(steps):
                 image = np.random.default_rng(step).integers(0, 256, (24, 32, 3), dtype=np.uint8)
-                yield name, step, Observation(image, INSTRUCTION, None)
+                yield Record(name, step, Observation(image, INSTRUCTION, None))
 
     def describe(self) -> dict[str, Any]:
         return {"kind": "fake", "path": self.path}

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from tiny import INSTRUCTIONS
 
-from calibrator.data.calibration import SourceIndex, Trajectory
+from calibrator.data.records import Record, SourceIndex, Trajectory
 from vla_policy.core.observation import Observation
 
 
@@ -24,14 +24,15 @@ class FakeSource:
         found = [Trajectory(name, length, tuple(range(length))) for name, length in self._lengths.items()]
         return SourceIndex(tuple(found), ())
 
-    def read(self, wanted: Mapping[str, frozenset[int]]) -> Iterator[tuple[str, int, Observation]]:
+    def read(self, wanted: Mapping[str, frozenset[int]]) -> Iterator[Record]:
         for name, steps in wanted.items():
             number = int(name.split("_")[1])
             for step in sorted(steps):
                 generator = np.random.default_rng([self._seed, number, step])
                 image, *further = generator.integers(0, 256, (self._images, 32, 32, 3), dtype=np.uint8)
                 state = None if self._state_dim is None else generator.uniform(0, 0.1, self._state_dim)
-                yield name, step, Observation(image, INSTRUCTIONS[number % len(INSTRUCTIONS)], state, tuple(further))
+                task = INSTRUCTIONS[number % len(INSTRUCTIONS)]
+                yield Record(name, step, Observation(image, task, state, tuple(further)))
 
     def describe(self) -> dict[str, Any]:
         return {"kind": "fake", "path": self.path}

@@ -1,23 +1,25 @@
 """The calibration set: states chosen evenly over trajectories and their progress. Independent of any policy.
 
 `calibration.json` names every state and what was left out; `samples.safetensors` holds `image_<index>` uint8
-[H, W, 3] per state and, if the sources give states, `states` float32 [N, S].
+[H, W, 3] per state and, if the sources give them, `states` float32 [N, S] and the recorded `actions` float32 [N, K].
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from tqdm import tqdm
 
+from calibrator.data.layout import Gripper
+from calibrator.data.records import Source, SourceIndex, Trajectory
 from calibrator.tensors import save_tensors
 from vla_policy.core.errors import ArtefactError, DataError
 from vla_policy.core.files import read_json, sha256_file, sha256_folder, write_json
-from vla_policy.core.left_out import LeftOut, told
+from vla_policy.core.left_out import told
 from vla_policy.core.observation import Observation
 from vla_policy.core.outputs import FolderKind, atomic_folder
 
@@ -29,42 +31,6 @@ CALIBRATION = FolderKind(KIND, _INDEX, (_TENSORS,))
 def progress(step: int, length: int) -> float:
     """rho of Eq. (11) in [0, 1]; a trajectory of one state is at 0."""
     return step / (length - 1) if length > 1 else 0.0
-
-
-@dataclass(frozen=True)
-class Trajectory:
-    """One episode of a source. `length`: its number of states T; `steps`: those that can be used, ascending."""
-
-    name: str
-    length: int
-    steps: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class SourceIndex:
-    """What a source holds: its trajectories, everything that cannot be used, and what else the user should know."""
-
-    trajectories: tuple[Trajectory, ...]
-    left_out: tuple[LeftOut, ...]
-    notes: tuple[str, ...] = ()
-
-
-class Source(Protocol):
-    """Somewhere states come from: a bag, an HDF5 file, a folder of episodes."""
-
-    path: str
-
-    def index(self) -> SourceIndex:
-        """Trajectories and what is unusable, by one look at everything."""
-        ...
-
-    def read(self, wanted: Mapping[str, frozenset[int]]) -> Iterator[tuple[str, int, Observation]]:
-        """(trajectory, step, observation) of the steps wanted by trajectory name."""
-        ...
-
-    def describe(self) -> dict[str, Any]:
-        """Kind, path, hash and settings, for the artefact."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -87,13 +53,16 @@ class Sample:
 class CalibrationSet:
     """States with their images (uint8 [H, W, 3], sizes may differ) and robot states (float32 [S] or None).
 
-    images: of the first camera. further: of the others, per state.
+    images: of the first camera. further: of the others, per state. actions: float32 [N, K], what was recorded as
+    carried out, None where a source does not tell; grippers: per state, in which sense its gripper was recorded.
     """
 
     samples: tuple[Sample, ...]
     images: tuple[np.ndarray, ...]
     further: tuple[tuple[np.ndarray, ...], ...]
     states: tuple[np.ndarray | None, ...]
+    actions: np.ndarray | None
+    grippers: tuple[Gripper, ...]
     sha256: str
 
     def __len__(self) -> int:
@@ -110,9 +79,7 @@ class CalibrationSet:
 
     def observation(self, index: int) -> Observation:
         """State `index` as a policy sees it."""
-        return Observation(
-            self.images[index], self.samples[index].instruction, self.states[index], self.further[index]
-        )
+        return Observation(self.images[index], self.samples[index].instruction, self.states[index], self.further[index])
 
 
 def choose_states(trajectories: list[Trajectory], count: int, seed: int) -> list[tuple[int, int]]:
@@ -169,23 +136,28 @@ def collect(sources: list[Source], out: Path, count: int, seed: int) -> dict[str
     samples: list[Sample] = []
     tensors: dict[str, np.ndarray] = {}
     states: list[np.ndarray | None] = []
+    actions: list[np.ndarray | None] = []
     cameras: set[int] = set()
     bar = tqdm(total=count, desc="states", unit="state", disable=None)
     for number, source in enumerate(sources):
         steps = {name: frozenset(values) for name, values in wanted[number].items()}
-        for name, step, observation in source.read(steps):
+        for record in source.read(steps):
             bar.update()
+            name, observation = record.trajectory, record.observation
             for camera, image in enumerate(observation.images):
                 tensors[_image_name(len(samples), camera)] = np.ascontiguousarray(image)
             cameras.add(len(observation.images))
-            samples.append(Sample(number, name, step, lengths[number, name], observation.instruction))
+            samples.append(Sample(number, name, record.step, lengths[number, name], observation.instruction))
             states.append(observation.state)
+            actions.append(record.action)
     bar.close()
     if len(samples) != count:
         raise DataError(f"{count} states were chosen but {len(samples)} could be read; did a source change meanwhile?")
     if len(cameras) != 1:
         raise DataError(f"sources give different numbers of images ({cameras}); collect them into separate sets")
-    tensors |= _stacked_states(states)
+    tensors |= _stacked("states", states)
+    # Some sources may tell what was carried out and others not; the set then does not.
+    tensors |= {} if any(action is None for action in actions) else _stacked("actions", actions)
     content: dict[str, Any] = {
         "schema_version": 1,
         "kind": KIND,
@@ -228,11 +200,11 @@ def _image_name(state: int, camera: int) -> str:
     return f"image_{state}_{camera}" if camera else f"image_{state}"
 
 
-def _stacked_states(states: list[np.ndarray | None]) -> dict[str, np.ndarray]:
-    sizes = {None if state is None else len(state) for state in states}
+def _stacked(what: str, rows: Sequence[np.ndarray | None]) -> dict[str, np.ndarray]:
+    sizes = {None if row is None else len(row) for row in rows}
     if len(sizes) != 1:
-        raise DataError(f"sources give robot states of different lengths ({sizes}); collect them into separate sets")
-    return {} if None in sizes else {"states": np.stack([np.asarray(state, np.float32) for state in states])}
+        raise DataError(f"sources give {what} of different lengths ({sizes}); collect them into separate sets")
+    return {} if None in sizes else {what: np.stack([np.asarray(row, np.float32) for row in rows])}
 
 
 def load_calibration(folder: Path | str) -> CalibrationSet:
@@ -257,5 +229,9 @@ def load_calibration(folder: Path | str) -> CalibrationSet:
             for index in range(len(samples))
         ),
         states=tuple(states[index] if states is not None else None for index in range(len(samples))),
+        actions=tensors.get("actions"),
+        grippers=tuple(
+            content["sources"][sample.source].get("layout", {}).get("gripper", "same") for sample in samples
+        ),
         sha256=sha256_folder(folder, (_INDEX, _TENSORS)),
     )

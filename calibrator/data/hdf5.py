@@ -2,18 +2,19 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
+from tqdm import tqdm
 
-from calibrator.data.calibration import SourceIndex, Trajectory
+from calibrator.data.layout import Held, RecordLayout
 from calibrator.data.libero import written_instruction
+from calibrator.data.records import Record, SourceIndex, Trajectory
 from vla_policy.core.errors import DataError
 from vla_policy.core.files import sha256_file, sha256_folder
-from vla_policy.core.image import centre_crop, rotate_180
 from vla_policy.core.left_out import Tally
 from vla_policy.core.observation import Observation
 
@@ -22,20 +23,8 @@ SUFFIXES = (".hdf5", ".h5")
 _H5_ERRORS = (OSError, KeyError, RuntimeError)
 _UNREADABLE, _MISSING, _WRONG_TYPE = "cannot be read", "missing", "wrong type or shape"
 _NOT_FINITE, _LENGTHS, _EMPTY = "not finite", "different lengths", "no steps"
-
-
-@dataclass(frozen=True)
-class Hdf5Layout:
-    """Where LIBERO's files keep what a policy sees, relative to `data/<demo>/`.
-
-    images: one dataset per camera, in the policy's order. They are stored upside down; OpenVLA's data were turned by
-    180 degrees. state: datasets that are joined, such as obs/ee_states and obs/gripper_states for OpenVLA-OFT.
-    """
-
-    images: tuple[str, ...] = ("obs/agentview_rgb",)
-    state: tuple[str, ...] = ()
-    rotate_180: bool = True
-    crop_area: float = 1.0
+_ACTION = "actions"
+"""What robomimic and LIBERO call them."""
 
 
 class _Unfit(Exception):
@@ -49,18 +38,17 @@ class _Unfit(Exception):
 class Hdf5Source:
     """LIBERO demonstrations in one HDF5 file, or in a folder of them, one per task.
 
-    instruction: the task of files that do not tell theirs.
+    The layout's names are of datasets below `data/<demo>/`; its instruction is of files that do not tell theirs.
     """
 
-    def __init__(self, path: Path, layout: Hdf5Layout, instruction: str = "") -> None:
+    def __init__(self, path: Path, layout: RecordLayout) -> None:
         self.path = str(path)
-        self._layout = layout
-        self._instruction = instruction
+        self._layout = self._settled(layout)
 
     def index(self) -> SourceIndex:
         found: list[Trajectory] = []
         tally, notes = Tally(), []
-        for path in self._files():
+        for path in tqdm(self._files(), desc=f"index {Path(self.path).name}", unit="file", disable=None):
             try:
                 with _open_hdf5(path) as file:
                     found += self._trajectories(path, file, tally)
@@ -71,7 +59,7 @@ class Hdf5Source:
                 tally.add(path.name, unfit.reason, unfit.example)
         return SourceIndex(tuple(found), tally.found, tuple(notes))
 
-    def read(self, wanted: Mapping[str, frozenset[int]]) -> Iterator[tuple[str, int, Observation]]:
+    def read(self, wanted: Mapping[str, frozenset[int]]) -> Iterator[Record]:
         for path in self._files():
             names = {name for name in wanted if name.startswith(self._prefix(path))}
             if not names:
@@ -82,22 +70,36 @@ class Hdf5Source:
                     for name in (name for name in wanted if name in names):
                         demo = file["data"][name.removeprefix(self._prefix(path))]
                         for step in sorted(wanted[name]):
-                            yield name, step, self._observation(demo, step, instruction)
+                            yield self._record(name, demo, step, instruction)
             except (_Unfit, *_H5_ERRORS) as error:
                 raise DataError(f"{path}: cannot be read any more ({error}); did it change meanwhile?") from error
 
     def describe(self) -> dict[str, Any]:
-        layout, path = self._layout, Path(self.path)
+        path = Path(self.path)
         patterns = [f"*{suffix}" for suffix in SUFFIXES]
         return {
             "kind": "hdf5",
             "path": path.name,
             "sha256": sha256_folder(path, patterns) if path.is_dir() else sha256_file(path),
-            "images": list(layout.images),
-            "state": list(layout.state),
-            "rotate_180": layout.rotate_180,
-            "crop_area": layout.crop_area,
+            "layout": self._layout.to_json(),
         }
+
+    def _settled(self, layout: RecordLayout) -> RecordLayout:
+        """The layout by what the first demonstration holds; one that lacks something is left out later, by name."""
+        for path in self._files():
+            try:
+                with _open_hdf5(path) as file:
+                    held = _held_by_first(file)
+            except _Unfit:
+                continue
+            if held is not None:
+                named = Held(
+                    cameras=layout.cameras or held.cameras,
+                    vectors=[*held.vectors, *(part.feature for part in layout.parts), layout.action or _ACTION],
+                    action=held.action,
+                )
+                return layout.settled(self.path, named)
+        return replace(layout, rotation=layout.rotation or (0,))  # nothing can be read: `index` says why
 
     def _files(self) -> list[Path]:
         path = Path(self.path)
@@ -110,8 +112,8 @@ class Hdf5Source:
     def _told(self, path: Path, file: h5py.File) -> tuple[str, str]:
         """The instruction, and who says so. Raises DataError where nobody does."""
         found = written_instruction(file["data"].attrs.get("problem_info"), path.stem)
-        if found is None and self._instruction:
-            return self._instruction, "--instruction"
+        if found is None and self._layout.instruction:
+            return self._layout.instruction, "--instruction"
         if found is None:
             raise DataError(
                 f"{path}: neither data's problem_info nor the file's name tells the task in words; "
@@ -141,30 +143,33 @@ class Hdf5Source:
 
     def _usable(self, demo: h5py.Group, tally: Tally) -> np.ndarray:
         """bool [T]: the steps whose images can be read and whose state is finite. Raises _Unfit for the whole."""
-        images = [_image(demo, key) for key in self._layout.images]
-        states = [_state(demo, key) for key in self._layout.state]
-        keys = (*self._layout.images, *self._layout.state)
-        lengths = {key: len(item) for key, item in zip(keys, (*images, *states), strict=True)}
+        cameras = self._layout.cameras
+        images = [_image(demo, key) for key in cameras]
+        keys = (*cameras, *self._vectors)
+        values = [_state(demo, key) for key in self._vectors]
+        lengths = {key: len(item) for key, item in zip(keys, (*images, *values), strict=True)}
         if len(set(lengths.values())) > 1:
             raise _Unfit(keys[0], _LENGTHS, ", ".join(f"{key} {length}" for key, length in lengths.items()))
         usable = np.ones(len(images[0]), bool)
         if not usable.size:
-            raise _Unfit(self._layout.images[0], _EMPTY, "0 steps")
-        for key, dataset in zip(self._layout.images, images, strict=True):
+            raise _Unfit(cameras[0], _EMPTY, "0 steps")
+        for key, dataset in zip(cameras, images, strict=True):
             usable &= _counted(tally, demo, key, _UNREADABLE, _readable(dataset))
-        for key, values in zip(self._layout.state, states, strict=True):
-            usable &= _counted(tally, demo, key, _NOT_FINITE, np.isfinite(values).reshape(len(values), -1).all(1))
+        for key, numbers in zip(self._vectors, values, strict=True):
+            usable &= _counted(tally, demo, key, _NOT_FINITE, np.isfinite(numbers).reshape(len(numbers), -1).all(1))
         return usable
 
-    def _observation(self, demo: h5py.Group, step: int, instruction: str) -> Observation:
-        image, *further = (self._prepare(_image(demo, key)[step]) for key in self._layout.images)
-        parts = [np.ravel(_state(demo, key)[step]) for key in self._layout.state]
-        state = np.concatenate(parts).astype(np.float32) if parts else None
-        return Observation(image, instruction, state, tuple(further))
+    @property
+    def _vectors(self) -> tuple[str, ...]:
+        action = (self._layout.action,) if self._layout.action else ()
+        return tuple(dict.fromkeys((*(part.feature for part in self._layout.parts), *action)))
 
-    def _prepare(self, image: np.ndarray) -> np.ndarray:
-        image = rotate_180(image) if self._layout.rotate_180 else image
-        return centre_crop(image, self._layout.crop_area) if self._layout.crop_area < 1 else image
+    def _record(self, name: str, demo: h5py.Group, step: int, instruction: str) -> Record:
+        layout = self._layout
+        image, *further = (layout.view(_image(demo, key)[step], camera) for camera, key in enumerate(layout.cameras))
+        rows = {key: _state(demo, key)[step][None] for key in self._vectors}
+        action = np.ravel(rows[layout.action]).astype(np.float32) if layout.action else None
+        return Record(name, step, Observation(image, instruction, layout.joined(rows), tuple(further)), action)
 
 
 @contextmanager
@@ -176,6 +181,25 @@ def _open_hdf5(path: Path) -> Iterator[h5py.File]:
     except _H5_ERRORS as error:
         reason = f"not a readable HDF5 file ({' '.join(str(error).split())}); copy it again"
         raise _Unfit(path.name, _UNREADABLE, reason) from error
+
+
+def _held_by_first(file: h5py.File) -> Held | None:
+    """Cameras and numbers of the first demonstration that has any; None where there is none."""
+    data = file.get("data")
+    for name in sorted(data, key=lambda name: (len(name), name)) if isinstance(data, h5py.Group) else ():
+        found: dict[str, h5py.Dataset] = {}
+
+        def see(key: str, item: Any, found: dict[str, h5py.Dataset] = found) -> None:
+            if isinstance(item, h5py.Dataset):
+                found[key] = item
+
+        if isinstance(data.get(name, getlink=True), h5py.HardLink) and isinstance(data[name], h5py.Group):
+            data[name].visititems(see)
+        if found:
+            cameras = tuple(key for key, item in found.items() if item.dtype == np.uint8 and item.ndim == 4)
+            vectors = [key for key in found if key not in cameras]
+            return Held(cameras, vectors, action=_ACTION if _ACTION in vectors else None)
+    return None
 
 
 def _held(group: h5py.Group) -> str:

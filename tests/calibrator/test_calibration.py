@@ -10,7 +10,8 @@ from fake_source import FakeSource
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calibrator.data.calibration import Trajectory, choose_states, collect, load_calibration
+from calibrator.data.calibration import choose_states, collect, load_calibration
+from calibrator.data.records import Trajectory
 from vla_policy.core.errors import ArtefactError, DataError
 
 
@@ -56,7 +57,7 @@ def test_a_set_comes_back_as_it_was_written(tmp_path: Path) -> None:
     assert len(loaded) == 9 and loaded.trajectories == 3
     for index, sample in enumerate(loaded.samples):
         source = FakeSource((6, 5)) if sample.source == 0 else FakeSource((7,), seed=1)
-        ((_, _, expected),) = source.read({sample.trajectory: frozenset({sample.step})})
+        (expected,) = (one.observation for one in source.read({sample.trajectory: frozenset({sample.step})}))
         got = loaded.observation(index)
         np.testing.assert_array_equal(got.image, expected.image)
         assert got.instruction == expected.instruction

@@ -12,14 +12,16 @@ import pytest
 
 from calibrator.__main__ import main
 from calibrator.data.calibration import load_calibration
-from calibrator.data.hdf5 import Hdf5Layout, Hdf5Source
+from calibrator.data.hdf5 import Hdf5Source
+from calibrator.data.layout import RecordLayout
 from calibrator.data.libero import written_instruction
 from tests.core import ros_messages as msgs
 from vla_policy.core.errors import DataError
 from vla_policy.core.left_out import LeftOut
 
 TASK = "pick up the cup"
-LAYOUT = Hdf5Layout(state=("obs/ee_pos", "obs/gripper_states"))
+LAYOUT = RecordLayout(cameras=("obs/agentview_rgb",), state=("obs/ee_pos", "obs/gripper_states"), rotation=(180,))
+WORDS = ["--camera", "obs/agentview_rgb", "--rotate", "180"]
 
 
 def libero_file(path: Path, lengths: tuple[int, ...] = (5, 12), info: Any = None, **changes: Any) -> Path:
@@ -39,6 +41,8 @@ def libero_file(path: Path, lengths: tuple[int, ...] = (5, 12), info: Any = None
             demo["obs/eye_in_hand_rgb"] = wrist
             demo["obs/ee_pos"] = changes.get("positions", np.arange(3 * length, dtype=float).reshape(length, 3))
             demo["obs/ee_states"] = np.arange(6 * length, dtype=float).reshape(length, 6)
+            if changes.get("actions"):
+                demo["actions"] = np.arange(7 * length, dtype=float).reshape(length, 7)
             demo["obs/gripper_states"] = np.stack([np.full(length, 0.04), np.full(length, -0.04)], 1)
     return path
 
@@ -46,17 +50,18 @@ def libero_file(path: Path, lengths: tuple[int, ...] = (5, 12), info: Any = None
 def test_libero_demonstrations_are_turned_upright(tmp_path: Path) -> None:
     source = Hdf5Source(libero_file(tmp_path / "task.hdf5"), LAYOUT)
     assert [(item.name, item.length) for item in source.index().trajectories] == [("demo_0", 5), ("demo_1", 12)]
-    ((_, step, observation),) = source.read({"demo_1": frozenset({7})})
+    (record,) = source.read({"demo_1": frozenset({7})})
+    observation = record.observation
     np.testing.assert_array_equal(observation.image, msgs.picture(17))
-    assert step == 7 and observation.instruction == "pick up the cup" and observation.state is not None
+    assert record.step == 7 and record.action is None
+    assert observation.instruction == "pick up the cup" and observation.state is not None
     np.testing.assert_allclose(observation.state, [21, 22, 23, 0.04, -0.04], rtol=1e-6)  # float32
 
 
 def test_two_cameras_and_the_eight_values_of_openvla_oft(tmp_path: Path) -> None:
-    file, out = libero_file(tmp_path / "pick_up_the_cup_demo.hdf5", info={}), tmp_path / "set"
+    file, out = libero_file(tmp_path / "pick_up_the_cup_demo.hdf5", info={}, actions=True), tmp_path / "set"
     command = ["collect", str(file), "--out", str(out), "--samples", "6"]
-    command += ["--hdf5-image", "obs/agentview_rgb", "obs/eye_in_hand_rgb"]
-    assert main([*command, "--hdf5-state", "obs/ee_states", "obs/gripper_states"]) == 0
+    assert main([*command, "--layout", "regenerated-libero-hdf5"]) == 0
     loaded = load_calibration(out)
     for index, sample in enumerate(loaded.samples):
         number, observation = int(sample.trajectory[-1]), loaded.observation(index)
@@ -67,7 +72,10 @@ def test_two_cameras_and_the_eight_values_of_openvla_oft(tmp_path: Path) -> None
         np.testing.assert_allclose(observation.state, [*hand, 0.04, -0.04], rtol=1e-6)  # float32
         assert sample.instruction == "pick up the cup"
     (source,) = json.loads((out / "calibration.json").read_text())["sources"]
-    assert source["images"] == ["obs/agentview_rgb", "obs/eye_in_hand_rgb"]
+    assert source["layout"]["cameras"] == ["obs/agentview_rgb", "obs/eye_in_hand_rgb"]
+    assert loaded.actions is not None and set(loaded.grippers) == {"opposite"}
+    for sample, action in zip(loaded.samples, loaded.actions, strict=True):
+        np.testing.assert_array_equal(action, np.arange(7 * sample.step, 7 * sample.step + 7))
     assert source["notes"] == ["pick_up_the_cup_demo.hdf5: instruction 'pick up the cup' by the file's name"]
 
 
@@ -111,7 +119,7 @@ def test_what_holds_no_instruction_is_not_one(info: Any) -> None:
 def test_an_instruction_that_nobody_tells_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = libero_file(tmp_path / "tasks/x.hdf5", info={"language_instruction": None})
     libero_file(tmp_path / "tasks/y.hdf5", info={"language_instruction": "open the drawer"})
-    command = ["collect", str(file.parent), "--out", str(tmp_path / "set"), "--samples", "8"]
+    command = ["collect", str(file.parent), "--out", str(tmp_path / "set"), "--samples", "8", *WORDS]
     assert main(command) == 2
     message = capsys.readouterr().err
     assert message.count("\n") == 1 and f"{file}: neither data's problem_info nor the file's name" in message
@@ -220,7 +228,7 @@ def test_a_folder_is_used_but_for_what_is_no_hdf5_file(tmp_path: Path, capsys: p
     with h5py.File(folder / "aloha.hdf5", "w") as file:
         file["observations/images/cam_high"] = np.zeros((4, 8, 8, 3), np.uint8)
     out = tmp_path / "set"
-    assert main(["collect", str(folder), "--out", str(out), "--samples", "21"]) == 0
+    assert main(["collect", str(folder), "--out", str(out), "--samples", "21", *WORDS]) == 0
     printed = capsys.readouterr().out
     assert "tasks: 3 trajectories" in printed and printed.count("cannot be read 1 (not a readable HDF5 file") == 3
     assert "aloha.hdf5: missing 1 (no group 'data' of demonstrations; it holds observations)" in printed
@@ -246,7 +254,8 @@ def test_a_file_that_is_named_must_be_one(tmp_path: Path, content: bytes | None,
 
 def test_nothing_usable_says_why_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = libero_file(tmp_path / "task.hdf5", (3, 4))
-    command = ["collect", str(file), "--out", str(tmp_path / "set"), "--samples", "2", "--hdf5-state", "obs/joints"]
+    command = ["collect", str(file), "--out", str(tmp_path / "set"), "--samples", "2", *WORDS]
+    command += ["--state", "obs/joints"]
     assert main(command) == 2
     message = capsys.readouterr().err
     assert message.count("\n") == 1 and "lower --samples" not in message

@@ -13,9 +13,12 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from calibrator.__main__ import main
+from calibrator.data.bag import BagSource
 from calibrator.data.calibration import collect, load_calibration
+from calibrator.data.episodes import EpisodeSource
 from calibrator.data.hdf5 import Hdf5Source
-from calibrator.data.sources import BagSource, EpisodeSource, open_sources
+from calibrator.data.layout import RecordLayout
+from calibrator.data.sources import open_sources
 from demo.dataset import encode_png, load_demonstrations
 from tests.calibrator.test_hdf5 import LAYOUT, libero_file
 from tests.core import ros_messages as msgs
@@ -52,8 +55,9 @@ def test_a_bag_gives_its_episodes(tmp_path: Path, storage: StoragePlugin) -> Non
     assert [(item.length, item.steps) for item in found.trajectories] == [(6, tuple(range(6))), (4, tuple(range(4)))]
     assert not found.left_out
     second = found.trajectories[1].name
-    ((name, step, observation),) = source.read({second: frozenset({2})})
-    assert (name, step, observation.instruction) == (second, 2, "push the button")
+    (record,) = source.read({second: frozenset({2})})
+    observation = record.observation
+    assert (record.trajectory, record.step, observation.instruction) == (second, 2, "push the button")
     np.testing.assert_array_equal(observation.image, msgs.picture(102))
     assert observation.state is not None and observation.state[0] == 2
 
@@ -69,7 +73,7 @@ def test_raw_images_are_read_where_the_contract_says_so(tmp_path: Path) -> None:
     contract = replace(CONTRACT, cameras=(camera, *CONTRACT.cameras[1:]))
     source = BagSource(write_bag(tmp_path / "bag", messages), contract)
     first = source.index().trajectories[0].name
-    ((_, _, observation),) = source.read({first: frozenset({0})})
+    (observation,) = (record.observation for record in source.read({first: frozenset({0})}))
     np.testing.assert_array_equal(observation.image, msgs.picture(2))
 
 
@@ -110,9 +114,9 @@ def episode_folder(folder: Path, lengths: tuple[int, ...] = (4, 6)) -> Path:
 
 
 def test_episode_files_are_read(tmp_path: Path) -> None:
-    source = EpisodeSource(episode_folder(tmp_path / "episodes"))
+    source = EpisodeSource(episode_folder(tmp_path / "episodes"), RecordLayout())
     assert [item.length for item in source.index().trajectories] == [4, 6]
-    ((_, _, observation),) = source.read({"001": frozenset({3})})
+    (observation,) = (record.observation for record in source.read({"001": frozenset({3})}))
     np.testing.assert_array_equal(observation.image, msgs.picture(13))
     assert observation.instruction == "lift the lid" and observation.state is not None
 
@@ -126,7 +130,7 @@ def test_bad_episode_files_and_pictures_are_left_out(tmp_path: Path) -> None:
     tensors["state"] = np.ones((2, 5), np.float32)
     save_file(tensors, folder / "004.safetensors", metadata={"instructions": '["lift the lid"]'})
     (folder / "._000.safetensors").write_bytes(b"Mac OS X")
-    found = EpisodeSource(folder).index()
+    found = EpisodeSource(folder, RecordLayout()).index()
     assert [(item.name, item.length, len(item.steps)) for item in found.trajectories] == [
         ("000", 4, 4),
         ("001", 6, 6),
@@ -150,10 +154,10 @@ def test_an_episode_without_an_instruction_asks_for_one(tmp_path: Path) -> None:
         tensors = {name: stream.get_tensor(name) for name in ("png", "png_end", "state")}
     save_file(tensors, folder / "000.safetensors")
     with pytest.raises(DataError, match=r"000\.safetensors: its metadata has no instructions; give .* --instruction"):
-        EpisodeSource(folder).index()
-    told = EpisodeSource(folder, "turn the dial")
+        EpisodeSource(folder, RecordLayout()).index()
+    told = EpisodeSource(folder, RecordLayout(instruction="turn the dial"))
     assert [item.length for item in told.index().trajectories] == [3]
-    ((_, _, observation),) = told.read({"000": frozenset({1})})
+    (observation,) = (record.observation for record in told.read({"000": frozenset({1})}))
     assert observation.instruction == "turn the dial"
 
 
@@ -161,12 +165,14 @@ def test_the_demonstrations_of_the_demo_can_be_calibrated_from(tmp_path: Path) -
     """The same pictures, states and instructions as training reads from the same files."""
     folder = Path(__file__).parents[2] / "demo/episodes/metaworld"
     trained = load_demonstrations([folder])
-    source = EpisodeSource(folder)
+    source = EpisodeSource(folder, RecordLayout())
     trajectories = source.index().trajectories
     assert sum(item.length for item in trajectories) == len(trained)
     first, last = trajectories[0], trajectories[-1]
     wanted = {first.name: frozenset({0, 7}), last.name: frozenset({last.length - 1})}
-    for (_, _, observation), row in zip(source.read(wanted), (0, 7, len(trained) - 1), strict=True):
+    for record, row in zip(source.read(wanted), (0, 7, len(trained) - 1), strict=True):
+        observation = record.observation
+        np.testing.assert_array_equal(record.action, trained.actions[trained.own[row]])
         np.testing.assert_array_equal(observation.image, trained.images[row])
         np.testing.assert_array_equal(observation.state, trained.states[row])
         assert observation.instruction == trained.instructions[trained.instruction[trained.own[row]]]
@@ -177,10 +183,15 @@ def test_sources_are_told_apart_and_others_refused(tmp_path: Path) -> None:
     file = libero_file(tmp_path / "task.hdf5")
     files = libero_file(tmp_path / "tasks/task.hdf5").parent
     episodes = episode_folder(tmp_path / "episodes")
-    kinds = [type(item) for item in open_sources([bag, file, files, episodes], CONTRACT, "", LAYOUT)]
-    assert kinds == [BagSource, Hdf5Source, Hdf5Source, EpisodeSource]
+    kinds = [type(item) for item in open_sources([bag], CONTRACT, "", RecordLayout())]
+    assert kinds == [BagSource]
+    kinds = [type(item) for item in open_sources([file, files], CONTRACT, "", LAYOUT)]
+    assert kinds == [Hdf5Source, Hdf5Source]
+    assert [type(item) for item in open_sources([episodes], None, "", RecordLayout())] == [EpisodeSource]
     with pytest.raises(DataError, match="needs --contract"):
-        open_sources([bag], None, "", LAYOUT)
+        open_sources([bag], None, "", RecordLayout())
+    with pytest.raises(DataError, match="a bag's cameras, states, rotation and crop are its contract's"):
+        open_sources([bag], CONTRACT, "", LAYOUT)
     with pytest.raises(DataError, match="no such file or folder"):
         open_sources([tmp_path / "nowhere"], CONTRACT, "", LAYOUT)
     with pytest.raises(DataError, match="neither a rosbag2 folder"):

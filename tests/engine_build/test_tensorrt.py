@@ -15,7 +15,8 @@ from choices import rtn, with_every_code
 from onnx import TensorProto, helper
 from ragged import observation, write_plan
 
-from calibrator.data.calibration import SourceIndex, Trajectory, collect, load_calibration
+from calibrator.data.calibration import collect, load_calibration
+from calibrator.data.records import Record, SourceIndex, Trajectory
 from calibrator.quantizers import Computed, quantize
 from calibrator.quantizers.packing import pack
 from engine_build.backends import find_backend
@@ -36,7 +37,6 @@ from vla_policy.core.errors import ArtefactError
 from vla_policy.core.files import sha256_policy
 from vla_policy.core.formats import Format
 from vla_policy.core.manifest import Manifest, file_records
-from vla_policy.core.observation import Observation
 from vla_policy.core.prismatic.pixels import preprocess
 from vla_policy.core.program import profiles
 from vla_policy.core.targets import find_target
@@ -55,9 +55,9 @@ class FakeStates:
     def index(self) -> SourceIndex:
         return SourceIndex((Trajectory("episode", 8, tuple(range(8))),), {})
 
-    def read(self, wanted: Mapping[str, frozenset[int]]) -> Iterator[tuple[str, int, Observation]]:
+    def read(self, wanted: Mapping[str, frozenset[int]]) -> Iterator[Record]:
         for step in sorted(wanted["episode"]):
-            yield "episode", step, observation(step)
+            yield Record("episode", step, observation(step))
 
     def describe(self) -> dict[str, Any]:
         return {"kind": "fake", "path": self.path}
