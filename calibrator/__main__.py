@@ -6,10 +6,14 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vla_policy.core.cli import run
 from vla_policy.core.errors import BudgetError, VlaError
 from vla_policy.core.instruction import normalised
+
+if TYPE_CHECKING:
+    from calibrator.data.calibration import CalibrationSet
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -20,6 +24,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_sensitivity(
         commands.add_parser("sensitivity", help="policy + calibration set -> scores", formatter_class=formatter)
     )
+    _add_check(commands.add_parser("check", help="are states as the policy knows them?", formatter_class=formatter))
     _add_allocate(commands.add_parser("allocate", help="scores + budget -> bit plan", formatter_class=formatter))
     _add_transform(
         commands.add_parser("transform", help="policy -> equal policy, easier to round", formatter_class=formatter)
@@ -43,6 +48,31 @@ def _add_collect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--contract", type=Path, help="topic contract (YAML), needed for bags; it is their layout")
     parser.add_argument("--namespace", default="", help="ROS namespace of the bag's relative topics")
     _add_layout(parser)
+
+
+    group = parser.add_argument_group("check", "with a policy, its decisions on the states against recorded actions")
+    group.add_argument("--policy", type=Path, help="policy folder")
+    group.add_argument("--unnorm-key", help="action statistics, needed when the policy has several")
+    _add_accept(group)
+
+
+def _add_check(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Compares the policy's own decisions on recorded states with the recorded actions, as they are and with images "
+        "turned, mirrored or in other colours, other statistics, another order or sign. Exit code 2 where another "
+        "convention fits clearly better. sensitivity does so too, and its report shows the table as a picture."
+    )
+    parser.add_argument("--policy", type=Path, required=True, help="policy folder")
+    parser.add_argument("--calibration", type=Path, required=True, help="calibration set with recorded actions")
+    parser.add_argument("--unnorm-key", help="action statistics, needed when the policy has several")
+    parser.add_argument("--device", default="cpu", help="where the policy runs: cpu, cuda, cuda:1, ...")
+    _add_accept(parser)
+
+
+def _add_accept(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--accept-conventions", action="store_true", help="go on where another convention fits clearly better"
+    )
 
 
 def _add_layout(parser: argparse.ArgumentParser) -> None:
@@ -97,6 +127,7 @@ def _add_sensitivity(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="where the policy runs: cpu, cuda, cuda:1, ...")
     parser.add_argument("--batch-size", type=int, default=16, help="states per pass")
     parser.add_argument("--threads", type=int, help="torch threads; default 1 below 0.1 B parameters, all cores above")
+    _add_accept(parser)
     parser.add_argument("--units", nargs="+", default=["*"], help="only layers whose names match these globs")
     parser.add_argument(
         "--mode",
@@ -164,7 +195,7 @@ def _add_quantize(parser: argparse.ArgumentParser) -> None:
 
 
 def _collect(args: argparse.Namespace) -> int:
-    from calibrator.data.calibration import CALIBRATION, collect
+    from calibrator.data.calibration import CALIBRATION, CalibrationSet, collect
     from calibrator.data.layout import RecordLayout
     from calibrator.data.sources import open_sources
     from vla_policy.core.contract import load_contract
@@ -186,13 +217,37 @@ def _collect(args: argparse.Namespace) -> int:
         gripper=args.gripper,
     )
     sources = open_sources(args.sources, contract, args.namespace, layout)
-    content = collect(sources, args.out, args.samples, args.seed)
+
+    def judge(states: CalibrationSet) -> None:
+        print(_conventions(args, states))
+
+    content = collect(sources, args.out, args.samples, args.seed, judge if args.policy else None)
     for source in content["sources"]:
         reasons = told(LeftOut(**item) for item in source["left_out"])
         print(f"{source['path']}: {source['trajectories']} trajectories; left out: {reasons}")
         for note in source["notes"]:
             print(f"note: {note}")
     print(f"{args.out}: {len(content['samples'])} states")
+    return 0
+
+
+def _conventions(args: argparse.Namespace, states: "CalibrationSet") -> str:
+    """The outcome of the check in words. Raises DataError where it is refused."""
+    from calibrator.conventions.check import check
+    from calibrator.conventions.table import table
+    from calibrator.families import load_policy
+
+    policy = load_policy(args.policy, device=getattr(args, "device", "cpu"))
+    outcome = check(policy, args.policy, states, args.unnorm_key)
+    if outcome.trials:
+        print(table(outcome))
+    return outcome.require(args.accept_conventions, "--accept-conventions").summary
+
+
+def _check(args: argparse.Namespace) -> int:
+    from calibrator.data.calibration import load_calibration
+
+    print(_conventions(args, load_calibration(args.calibration)))
     return 0
 
 
@@ -219,6 +274,7 @@ def _sensitivity(args: argparse.Namespace) -> int:
         unit_globs=tuple(args.units),
         screen=screen if args.mode == "screened" else None,
         threads=args.threads,
+        accept_conventions=args.accept_conventions,
     )
     result = measure(spec, args.out, ScoreSettings(args.kappa, args.attribution_weight, args.bins), options)
     low = result.choices[0]
@@ -231,6 +287,7 @@ def _sensitivity(args: argparse.Namespace) -> int:
         regret = ", ".join(f"{bound:.2g} % at {key}" for key, bound in bounds.items())
         print(f"{facts['evaluations']} of {facts['exhaustive_evaluations']} evaluations; {facts['stop']['reason']}")
         print(f"regret of the plan by average bits, with probability {facts['confidence']:g} at most: {regret}")
+    print(f"note: {result.meta['conventions']['summary']}")
     if strays := result.meta["stray_states"]:
         print(f"note: in {strays} of the states the policy prefers a token that is no action")
     if result.meta["inversions"]:
@@ -303,6 +360,7 @@ def _transform(args: argparse.Namespace) -> int:
 
 _COMMANDS = {
     "collect": _collect,
+    "check": _check,
     "sensitivity": _sensitivity,
     "allocate": _allocate,
     "quantize": _quantize,

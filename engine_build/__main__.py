@@ -40,9 +40,14 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", choices=TARGETS, default="cpu", help="machine that runs the engine (default: cpu)")
     parser.add_argument("--backend", choices=backend_names(), help="what runs the engine (default: the target's first)")
     parser.add_argument("--out", type=Path, required=True, help="engine folder to write; replaced when complete")
-    parser.add_argument("--calibration", type=Path, help="calibration set: fixes the scales of TensorRT's w8a8 layers")
+    parser.add_argument(
+        "--calibration", type=Path, help="calibration set: its conventions are checked, w8a8 takes its scales"
+    )
     _add_unnorm_key(parser, "which of the policy's statistics the calibration set's states are normalised by")
     parser.add_argument("--legalize", action="store_true", help="raise formats that the target lacks, and record it")
+    parser.add_argument(
+        "--accept-conventions", action="store_true", help="go on where another convention fits clearly better"
+    )
 
 
 def _build(arguments: argparse.Namespace) -> int:
@@ -61,6 +66,7 @@ def _build(arguments: argparse.Namespace) -> int:
         backend=arguments.backend,
         calibration=arguments.calibration,
         unnorm_key=arguments.unnorm_key,
+        accept_conventions=arguments.accept_conventions,
     )
     print(summary(build(request)))
     return 0

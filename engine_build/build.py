@@ -16,6 +16,7 @@ from calibrator.quantizers import Codes, Computed
 from calibrator.quantizers.store import Store
 from engine_build.backends import find_backend
 from engine_build.backends.base import Backend, Realised, Written, canonical
+from engine_build.conventions import conventions_note
 from engine_build.export import export
 from engine_build.graph.builder import GraphBuilder
 from engine_build.plan import Plan, check_computable, check_legal, legalize, load_plan, stored_plan, uniform_plan
@@ -38,8 +39,9 @@ class Request:
     every layer); 16 bits without any.
 
     backend: one of the target's; None for its first.
-    calibration: states that fix the scales of activations where the backend needs them ahead; not read otherwise.
-    unnorm_key: the statistics that these states are normalised by; the engine holds all.
+    calibration: states whose conventions are checked, and that fix the scales of activations where the backend needs
+    them ahead. unnorm_key: the statistics that these states are normalised by; the engine holds all.
+    accept_conventions: go on where the states would fit the policy clearly better under another convention.
     """
 
     policy: Path
@@ -52,6 +54,7 @@ class Request:
     backend: str | None = None
     calibration: Path | None = None
     unnorm_key: str | None = None
+    accept_conventions: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ class Policy:
     """What a build reads of a policy: tensors may come from a checkpoint or, to measure sizes, from a generator.
 
     folder: holds the files that the engine takes as they are. codes: of its layers' weights; computed unless they lie
-    in a store.
+    in a store. notes: what else a reader of the engine should know.
     """
 
     config: PolicyConfig
@@ -68,6 +71,7 @@ class Policy:
     sha256: str
     input_peaks: Mapping[str, float] = field(default_factory=dict)
     codes: Codes = field(default_factory=Computed)
+    notes: tuple[str, ...] = ()
 
 
 def build(request: Request) -> Manifest:
@@ -87,9 +91,11 @@ def build(request: Request) -> Manifest:
     backend = find_backend(target.backend)
     store = Store.open(request.weights) if request.weights else None
     plan = _plan(request, store, target.on(None, parse_version(backend.version())), policy_sha256, layers)
+    known = request.policy, request.plan, request.calibration, request.unnorm_key, request.accept_conventions
+    notes = (conventions_note(*known),)
     peaks = _input_peaks(request, backend, plan)
     with open_checkpoint(request.policy, config) as checkpoint:
-        policy = Policy(config, checkpoint, request.policy, policy_sha256, peaks, store or Computed())
+        policy = Policy(config, checkpoint, request.policy, policy_sha256, peaks, store or Computed(), notes)
         return build_engine(policy, plan, target, request.out)
 
 
@@ -122,7 +128,7 @@ def build_engine(policy: Policy, plan: Plan, target: Target, out: Path) -> Manif
             other_bytes=sum(record.bytes for record in files.values()) - counted,
             legalized=plan.legalized,
             input_peaks=dict(policy.input_peaks),
-            notes=(_UNRUN,) if backend.compiles else (),
+            notes=(*policy.notes, *((_UNRUN,) if backend.compiles else ())),
             versions={"onnx": onnx.__version__, "python": platform.python_version()},
         )
         manifest.write(folder)

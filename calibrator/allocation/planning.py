@@ -151,6 +151,7 @@ class Planner:
                 "policy_sha256": self.sensitivity.policy_sha256,
                 "calibration_sha256": self.sensitivity.meta["calibration"]["sha256"],
             },
+            "conventions": self.sensitivity.meta.get("conventions", {}).get("summary", "conventions not checked"),
             "signal": request.objective.signal,
             "pins": [str(pin) for pin in request.pins],
             "float_bits": request.float_bits,

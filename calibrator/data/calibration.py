@@ -4,7 +4,7 @@
 [H, W, 3] per state and, if the sources give them, `states` float32 [N, S] and the recorded `actions` float32 [N, K].
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -117,10 +117,13 @@ def _quotas(sizes: list[int], count: int, generator: np.random.Generator) -> lis
     return quotas
 
 
-def collect(sources: list[Source], out: Path, count: int, seed: int) -> dict[str, Any]:
+def collect(
+    sources: list[Source], out: Path, count: int, seed: int, judge: Callable[["CalibrationSet"], None] | None = None
+) -> dict[str, Any]:
     """Chooses and writes a calibration set; returns what `calibration.json` holds.
 
-    Raises DataError when too few states are usable; nothing is written then.
+    judge: looks at the set before it stands in its place. Raises DataError when too few states are usable, and as
+    `judge`; nothing is written then.
     """
     if count < 1:
         raise DataError(f"{count} states were asked for; --samples must be at least 1")
@@ -178,6 +181,8 @@ def collect(sources: list[Source], out: Path, count: int, seed: int) -> dict[str
         save_tensors(folder / _TENSORS, tensors, KIND)
         content["tensors_sha256"] = sha256_file(folder / _TENSORS)
         write_json(folder / _INDEX, content)
+        if judge is not None:
+            judge(load_calibration(folder))
     return content
 
 

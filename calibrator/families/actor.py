@@ -25,10 +25,13 @@ class TorchActor:
     @staticmethod
     def load(folder: Path | str, unnorm_key: str | None = None, dtype: torch.dtype = torch.float32) -> "TorchActor":
         """The actor for the policy in `folder`; see `load_policy` for errors, and `unnorm_key` of PolicyConfig."""
-        config = PolicyConfig.load(folder)
-        key = config.unnorm_key(unnorm_key)
-        robot, decisions = config.family.policy(config, Path(folder), key), find_family(config).decisions(config, key)
-        return TorchActor(load_policy(folder, dtype), robot, decisions, key)
+        parts = _parts(PolicyConfig.load(folder), folder, unnorm_key)
+        return TorchActor(load_policy(folder, dtype), *parts)
+
+    @staticmethod
+    def of(policy: Policy, folder: Path | str, unnorm_key: str | None = None) -> "TorchActor":
+        """The actor for a policy that was loaded from `folder`."""
+        return TorchActor(policy, *_parts(policy.config, folder, unnorm_key))
 
     @property
     def config(self) -> PolicyConfig:
@@ -52,3 +55,10 @@ class TorchActor:
 
     def _inputs(self, observation: Observation) -> Inputs:
         return self.policy.tensors([self.robot.inputs(observation)])
+
+
+def _parts(
+    config: PolicyConfig, folder: Path | str, unnorm_key: str | None
+) -> tuple[RobotPolicy, Decisions, str]:
+    key = config.unnorm_key(unnorm_key)
+    return config.family.policy(config, Path(folder), key), find_family(config).decisions(config, key), key

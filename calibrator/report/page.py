@@ -11,7 +11,17 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from calibrator.report import charts_engine, charts_layers, charts_plan, charts_served, charts_time, numbers, plan_facts
+from calibrator.conventions.check import Outcome
+from calibrator.report import (
+    charts_conventions,
+    charts_engine,
+    charts_layers,
+    charts_plan,
+    charts_served,
+    charts_time,
+    numbers,
+    plan_facts,
+)
 from calibrator.report.evidence_images import evidence_blocks, photos
 from calibrator.report.inputs import COMMANDS, Inputs
 from calibrator.report.labels import Labels
@@ -97,6 +107,15 @@ def _evidence(inputs: Inputs) -> Section | None:
     pictures = photos(inputs.maps, inputs.calibration) if inputs.calibration else ()
     variables = {"blocks": blocks, "boundary": boundary, "photos": pictures}
     return Section("evidence", "Where evidence moves on the image", variables)
+
+
+def _conventions(inputs: Inputs) -> Section | None:
+    raw = inputs.sensitivity.meta.get("conventions")
+    outcome = Outcome.from_json(raw) if raw else None
+    if outcome is None or not outcome.trials:
+        return None
+    variables = {"outcome": outcome, "chart": charts_conventions.conventions_chart(outcome)}
+    return Section("conventions", "Are the states as the policy knows them", variables)
 
 
 def _layers(inputs: Inputs) -> Section:
@@ -229,7 +248,15 @@ def _served(inputs: Inputs) -> Section | None:
     )
 
 
-_SECTIONS: Sequence[Callable[[Inputs], Section | None]] = (_evidence, _layers, _time, _plan, _engine, _served)
+_SECTIONS: Sequence[Callable[[Inputs], Section | None]] = (
+    _evidence,
+    _layers,
+    _time,
+    _plan,
+    _engine,
+    _served,
+    _conventions,
+)
 
 
 def _missing(inputs: Inputs) -> list[Missing]:

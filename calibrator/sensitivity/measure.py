@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from calibrator.conventions.check import Outcome, check
 from calibrator.families import Policy, live_units
 from calibrator.sensitivity.evidence import BOUNDARIES
 from calibrator.sensitivity.executors import Executor, LocalExecutor, RayExecutor, Task
@@ -51,7 +52,8 @@ _SMALL_PARAMS = 100_000_000
 class RunOptions:
     """How a run is carried out. Only `screen` changes the numbers (the others within rounding): with it, most scores
     are estimates. threads: of torch in this process; None takes 1 for a small policy, whose layers are over before
-    a second thread has woken up, and torch's own choice otherwise.
+    a second thread has woken up, and torch's own choice otherwise. accept_conventions: go on where the states would
+    fit the policy clearly better under another convention.
     """
 
     executor: str = "local"
@@ -61,6 +63,7 @@ class RunOptions:
     unit_globs: tuple[str, ...] = ("*",)
     screen: ScreenSettings | None = None
     threads: int | None = None
+    accept_conventions: bool = False
     progress: Callable[..., Any] = tqdm
 
 
@@ -114,6 +117,7 @@ class _Run:
     shapes: Sequence[UnitShape]
     chosen: Sequence[UnitShape]
     started_s: float
+    conventions: Outcome
 
     @property
     def states(self) -> States:
@@ -180,12 +184,14 @@ def _measure(
     if not options.resume:
         Journal.discard(folder)
     journal = Journal(folder, identity if options.screen else signature)
+    found = check(policy, Path(spec.policy), states.calibration, spec.settings.unnorm_key)
+    conventions = found.require(options.accept_conventions, "--accept-conventions")
     ref = journal.read_reference()
     if ref is None:
         ref = reference(policy, states, policy.chain(spec.settings.language_block))
         journal.write_reference(ref)
     sweep = Sweep(policy, states, ref, spec.settings)
-    run = _Run(spec, scores, identity, sweep, shapes, chosen, started_s)
+    run = _Run(spec, scores, identity, sweep, shapes, chosen, started_s, conventions)
     with _executor(run, options) as executor:
         take = _screened if options.screen else _exact
         measured = take(run, executor, journal, options)
@@ -393,6 +399,7 @@ def _header(run: _Run, phases: np.ndarray) -> dict[str, Any]:
             "trajectories": calibration.trajectories,
             "phases": np.bincount(phases, minlength=run.scores.bins).tolist(),
         },
+        "conventions": run.conventions.to_json(),
         "choices": [choice.to_json() for choice in (*settings.choices, FULL)],
         "kappa": run.scores.kappa,
         "lambda": run.scores.attribution_weight,

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from evaluation.actors import ActorSpec
+from evaluation.lerobot_set import LEROBOT
 from evaluation.replay.compare import Comparison, compare
+from evaluation.replay.export import Replay, write_lerobot, write_mcap
 from evaluation.replay.live import ServingNode, serve
 from evaluation.replay.page import WorstView, picture, render
 from evaluation.replay.run import Answers, answer, recorded
@@ -55,6 +57,8 @@ def add_replay(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--bins", type=int, default=10, help="bins of progress through an episode (default %(default)s)"
     )
+    parser.add_argument("--lerobot", type=Path, help="also write observations and actions as a LeRobot v3.0 data set")
+    parser.add_argument("--mcap", type=Path, help="also write images and actions as an mcap bag that Foxglove plots")
     parser.add_argument("--worst", type=int, default=8, help="frames shown that differ most (default %(default)s)")
     parser.set_defaults(run=replay)
 
@@ -62,7 +66,12 @@ def add_replay(parser: argparse.ArgumentParser) -> None:
 def replay(arguments: argparse.Namespace) -> int:
     """Runs the subcommand; returns 1 when a threshold failed."""
     begun = time.monotonic()
-    check_folder(arguments.out, REPLAY, [getattr(arguments, name) for name in _INPUTS])
+    given = [getattr(arguments, name) for name in _INPUTS]
+    check_folder(arguments.out, REPLAY, given)
+    if arguments.lerobot:
+        check_folder(arguments.lerobot, LEROBOT, [*given, arguments.out])
+    if arguments.mcap and arguments.mcap.exists():
+        raise ArtefactError(f"{arguments.mcap}: exists already; choose another name or remove it")
     contract = load_contract(arguments.contract)
     names = tuple(dimension.name for dimension in contract.action.dimensions)
     thresholds = load_thresholds(arguments.thresholds, names) if arguments.thresholds else None
@@ -79,7 +88,20 @@ def replay(arguments: argparse.Namespace) -> int:
         sources = _sources(arguments, contract, served)
         _write(out, arguments, contract, sources, reference, candidate, comparison, checks, time.monotonic() - begun)
     _print(candidate, reference, comparison, checks, arguments.out)
+    _export(arguments, Replay(arguments.bag, contract, candidate, reference, *_read_as(arguments)), sources)
     return 0 if all(item.passed for item in checks) else 1
+
+
+def _read_as(arguments: argparse.Namespace) -> tuple[str, str]:
+    return arguments.namespace, arguments.instruction
+
+
+def _export(arguments: argparse.Namespace, replayed: Replay, sources: dict[str, str]) -> None:
+    """Writes what other tools open, where it was asked for."""
+    if arguments.lerobot:
+        print(f"{arguments.lerobot}: {write_lerobot(replayed, arguments.lerobot, sources)} frames, LeRobot v3.0")
+    if arguments.mcap:
+        print(f"{arguments.mcap}: {write_mcap(replayed, arguments.mcap)} frames, for Foxglove")
 
 
 def _spec(arguments: argparse.Namespace, folder: Path) -> ActorSpec:
