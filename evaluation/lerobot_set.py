@@ -111,7 +111,9 @@ def _cells(row: SetRow, episodes: _Episodes, index: int, fps: int) -> dict[str, 
     if row.task not in episodes.spoken[-1]:
         episodes.spoken[-1].append(row.task)
     pictures = {name: {"bytes": png(image), "path": f"frame-{step:06d}.png"} for name, image in row.images.items()}
+    # A feature of one value is a column of numbers, as lerobot writes it, not of lists.
     vectors = {name: np.asarray(values, np.float32) for name, values in row.vectors.items()}
+    vectors = {name: values[0] if len(values) == 1 else values for name, values in vectors.items()}
     keys = (step / fps, step, len(episodes.lengths) - 1, index, task)
     return {**pictures, **vectors, **dict(zip(_KEYS, keys, strict=True))}
 
@@ -132,7 +134,8 @@ def _flush(
 ) -> pq.ParquetWriter:
     """Writes the collected columns as one group of rows, and forgets them."""
     types: dict[str, pa.DataType] = {name: _IMAGE for name in shapes}
-    types |= {name: pa.list_(pa.float32(), len(columns[name][0])) for name in names if name in columns}
+    numbers = {name: pa.list_(pa.float32(), len(of)) if len(of) > 1 else pa.float32() for name, of in names.items()}
+    types |= {name: numbers[name] for name in names if name in columns}
     types |= {name: kind for name, (_, kind) in _KEYS.items()}
     schema = pa.schema([(name, types[name]) for name in columns])
     writer = writer or pq.ParquetWriter(path, schema)

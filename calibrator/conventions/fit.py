@@ -14,6 +14,8 @@ _CONSTANT = 1e-6  # of the largest spread: a dimension that hardly moves has no 
 _BETTER, _CHANCE = 0.15, 1e-3
 """Another convention is better where its error is lower by this part and Wilcoxon's signed-rank test of the states'
 differences, which a few large ones do not decide, gives chance no more than this; below 10 states it never does."""
+_SAME = 0.02
+"""A correlation that is lower by no more is not: other statistics scale and shift actions and leave it as it is."""
 _AGREEING, _FEWEST = 0.25, 8
 """A gripper that agrees in less than this part of at least so many states runs the other way."""
 
@@ -113,7 +115,7 @@ def correlation(first: np.ndarray, second: np.ndarray) -> float | None:
 def clearly_better(other: Fit, now: Fit) -> bool:
     """Whether the actions under `other` are nearer to the recorded ones than under `now`, beyond chance."""
     gains = now.errors - other.errors
-    if other.error >= (1 - _BETTER) * now.error or other.correlation <= now.correlation:
+    if other.error >= (1 - _BETTER) * now.error or other.correlation < now.correlation - _SAME:
         return False
     return float(wilcoxon(gains, alternative="greater").pvalue) <= _CHANCE
 

@@ -79,6 +79,8 @@ def test_columns_have_the_types_that_the_real_package_writes(replayed: Path) -> 
                 assert kind == str(real.field(name).type).replace("large_string", "string"), (file, name)
     ours, real = (json.loads((folder / "meta/info.json").read_text()) for folder in (replayed / "set", REAL))
     assert set(ours) == set(real) and set(ours["features"]) >= {"action", "observation.state", "timestamp"}
+    # lerobot's loader refuses a list of one.
+    assert str(pq.read_schema(replayed / "set/data/chunk-000/file-000.parquet").field("action.stamp_s").type) == "float"
     pandas = json.loads(pq.read_schema(replayed / "set/meta/tasks.parquet").metadata[b"pandas"])
     assert pandas["index_columns"] == ["__index_level_0__"]
 
