@@ -63,7 +63,8 @@ def write_set(
     fps: nominal, LeRobot's clock is the frame's number divided by it. names: of the values of every vector. about: what
     else belongs to the set, as JSON. Raises DataError for rows that do not fit each other, or none.
     """
-    episodes, shapes = _Episodes(), {}
+    episodes = _Episodes()
+    shapes: dict[str, tuple[int, ...]] = {}
     with atomic_folder(out, LEROBOT) as folder:
         for path in (_DATA, _EPISODES):
             (folder / path).parent.mkdir(parents=True)

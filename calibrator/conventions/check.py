@@ -22,7 +22,7 @@ from vla_policy.core.observation import Observation
 
 AS_RECORDED = "as recorded"
 GRIPPER = "gripper: opposite"
-_POOR, _BATCH = 0.3, 8
+_POOR, _BATCH, _SPAN = 0.3, 8, 1e-6
 STATES = 32
 """States that are tried, evenly over the set: enough for the classic mistakes, which change most actions."""
 
@@ -200,14 +200,14 @@ def _seen_otherwise(runner: _Runner) -> Iterator[tuple[str, str, np.ndarray]]:
 
 
 def _felt_otherwise(runner: _Runner) -> Iterator[tuple[str, str, np.ndarray]]:
-    """For the order of the state's values in which most lie where the statistics say that their places' values do."""
+    """For the order of the state's values in which their ranges are nearest to those of the policy's statistics."""
     proprio = runner.policy.config.stats(runner.key).proprio
     states = [one.state for one in runner.observations if one.state is not None]
     if not runner.policy.config.takes_state or proprio is None or len(states) < len(runner.observations):
         return
     rows, low, high = np.stack(states), np.asarray(proprio.low), np.asarray(proprio.high)
-    inside = (rows[:, None] >= low[None, :, None]) & (rows[:, None] <= high[None, :, None])
-    order = linear_sum_assignment(-inside.mean(0))[1]
+    apart = np.abs(rows.min(0)[None] - low[:, None]) + np.abs(rows.max(0)[None] - high[:, None])
+    order = linear_sum_assignment(apart / np.maximum(high - low, _SPAN)[:, None])[1]
     if (order == np.arange(len(order))).all():
         return
 

@@ -107,9 +107,10 @@ def write_mcap(replay: Replay, out: Path) -> int:
         for frame, candidate, reference in replay.frames():
             at = frame.stamp_ns
             for camera, encoded in zip(replay.contract.cameras, frame.images, strict=True):
-                raw = not isinstance(encoded, CompressedImage)
-                data = png(encoded.decode()) if raw else encoded.data
-                text = "png" if raw else encoded.format
+                if isinstance(encoded, CompressedImage):
+                    text, data = encoded.format, bytes(encoded.data)
+                else:
+                    text, data = "png", png(encoded.decode())
                 image = types[COMPRESSED_IMAGE](header=stamped(at), format=text, data=np.frombuffer(data, np.uint8))
                 put(f"/camera/{camera.name}/compressed", COMPRESSED_IMAGE, at, image)
             if frame.instruction != said:

@@ -74,7 +74,7 @@ def action(change: Callable[[np.ndarray], np.ndarray]) -> Change:
 
 def other_state(record: Record) -> Record:
     assert record.observation.state is not None
-    return replace(record, observation=replace(record.observation, state=record.observation.state[[3, 1, 0, 2, 4]]))
+    return replace(record, observation=replace(record.observation, state=record.observation.state[[1, 0, 2, 3, 4]]))
 
 
 def test_what_is_right_fits_and_no_other_convention_does(policy: Policy, episodes: Path, tmp_path: Path) -> None:
