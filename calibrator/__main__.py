@@ -178,7 +178,12 @@ def _add_allocate(parser: argparse.ArgumentParser) -> None:
 def _add_transform(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--policy", type=Path, required=True, help="policy folder")
     parser.add_argument("--calibration", type=Path, required=True, help="calibration set")
-    parser.add_argument("--method", metavar="RECIPE", default="smoothquant", help="e.g. 'smoothquant(strength=0.7)'")
+    parser.add_argument(
+        "--method",
+        metavar="RECIPE",
+        default="smoothquant",
+        help="e.g. 'smoothquant(strength=0.7)' or 'awq(bits=3,group=64)'",
+    )
     parser.add_argument("--unnorm-key", help="statistics of the calibration set's states, if the policy has several")
     parser.add_argument("--out", type=Path, required=True, help="policy folder to write")
 
@@ -354,7 +359,7 @@ def _transform(args: argparse.Namespace) -> int:
 
     request = TransformRequest(args.policy, args.calibration, args.out, args.method, args.unnorm_key)
     folded = transform(request)
-    print(f"{args.out}: {args.method} folded into {folded} norms; the policy computes the same in 16 bits")
+    print(f"{args.out}: {args.method} folded into {folded} norms and layers; the policy computes the same in 16 bits")
     return 0
 
 

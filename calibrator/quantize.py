@@ -1,7 +1,7 @@
 """From a policy and what its layers shall be to a store of codes, layer by layer.
 
 Without statistics the policy is never whole in memory. Methods that look at a layer's input get it from the
-full-precision policy over a calibration set, for as many layers at a time as fit `_MOMENT_BYTES`.
+full-precision policy over a calibration set, for as many layers at a time as `data.statistics.portions` allows.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from calibrator.allocation.plan import Assignment
 from calibrator.data.calibration import CalibrationSet, load_calibration
-from calibrator.data.statistics import input_statistics
+from calibrator.data.statistics import input_statistics, portions
 from calibrator.families import TorchActor, Unit, live_units
 from calibrator.families.loading import Tensors, empty_policy, open_checkpoint
 from calibrator.quantizers import Computed, LayerStatistics, needs_statistics, parse_choice
@@ -23,8 +23,6 @@ from vla_policy.core.errors import ArtefactError
 from vla_policy.core.files import claim_folder, sha256_policy
 from vla_policy.core.formats import Choice
 from vla_policy.core.policy_config import PolicyConfig
-
-_MOMENT_BYTES = 4 << 30
 
 
 @dataclass(frozen=True)
@@ -116,27 +114,13 @@ def _shares(
     groups: dict[str, list[Unit]] = {}
     for unit in asking:
         groups.setdefault(unit.group, []).append(unit)
-    for share in _portions(list(groups.values())):
+    for share in portions(list(groups.values()), lambda group: group[0].module):
         # Layers of one group have one input.
         found = input_statistics(actor, states, [group[0].name for group in share], str(request.calibration), True)
         yield (
             [unit for group in share for unit in group],
             {unit.name: found[group[0].name] for group in share for unit in group},
         )
-
-
-def _portions(groups: Sequence[Sequence[Unit]]) -> Iterator[list[Sequence[Unit]]]:
-    """Groups whose second moments fit `_MOMENT_BYTES` together, at least one at a time."""
-    share: list[Sequence[Unit]] = []
-    held = 0
-    for group in groups:
-        size = 8 * group[0].module.weight[0].numel() ** 2
-        if share and held + size > _MOMENT_BYTES:
-            yield share
-            share, held = [], 0
-        share.append(group)
-        held += size
-    yield share
 
 
 def _quantize_layer(

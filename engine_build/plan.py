@@ -34,14 +34,9 @@ def load_plan(path: Path, policy_sha256: str, layers: Mapping[str, Layer]) -> Pl
 
 def stored_plan(store: Store, policy_sha256: str, layers: Mapping[str, Layer]) -> Plan:
     """What the weights in a store are, made for exactly this policy; else ArtefactError."""
-    parents, choices = store.identity.parents, store.identity.choices
-    if parents.get("policy") != policy_sha256 or set(choices) != set(layers):
-        raise ArtefactError(
-            f"{store.folder}: made for the policy with sha256 {str(parents.get('policy'))[:12]}, this one has "
-            f"{policy_sha256[:12]}; quantize this policy"
-        )
+    choices, parents = store.choices_of(policy_sha256, layers), store.identity.parents
     of_plan = {"plan": parents["plan"]} if "plan" in parents else {}
-    return Plan({name: choices[name] for name in layers}, of_plan | {"weights": store.sha256})
+    return Plan(choices, of_plan | {"weights": store.sha256})
 
 
 def check_computable(plan: Plan, command: str) -> None:

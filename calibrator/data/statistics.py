@@ -1,7 +1,8 @@
 """What the inputs of layers look like over a calibration set: ranges of activations, and what rounding methods ask."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,9 @@ from calibrator.quantizers import LayerStatistics, find_layer
 from calibrator.quantizers.activations import input_rows
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.observation import check_strays
+
+T = TypeVar("T")
+_MOMENT_BYTES = 4 << 30
 
 
 def input_statistics(
@@ -39,6 +43,24 @@ def input_statistics(
     return statistics
 
 
+def portions(items: Sequence[T], layer: Callable[[T], nn.Linear | nn.Conv2d]) -> Iterator[list[T]]:
+    """The items in order, as many at a time as have second moments of `_MOMENT_BYTES` together, at least one.
+
+    layer: whose input an item is measured at.
+    """
+    share: list[T] = []
+    held = 0
+    for item in items:
+        size = 8 * layer(item).weight[0].numel() ** 2
+        if share and held + size > _MOMENT_BYTES:
+            yield share
+            share, held = [], 0
+        share.append(item)
+        held += size
+    if share:
+        yield share
+
+
 class _Sums:
     """Statistics of one layer so far."""
 
@@ -47,20 +69,23 @@ class _Sums:
         inputs = module.weight[0].numel()
         self.tokens = 0
         self.peaks = torch.zeros(inputs)
+        self.magnitudes = torch.zeros(inputs, dtype=torch.float64)
         self.products = torch.zeros(inputs, inputs, dtype=torch.float64) if second_moment else None
 
     @torch.no_grad()
     def see(self, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         rows = input_rows(module, arguments[0]).float()
         self.tokens += len(rows)
-        self.peaks = torch.maximum(self.peaks, rows.abs().amax(0).cpu())
+        magnitudes = rows.abs()
+        self.peaks = torch.maximum(self.peaks, magnitudes.amax(0).cpu())
+        self.magnitudes += magnitudes.sum(0, dtype=torch.float64).cpu()
         if self.products is not None:
             wide = rows.double().cpu()
             self.products.addmm_(wide.T, wide)
 
     def statistics(self) -> LayerStatistics:
         moment = None if self.products is None else self.products / self.tokens
-        return LayerStatistics(self.tokens, self.peaks, moment)
+        return LayerStatistics(self.tokens, self.peaks, (self.magnitudes / self.tokens).float(), moment)
 
 
 @contextmanager

@@ -33,6 +33,8 @@ class Layers:
     one decision, from the number of prompt tokens and of decided values. fused: layers, by their path from `path`,
     that engines fuse because they have the same input, and what the fused layer is called; they share a format.
     after_norms: norms by their path, and the linear layers that read their output, which nothing else does.
+    after_layers: the same of linear layers, where every output channel reaches the same channel of what reads it, by
+    sums and products alone.
     """
 
     path: str
@@ -42,6 +44,7 @@ class Layers:
     runs: Callable[[float, int], tuple[Runs, ...]]
     fused: Mapping[str, str] = field(default_factory=dict)
     after_norms: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    after_layers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

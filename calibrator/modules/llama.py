@@ -15,6 +15,9 @@ _AFTER_NORMS = {
     "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
 }
+_AFTER_LAYERS = {"mlp.up_proj": ("mlp.down_proj",)}
+_AFTER_VALUES = {"self_attn.v_proj": ("self_attn.o_proj",)}
+"""Where no two heads share values: then a channel of the one is a channel of the other."""
 _FUSED = {
     "self_attn.q_proj": "self_attn.qkv",
     "self_attn.k_proj": "self_attn.qkv",
@@ -72,6 +75,9 @@ def block_segments(model: LlamaModel, path: str, runs: Callable[[float, int], tu
         """Cosine and sine of every position, [2, 1, T, head size]."""
         return torch.stack(model.rotary_emb(x, torch.arange(x.shape[1], device=x.device)[None]))
 
+    shared = model.config.num_key_value_heads < model.config.num_attention_heads
+    after_layers = _AFTER_LAYERS | ({} if shared else _AFTER_VALUES)
+
     def run_of(number: int) -> Callable[[Tensor, Tensor], Tensor]:
         return lambda x, rotation: model.layers[number](x, position_embeddings=tuple(rotation))
 
@@ -83,7 +89,14 @@ def block_segments(model: LlamaModel, path: str, runs: Callable[[float, int], tu
                 (block_input(number), "rotation"),
                 run_of(number),
                 Layers(
-                    f"{path}.layers.{number}", f"layers.{number}", "language", "language", runs, _FUSED, _AFTER_NORMS
+                    f"{path}.layers.{number}",
+                    f"layers.{number}",
+                    "language",
+                    "language",
+                    runs,
+                    _FUSED,
+                    _AFTER_NORMS,
+                    after_layers,
                 ),
             )
             for number in range(len(model.layers))

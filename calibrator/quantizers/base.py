@@ -14,12 +14,13 @@ from vla_policy.core.formats import Choice, Format, Parameter
 class LayerStatistics:
     """What a layer's input looked like over a calibration set, in full precision.
 
-    tokens: how many there were. peaks: float32 [in], largest |x| per channel. second_moment: float64 [in, in], mean of
-    x x^T over the tokens; None where nobody asked for it.
+    tokens: how many there were. peaks, means: float32 [in], largest and mean |x| per channel. second_moment: float64
+    [in, in], mean of x x^T over the tokens; None where nobody asked for it.
     """
 
     tokens: int
     peaks: Tensor
+    means: Tensor
     second_moment: Tensor | None = None
 
     @property

@@ -5,7 +5,7 @@ layer below 16 bits, with `codes` (packed bits, row-major) and `scales` (float16
 by layer; until `files` stand in its index, it is unfinished.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,16 @@ class Store:
             return Store(folder, Identity(choices, dict(raw["parents"])), dict(raw["files"]), sha256_file(path))
         except (KeyError, TypeError, AttributeError) as error:
             raise ArtefactError(f"{path}: entry {error} is missing or malformed; quantize again") from error
+
+    def choices_of(self, policy_sha256: str, layers: Collection[str]) -> dict[str, Choice]:
+        """What the named layers are, in their order; ArtefactError unless the store holds exactly this policy's."""
+        made_for, choices = self.identity.parents.get("policy"), self.identity.choices
+        if made_for != policy_sha256 or set(choices) != set(layers):
+            raise ArtefactError(
+                f"{self.folder}: made for the policy with sha256 {str(made_for)[:12]}, this one has "
+                f"{policy_sha256[:12]}; quantize this policy"
+            )
+        return {name: choices[name] for name in layers}
 
     def of(self, unit: str, weight: Tensor, choice: Choice) -> QuantizedWeight:
         """The codes of a layer, whose `weight` is only looked at for its shape.

@@ -1,4 +1,4 @@
-"""What a transform is: a factor per input channel of layers that read one norm's output, chosen by a method."""
+"""What a transform is: a factor per input channel of layers that read one output, chosen by a method."""
 
 from collections.abc import Mapping, Sequence
 from typing import Protocol
@@ -17,6 +17,8 @@ class ChannelScaling(Protocol):
     """A method: `TRANSFORM` of a module in `calibrator.transforms.methods`, called as the module.
 
     version: goes up whenever some policy gets other factors than before. defaults: every parameter's usual value.
+    needs_second_moments: whether it looks at E[x x^T]. after_layers: whether it also scales what follows a layer, and
+    not a norm alone.
     """
 
     @property
@@ -24,6 +26,12 @@ class ChannelScaling(Protocol):
 
     @property
     def defaults(self) -> Mapping[str, Parameter]: ...
+
+    @property
+    def needs_second_moments(self) -> bool: ...
+
+    @property
+    def after_layers(self) -> bool: ...
 
     def factors(
         self, statistics: LayerStatistics, weights: Sequence[Tensor], parameters: Mapping[str, Parameter]
@@ -33,6 +41,11 @@ class ChannelScaling(Protocol):
         statistics: of the input that all layers share. weights: [out, in] of each.
         """
         ...
+
+
+def exact(factors: Tensor) -> Tensor:
+    """The nearest powers of two: multiplication by them is exact in every floating-point format."""
+    return factors.log2().round().exp2()
 
 
 def transform_names() -> tuple[str, ...]:

@@ -15,12 +15,12 @@ from calibrator.__main__ import main
 from calibrator.data.calibration import collect, load_calibration
 from calibrator.data.statistics import input_statistics
 from calibrator.families import TorchActor, load_policy
-from calibrator.quantizers import LayerStatistics
+from calibrator.quantizers import LayerStatistics, parse_choice, quantize
 from calibrator.quantizers.activations import quantize_activation
 from calibrator.transform import TransformRequest, transform
 from calibrator.transforms import find_transform, parse_transform
 from calibrator.transforms.fold import folds_of
-from vla_policy.core.errors import ArtefactError
+from vla_policy.core.errors import ArtefactError, PolicyError
 from vla_policy.core.files import sha256_policy
 
 FORMS = [(1, None), (2, 4)]  # OpenVLA, and OpenVLA-OFT with two cameras
@@ -76,7 +76,7 @@ def test_factors_are_the_paper_s_up_to_their_power_of_two(material: Path) -> Non
         peaks = np.max([rows.reshape(-1, rows.shape[-1]).max(0) for rows in seen[fold.first]], axis=0)
         columns = np.max([layer.weight.abs().numpy().max(0) for layer in fold.layers.values()], axis=0)
         wanted = np.sqrt(peaks / columns)
-        got = (fold.norm.weight / folded.norm.weight).numpy()
+        got = (fold.source.weight / folded.source.weight).numpy()
         assert (np.log2(got) == np.round(np.log2(got))).all()
         # Half a power of two to either side, and float32's rounding of a square root.
         assert (np.abs(np.log2(got / wanted)) <= 0.5 + 1e-5).all()
@@ -95,10 +95,44 @@ def test_outliers_hurt_less_afterwards() -> None:
     generator = torch.Generator().manual_seed(0)
     x, weight = torch.randn(200, 64, generator=generator), torch.randn(32, 64, generator=generator)
     x[:, ::16] *= 100
-    statistics = LayerStatistics(len(x), x.abs().amax(0))
+    statistics = LayerStatistics(len(x), x.abs().amax(0), x.abs().mean(0))
     method = find_transform("smoothquant")
     factors = method.factors(statistics, [weight], method.defaults)
     assert rounded_error(x / factors, weight * factors) < 0.5 * rounded_error(x, weight)
+
+
+def test_awq_s_scales_lose_less_of_the_output_than_none() -> None:
+    """None is one of the ratios; channels that see much are worth finer steps."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(400, 64, generator=generator).double(), torch.randn(32, 64, generator=generator)
+    x[:, ::16] *= 30
+    statistics = LayerStatistics(len(x), x.abs().amax(0).float(), x.abs().mean(0).float(), x.T @ x / len(x))
+    method, choice = find_transform("awq"), parse_choice("w3a16_g32:rtn")
+    factors = method.factors(statistics, [weight], {"bits": 3, "group": 32}).double()
+    assert bool((factors.log2() == factors.log2().round()).all())
+
+    def lost(scales: Tensor) -> float:
+        rounded = quantize((weight * scales).float(), choice).dequantize().double() / scales
+        return float((x @ (rounded - weight.double()).T).square().sum())
+
+    assert lost(factors) < 0.5 * lost(torch.ones(64))
+    with pytest.raises(PolicyError, match="5-bit codes are not supported"):
+        method.factors(statistics, [weight], {"bits": 5, "group": 32})
+
+
+def test_awq_folds_into_layers_too_and_changes_no_decision(material: Path) -> None:
+    out = material / "awq"
+    folded = transform(TransformRequest(material / "policy", material / "calibration", out, "awq(bits=3,group=8)"))
+    before, after = TorchActor.load(material / "policy"), TorchActor.load(out)
+    assert folded == len(folds_of(before.policy, after_layers=True)) > len(folds_of(before.policy))
+    changed = [name for name, value in before.policy.state_dict().items()
+               if not torch.equal(value, after.policy.state_dict()[name])]  # fmt: skip
+    assert any(name.endswith("v_proj.weight") for name in changed)
+    assert any(name.endswith("down_proj.weight") for name in changed)
+    states = load_calibration(material / "calibration")
+    for index in range(len(states)):
+        observation = states.observation(index)
+        np.testing.assert_array_equal(after.act(observation).action, before.act(observation).action)
 
 
 def test_the_command_records_what_it_did(material: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -119,7 +153,7 @@ def test_the_command_records_what_it_did(material: Path, capsys: pytest.CaptureF
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("rotate", "transform 'rotate' is unknown; choose one of: smoothquant"), ("smoothquant(alpha=1)", "'alpha'")],
+    [("rotate", "transform 'rotate' is unknown; choose one of: awq, smoothquant"), ("smoothquant(alpha=1)", "'alpha'")],
 )
 def test_what_does_not_exist_is_named(text: str, message: str) -> None:
     with pytest.raises(ArtefactError, match=message):
@@ -129,7 +163,7 @@ def test_what_does_not_exist_is_named(text: str, message: str) -> None:
 def test_statistics_of_a_layer_that_sees_nothing_are_refused(material: Path) -> None:
     actor = TorchActor.load(material / "policy")
     first = folds_of(actor.policy)[0]
-    torch.nn.init.zeros_(first.norm.weight)
-    torch.nn.init.zeros_(first.norm.bias)
+    torch.nn.init.zeros_(first.source.weight)
+    torch.nn.init.zeros_(first.source.bias)
     with pytest.raises(ArtefactError, match="zero or not finite"):
         input_statistics(actor, load_calibration(material / "calibration"), [first.first], "states")

@@ -26,6 +26,8 @@ class SmoothQuant:
 
     version: int = 1
     defaults: Mapping[str, Parameter] = field(default_factory=lambda: {"strength": 0.5})
+    needs_second_moments: bool = False
+    after_layers: bool = False
 
     def factors(
         self, statistics: LayerStatistics, weights: Sequence[Tensor], parameters: Mapping[str, Parameter]
