@@ -52,11 +52,14 @@ def _add_rollout(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, help="result JSON; its journal beside it makes the run resumable")
     parser.add_argument("--unnorm-key", help="which of the policy's statistics to use (default: the only ones)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="torch policies only")
-    parser.add_argument(
+    rounded = parser.add_mutually_exclusive_group()
+    rounded.add_argument(
         "--uniform",
         metavar="CHOICE",
         help="every live layer rounded, e.g. w4a16_g64:rtn (torch policies; default: leave them alone)",
     )
+    rounded.add_argument("--plan", type=Path, help="layers rounded as plan.json says (torch policies)")
+    rounded.add_argument("--weights", type=Path, help="codes from `calibrator quantize` (torch policies)")
     control = parser.add_mutually_exclusive_group()
     control.add_argument("--blind", action="store_true", help="control: the policy sees a grey image")
     control.add_argument("--wrong-instruction", action="store_true", help="control: the policy hears another task")
@@ -78,14 +81,17 @@ def _rollout(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> 
         return 0
     if arguments.benchmark is None or arguments.out is None:
         parser.error("--benchmark and --out are needed to run episodes")
-    if arguments.engine and (arguments.uniform or arguments.dtype != "float32"):
-        parser.error("--uniform and --dtype belong to --policy; an engine has its formats built in")
-    check_file(arguments.out, ROLLOUT, [arguments.engine or arguments.policy])
+    rounded = arguments.uniform or arguments.plan or arguments.weights
+    if arguments.engine and (rounded or arguments.dtype != "float32"):
+        parser.error("--uniform, --plan, --weights and --dtype belong to --policy; an engine has its formats built in")
+    check_file(arguments.out, ROLLOUT, [arguments.engine or arguments.policy, arguments.plan, arguments.weights])
     actor = ActorSpec(
         kind="engine" if arguments.engine else "policy",
         folder=arguments.engine or arguments.policy,
         unnorm_key=arguments.unnorm_key,
         uniform=_choice(arguments.uniform),
+        plan=arguments.plan,
+        weights=arguments.weights,
         dtype=arguments.dtype,
     )
     rollout = Rollout(
@@ -107,7 +113,7 @@ def _choice(text: str | None) -> Choice | None:
 
 
 def _table(arguments: argparse.Namespace) -> int:
-    from evaluation.table import run_table
+    from evaluation.tables import run_table
 
     path = run_table(arguments.config, arguments.out, arguments.workers)
     print(path.read_text(encoding="utf-8"))

@@ -1,27 +1,35 @@
-"""Who decides in a rollout: a torch policy, plain or with all layers rounded alike, or a built engine."""
+"""Who decides in a rollout: a torch policy, plain or with its layers rounded, or a built engine."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from vla_policy.core.errors import ArtefactError
-from vla_policy.core.files import sha256_folder, sha256_policy
-from vla_policy.core.formats import Choice
+from vla_policy.core.files import sha256_file, sha256_folder, sha256_policy
+from vla_policy.core.formats import FULL, FULL_PRECISION, Choice
 from vla_policy.core.observation import Actor
 from vla_policy.core.policy_config import PolicyConfig
+
+if TYPE_CHECKING:
+    from calibrator.quantizers import Codes
 
 
 @dataclass(frozen=True)
 class ActorSpec:
     """A recipe for an actor that can be sent to a worker process.
 
-    uniform: what every layer is; None leaves them alone. Policies only, as is dtype.
+    Policies only, and at most one of the first three. uniform: what every layer is. plan: a file that says it layer by
+    layer. weights: a store of codes, as `calibrator quantize` writes it. Without any, layers are left alone. dtype: of
+    what the policy computes in.
     """
 
     kind: Literal["policy", "engine"]
     folder: Path
     unnorm_key: str | None = None
     uniform: Choice | None = None
+    plan: Path | None = None
+    weights: Path | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     def settings(self) -> dict[str, Any]:
@@ -29,6 +37,7 @@ class ActorSpec:
         if not self.folder.is_dir():
             raise ArtefactError(f"{self.folder}: no such folder; --{self.kind} expects a {self.kind} folder")
         sha256 = sha256_policy(self.folder) if self.kind == "policy" else sha256_folder(self.folder)
+        rounded = {"plan": self.plan, "weights": self._index}
         return {
             "kind": self.kind,
             "name": self.folder.resolve().name,
@@ -36,7 +45,13 @@ class ActorSpec:
             "unnorm_key": self.unnorm_key,
             "uniform": self.uniform and self.uniform.to_json(),
             "dtype": self.dtype if self.kind == "policy" else None,
-        }
+        } | {name: sha256_file(path) for name, path in rounded.items() if path is not None}
+
+    @property
+    def _index(self) -> Path | None:
+        from calibrator.quantizers.store import WEIGHTS
+
+        return self.weights / WEIGHTS.index if self.weights else None
 
     def config(self) -> PolicyConfig:
         """The policy's configuration, read without loading the weights. Raises PolicyError for unknown statistics."""
@@ -49,8 +64,33 @@ class ActorSpec:
         config.unnorm_key(self.unnorm_key)
         return config
 
+    def stored_bytes(self) -> int:
+        """Bytes of its layers' weights with their scales; layers that nothing rounds count 16 bits."""
+        if self.kind == "engine":
+            from vla_policy.core.manifest import Manifest
+
+            totals = Manifest.load(self.folder).totals()
+            return int(totals["code_bytes"] + totals["scale_bytes"])
+        from calibrator.allocation.options import SCALE_BITS
+        from calibrator.families import live_units
+        from calibrator.families.loading import empty_policy
+        from calibrator.quantizers import groups_per_row
+
+        units = live_units(empty_policy(self.config()))
+        choices, _ = self._rounded([unit.name for unit in units])
+        bits = 0
+        for unit in units:
+            fmt, outputs = choices.get(unit.name, FULL).format, len(unit.module.weight)
+            bits += unit.params * fmt.weight_bits
+            if fmt.weight_bits < FULL_PRECISION.weight_bits:
+                bits += SCALE_BITS * outputs * groups_per_row(unit.params // outputs, fmt)
+        return bits // 8
+
     def load(self) -> Actor:
-        """Builds the actor with one thread, so that workers do not fight over the cores."""
+        """Builds the actor with one thread, so that workers do not fight over the cores.
+
+        Raises ArtefactError for a plan or weights of another policy.
+        """
         if self.kind == "engine":
             from vla_policy.core.runner import load_engine
 
@@ -62,6 +102,17 @@ class ActorSpec:
 
         torch.set_num_threads(1)
         actor = TorchActor.load(self.folder, self.unnorm_key, getattr(torch, self.dtype))
-        if self.uniform is not None:
-            quantize_policy(actor.policy, {unit.name: self.uniform for unit in live_units(actor.policy)})
+        quantize_policy(actor.policy, *self._rounded([unit.name for unit in live_units(actor.policy)]))
         return actor
+
+    def _rounded(self, layers: Sequence[str]) -> tuple[Mapping[str, Choice], "Codes | None"]:
+        """What the layers become, and who has their codes; None where they are computed."""
+        from calibrator.allocation.plan import Assignment
+        from calibrator.quantizers.store import Store
+
+        if self.weights is not None:
+            store = Store.open(self.weights)
+            return store.choices_of(sha256_policy(self.folder), layers), store
+        if self.plan is not None:
+            return Assignment.load(self.plan, sha256_policy(self.folder), layers).choices, None
+        return {} if self.uniform is None else dict.fromkeys(layers, self.uniform), None

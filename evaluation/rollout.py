@@ -45,6 +45,10 @@ class ActorRecipe(Protocol):
         """The policy's configuration, read without loading the weights."""
         ...
 
+    def stored_bytes(self) -> int:
+        """Bytes of its layers' weights, with their scales."""
+        ...
+
     def load(self) -> Actor:
         """Builds the actor."""
         ...

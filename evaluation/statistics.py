@@ -1,6 +1,7 @@
 """Intervals and tests for success counts, in plain Python so that a reader can check them line by line."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vla_policy.core.errors import DataError
@@ -63,6 +64,19 @@ def mcnemar_exact(only_a: int, only_b: int) -> float:
     discordant = only_a + only_b
     tail = sum(math.comb(discordant, k) for k in range(min(only_a, only_b) + 1))
     return min(1.0, 2 * tail / 2**discordant)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's step-down correction (1979): of the k-th smallest of m, max over j <= k of (m - j + 1) p_(j), at most 1.
+
+    Rejecting what is then below a level keeps the probability of any false rejection below that level.
+    """
+    order = sorted(range(len(p_values)), key=lambda index: p_values[index])
+    corrected, least = [0.0] * len(p_values), 0.0
+    for place, index in enumerate(order):
+        least = min(1.0, max(least, (len(order) - place) * p_values[index]))
+        corrected[index] = least
+    return corrected
 
 
 def paired_difference_interval(pairs: PairedCounts) -> Interval:

@@ -123,6 +123,9 @@ class FakeRecipe:
     def config(self) -> PolicyConfig:
         return PolicyConfig.from_dict(_CONFIG, "fake")
 
+    def stored_bytes(self) -> int:
+        return 1_500_000
+
     def load(self) -> FakeActor:
         return FakeActor(self)
 

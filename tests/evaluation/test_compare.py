@@ -12,7 +12,7 @@ from evaluation.actors import ActorSpec
 from evaluation.compare import compare
 from evaluation.results import Episode, RolloutResult
 from evaluation.rollout import Rollout
-from evaluation.table import PlannedRun, Section, read_config, render, run_table
+from evaluation.tables import PlannedRun, Row, Section, read_config, render, run_table
 from vla_policy.core.errors import ArtefactError, DataError
 
 
@@ -59,10 +59,13 @@ def test_compare_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 def test_table_pairs_every_run_with_the_first() -> None:
     rollout = Rollout("fake", FakeRecipe(), make_env=FakeEnv)
     runs = tuple(PlannedRun(name, rollout, trials) for name, trials in [("bf16", 4), ("w2", 2), ("later", 4)])
-    text = render([Section("s", "Some tasks", (), runs)], {"s-bf16": result("+++-"), "s-w2": result("+-")})
+    text = render(
+        [Section("s", "Some tasks", (), runs)],
+        {"s-bf16": Row(result("+++-"), 4_000_000), "s-w2": Row(result("+-"), 500_000)},
+    )
     assert "### Some tasks" in text
-    assert "| bf16 | 3/4 | 75.0 % (30.1 to 95.4) | reference | reference | 2 |" in text
-    assert "| w2 | 1/2 | 50.0 % (9.5 to 90.5) | -50.0 (" in text
+    assert "| bf16 | 4.00 | 3/4 | 75.0 % (30.1 to 95.4) | reference |  | 2 |" in text
+    assert "| w2 | 0.50 | 1/2 | 50.0 % (9.5 to 90.5) | -50.0 (" in text
     assert "| open | 3/4 |" in text
     assert "later" not in text
 
@@ -117,11 +120,11 @@ def test_table_runs_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     rollout = Rollout("fake", FakeRecipe(), make_env=FakeEnv)
     blind = Rollout("fake", FakeRecipe(), control="blind", make_env=FakeEnv)
     section = Section("s", "Fake", ("read",), (PlannedRun("bf16", rollout, 4), PlannedRun("blind", blind, 4)))
-    monkeypatch.setattr("evaluation.table.read_config", lambda path: [section])
+    monkeypatch.setattr("evaluation.tables.run.read_config", lambda path: [section])
     table = run_table(tmp_path / "unused.yaml", tmp_path / "out", workers=1)
     text = table.read_text()
-    assert "| bf16 | 4/4 |" in text
-    assert "| blind | 0/4 | 0.0 % (0.0 to 49.0) | -100.0 (" in text
+    assert "| bf16 | 1.50 | 4/4 |" in text
+    assert "| blind | 1.50 | 0/4 | 0.0 % (0.0 to 49.0) | -100.0 (" in text
     journal = tmp_path / "out" / "s-bf16.episodes.jsonl"
     before = journal.read_bytes()
     assert run_table(tmp_path / "unused.yaml", tmp_path / "out", workers=1).read_text() == text

@@ -1,0 +1,113 @@
+"""From one line of a comparison to weights: calibration set, sensitivity table, plan, codes, each made once.
+
+What a section's runs share lies under its name and the seed of its states; what is there already is kept, so that a
+stopped comparison goes on.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from calibrator.allocation.options import Pin
+from calibrator.allocation.planning import Limits, Planner, PlanRequest
+from calibrator.data.calibration import collect
+from calibrator.data.layout import RecordLayout
+from calibrator.data.sources import open_sources
+from calibrator.quantize import QuantizeRequest, quantize
+from calibrator.sensitivity.measure import RunOptions, measure
+from calibrator.sensitivity.scores import ScoreSettings
+from calibrator.sensitivity.sweep import SweepSettings, SweepSpec
+from calibrator.sensitivity.table import Objective, Sensitivity, Signal, UnitScores
+from vla_policy.core.formats import FULL, Choice
+
+Control = Literal["random", "depth"]
+
+
+@dataclass(frozen=True)
+class Materials:
+    """What the runs of a section are made from.
+
+    sources: what `calibrator collect` takes without a contract. samples: calibration states. choices: of a plan's
+    layers.
+    """
+
+    policy: Path
+    sources: tuple[Path, ...]
+    samples: int
+    choices: tuple[Choice, ...]
+    unnorm_key: str | None = None
+
+
+@dataclass(frozen=True)
+class Arm:
+    """How a run's layers are rounded: all alike, or by a plan with so many bits on average.
+
+    signal: what the plan minimises, or a control: priorities of layers drawn at random, or falling with depth.
+    alpha, beta: of Eq. (14a). pins: layers with a fixed choice. method: rounding in place of the choices' own. seed: of
+    the calibration states, and of a random control.
+    """
+
+    uniform: Choice | None = None
+    average_bits: float | None = None
+    signal: Signal | Control = "evidence"
+    alpha: float = 0.75
+    beta: float = 0.25
+    pins: tuple[Pin, ...] = ()
+    method: str | None = None
+    seed: int = 0
+
+
+def prepare(materials: Materials, arm: Arm, folder: Path, name: str) -> Path:
+    """The store of the arm's codes, under `folder`; made if it is not there.
+
+    Raises ArtefactError where something there was made from other inputs, and BudgetError for a budget out of reach.
+    """
+    states = folder / f"states-{arm.seed}"
+    if not states.exists():
+        collect(open_sources(materials.sources, None, "", RecordLayout()), states, materials.samples, arm.seed)
+    plan = None
+    if arm.average_bits is not None:
+        plan = folder / f"{name}.plan.json"
+        if not plan.exists():
+            table = _table(materials, states, folder / f"table-{arm.seed}.json")
+            _planner(table, arm).plan().save(plan)
+    weights = folder / f"{name}.weights"
+    quantize(QuantizeRequest(materials.policy, weights, plan, arm.uniform, arm.method, states, materials.unnorm_key))
+    return weights
+
+
+def _table(materials: Materials, states: Path, out: Path) -> Sensitivity:
+    settings = SweepSettings(choices=materials.choices, unnorm_key=materials.unnorm_key)
+    spec = SweepSpec(str(materials.policy), str(states), settings)
+    return measure(spec, out, ScoreSettings(), RunOptions())
+
+
+def _planner(table: Sensitivity, arm: Arm) -> Planner:
+    if arm.signal == "random" or arm.signal == "depth":
+        table, objective = controlled(table, arm), Objective(1.0, 0.0)
+    else:
+        objective = Objective(arm.alpha, arm.beta, arm.signal)
+    return Planner.of(table, PlanRequest(Limits(average_bits=arm.average_bits), objective, arm.pins))
+
+
+def controlled(table: Sensitivity, arm: Arm) -> Sensitivity:
+    """The table with what nobody measured in place of Omega: weights times a layer's priority times 4^-bits.
+
+    4^-bits is how the squared error of rounding falls. Layers that share a choice have one priority: uniform in [0, 1]
+    at random, or 1 for the first down to 0 behind the last.
+    """
+    groups = list(dict.fromkeys(unit.group for unit in table.units))
+    if arm.signal == "random":
+        priorities = np.random.default_rng(arm.seed).random(len(groups))
+    else:
+        priorities = 1 - np.arange(len(groups)) / len(groups)
+    of_group = dict(zip(groups, priorities.tolist(), strict=True))
+
+    def scores(unit: UnitScores) -> dict[Choice, float]:
+        weight = unit.params * of_group[unit.group]
+        rounded = {choice: weight * 4.0**-choice.format.weight_bits for choice in table.choices}
+        return rounded | {FULL: 0.0}
+
+    return replace(table, units=tuple(replace(unit, omega=scores(unit)) for unit in table.units))

@@ -1,0 +1,176 @@
+"""Comparisons whose weights are made by the runs that ask for them."""
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+from fake_source import FakeSource
+from tiny import tiny_policy_folder
+
+from calibrator.allocation.plan import Plan
+from calibrator.families import TorchActor
+from calibrator.quantizers import parse_choice, parse_choices
+from calibrator.quantizers.store import Store
+from calibrator.sensitivity.table import Sensitivity
+from evaluation.actors import ActorSpec
+from evaluation.statistics import holm
+from evaluation.tables import read_config
+from evaluation.tables.arms import Arm, Materials, controlled, prepare
+from vla_policy.core.errors import ArtefactError, BudgetError
+from vla_policy.core.observation import Observation
+
+
+@pytest.fixture(scope="module")
+def materials(tmp_path_factory: pytest.TempPathFactory) -> Materials:
+    folder = tmp_path_factory.mktemp("materials")
+    policy = tiny_policy_folder(folder / "policy")
+    return Materials(policy, (folder,), 4, parse_choices(["w2a16_g8", "w4a16_g8"]))
+
+
+@pytest.fixture(scope="module")
+def out(materials: Materials, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Everything that three arms need, made once."""
+    folder = tmp_path_factory.mktemp("arms")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("evaluation.tables.arms.open_sources", lambda *_: [FakeSource((5, 4))])
+        prepare(materials, Arm(average_bits=3.0), folder, "evidence")
+        prepare(materials, Arm(average_bits=3.0, method="gptq"), folder, "compensated")
+        prepare(materials, Arm(average_bits=3.0, signal="random"), folder, "random")
+    return folder
+
+
+def test_an_arm_s_weights_are_its_plan_s(out: Path, materials: Materials) -> None:
+    plan = Plan.load(out / "evidence.plan.json")
+    store = Store.open(out / "evidence.weights")
+    assert dict(store.identity.choices) == dict(plan.assignment)
+    assert plan.average_bits <= 3.0 and plan.gap < 1e-12
+    assert len(Counter(str(choice) for choice in plan.assignment.values())) > 1
+    methods = {choice.recipe.method for choice in Store.open(out / "compensated.weights").identity.choices.values()
+               if choice.recipe}  # fmt: skip
+    assert methods == {"gptq"}
+    # The table is measured once for all arms of the same states.
+    assert [path.name for path in sorted(out.glob("table-*.json"))] == ["table-0.json"]
+
+
+def test_plan_and_store_give_the_same_actor(out: Path, materials: Materials) -> None:
+    by_plan = ActorSpec("policy", materials.policy, plan=out / "evidence.plan.json")
+    by_store = ActorSpec("policy", materials.policy, weights=out / "evidence.weights")
+    state = Observation(np.full((32, 32, 3), 99, np.uint8), "open the drawer", np.zeros(2, np.float32))
+    first, second = by_plan.load(), by_store.load()
+    assert isinstance(first, TorchActor) and isinstance(second, TorchActor)
+    tokens = first.act(state).tokens
+    np.testing.assert_array_equal(first.scores(state, tokens), second.scores(state, tokens))
+    assert by_plan.stored_bytes() == by_store.stored_bytes()
+    assert "plan" in by_plan.settings() and "weights" in by_store.settings()
+    assert by_plan.settings() != by_store.settings() != ActorSpec("policy", materials.policy).settings()
+
+
+def test_bytes_are_codes_and_scales_and_16_bits_elsewhere(out: Path, materials: Materials) -> None:
+    plain = ActorSpec("policy", materials.policy)
+    weights = plain.stored_bytes() // 2
+    # 4 bits and, for every 8 of them, a scale of 16: all of the tiny policy's widths but 588 are multiples of 8.
+    rounded = replace(plain, uniform=parse_choice("w4a16_g8"))
+    assert rounded.stored_bytes() == pytest.approx(weights * (4 + 2) / 8, rel=0.01)
+    plan = Plan.load(out / "evidence.plan.json")
+    planned = replace(plain, plan=out / "evidence.plan.json").stored_bytes()
+    assert 8 * planned == plan.size.weight_bits + plan.size.scale_bits
+
+
+def test_weights_of_another_policy_are_refused(out: Path, tmp_path: Path) -> None:
+    other = tiny_policy_folder(tmp_path / "other", seed=1)
+    with pytest.raises(ArtefactError, match="made for the policy with sha256"):
+        ActorSpec("policy", other, weights=out / "evidence.weights").load()
+    with pytest.raises(ArtefactError, match="made for the policy with sha256"):
+        ActorSpec("policy", other, plan=out / "evidence.plan.json").load()
+
+
+def test_controls_know_nothing_of_the_policy(out: Path) -> None:
+    table = Sensitivity.load(out / "table-0.json")
+    low, high = parse_choices(["w2a16_g8", "w4a16_g8"])
+    for signal in ("random", "depth"):
+        other = controlled(table, Arm(average_bits=3.0, signal=signal, seed=3))  # type: ignore[arg-type]
+        parts: dict[str, set[float]] = {}
+        for unit in other.units:
+            assert unit.omega[low] == pytest.approx(16 * unit.omega[high])
+            parts.setdefault(unit.group, set()).add(round(unit.omega[low] / unit.params * 16, 9))
+        assert all(len(priorities) == 1 for priorities in parts.values())
+        order = [priorities.pop() for priorities in parts.values()]
+        assert (order == sorted(order, reverse=True)) == (signal == "depth")
+        assert len(set(order)) == len(order)
+
+
+def test_a_budget_out_of_reach_is_named(materials: Materials, out: Path) -> None:
+    with pytest.raises(BudgetError, match="average bits"):
+        prepare(materials, Arm(average_bits=1.0), out, "impossible")
+    assert not (out / "impossible.plan.json").exists()
+
+
+_CONFIG = """
+sections:
+  - name: mw
+    title: Meta-World
+    benchmark: metaworld
+    policy: policies/metaworld
+    trials: 3
+    calibration: {sources: [episodes], samples: 8, choices: [w2a16_g64, w4a16_g64]}
+    compare: [[evidence, gptq]]
+    runs:
+      - {name: bf16}
+      - {name: alike, uniform: w4a16_g64}
+      - {name: gptq, uniform: "w3a16_g64:gptq"}
+      - {name: evidence, average_bits: 3.0, pins: ["*.lm_head=w4a16_g64"], states_seed: 2}
+"""
+
+
+def test_arms_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "table.yaml"
+    path.write_text(_CONFIG)
+    (section,) = read_config(path)
+    assert section.pairs == (("evidence", "gptq"),)
+    assert section.materials is not None and section.materials.sources == (tmp_path / "episodes",)
+    plain, alike, gptq, evidence = section.runs
+    # Rounding that looks at no inputs needs no store.
+    assert plain.arm is None and alike.arm is None
+    assert isinstance(alike.rollout.actor, ActorSpec)
+    assert alike.rollout.actor.uniform == parse_choice("w4a16_g64")
+    assert gptq.arm == Arm(uniform=parse_choice("w3a16_g64:gptq"))
+    assert evidence.arm is not None and (evidence.arm.average_bits, evidence.arm.seed) == (3.0, 2)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("average_bits: 3.0", "signal: action", r"runs\[3\]: key 'pins' needs 'uniform' or 'average_bits'"),
+        ("uniform: w4a16_g64}", "uniform: w4a16_g64, alpha: 1}", r"runs\[1\]: key 'alpha' belongs to a plan"),
+        ("average_bits: 3.0", "average_bits: 3.0, signal: luck", r"runs\[3\].signal: 'luck' is unknown"),
+        ("{name: bf16}", "{name: bf16, engine: e, uniform: w4a16_g64}", "an engine has its formats built in"),
+        ("[[evidence, gptq]]", "[[evidence, awq]]", r"compare\[0\]: expected the names of two runs"),
+        ("name: alike", "name: bf16", "two runs are called 'bf16'"),
+        ("samples: 8, ", "", r"calibration: key 'samples' is missing"),
+        ("choices: [w2a16_g64", "choices: [w5a16_g64", r"calibration.choices: 5-bit codes"),
+    ],
+)
+def test_a_wrong_arm_is_named(tmp_path: Path, old: str, new: str, message: str) -> None:
+    path = tmp_path / "table.yaml"
+    assert old in _CONFIG
+    path.write_text(_CONFIG.replace(old, new))
+    with pytest.raises(ArtefactError, match=message):
+        read_config(path)
+
+
+def test_arms_without_states_to_measure_on_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "table.yaml"
+    path.write_text("\n".join(line for line in _CONFIG.splitlines() if "calibration" not in line))
+    with pytest.raises(ArtefactError, match="run 'gptq' has its weights made, which needs the key 'calibration'"):
+        read_config(path)
+
+
+def test_holm_s_correction_by_hand() -> None:
+    """Of 0.01, 0.04, 0.03, 0.005: 4 x 0.005, 3 x 0.01, 2 x 0.03, and 0.04 raised to the one before it."""
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, 0.6]) == [1.0, 1.0]
+    assert holm([]) == []
