@@ -48,5 +48,5 @@ def transform(request: TransformRequest) -> int:
             fold(one, method, {**method.defaults, **parameters}, found[one.first])
     parents = {"policy": sha256_policy(request.policy), "calibration": states.sha256}
     history = [*actor.config.raw.get(TRANSFORMS, []), {"recipe": recipe.to_json(), "parents": parents}]
-    save_policy(actor.policy, request.out, request.policy / "tokenizer.json", {TRANSFORMS: history})
+    save_policy(actor.policy, request.out, request.policy, {TRANSFORMS: history})
     return len(folds)

@@ -103,14 +103,12 @@ class Batches:
         positions = self.data.aux if config.state_in_prompt else torch.cat([self.data.aux, told], 1)
         self.positions = (positions - positions.mean(0)) / (positions.std(0) + 1e-3)
         self.states = self.data.states[:, : len(self.prompts.low)]
-        self.alternatives = recipe.alternatives if len(data.actions) > len(data) else 0
-        self.after = torch.cat([data.own[1:], torch.tensor([len(data.actions)])]).to(device)
+        self.answers = Answers(self.data, recipe.alternatives)
         self.state_span = (self.prompts.high - self.prompts.low).float()
         self.statistics = [
             torch.tensor([v for t in config.towers for v in getattr(t, n)], device=device) for n in ("mean", "std")
         ]
-        asked = self.data.instruction[self.data.own]
-        self.weights = (1.0 / torch.bincount(asked, minlength=len(data.instructions)).double())[asked]
+        self.weights = frame_weights(self.data)
 
     def __call__(self, step: int) -> Batch:
         """The batch of step `step`."""
@@ -119,45 +117,65 @@ class Batches:
         pixels, shift = self._augment(self.data.images[frames], random)
         side = self.recipe.image_size // self.recipe.patch_size
         where = patch_shares(self.data.seen_at[frames] - shift[:, None], side)
-        answers, places = self._answers(frames, random)
+        answers, places = self.answers.of(frames, random)
         states = self.states[frames[places]]
         noise = torch.randn(states.shape, generator=random, device=self.device) * self.recipe.state_noise
         ids, lengths = self.prompts.encode(self.data.instruction[answers], states + noise * self.state_span)
         return Batch(pixels, places, ids, lengths, self.tokens[answers], self.positions[answers], where)
 
-    def _answers(self, frames: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
+    def _augment(self, images: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
+        """`augmented`, then both normalisations."""
+        jittered, shift = augmented(images, self.recipe.shift_pixels, random)
+        means, deviations = (values.view(1, 6, 1, 1) for values in self.statistics)
+        return (jittered.repeat(1, 2, 1, 1) - means) / deviations, shift
+
+
+class Answers:
+    """The answers that a batch's frames are trained with: their own, and some to other instructions."""
+
+    def __init__(self, data: Demonstrations, alternatives: int) -> None:
+        self.data = data
+        self.alternatives = alternatives if len(data.actions) > len(data) else 0
+        self.after = torch.cat([data.own[1:], data.own.new_tensor([len(data.actions)])])
+
+    def of(self, frames: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
         """The frames' own answers, then others drawn from theirs; with each its place in `frames`."""
-        own, places = self.data.own[frames], torch.arange(len(frames), device=self.device)
+        own, places = self.data.own[frames], torch.arange(len(frames), device=frames.device)
         counts = self.after[frames] - own - 1
         if not self.alternatives or not counts.any():
             return own, places
         of_others = places.repeat_interleave(counts)
         starts = (counts.cumsum(0) - counts).repeat_interleave(counts)
-        nth = torch.arange(len(of_others), device=self.device) - starts
-        drawn = torch.randint(len(of_others), (self.alternatives,), generator=random, device=self.device)
+        nth = torch.arange(len(of_others), device=frames.device) - starts
+        drawn = torch.randint(len(of_others), (self.alternatives,), generator=random, device=frames.device)
         others = of_others[drawn]
         return torch.cat([own, own[others] + 1 + nth[drawn]]), torch.cat([places, others])
 
-    def _augment(self, images: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Shifts by a few pixels (edges repeated), brightness, contrast and colour, then both normalisations.
 
-        Also returns the shifts [B, 2] to the left and up, as a share of the image.
-        """
+def frame_weights(data: Demonstrations) -> Tensor:
+    """How often each image is drawn: every instruction alike."""
+    asked = data.instruction[data.own]
+    return (1.0 / torch.bincount(asked, minlength=len(data.instructions)).double())[asked]
 
-        def uniform(*shape: int) -> Tensor:
-            return 2 * torch.rand(len(images), *shape, generator=random, device=self.device) - 1
 
-        size, margin, count = images.shape[1], self.recipe.shift_pixels, len(images)
-        shift = torch.randint(-margin, margin + 1, (count, 2), generator=random, device=self.device)
-        columns, rows = ((torch.arange(size, device=self.device) + offset[:, None]).clamp(0, size - 1)
-                         for offset in shift.T)  # fmt: skip
-        each = torch.arange(count, device=self.device)[:, None, None]
-        shifted = images[each, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).float() / 255
-        mean = shifted.mean((1, 2, 3), keepdim=True)
-        contrasted = (shifted - mean) * (1 + 0.2 * uniform(1, 1, 1)) + mean
-        jittered = (contrasted * (1 + 0.1 * uniform(3, 1, 1)) + 0.1 * uniform(1, 1, 1)).clamp(0, 1)
-        means, deviations = (values.view(1, 6, 1, 1) for values in self.statistics)
-        return (jittered.repeat(1, 2, 1, 1) - means) / deviations, shift / size
+def augmented(images: Tensor, margin: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
+    """float32 [B, 3, S, S] in [0, 1] of uint8 [B, S, S, 3]: shifted by up to `margin` pixels (edges repeated), with
+    other brightness, contrast and colour.
+
+    Also returns the shifts [B, 2] to the left and up, as a share of the image.
+    """
+    count, size, device = len(images), images.shape[1], images.device
+
+    def uniform(*shape: int) -> Tensor:
+        return 2 * torch.rand(count, *shape, generator=random, device=device) - 1
+
+    shift = torch.randint(-margin, margin + 1, (count, 2), generator=random, device=device)
+    columns, rows = ((torch.arange(size, device=device) + offset[:, None]).clamp(0, size - 1) for offset in shift.T)
+    each = torch.arange(count, device=device)[:, None, None]
+    shifted = images[each, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).float() / 255
+    mean = shifted.mean((1, 2, 3), keepdim=True)
+    contrasted = (shifted - mean) * (1 + 0.2 * uniform(1, 1, 1)) + mean
+    return (contrasted * (1 + 0.1 * uniform(3, 1, 1)) + 0.1 * uniform(1, 1, 1)).clamp(0, 1), shift / size
 
 
 def patch_shares(seen_at: Tensor, side: int) -> Tensor:

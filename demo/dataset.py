@@ -31,8 +31,8 @@ class Demonstrations:
     images: uint8 [N, S, S, 3]; states: float32 [N, 5]. seen_at: float32 [N, C, 2], where in the image the target of
     each of the C `instructions` is, from (0, 0) to (1, 1), NaN where the scene has none. The M answers: actions float32
     [M, K], the expert's clean labels; aux float32 [M, 6], positions of target and goal in metres; instruction int64
-    [M] into `instructions`; image int64 [M] into `images`. own: int64 [N], the answer to the instruction that the
-    episode was about; other answers exist where the expert's meant something.
+    [M] into `instructions`; image int64 [M] into `images`. episode: int64 [N], each image's. own: int64 [N], the answer
+    to the instruction that the episode was about; other answers exist where the expert's meant something.
     """
 
     images: Tensor
@@ -42,6 +42,7 @@ class Demonstrations:
     aux: Tensor
     instruction: Tensor
     image: Tensor
+    episode: Tensor
     own: Tensor
     instructions: tuple[str, ...]
     episodes: int
@@ -66,7 +67,7 @@ def load_demonstrations(folders: list[Path]) -> Demonstrations:
     places: list[tuple[Tensor, Tensor]] = []
     instructions: dict[str, int] = {}
     images = answers = 0
-    for path in paths:
+    for number, path in enumerate(paths):
         episode, asked = _read(path)
         frames, positions = episode["valid"].nonzero(as_tuple=True)
         numbers = torch.tensor([instructions.setdefault(text, len(instructions)) for text in asked])
@@ -79,6 +80,7 @@ def load_demonstrations(folders: list[Path]) -> Demonstrations:
             "aux": episode["aux"][frames, positions].float(),
             "instruction": numbers[positions],
             "image": images + frames,
+            "episode": torch.full((len(episode["image"]),), number),
             "own": own,
         }.items():
             parts.setdefault(name, []).append(tensor)

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 from vla_policy.core.errors import DataError
 
@@ -36,7 +36,7 @@ class Recipe:
     def steps(self) -> int:
         return self.samples // self.batch
 
-    def but(self, changes: Sequence[str]) -> "Recipe":
+    def but(self, changes: Sequence[str]) -> Self:
         """This recipe with `changes`, each NAME=VALUE. Raises DataError naming what cannot be changed so."""
         values: dict[str, Any] = {}
         for change in changes:
@@ -52,3 +52,20 @@ class Recipe:
                 raise DataError(f"--set {change}: expected a value like {json.dumps(usual)}")
             values[name] = type(usual)(value)
         return replace(self, **values)
+
+
+@dataclass(frozen=True)
+class FlowRecipe(Recipe):
+    """Of a flow-matching policy. horizon: rows of a chunk. executed: rows that are carried out before the next look.
+    draws: noises and times for each answer, which share its pass through the prefix. expert_width, denoising_steps: of
+    the expert.
+    """
+
+    horizon: int = 4
+    executed: int = 1
+    draws: int = 3
+    expert_width: int = 128
+    denoising_steps: int = 10
+    batch: int = 64
+    alternatives: int = 48
+    layers: int = 4

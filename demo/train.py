@@ -12,6 +12,7 @@ import json
 import math
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
+from calibrator.families import Policy
 from calibrator.families.loading import load_policy, save_policy
 from calibrator.families.openvla import OpenVLA
 from calibrator.tensors import disk_errors
@@ -168,15 +170,24 @@ def loss(policy: OpenVLA, readouts: Readouts, batch: Batch, recipe: Recipe) -> t
     }
 
 
+Loss = Callable[[Any, Readouts, Any, Any], tuple[Tensor, dict[str, Tensor]]]
+
+
 class Run:
     """Model, readouts, optimiser and averaged weights, saved and restored together."""
 
     def __init__(
-        self, policy: OpenVLA, recipe: Recipe, batches: Batches, checkpoint: Path, device: torch.device = _CPU
+        self,
+        policy: Policy,
+        readouts: Readouts,
+        recipe: Recipe,
+        loss: Loss,
+        checkpoint: Path,
+        device: torch.device = _CPU,
     ) -> None:
+        """loss: of policy, readouts, batch and recipe; with it, figures for people."""
         self.policy, self.recipe, self.checkpoint, self.device = policy.to(device), recipe, checkpoint, device
-        instructions, positions = len(batches.data.instructions), batches.positions.shape[1]
-        self.readouts = Readouts(policy.config.text.hidden_size, instructions, positions).to(device)
+        self.loss, self.readouts = loss, readouts.to(device)
         self.modules = nn.ModuleDict({"policy": policy, "readouts": self.readouts})
         self.parameters = dict(self.modules.named_parameters())
         decayed = [p for p in self.parameters.values() if p.ndim > 1]
@@ -198,13 +209,13 @@ class Run:
         fall = (recipe.steps - self.step) / (recipe.fall_fraction * recipe.steps)
         return recipe.learning_rate * max(0.02, min(1.0, warm, fall))
 
-    def advance(self, batch: Batch) -> dict[str, Tensor]:
+    def advance(self, batch: Any) -> dict[str, Tensor]:
         """One optimiser step; returns the losses, on the device."""
         for group in self.optimiser.param_groups:
             group["lr"] = self.learning_rate()
         arithmetic = torch.autocast(self.device.type, torch.bfloat16, enabled=self.reduced)
         with arithmetic, sdpa_kernel(_ATTENTION[self.device.type]):
-            total, figures = loss(self.policy, self.readouts, batch, self.recipe)
+            total, figures = self.loss(self.policy, self.readouts, batch, self.recipe)
         total.backward()
         nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
         self.optimiser.step()
@@ -250,9 +261,9 @@ class Run:
                 }
         self.step = int(metadata["step"])
 
-    def averaged_policy(self) -> OpenVLA:
+    def averaged_policy(self) -> Policy:
         """The policy with the averaged weights."""
-        averaged = OpenVLA(self.policy.config).to(self.device)
+        averaged = type(self.policy)(self.policy.config).to(self.device)
         state = {n.removeprefix("policy."): t for n, t in self.average.items() if n.startswith("policy.")}
         averaged.load_state_dict(state, strict=True)
         return averaged
@@ -308,7 +319,8 @@ def train(
     else:
         policy = continued_policy(initial, recipe, tokenizer)
     batches = Batches(data, policy.config, work, recipe, key, device)
-    run = Run(policy, recipe, batches, work / "checkpoint.safetensors", device)
+    readouts = Readouts(recipe.width, len(data.instructions), batches.positions.shape[1])
+    run = Run(policy, readouts, recipe, loss, work / "checkpoint.safetensors", device)
     run.restore()
     compile_blocks(policy)  # needs a C++ compiler
     print(
@@ -326,11 +338,11 @@ def train(
         "initial": None if initial is None else sha256_policy(initial),
         "final": final,
     }
-    save_policy(run.averaged_policy(), out, tokenizer, {"training": record})
+    save_policy(run.averaged_policy(), out, work, {"training": record})
     print(f"wrote {out}")
 
 
-def advance_to_end(run: Run, batches: Batches) -> dict[str, float]:
+def advance_to_end(run: Run, batches: Callable[[int], Any]) -> dict[str, float]:
     """The remaining steps, with a checkpoint now and then; returns the mean losses of the last ones."""
     recent: list[dict[str, Tensor]] = []
 
@@ -343,7 +355,7 @@ def advance_to_end(run: Run, batches: Batches) -> dict[str, float]:
             progress.update()
             if run.step % 50 == 0:
                 progress.set_postfix({name: f"{value:.3f}" for name, value in means().items()}, refresh=False)
-            if run.step % 250 == 0:
+            if run.step % 100 == 0:
                 run.save()
     run.save()
     return means()

@@ -122,16 +122,24 @@ def _held_to(
     before: dict[str, float] = {}
 
     def hold(name: str, place: Place, module: nn.Linear | nn.Conv2d) -> list[torch.utils.hooks.RemovableHandle]:
-        x, y = values.rows(place.graph, place.x), values.rows(place.graph, place.result)
+        xs, ys = values.rows(place.graph, place.x), values.rows(place.graph, place.result)
+        first = 0
 
         def enter(layer: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            before[name] = _error(x, input_rows(layer, arguments[0]))
+            rows = input_rows(layer, arguments[0])
+            x = xs[first : first + len(rows)]
+            before[name] = max(before.get(name, 0.0), _error(x, rows))
             return (_like(layer, x, arguments[0]), *arguments[1:])
 
         def leave(layer: nn.Module, arguments: tuple[Tensor, ...], result: Tensor) -> Tensor:
             channels_first = isinstance(layer, nn.Conv2d)
             rows = result.flatten(2).transpose(1, 2) if channels_first else result
-            errors[name] = (before[name], _error(y, rows.reshape(y.shape)))
+            nonlocal first
+            y = ys[first : first + rows.shape[:-1].numel()]
+            # A layer that runs step by step takes the engine's steps one after the other, and again from the first.
+            first = (first + len(y)) % len(ys)
+            inside = errors[name][1] if name in errors else 0.0
+            errors[name] = (before[name], max(inside, _error(y, rows.reshape(y.shape))))
             taken = y.reshape(rows.shape)
             return taken.transpose(1, 2).reshape(result.shape) if channels_first else taken
 

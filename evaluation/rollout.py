@@ -125,8 +125,8 @@ def run_episode(env: BenchmarkEnv, actor: Actor, rollout: Rollout, job: Job) -> 
             engine_error = str(error)
             break
         spent_ns += time.perf_counter_ns() - started_ns
-        # A chunk is carried out to its end before the next look, as OpenVLA-OFT is evaluated.
-        for action in np.atleast_2d(decision.action):
+        # As published chunks are evaluated: so many rows of one are carried out before the next look.
+        for action in np.atleast_2d(decision.action)[: actor.config.executed]:
             result = env.step(action)
             if result.done:
                 break

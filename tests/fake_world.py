@@ -8,7 +8,7 @@ import hashlib
 import os
 import signal
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +121,7 @@ class FakeRecipe:
         return {"kind": "fake", "name": self.name}
 
     def config(self) -> PolicyConfig:
-        return PolicyConfig.from_dict(_CONFIG, "fake")
+        return replace(PolicyConfig.from_dict(_CONFIG, "fake"), horizon=self.chunk)
 
     def stored_bytes(self) -> int:
         return 1_500_000

@@ -1,6 +1,7 @@
 """A random policy of odd sizes in the published layout: ragged groups, shared key/value heads."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -92,11 +93,11 @@ def write_policy(folder: Path, seed: int = 0, images: int = 1) -> Path:
             values[: TOKEN_VOCAB - policy.config.n_action_bins] = 0.0
             values[TOKEN_VOCAB:] = 0.0
         tensor.copy_(values)
-    tokenizer = folder.with_suffix(".tokenizer.json")
-    tokenizer.parent.mkdir(parents=True, exist_ok=True)
-    write_tokenizer(tokenizer)
-    save_policy(policy, folder, tokenizer)
-    tokenizer.unlink()
+    source = folder.with_suffix(".tokenizer")
+    source.mkdir(parents=True, exist_ok=True)
+    write_tokenizer(source / "tokenizer.json")
+    save_policy(policy, folder, source)
+    shutil.rmtree(source)
     return folder
 
 

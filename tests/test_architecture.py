@@ -36,7 +36,8 @@ PRODUCT = ("vla_policy.core", "vla_policy.nodes", "calibrator", "engine_build", 
 TENSOR_NAMES = re.compile(
     r"vision_backbone|featurizer|language_model|embed_tokens|self_attn|lm_head|action_head|proprio_projector"
 )
-LAYOUTS = ("/calibrator/modules/", "/engine_build/graph/llama.py", "/engine_build/graph/vision.py", "/core/prismatic/")
+_GRAPHS = [f"/engine_build/graph/{name}.py" for name in ("gemma", "llama", "siglip", "vision")]
+LAYOUTS = ("/calibrator/modules/", *_GRAPHS, "/core/flow/", "/core/prismatic/")
 # Whatever a robot has to install for the core; the GPU runtimes are imported where such an engine is loaded.
 CORE_LIBRARIES = {
     *("numpy", "PIL", "tokenizers", "onnxruntime", "yaml", "rosbags", "lz4", "backports", "compression"),

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +56,9 @@ def tiny_config(vocab: int, images: int = 1, chunk: int | None = None) -> dict[s
 def tiny_policy_folder(folder: Path, seed: int = 0, images: int = 1, chunk: int | None = None) -> Path:
     """Writes the tiny policy with random weights of trained-like scale; returns `folder`."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    tokenizer = folder.parent / f"{folder.name}.tokenizer.json"
-    vocab = save_tokenizer(INSTRUCTIONS, tokenizer)
+    source = folder.parent / f"{folder.name}.tokenizer"
+    source.mkdir()
+    vocab = save_tokenizer(INSTRUCTIONS, source / "tokenizer.json")
     torch.manual_seed(seed)
     config = PolicyConfig.from_dict(tiny_config(vocab, images, chunk), "config.json")
     policy = find_family(config).build(config)
@@ -72,8 +74,8 @@ def tiny_policy_folder(folder: Path, seed: int = 0, images: int = 1, chunk: int 
                 # A trained policy answers with action tokens, never with words.
                 parameter[: vocab - config.n_action_bins] = 0.0
                 parameter[vocab:] = 0.0
-    save_policy(policy, folder, tokenizer)
-    tokenizer.unlink()
+    save_policy(policy, folder, source)
+    shutil.rmtree(source)
     return folder
 
 

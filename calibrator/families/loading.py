@@ -193,12 +193,16 @@ def _refuse_parts(parts: Sequence[Path], why: str) -> None:
         raise ArtefactError(f"{parts[0].parent}: {names} would be left out of the policy ({why})")
 
 
-def save_policy(policy: Policy, folder: Path | str, tokenizer: Path, extra: dict[str, Any] | None = None) -> None:
-    """Writes the policy in the published layout, weights in bfloat16 as published; `extra` updates config.json."""
+def save_policy(policy: Policy, folder: Path | str, source: Path, extra: dict[str, Any] | None = None) -> None:
+    """Writes the policy in the published layout, weights in bfloat16 as published; `extra` updates config.json.
+
+    source: the folder with the other files that the family reads.
+    """
     raw = policy.config.raw | (extra or {}) | {"kind": POLICY.name}
     with atomic_folder(folder, POLICY) as temporary:
         weights = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in policy.state_dict().items()}
         with disk_errors():
             save_file(weights, temporary / "model.safetensors", metadata={"format": "pt"})
         (temporary / "config.json").write_text(json.dumps(raw, indent=1) + "\n")
-        shutil.copyfile(tokenizer, temporary / "tokenizer.json")
+        for name in policy.config.family.files:
+            shutil.copyfile(source / name, temporary / name)

@@ -50,8 +50,8 @@ def live_units(policy: Policy) -> list[Unit]:
     return [
         unit
         for segment in policy.chain().segments
-        if segment.layers is not None
-        for unit in _units(segment.name, segment.layers, policy.get_submodule(segment.layers.path))
+        for layers in segment.layers
+        for unit in _units(segment.name, layers, policy.get_submodule(layers.path))
     ]
 
 

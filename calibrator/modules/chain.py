@@ -54,7 +54,7 @@ class Segment:
     name: str
     reads: tuple[str, ...]
     run: Callable[..., Tensor]
-    layers: Layers | None = None
+    layers: tuple[Layers, ...] = ()
 
     def add_to(self, values: dict[str, Tensor]) -> None:
         """Computes the segment's value from those that are there."""

@@ -81,6 +81,10 @@ def block_segments(model: LlamaModel, path: str, runs: Callable[[float, int], tu
     def run_of(number: int) -> Callable[[Tensor, Tensor], Tensor]:
         return lambda x, rotation: model.layers[number](x, position_embeddings=tuple(rotation))
 
+    def layers_of(number: int) -> Layers:
+        block = f"layers.{number}"
+        return Layers(f"{path}.{block}", block, "language", "language", runs, _FUSED, _AFTER_NORMS, after_layers)
+
     return [
         Segment("rotation", (SEQUENCE,), rotation),
         *(
@@ -88,16 +92,7 @@ def block_segments(model: LlamaModel, path: str, runs: Callable[[float, int], tu
                 block_input(number + 1),
                 (block_input(number), "rotation"),
                 run_of(number),
-                Layers(
-                    f"{path}.layers.{number}",
-                    f"layers.{number}",
-                    "language",
-                    "language",
-                    runs,
-                    _FUSED,
-                    _AFTER_NORMS,
-                    after_layers,
-                ),
+                (layers_of(number),),
             )
             for number in range(len(model.layers))
         ),

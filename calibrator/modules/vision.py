@@ -135,12 +135,12 @@ class VisionTower(nn.Module):
             )
 
         embedding = layers("patch_embed", spec.num_patches, {})
-        segments = [Segment(f"{spec.kind}.patches", ("pixel_values",), patches, embedding)]
+        segments = [Segment(f"{spec.kind}.patches", ("pixel_values",), patches, (embedding,))]
         for number, block in enumerate(self.blocks):
             tokens = spec.prefix_tokens + spec.num_patches
             before = segments[-1].name
             within = layers(f"blocks.{number}", tokens, _AFTER_NORMS)
-            segments.append(Segment(f"{spec.kind}.{number}", (before,), block, within))
+            segments.append(Segment(f"{spec.kind}.{number}", (before,), block, (within,)))
         return segments
 
 
@@ -202,7 +202,8 @@ class Projector(nn.Module):
     def segment(self, path: str, patches: int) -> Segment:
         """From `vision` to the value `projector`, of this module as the policy's submodule `path`."""
         runs = (Runs(patches),)
-        return Segment("projector", ("vision",), self, Layers(path, path, "projector", "projector", lambda *_: runs))
+        layers = Layers(path, path, "projector", "projector", lambda *_: runs)
+        return Segment("projector", ("vision",), self, (layers,))
 
 
 def dead_tower_tensors(path: str, towers: tuple[TowerSpec, TowerSpec]) -> dict[str, tuple[int, ...]]:

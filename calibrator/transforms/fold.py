@@ -37,10 +37,7 @@ def folds_of(policy: Policy, after_layers: bool = False) -> list[Fold]:
     Raises PolicyError for a family that names none.
     """
     found = []
-    for segment in policy.chain().segments:
-        layers = segment.layers
-        if layers is None:
-            continue
+    for layers in (layers for segment in policy.chain().segments for layers in segment.layers):
         parent = policy.get_submodule(layers.path)
         for source, readers in {**layers.after_norms, **(layers.after_layers if after_layers else {})}.items():
             modules = {f"{layers.path}.{path}": parent.get_submodule(path) for path in readers}

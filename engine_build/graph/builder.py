@@ -190,6 +190,10 @@ class GraphBuilder:
     def matmul(self, left: str, right: str) -> str:
         return self.node("MatMul", [left, right])
 
+    def as_activations(self, value: str) -> str:
+        """`value`, float32, in the activations' type."""
+        return value if self.float_type == TensorProto.FLOAT else self.cast(value, self.float_type)
+
     def concat(self, values: Sequence[str], axis: int, name: str | None = None) -> str:
         return self.node("Concat", values, name, axis=axis)
 

@@ -23,12 +23,15 @@ def cache_specs(graph: GraphContext, text: TextSpec, state: str, length: str) ->
     return [TensorSpec(name, dtype, shape, "cached keys or values of a layer") for name in cache_names(text, state)]
 
 
-def words(graph: GraphContext, ids: str) -> str:
-    """Embeddings [1, L, hidden] of ids [1, L]."""
+_EMBEDDING = "language_model.model.embed_tokens.weight"
+
+
+def words(graph: GraphContext, ids: str, table: str = _EMBEDDING) -> str:
+    """Embeddings [1, L, hidden] of ids [1, L]. table: its tensor's name."""
     b = graph.builder
-    table = graph.tensors.tensor("language_model.model.embed_tokens.weight").to(torch.bfloat16)
-    content = table.contiguous().view(torch.uint8).numpy().tobytes()
-    name = b.raw("language_model.model.embed_tokens.weight", TensorProto.BFLOAT16, tuple(table.shape), content)
+    values = graph.tensors.tensor(table).to(torch.bfloat16)
+    content = values.contiguous().view(torch.uint8).numpy().tobytes()
+    name = b.raw(table, TensorProto.BFLOAT16, tuple(values.shape), content)
     return b.cast(b.node("Gather", [name, ids], axis=0), b.float_type)
 
 
@@ -41,12 +44,12 @@ def positions(graph: GraphContext, x: str) -> tuple[str, str]:
     return b.node("Range", [past, total, b.constant(1, np.int64)]), total
 
 
-def rotary(graph: GraphContext, positions: str, text: TextSpec) -> tuple[str, str]:
+def rotary(graph: GraphContext, positions: str, head_dim: int, theta: float) -> tuple[str, str]:
     """Cosine and sine [T, head_dim] of the rotary embedding; computed in float32 whatever the activations are."""
     b = graph.builder
     # In float64, so that the float32 numbers are the same on every processor: engines are compared byte by byte.
-    exponents = np.arange(0, text.head_dim, 2) / text.head_dim
-    frequencies = (1.0 / np.power(text.rope_theta, exponents)).astype(np.float32)
+    exponents = np.arange(0, head_dim, 2) / head_dim
+    frequencies = (1.0 / np.power(theta, exponents)).astype(np.float32)
     column = b.node("Unsqueeze", [b.cast(positions, TensorProto.FLOAT), b.ints(1)])
     angles = b.mul(column, b.constant(frequencies[None], np.float32))
     both = b.concat([angles, angles], axis=1)
@@ -64,14 +67,18 @@ def causal_mask(graph: GraphContext, positions: str, total: str) -> str:
     return b.node("Where", [seen, b.scalar(0.0), b.scalar(float(np.finfo(b.float_dtype).min))])
 
 
-def rms_norm(graph: GraphContext, x: str, name: str, eps: float) -> str:
-    """x / sqrt(mean(x^2) + eps) * weight, in float32: squares of float16 activations would overflow."""
+def normalised(graph: GraphContext, x: str, eps: float) -> str:
+    """x / sqrt(mean(x^2) + eps), in float32: squares of float16 activations would overflow."""
     b = graph.builder
     wide = b.cast(x, TensorProto.FLOAT) if b.float_type != TensorProto.FLOAT else x
     mean = b.node("ReduceMean", [b.mul(wide, wide), b.ints(-1)], keepdims=1)
-    normalised = b.node("Div", [wide, b.node("Sqrt", [b.add(mean, b.constant(eps, np.float32))])])
-    scaled = b.mul(normalised, graph.parameter(name, np.float32))
-    return b.cast(scaled, b.float_type) if b.float_type != TensorProto.FLOAT else scaled
+    return b.node("Div", [wide, b.node("Sqrt", [b.add(mean, b.constant(eps, np.float32))])])
+
+
+def rms_norm(graph: GraphContext, x: str, name: str, eps: float) -> str:
+    """`normalised` times the norm's weight."""
+    b = graph.builder
+    return b.as_activations(b.mul(normalised(graph, x, eps), graph.parameter(name, np.float32)))
 
 
 def block(graph: GraphContext, x: str, rotation: tuple[str, str], mask: str | None, text: TextSpec, index: int) -> str:
@@ -80,9 +87,9 @@ def block(graph: GraphContext, x: str, rotation: tuple[str, str], mask: str | No
     attended = _attention(graph, rms_norm(graph, x, f"{name}.input_layernorm.weight", text.rms_norm_eps),
                           rotation, mask, text, index)  # fmt: skip
     x = b.add(x, attended)
-    normalised = rms_norm(graph, x, f"{name}.post_attention_layernorm.weight", text.rms_norm_eps)
-    gate = graph.linear(normalised, f"{name}.mlp.gate_proj")
-    gated = b.mul(b.mul(gate, b.node("Sigmoid", [gate])), graph.linear(normalised, f"{name}.mlp.up_proj"))
+    normed = rms_norm(graph, x, f"{name}.post_attention_layernorm.weight", text.rms_norm_eps)
+    gate = graph.linear(normed, f"{name}.mlp.gate_proj")
+    gated = b.mul(b.mul(gate, b.node("Sigmoid", [gate])), graph.linear(normed, f"{name}.mlp.up_proj"))
     return b.add(x, graph.linear(gated, f"{name}.mlp.down_proj"))
 
 
@@ -90,8 +97,8 @@ def _attention(
     graph: GraphContext, x: str, rotation: tuple[str, str], mask: str | None, text: TextSpec, index: int
 ) -> str:
     b, name = graph.builder, f"language_model.model.layers.{index}.self_attn"
-    query = _rotate(graph, _heads(graph, x, f"{name}.q_proj", text.num_attention_heads, text), rotation)
-    key = _rotate(graph, _heads(graph, x, f"{name}.k_proj", text.num_key_value_heads, text), rotation)
+    query = rotate(graph, _heads(graph, x, f"{name}.q_proj", text.num_attention_heads, text), rotation)
+    key = rotate(graph, _heads(graph, x, f"{name}.k_proj", text.num_key_value_heads, text), rotation)
     value = _heads(graph, x, f"{name}.v_proj", text.num_key_value_heads, text)
     if mask is not None:
         key = b.concat([f"past_key_{index}", key], axis=2, name=f"present_key_{index}")
@@ -119,7 +126,7 @@ def _shared(graph: GraphContext, x: str, text: TextSpec) -> str:
     return b.reshape(tiled, 1, text.num_attention_heads, -1, text.head_dim)
 
 
-def _rotate(graph: GraphContext, x: str, rotation: tuple[str, str]) -> str:
+def rotate(graph: GraphContext, x: str, rotation: tuple[str, str]) -> str:
     """Rotary position embedding of [1, heads, T, d]: x cos + (-x2, x1) sin, halves as in Llama."""
     b = graph.builder
     first, second = b.nodes("Split", [x], 2, axis=-1, num_outputs=2)

@@ -15,7 +15,7 @@ from demo.batches import Batches, Prompts, patch_shares
 from demo.dataset import encode_png, load_demonstrations
 from demo.recipe import Recipe
 from demo.tokenizer import save_tokenizer
-from demo.train import Run, initialise, policy_config, train
+from demo.train import Readouts, Run, initialise, loss, policy_config, train
 from vla_policy.core.errors import ArtefactError, DataError
 from vla_policy.core.files import sha256_policy
 from vla_policy.core.policy_config import PolicyConfig
@@ -70,7 +70,8 @@ def make(folder: Path, recipe: Recipe = RECIPE) -> tuple[Run, Batches]:
     policy = OpenVLA(config)
     initialise(policy)
     batches = Batches(data, config, folder, recipe, "toy")
-    return Run(policy, recipe, batches, folder / "checkpoint.bin"), batches
+    readouts = Readouts(recipe.width, len(data.instructions), batches.positions.shape[1])
+    return Run(policy, readouts, recipe, loss, folder / "checkpoint.bin"), batches
 
 
 def test_answers_keep_their_image_and_instruction(folder: Path) -> None:
@@ -185,7 +186,7 @@ def test_another_recipe_s_checkpoint_is_refused(folder: Path) -> None:
     run, batches = make(folder)
     run.advance(batches(0))
     run.save()
-    other = Run(run.policy, replace(RECIPE, batch=4), batches, run.checkpoint)
+    other = Run(run.policy, run.readouts, replace(RECIPE, batch=4), loss, run.checkpoint)
     with pytest.raises(ArtefactError, match="batch 8 -> 4"):
         other.restore()
 

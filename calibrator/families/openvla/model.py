@@ -80,7 +80,7 @@ class OpenVLA(Prismatic):
         return self.chain_of(
             Segment(SEQUENCE, ("projector", PROMPT, DECIDED), sequence),
             Segment("states", (self.after_decoder, DECIDED), states),
-            Segment("logits", ("states",), logits, head),
+            Segment("logits", ("states",), logits, (head,)),
             decoder_runs,
             language_block,
         )

@@ -131,7 +131,7 @@ class OpenVLAOFT(Prismatic):
         return self.chain_of(
             Segment(SEQUENCE, ("projector", PROMPT, *(segment.name for segment in state)), sequence),
             Segment("states", (self.after_decoder,), states),
-            Segment("actions", ("states",), actions, head),
+            Segment("actions", ("states",), actions, (head,)),
             decoder_runs,
             language_block,
             beside=state,
@@ -144,5 +144,5 @@ class OpenVLAOFT(Prismatic):
             "state_embedding",
             ("state",),
             lambda state: self.proprio_projector(state)[:, None],
-            Layers(path, path, "projector", "state projector", lambda *_: (Runs(1),)),
+            (Layers(path, path, "projector", "state projector", lambda *_: (Runs(1),)),),
         )

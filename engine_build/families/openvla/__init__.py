@@ -23,7 +23,8 @@ def decoder(graph: GraphContext, config: PrismaticConfig) -> Tensors:
     words = llama.words(graph, "input_ids")
     x = b.concat([b.slice(words, 0, 1, 1), "patches", b.slice(words, 1, llama.LAST, 1)], axis=1)
     positions, total = llama.positions(graph, x)
-    rotation, mask = llama.rotary(graph, positions, text), llama.causal_mask(graph, positions, total)
+    rotation = llama.rotary(graph, positions, text.head_dim, text.rope_theta)
+    mask = llama.causal_mask(graph, positions, total)
     for index in range(text.num_hidden_layers):
         x = llama.block(graph, x, rotation, mask, text, index)
     last = llama.rms_norm(graph, b.slice(x, -1, llama.LAST, 1), "language_model.model.norm.weight", text.rms_norm_eps)

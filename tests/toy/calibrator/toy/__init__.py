@@ -37,8 +37,8 @@ class ToyModel(Policy):
         block = BLOCKS - 1 if language_block is None else language_block
         patches, horizon = self.config.side**2, self.config.horizon
 
-        def layers(path: str, stage: Stage, rows: int) -> Layers:
-            return Layers(path, f"the {path}", stage, f"toy {stage}", lambda *_: (Runs(rows),))
+        def layers(path: str, stage: Stage, rows: int) -> tuple[Layers, ...]:
+            return (Layers(path, f"the {path}", stage, f"toy {stage}", lambda *_: (Runs(rows),)),)
 
         def body(number: int) -> Segment:
             layer = self.body[number]

@@ -61,8 +61,8 @@ def sha256_folder(folder: Path | str, patterns: Iterable[str] = ("*",)) -> str:
 
 
 def sha256_policy(folder: Path | str) -> str:
-    """Hex sha256 that identifies a policy in plans and engines: its configuration, tokenizer and weights."""
-    return sha256_folder(folder, ("config.json", STATISTICS, "tokenizer.json", "*.safetensors"))
+    """Hex sha256 that identifies a policy in plans and engines: its configuration, tokenizer, noise and weights."""
+    return sha256_folder(folder, ("config.json", STATISTICS, "tokenizer.json", "noise.npy", "*.safetensors"))
 
 
 def write_json(path: Path | str, content: dict[str, Any]) -> None:

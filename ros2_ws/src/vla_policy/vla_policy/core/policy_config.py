@@ -17,7 +17,8 @@ from vla_policy.core.families import find_family
 from vla_policy.core.files import STATISTICS, read_json
 from vla_policy.core.outputs import FolderKind
 
-POLICY = FolderKind("policy", "config.json", ("tokenizer.json", "*.safetensors", "model.safetensors.index.json"))
+_PARTS = ("tokenizer.json", "noise.npy", "*.safetensors", "model.safetensors.index.json")
+POLICY = FolderKind("policy", "config.json", _PARTS)
 """Policy folders that were written here; a published one does not say so, and is never replaced."""
 
 if TYPE_CHECKING:
@@ -103,6 +104,11 @@ class PolicyConfig:
     def family(self) -> "Family[Any]":
         """What knows the rest of the configuration."""
         return find_family(self.raw.get("model_type"), "config.json")
+
+    @property
+    def executed(self) -> int:
+        """Of a decision's actions those that are carried out, by default, before the next look."""
+        return self.horizon
 
     @property
     def action_dim(self) -> int:
@@ -228,7 +234,7 @@ def parse_statistics(raw: Any, normalization: Normalization, takes_state: bool, 
 def _norm_stats(raw: Any, normalization: Normalization, source: str) -> NormStats:
     action = mapping(mapping(raw, source)["action"], f"{source}.action")
     low, high, mask = _limits(action, normalization, f"{source}.action")
-    mean, std = (_numbers(action, name, f"{source}.action") if name in action else None for name in ("mean", "std"))
+    mean, std = (numbers(action, name, f"{source}.action") if name in action else None for name in ("mean", "std"))
     if len({len(values) for values in (low, mean, std) if values is not None}) != 1:
         raise PolicyError(f"{source}.action: limits, mean and std have different lengths")
     stats = ActionStats(low, high, mask, mean, std)
@@ -251,7 +257,7 @@ def _limits(
         if name not in raw:
             has = ", ".join(sorted(raw)) or "nothing"
             raise PolicyError(f"{source}: {name!r} is missing, which {normalization!r} normalises by; it has {has}")
-    low, high = (_numbers(raw, name, source) for name in names)
+    low, high = (numbers(raw, name, source) for name in names)
     mask = tuple(raw.get("mask", [True] * len(low)))
     if not all(isinstance(value, bool) for value in mask):
         raise PolicyError(f"{source}.mask: expected a list of true and false, got {raw['mask']!r}")
@@ -262,7 +268,8 @@ def _limits(
     return low, high, mask
 
 
-def _numbers(raw: Mapping[str, Any], name: str, source: str) -> tuple[float, ...]:
+def numbers(raw: Mapping[str, Any], name: str, source: str) -> tuple[float, ...]:
+    """The finite numbers listed under `name`; PolicyError for anything else."""
     try:
         values = tuple(map(float, raw[name]))
     except (TypeError, ValueError, OverflowError) as error:

@@ -1,0 +1,347 @@
+"""Trains the small pi0.5 policy by flow matching: `python -m demo.flow --data episodes/ --out POLICY_DIR --key NAME`.
+
+A chunk's first row is the expert's action now, its later rows those of the next decisions; after the answer to an
+instruction that was not carried out nothing is known, so only its first row counts. Every answer is seen with several
+noises and times, which share its pass through the prefix. The readouts of `demo.train` teach where to look.
+"""
+
+import argparse
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors, trainers
+from torch import Tensor, nn
+from torch.nn import functional
+
+from calibrator.families.loading import load_policy, save_policy
+from calibrator.families.pi05 import Pi05
+from calibrator.modules.gemma import rotation
+from demo.batches import Answers, augmented, frame_weights, patch_shares
+from demo.dataset import Demonstrations, load_demonstrations, percentiles
+from demo.recipe import FlowRecipe
+from demo.train import Readouts, Run, advance_to_end
+from vla_policy.core import cli
+from vla_policy.core.families.pi05 import FAMILY, scaling_of
+from vla_policy.core.files import claim_folder, sha256_policy
+from vla_policy.core.flow.config import FlowConfig
+from vla_policy.core.flow.noise import NOISE, draw_bank
+from vla_policy.core.flow.prompt import FlowPrompt
+from vla_policy.core.outputs import FolderKind, check_folder
+from vla_policy.core.policy_config import POLICY
+
+_WORK = FolderKind("training", "training.json")
+_STATE_NAMES = ["x", "y", "z", "gripper_width", "gripper_velocity"]
+_SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>"]
+_BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+_WORDS = 1024
+_MASKED = -2.3819763e38
+
+
+def save_tokenizer(instructions: Sequence[str], path: Path) -> Tokenizer:
+    """A tokenizer of Gemma's form: byte-fallback BPE, a blank is "▁", BOS first. Every state bin is one token."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    trainer = trainers.BpeTrainer(vocab_size=_WORDS, special_tokens=[*_SPECIAL, *_BYTES], show_progress=False)
+    words = [f"▁{word}" for text in sorted(set(instructions)) for word in text.split()]
+    numbers = [f"▁{number}" for number in range(-1, 256)]
+    tokenizer.train_from_iterator([*words, *numbers * 20, "Task:", ",", "▁State:", ";", "\n", "Action:▁"], trainer)
+    content = json.loads(tokenizer.to_str())
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] in _SPECIAL]
+    tokenizer = Tokenizer.from_str(json.dumps(content))
+    missing = _WORDS - tokenizer.get_vocab_size()
+    tokenizer.add_tokens([AddedToken(f"<unused_{index}>", normalized=False) for index in range(missing)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", tokenizer.token_to_id("<bos>"))]
+    )
+    tokenizer.save(str(path))
+    return tokenizer
+
+
+def policy_config(data: Demonstrations, recipe: FlowRecipe, key: str, steps_per_action: int) -> FlowConfig:
+    """The config.json of the policy to train, with statistics of `data`."""
+
+    def statistics(values: Tensor) -> dict[str, list[float]]:
+        low, high = percentiles(values)
+        high = [max(upper, lower + 1e-3) for lower, upper in zip(low, high, strict=True)]
+        array = values.double()
+        return {"q01": low, "q99": high, "mean": array.mean(0).tolist(), "std": array.std(0).tolist()}
+
+    heads = {
+        "num_hidden_layers": recipe.layers,
+        "num_attention_heads": recipe.width // 48,
+        "num_key_value_heads": 1,
+        "head_dim": 64,
+    }
+    raw: dict[str, Any] = {
+        "model_type": "pi05",
+        "convention": "openpi",
+        "normalization": "quantiles",
+        "vision_config": {
+            "image_size": recipe.image_size,
+            "patch_size": recipe.patch_size,
+            "hidden_size": recipe.width,
+            "num_hidden_layers": recipe.layers,
+            "num_attention_heads": recipe.width // 32,
+            "intermediate_size": 4 * recipe.width,
+        },
+        "text_config": {"hidden_size": recipe.width, "intermediate_size": 3 * recipe.width, **heads},
+        "expert_config": {"hidden_size": recipe.expert_width, "intermediate_size": 3 * recipe.expert_width, **heads},
+        "vocab_size": _WORDS,
+        "chunk_size": recipe.horizon,
+        "n_action_steps": recipe.executed,
+        "max_action_dim": data.actions.shape[1],
+        "num_inference_steps": recipe.denoising_steps,
+        "tokenizer_max_length": 64,
+        "state_in_prompt": recipe.state_in_prompt,
+        "steps_per_action": steps_per_action,
+        "norm_stats": {
+            key: {
+                "action": statistics(data.actions),
+                "proprio": {"names": _STATE_NAMES, **statistics(data.states)},
+                "num_trajectories": data.episodes,
+                "num_transitions": len(data),
+            }
+        },
+    }
+    return FAMILY.config(raw, "config.json")
+
+
+@torch.no_grad()
+def initialise(policy: Pi05, tokenizer: Tokenizer) -> None:
+    """Truncated normal weights; bins' embeddings that vary smoothly; gates that are open."""
+    for module in policy.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            nn.init.trunc_normal_(module.weight, std=0.02 if isinstance(module, nn.Linear) else 0.05)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    for name, module in policy.named_modules():
+        if name.endswith("norm.dense") and isinstance(module, nn.Linear):
+            module.bias[-policy.config.expert.hidden_size :] = 1.0
+    nn.init.trunc_normal_(policy.vision.embeddings.position_embedding.weight, std=0.2)
+    for layer in (policy.action_in_proj, policy.time_mlp_in, policy.time_mlp_out):
+        nn.init.trunc_normal_(layer.weight, std=layer.in_features**-0.5)
+    words = policy.paligemma_with_expert.paligemma.lm_head.weight
+    width = words.shape[1]
+    nn.init.normal_(words, std=0.5 * width**-0.5)
+    waves, phases = torch.rand(width) * 12 * np.pi, torch.rand(width) * 2 * np.pi
+    for number in range(256):
+        token = tokenizer.token_to_id(f"▁{number}")
+        assert token is not None, "every bin is one token"
+        words[token] = width**-0.5 * torch.cos(number / 255 * waves + phases)
+
+
+class FlowBatch(NamedTuple):
+    """B images with R answers, each with D noises and times.
+
+    pixels: [B, 3, S, S]. image: [R] into them. ids: [R, L], padded at the right; lengths: [R]. chunk: [R, H, A],
+    normalised; known: [R, H], 1 where a row is. noise: [R, D, H, A]; times: [R, D]. positions, where: as `Batch`.
+    """
+
+    pixels: Tensor
+    image: Tensor
+    ids: Tensor
+    lengths: Tensor
+    chunk: Tensor
+    known: Tensor
+    noise: Tensor
+    times: Tensor
+    positions: Tensor
+    where: Tensor
+
+
+class FlowBatches:
+    """Random augmented batches, a function of seed and step alone."""
+
+    def __init__(self, data: Demonstrations, config: FlowConfig, folder: Path, recipe: FlowRecipe, key: str) -> None:
+        stats = config.stats(key)
+        assert stats.proprio is not None
+        self.data, self.recipe, self.config = data, recipe, config
+        self.prompt, self.state = FlowPrompt(folder / "tokenizer.json", config), scaling_of(stats.proprio, config)
+        chunks, self.known = chunks_of(data, recipe.horizon)
+        self.chunks = torch.from_numpy(scaling_of(stats.action, config).normalised(chunks.numpy())).float()
+        self.positions = (data.aux - data.aux.mean(0)) / (data.aux.std(0) + 1e-3)
+        self.answers, self.weights = Answers(data, recipe.alternatives), frame_weights(data)
+        # All batches have prompts of one length, so that the blocks are compiled once.
+        zero = np.zeros(len(stats.proprio.names)) if config.state_in_prompt else None
+        self.longest = max(len(self.prompt.encode(text, zero)) for text in data.instructions)
+
+    def __call__(self, step: int) -> FlowBatch:
+        """The batch of step `step`."""
+        recipe, random = self.recipe, torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + step)
+        frames = torch.multinomial(self.weights, recipe.batch, replacement=True, generator=random)
+        images, shift = augmented(self.data.images[frames], recipe.shift_pixels, random)
+        side = recipe.image_size // recipe.patch_size
+        answers, places = self.answers.of(frames, random)
+        ids, lengths = self._prompts(answers, frames[places], random)
+        chunk = self.chunks[answers]
+        # Beta(1.5, 1) by its inverse distribution function, as the generator must decide.
+        uniform = torch.rand(len(answers), recipe.draws, generator=random)
+        return FlowBatch(
+            pixels=2 * images - 1,
+            image=places,
+            ids=ids,
+            lengths=lengths,
+            chunk=chunk,
+            known=self.known[answers],
+            noise=torch.randn(len(answers), recipe.draws, *chunk.shape[1:], generator=random),
+            times=0.001 + 0.999 * uniform ** (2 / 3),
+            positions=self.positions[answers],
+            where=patch_shares(self.data.seen_at[frames] - shift[:, None], side),
+        )
+
+    def _prompts(self, answers: Tensor, frames: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
+        states = torch.from_numpy(self.state.normalised(self.data.states[frames].numpy()))
+        states = states + 2 * self.recipe.state_noise * torch.randn(states.shape, generator=random)
+        texts = [self.data.instructions[number] for number in self.data.instruction[answers].tolist()]
+        told = states.numpy().clip(-1, 1) if self.config.state_in_prompt else [None] * len(texts)
+        rows = [torch.from_numpy(self.prompt.encode(*pair)) for pair in zip(texts, told, strict=True)]
+        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        return functional.pad(ids, (0, self.longest - ids.shape[1])), torch.tensor([len(row) for row in rows])
+
+
+def chunks_of(data: Demonstrations, horizon: int) -> tuple[Tensor, Tensor]:
+    """[M, H, K] and, 1 where a row is known, [M, H]: each answer and, of an image's own, those of the next images."""
+    chunks = data.actions[:, None].repeat(1, horizon, 1)
+    known = torch.zeros(len(data.actions), horizon)
+    known[:, 0] = 1
+    frames = torch.arange(len(data))
+    for row in range(1, horizon):
+        later = (frames + row).clamp(max=len(data) - 1)
+        same = (data.episode[later] == data.episode[frames]) & (frames + row < len(data))
+        # Behind an episode's end its last action stands, and counts for nothing.
+        chunks[data.own, row] = torch.where(same[:, None], data.actions[data.own[later]], chunks[data.own, row - 1])
+        known[data.own, row] = same.float()
+    return chunks, known
+
+
+def loss(
+    policy: Pi05, readouts: Readouts, batch: FlowBatch, recipe: FlowRecipe
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The squared error of the velocity, noise minus actions, over the known rows, plus the auxiliary errors."""
+    patches = policy.project(policy.vision(batch.pixels))
+    x = policy.embed(patches[batch.image], batch.ids)
+    count = patches.shape[1]
+    valid = torch.arange(x.shape[1]) < (count + batch.lengths)[:, None]
+    mask = torch.where(valid, 0.0, _MASKED)[:, None, None]
+    entering, cache = policy.read(x, mask.to(x.dtype))
+    draws, (rows, horizon, width) = recipe.draws, batch.chunk.shape
+    times = batch.times.flatten()
+    share = batch.times[..., None, None]
+    noisy = (share * batch.noise + (1 - share) * batch.chunk[:, None]).flatten(0, 1)
+    turn = rotation((count + batch.lengths)[:, None] + torch.arange(horizon), policy.config.expert.head_dim)
+    repeated = tuple((k.repeat_interleave(draws, 0), v.repeat_interleave(draws, 0)) for k, v in cache)
+    seen = functional.pad(mask, (0, horizon)).repeat_interleave(draws, 0)
+    states = policy.states(
+        noisy, policy.modulations(times), repeated, turn.repeat_interleave(draws, 1), seen.to(x.dtype)
+    )
+    velocity = policy.action_out_proj(states).float().view(rows, draws, horizon, width)
+    error = (velocity - (batch.noise - batch.chunk[:, None])).square().mean(-1)
+    flow = (error * batch.known[:, None]).sum() / (draws * batch.known.sum())
+    last = entering[-1][torch.arange(rows), count + batch.lengths - 1]
+    position = functional.smooth_l1_loss(readouts.position(last).float(), batch.positions)
+    found = readouts.search(patches).float().log_softmax(1)
+    search = -(batch.where * found).sum() / batch.where.sum()
+    return flow + recipe.position_weight * position + recipe.search_weight * search, {
+        "flow": flow.detach(),
+        "position": position.detach(),
+        "search": search.detach(),
+    }
+
+
+def train(
+    data_folders: list[Path],
+    out: Path,
+    key: str,
+    steps_per_action: int,
+    recipe: FlowRecipe,
+    initial: Path | None = None,
+) -> None:
+    """Trains on all episodes in `data_folders` and writes the policy folder `out`; resumes from `out`.work.
+
+    initial: a policy whose weights, statistics and tokenizer training starts from.
+    """
+    work = out.with_name(out.name + ".work")
+    check_folder(out, POLICY, [*data_folders, initial])
+    claim_folder(work, _WORK, inputs=[*data_folders, initial])
+    data = load_demonstrations(data_folders)
+    torch.manual_seed(recipe.seed)
+    if initial is None:
+        tokenizer = save_tokenizer(data.instructions, work / "tokenizer.json")
+        policy = Pi05(policy_config(data, recipe, key, steps_per_action))
+        initialise(policy, tokenizer)
+    else:
+        trained = load_policy(initial)
+        shutil.copyfile(initial / "tokenizer.json", work / "tokenizer.json")
+        assert isinstance(trained, Pi05)
+        policy = Pi05(trained.config)
+        policy.load_state_dict(trained.state_dict(), strict=True)
+    batches = FlowBatches(data, policy.config, work, recipe, key)
+    readouts = Readouts(recipe.width, len(data.instructions), batches.positions.shape[1])
+    run = Run(policy, readouts, recipe, loss, work / "checkpoint.safetensors")
+    run.restore()
+    for block in (*policy.vision.encoder.layers, *policy.prefix.layers, *policy.expert.layers):
+        block.compile(dynamic=False)
+    size = sum(parameter.numel() for parameter in policy.parameters())
+    print(
+        f"{size:,} parameters; {data.episodes} episodes, {len(data)} decisions, {len(data.instructions)} tasks; "
+        f"step {run.step} of {recipe.steps}",
+        flush=True,
+    )
+    started, first = time.monotonic(), run.step
+    final = advance_to_end(run, batches)
+    record = asdict(recipe) | {
+        "device": f"{torch.get_num_threads()} threads",
+        "arithmetic": "bfloat16" if run.reduced else "float32",
+        "seconds": round(time.monotonic() - started),
+        "steps_in_these_seconds": run.step - first,
+        "initial": None if initial is None else sha256_policy(initial),
+        "final": final,
+    }
+    write(run, out, work, record)
+    print(f"wrote {out}")
+
+
+def write(run: Run, out: Path, work: Path, record: dict[str, Any]) -> None:
+    """The averaged weights as a policy folder."""
+    averaged = run.averaged_policy()
+    assert isinstance(averaged, Pi05)
+    np.save(work / NOISE, draw_bank(averaged.config))
+    save_policy(averaged, out, work, {"training": record})
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m demo.flow", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, nargs="+", required=True, help="folders with episode files")
+    parser.add_argument("--out", type=Path, required=True, help="policy folder to write; OUT.work holds the checkpoint")
+    parser.add_argument("--key", required=True, help="name of the statistics in norm_stats, e.g. libero_object")
+    parser.add_argument(
+        "--steps-per-action", type=int, required=True, help="simulator steps for which an action is held"
+    )
+    parser.add_argument("--initial", type=Path, metavar="POLICY_DIR", help="policy to start from instead of afresh")
+    parser.add_argument("--samples", type=int, default=FlowRecipe.samples, help="images seen in all")
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE",
+        help=f"further settings, by default {', '.join(f'{k}={v}' for k, v in asdict(FlowRecipe()).items())}",
+    )
+    parser.add_argument("--seed", type=int, default=FlowRecipe.seed)
+    given = parser.parse_args(argv)
+    recipe = FlowRecipe(samples=given.samples, seed=given.seed).but(given.set)
+    train(given.data, given.out, given.key, given.steps_per_action, recipe, given.initial)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli.run(main))

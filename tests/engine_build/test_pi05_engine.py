@@ -1,0 +1,123 @@
+"""Engines of a pi0.5 policy: three graphs, the loop outside of them, the same numbers as torch."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from choices import rtn
+from pi05_policy import INSTRUCTIONS, KEY, tiny_pi05_folder
+from ragged import mixed_assignment, write_plan
+from rounding import NETWORK
+
+from calibrator.families import TorchActor
+from calibrator.modules.chain import Runs
+from calibrator.quantizers import quantize_policy
+from engine_build.bench import bench
+from engine_build.build import Request, build
+from engine_build.costs import PROMPT_TOKENS, runs_per_action
+from engine_build.verify import States, verify
+from engine_build.weights import layers_of
+from vla_policy.core.files import sha256_policy
+from vla_policy.core.formats import FULL, Format
+from vla_policy.core.manifest import Manifest
+from vla_policy.core.observation import Observation
+from vla_policy.core.policy_config import PolicyConfig
+from vla_policy.core.program import Range
+from vla_policy.core.runner import load_engine
+from vla_policy.core.targets import find_target
+
+HORIZON, DIM, STEPS = 4, 3, 3
+FORMATS = ["w2a16_g32", "w4a16_g32", "w8a16_g32", "w16a16"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`policy` of two images and a state, `plan.json`, and the engines `engine` and `engine16`."""
+    made = tmp_path_factory.mktemp("pi05_engine")
+    policy = tiny_pi05_folder(made / "policy", images=2)
+    assignment = mixed_assignment(list(layers_of(PolicyConfig.load(policy))), FORMATS)
+    plan = write_plan(made / "plan.json", sha256_policy(policy), assignment)
+    build(Request(policy, find_target("cpu"), made / "engine", plan=plan))
+    build(Request(policy, find_target("cpu"), made / "engine16", uniform=FULL))
+    return made
+
+
+def observation(seed: int) -> Observation:
+    rng = np.random.default_rng(seed)
+    image, wrist = rng.integers(0, 256, (2, 40, 30, 3), dtype=np.uint8)
+    return Observation(image, INSTRUCTIONS[seed % 3], rng.uniform(0, 0.1, 2).astype(np.float32), (wrist,))
+
+
+def test_actions_equal_the_torch_policy_s(folder: Path) -> None:
+    for name in ("engine", "engine16"):
+        engine, actor = load_engine(folder / name, threads=1), TorchActor.load(folder / "policy")
+        if name == "engine":
+            quantize_policy(actor.policy, mixed_assignment(list(layers_of(engine.config)), FORMATS))
+        for seed in range(3):
+            expected, (got, timings) = actor.act(observation(seed)), engine.decide(observation(seed))
+            assert got.action.shape == (HORIZON, DIM) and got.tokens.size == 0
+            assert [call for call, _ in timings.calls] == ["vision", "prefix", *["step"] * STEPS]
+            # Every step's rounding goes into all that follow.
+            np.testing.assert_allclose(
+                got.action, expected.action, atol=STEPS * NETWORK * np.abs(expected.action).max()
+            )
+
+
+def test_image_words_state_and_noise_matter(folder: Path) -> None:
+    engine, seen = load_engine(folder / "engine16", threads=1), observation(0)
+    usual = engine.policy.inputs(seen)
+    action = engine.policy.decide(engine.program(), usual).action
+    changes = {
+        "pixel_values": -usual["pixel_values"],
+        "input_ids": usual["input_ids"][:, :-1],
+        "noise": -usual["noise"],
+    }
+    for name, value in changes.items():
+        other = engine.policy.decide(engine.program(), {**usual, name: value}).action
+        assert np.abs(other - action).max() > 1e-3, name
+    hotter = Observation(seen.image, seen.instruction, np.array([0.9, 0.09], np.float32), seen.further)
+    assert not np.array_equal(engine.policy.inputs(hotter)["input_ids"], usual["input_ids"])
+
+
+def test_it_is_verified_and_measured_like_any_other(folder: Path) -> None:
+    outcome = verify(folder / "engine", folder / "policy", States(None, samples=2)).reference
+    assert outcome is not None and outcome.layers is not None
+    assert outcome.same_formats.equal_tokens is None and outcome.same_formats.scores_error < STEPS * NETWORK
+    assert len(outcome.layers.formats) == len(FORMATS)
+    manifest = Manifest.load(folder / "engine")
+    assert manifest.to_json()["actions"][KEY]["chunk"] == HORIZON
+    assert {call: spec.graph for call, spec in manifest.program.items()} == {
+        "vision": "vision", "prefix": "prefix", "step": "step"
+    }  # fmt: skip
+    assert manifest.program["step"].sizes == {"prefix": Range(9, 56, 208)}
+    figures = bench(folder / "engine", folder / "engine16", repeats=2, threads=1)
+    assert figures.engine.stages["step"].count == 2 * STEPS
+
+
+def test_the_engine_holds_one_copy_of_the_weights_and_a_table_for_the_time(folder: Path) -> None:
+    names = [
+        tensor.name
+        for graph in ("vision", "prefix", "step")
+        for tensor in onnx.load(str(folder / f"engine16/{graph}.onnx"), load_external_data=False).graph.initializer
+    ]
+    named = [name for name in names if not name.startswith("constant_")]
+    assert len(named) == len(set(named))
+    assert "step_table" in named and not any("time_mlp" in name or ".dense." in name for name in named)
+
+
+def test_the_cost_of_a_layer_counts_every_step(folder: Path) -> None:
+    runs = runs_per_action(PolicyConfig.load(folder / "policy"))
+    assert runs["action_out_proj"] == (Runs(HORIZON, STEPS),)
+    expert = "paligemma_with_expert.gemma_expert.model.layers.1"
+    assert runs[f"{expert}.mlp.up_proj"] == runs[f"{expert}.self_attn.k_proj"] == (Runs(HORIZON, STEPS),)
+    prefix = "paligemma_with_expert.paligemma.model.language_model.layers"
+    assert runs[f"{prefix}.2.self_attn.k_proj"] == (Runs(8 + PROMPT_TOKENS),)
+    assert f"{prefix}.2.self_attn.q_proj" not in runs, "of the last block only keys and values are read"
+
+
+def test_an_a100_engine_is_built_without_a_gpu(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX builds sm_80 engines anywhere once it is installed")
+    out, four = tmp_path / "engine", rtn(Format(4, 16, 64))
+    build(Request(folder / "policy", find_target("a100"), out, uniform=four, legalize=True))
+    assert verify(tmp_path / "engine", folder / "policy", None).reference is None
