@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from evaluation.replay.run import answer
+from evaluation.replay.run import Recording, answer
 from vla_policy.core.contract import Contract
 from vla_policy.core.errors import ArtefactError, VlaError
 from vla_policy.core.files import read_json, sha256_file, write_json
@@ -38,7 +38,7 @@ class Parity:
 
 def decide(engine: Path, bag: Path, contract: Contract, title: str) -> dict[int, Decided]:
     """The engine's decision on every frame of the bag, by stamp."""
-    answers = answer(bag, contract, load_engine(engine), title)
+    answers = answer(Recording(bag), contract, load_engine(engine), title)
     rows = zip(answers.stamp_ns.tolist(), answers.instructions, answers.tokens, answers.actions, strict=True)
     return {
         stamp_ns: Decided(

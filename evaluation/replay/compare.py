@@ -27,9 +27,13 @@ class DimensionError:
 
 @dataclass(frozen=True)
 class WorstFrame:
-    """A frame on which the two differ most. `error`: largest |difference| / limit over the dimensions."""
+    """A frame on which the two differ most. index, candidate_index: its row in the two answers.
+
+    error: largest |difference| over the dimensions, of each in halves of the range that its limits leave.
+    """
 
     index: int
+    candidate_index: int
     episode: int
     step: int
     stamp_ns: int
@@ -42,10 +46,14 @@ class WorstFrame:
 class Comparison:
     """Candidate against reference. Phases are cut where the reference's gripper changes its mind, first is phase 0.
 
-    token_agreement: None where the engines decide no tokens.
+    frames: that both answered, which alone are compared; only_reference, only_candidate: that one of them left out;
+    neither: that both did. token_agreement: None where the engines decide no tokens.
     """
 
     frames: int
+    only_reference: int
+    only_candidate: int
+    neither: int
     identical_frames: int
     token_agreement: float | None
     dimensions: tuple[DimensionError, ...]
@@ -57,27 +65,30 @@ class Comparison:
 
 def compare(reference: Answers, candidate: Answers, contract: ActionContract, bins: int, worst: int) -> Comparison:
     """Compares the frames that both answered. Raises DataError when there are none or the actions differ in shape."""
-    shared, left, right = np.intersect1d(reference.stamp_ns, candidate.stamp_ns, return_indices=True)
-    if not len(shared):
+    left, right = _pairs(reference.stamp_ns, candidate.stamp_ns)
+    if not len(left):
         raise DataError(f"{candidate.name} and {reference.name} answered no common frame")
     if reference.actions.shape[1] != candidate.actions.shape[1]:
         sizes = candidate.actions.shape[1], reference.actions.shape[1]
         raise DataError(f"{candidate.name} answers {sizes[0]} values per frame, {reference.name} {sizes[1]}")
     scales = np.asarray([abs(dimension.scale) for dimension in contract.dimensions])
-    limits = np.asarray([max(-dimension.lower, dimension.upper) for dimension in contract.dimensions])
+    halves = np.asarray([(dimension.upper - dimension.lower) / 2 for dimension in contract.dimensions])
     difference = np.abs(candidate.actions[right] - reference.actions[left])
-    error = difference.reshape(len(shared), -1, len(scales)).max(axis=1) * scales
+    error = difference.reshape(len(left), -1, len(scales)).max(axis=1) * scales
     progress = reference.progress[left]
     chosen = _gripper(reference.actions[left], contract), _gripper(candidate.actions[right], contract)
     episode = reference.episode[left]
     phase = _phases(chosen[0], episode)
     binned = np.minimum((progress * bins).astype(int), bins - 1)
     same = reference.tokens[left] == candidate.tokens[right]
-    relative = error / limits
+    relative = error / halves
     order = np.argsort(-relative.max(axis=1), kind="stable")[:worst]
     return Comparison(
-        frames=len(shared),
-        identical_frames=int((error == 0).all(axis=1).sum()),
+        frames=len(left),
+        only_reference=len(reference.stamp_ns) - len(left),
+        only_candidate=len(candidate.stamp_ns) - len(left),
+        neither=len(reference.refused.keys() & candidate.refused.keys()),
+        identical_frames=int((difference == 0).all(axis=1).sum()),
         token_agreement=float(same.mean()) if same.size else None,
         dimensions=tuple(
             DimensionError(
@@ -97,9 +108,10 @@ def compare(reference: Answers, candidate: Answers, contract: ActionContract, bi
         worst=tuple(
             WorstFrame(
                 index=int(left[row]),
+                candidate_index=int(right[row]),
                 episode=int(episode[row]),
                 step=int(reference.step[left[row]]),
-                stamp_ns=int(shared[row]),
+                stamp_ns=int(reference.stamp_ns[left[row]]),
                 progress=float(progress[row]),
                 error=float(relative[row].max()),
                 dimension=contract.dimensions[int(relative[row].argmax())].name,
@@ -107,6 +119,21 @@ def compare(reference: Answers, candidate: Answers, contract: ActionContract, bi
             for row in order
         ),
     )
+
+
+def _pairs(reference: np.ndarray, candidate: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of the frames that both hold, in the reference's order. A stamp that comes again is a frame of its own."""
+    rows: dict[int, list[int]] = {}
+    for row, stamp_ns in enumerate(candidate.tolist()):
+        rows.setdefault(stamp_ns, []).append(row)
+    waiting = {stamp_ns: iter(places) for stamp_ns, places in rows.items()}
+    pairs = []
+    for row, stamp_ns in enumerate(reference.tolist()):
+        partner = next(waiting[stamp_ns], None) if stamp_ns in waiting else None
+        if partner is not None:
+            pairs.append((row, partner))
+    left, right = np.asarray(pairs, np.int64).reshape(-1, 2).T
+    return left, right
 
 
 def _gripper(actions: np.ndarray, contract: ActionContract) -> np.ndarray | None:

@@ -9,8 +9,7 @@ import numpy as np
 from rosbags.typesys import Stores, get_typestore
 
 from evaluation.lerobot_set import SetRow, png, write_set
-from evaluation.replay.run import Answers
-from vla_policy.core.bag import read_frames
+from evaluation.replay.run import Answers, Recording
 from vla_policy.core.contract import COMPRESSED_IMAGE, JOINT_STATE, STRING, Contract
 from vla_policy.core.observe import observe
 from vla_policy.core.recording import BagWriter, recorded_qos
@@ -24,14 +23,12 @@ _TICK = "action.stamp_s"
 
 @dataclass(frozen=True)
 class Replay:
-    """Whose frames, in which words, answered by whom. namespace, instruction: as the bag was read."""
+    """Whose frames, in which words, answered by whom."""
 
-    bag: Path
+    recording: Recording
     contract: Contract
     candidate: Answers
     reference: Answers | None
-    namespace: str = ""
-    instruction: str = ""
 
     def frames(self) -> Iterator[tuple[Frame, np.ndarray, np.ndarray | None]]:
         """Every frame that all answered, with the first action of each answer, float64 [K]."""
@@ -41,7 +38,7 @@ class Replay:
             for one in (self.candidate, self.reference)
         )
         assert candidate is not None
-        for frame in read_frames(self.bag, self.contract, self.namespace, self.instruction):
+        for frame in self.recording.frames(self.contract):
             if not isinstance(frame, Frame) or frame.stamp_ns not in candidate:
                 continue
             if reference is None:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from evaluation.processes import ended_in_order, node_command, running
+from evaluation.replay.run import Recording
 from vla_policy.core.errors import ContractError
 
 # An engine of the full size takes minutes to load, and no replayed decision is too late to be compared.
@@ -19,10 +20,10 @@ class ServingNode:
     unnorm_key: str | None = None
 
 
-def serve(node: ServingNode, bag: Path, namespace: str, rate: float, served: Path) -> None:
-    """Replays `bag` to a policy node in dry run; its decisions become the bag `served`, which must not exist.
+def serve(node: ServingNode, recording: Recording, rate: float, served: Path) -> None:
+    """Replays to a policy node in dry run; its decisions become the bag `served`, which must not exist.
 
-    namespace: of the contract's topics in the bag. rate: times recorded speed, 0: as fast as the node answers. Raises
+    rate: times recorded speed, 0: as fast as the node answers. Raises
     ContractError when the replay cannot be done; the nodes' own messages are on stderr.
     """
     policy = node_command(
@@ -41,9 +42,10 @@ def serve(node: ServingNode, bag: Path, namespace: str, rate: float, served: Pat
     replay = node_command(
         "vla_policy.nodes.replay_node",
         {
-            "bag": bag.resolve(),
+            "bag": recording.bag.resolve(),
             "contract": node.contract.resolve(),
-            "bag_namespace": namespace,
+            "bag_namespace": recording.namespace,
+            "instruction": recording.instruction,
             "rate": float(rate),
             "served": served.resolve(),
             "wait_for_subscribers": _START_TIMEOUT_S,

@@ -15,9 +15,9 @@ from PIL import Image
 import calibrator.report
 from calibrator.report.numbers import significant
 from calibrator.report.svg import Scale, Svg, linear_scale
-from evaluation.replay.compare import Comparison, DimensionError, WorstFrame
+from evaluation.replay.compare import DimensionError, WorstFrame
+from evaluation.replay.perform import Outcome
 from evaluation.replay.run import Answers
-from evaluation.replay.thresholds import Check
 
 _FOLDER = Path(__file__).parent / "templates"
 _STYLE = Path(calibrator.report.__file__).parent / "templates"
@@ -40,25 +40,19 @@ def picture(image: np.ndarray) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()
 
 
-def render(
-    sources: dict[str, str],
-    reference: Answers | None,
-    candidate: Answers,
-    comparison: Comparison | None,
-    worst: tuple[WorstView, ...],
-    checks: list[Check],
-) -> str:
-    """The page as one HTML document. `sources`: what was read, and its sha256."""
+def render(outcome: Outcome, worst: tuple[WorstView, ...]) -> str:
+    """The page as one HTML document."""
     environment = Environment(loader=FileSystemLoader(_FOLDER), autoescape=True, undefined=StrictUndefined)
     environment.filters["number"] = significant
+    candidate, reference, comparison = outcome.candidate, outcome.reference, outcome.comparison
     return environment.get_template("replay.html").render(
-        sources=sources,
+        sources=outcome.sources,
         reference=reference,
         candidate=candidate,
         comparison=comparison,
         charts=[_progress_chart(item) for item in comparison.dimensions] if comparison else [],
         worst=worst,
-        checks=checks,
+        checks=outcome.checks,
         latency=[_latency_row(item) for item in (reference, candidate) if item is not None],
         css=Markup((_STYLE / "style.css").read_text(encoding="utf-8")),
         script=Markup((_STYLE / "page.js").read_text(encoding="utf-8")),

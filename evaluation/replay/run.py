@@ -21,12 +21,26 @@ from vla_policy.core.worker import Refusal, decide
 
 
 @dataclass(frozen=True)
+class Recording:
+    """A bag that is replayed. namespace: of the contract's topics in it. instruction: the task of the frames before the
+    first one that the bag holds."""
+
+    bag: Path
+    namespace: str = ""
+    instruction: str = ""
+
+    def frames(self, contract: Contract) -> Iterator[Frame | Dropped]:
+        """Every frame once, and everything that could not be used."""
+        return read_frames(self.bag, contract, self.namespace, self.instruction)
+
+
+@dataclass(frozen=True)
 class Answers:
     """What one actor answered. Arrays have one row per frame, in the bag's order.
 
     stamp_ns, episode, step: int64 [N]. tokens: int64 [N, H K]. actions: float64 [N, H K], un-normalised, the policy's
     units; H is 1 unless the policy decides chunks. latency_ms: float64 [N], the actor's own. left_out: messages and
-    frames without an answer; refused: frames among them that the actor or the decoder refused, reason by stamp.
+    frames without an answer; refused: the images among them, reason by stamp.
     strays: answered frames in which an engine prefers something else than an action.
     """
 
@@ -71,10 +85,8 @@ class Answers:
         return self.step / np.maximum(last[self.episode], 1)
 
 
-def answer(
-    bag: Path, contract: Contract, actor: Actor, name: str, namespace: str = "", instruction: str = ""
-) -> Answers:
-    """Runs the whole bag. instruction: the task of frames before the first one that the bag holds.
+def answer(recording: Recording, contract: Contract, actor: Actor, name: str) -> Answers:
+    """Runs the whole bag.
 
     Raises ContractError when bag, contract and actor do not fit, or nothing can be served, and PolicyError for an
     engine that decides something else than actions.
@@ -83,8 +95,7 @@ def answer(
     tally, strays = Tally(), 0
     refused: dict[int, str] = {}
     rows: list[tuple[Frame, np.ndarray, np.ndarray, float]] = []
-    frames_read = _served_frames(bag, contract, namespace, instruction, tally)
-    for frame in tqdm(frames_read, desc=f"replay {name}", unit="frame"):
+    for frame in tqdm(_usable(recording, contract, tally, refused), desc=f"replay {name}", unit="frame"):
         outcome = decide(actor, contract, frame)
         if isinstance(outcome, Refusal):
             tally.add(contract.primary.topic, outcome.reason.value, str(outcome.error))
@@ -95,8 +106,8 @@ def answer(
         rows.append((frame, decision.tokens, decision.action, latency_ms))
     if not rows:
         reasons = f"left out: {told(tally.found)}" if tally.found else "it is empty"
-        raise ContractError(f"{bag}: no frame could be served by {name}; {reasons}")
-    check_strays(strays, len(rows), f"{bag}: {name}")
+        raise ContractError(f"{recording.bag}: no frame could be served by {name}; {reasons}")
+    check_strays(strays, len(rows), f"{recording.bag}: {name}")
     frames = [row[0] for row in rows]
     return Answers(
         name=name,
@@ -126,6 +137,7 @@ def recorded(served: Path, frames: Answers) -> Answers:
         former = by_stamp.setdefault(action.stamp_ns, action)
         if not np.array_equal(former.actions, action.actions):
             raise ContractError(f"{served}: two different decisions for the image of {action.stamp_ns} ns")
+    missing = {stamp: "unanswered" for stamp in frames.stamp_ns.tolist() if stamp not in by_stamp}
     kept = np.asarray([stamp in by_stamp for stamp in frames.stamp_ns.tolist()])
     if not kept.any():
         raise ContractError(f"{served}: answers no frame of this bag; was it recorded from another one?")
@@ -145,14 +157,15 @@ def recorded(served: Path, frames: Answers) -> Answers:
         actions=np.stack([action.actions.reshape(-1) for action in chosen]),
         latency_ms=np.asarray([action.latency_ms for action in chosen]),
         left_out=tuple(item for item in left_out if item.count),
+        refused=missing | {stamp: reason for stamp, reason in frames.refused.items() if stamp not in by_stamp},
     )
 
 
-def _served_frames(
-    bag: Path, contract: Contract, namespace: str, instruction: str, tally: Tally
-) -> Iterator[Frame]:
-    for result in read_frames(bag, contract, namespace, instruction):
+def _usable(recording: Recording, contract: Contract, tally: Tally, refused: dict[int, str]) -> Iterator[Frame]:
+    for result in recording.frames(contract):
         if isinstance(result, Dropped):
             tally.add(result.topic, result.reason.value, result.detail)
+            if result.topic == contract.primary.topic:
+                refused[result.stamp_ns] = result.reason.value
         else:
             yield result

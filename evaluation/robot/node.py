@@ -16,13 +16,13 @@ and publishes its commands: so bags are recorded.
 import io
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 from geometry_msgs.msg import TwistStamped
 from PIL import Image as PilImage
 from rclpy.node import Node
-from rclpy.parameter import Parameter
 from rclpy.qos import DurabilityPolicy, QoSProfile
 from rosgraph_msgs.msg import Clock as ClockMessage
 from sensor_msgs.msg import CompressedImage, Image, JointState
@@ -36,6 +36,8 @@ from vla_policy.core.errors import ContractError
 from vla_policy.core.files import write_json
 from vla_policy.core.outputs import check_file
 from vla_policy.core.safety import Command, Limiter
+from vla_policy.nodes import declaring
+from vla_policy.nodes.declaring import Declared
 from vla_policy.nodes.outputs import CHUNK_TOPIC, to_time
 from vla_policy.nodes.process import run_node
 
@@ -43,31 +45,46 @@ _START_NS = 10**9
 _DECISION_TIMEOUT_S = 10.0
 _COMMAND_TIMEOUT_S = 0.05  # a policy that holds is silent
 _SETTLE_PERIOD_S = 0.01
+DECLARED: dict[str, Declared] = {
+    "contract": Declared("", "YAML that maps the robot's topics to the policy's inputs and commands", fixed=True),
+    "suite": Declared("libero_object", "LIBERO suite", fixed=True),
+    "tasks": Declared([""], "task names; none: all of the suite", fixed=True),
+    "trials": Declared([0], "official initial states", fixed=True),
+    "driver": Declared("commands", "who drives", choices=("commands", "expert"), fixed=True),
+    "lockstep": Declared(True, "simulated time waits for decisions and commands", fixed=True),
+    "real_time_factor": Declared(
+        1.0, "without lockstep: simulated seconds per second; 0: as fast as it goes", (0.0, 1000.0), fixed=True
+    ),
+    "steps_per_image": Declared(4, "control steps of 1/20 s from one image to the next", (1, 1000), fixed=True),
+    "max_steps": Declared(
+        0, "control steps after which an episode ends; 0: as the suite says", (0, 1_000_000), fixed=True
+    ),
+    "incoming_command_timeout": Declared(
+        0.5, "simulated seconds after which a command no longer moves the arm", (0.01, 60.0), fixed=True
+    ),
+    "min_subscribers": Declared(1, "subscribers that camera, joints and instruction wait for", (0, 100), fixed=True),
+    "wait_for_subscribers": Declared(120.0, "seconds to wait for them", (0.0, 3600.0), fixed=True),
+    "summary": Declared("", "JSON file for the episodes' outcomes; empty: none", fixed=True),
+}
 
 
 class SimulatedRobotNode(Node):
     """Simulates in a thread of its own, which also owns the renderer; the executor receives the commands."""
 
     def __init__(self, done: threading.Event) -> None:
-        super().__init__("simulated_robot")
-        self._contract = load_contract(self.declare_parameter("contract", "").value)
-        self._suite = self.declare_parameter("suite", "libero_object").value
-        tasks = self.declare_parameter("tasks", Parameter.Type.STRING_ARRAY).value or []
-        self._tasks = [task for task in tasks if task]
-        self._trials = self.declare_parameter("trials", [0]).value
-        self._driver = self.declare_parameter("driver", "commands").value
-        self._lockstep = self.declare_parameter("lockstep", True).value
-        self._real_time_factor = self.declare_parameter("real_time_factor", 1.0).value
-        self._steps_per_image = self.declare_parameter("steps_per_image", 4).value
-        self._max_steps = self.declare_parameter("max_steps", 0).value
-        self._command_timeout_ns = round(self.declare_parameter("incoming_command_timeout", 0.5).value * 1e9)
-        self._min_subscribers = self.declare_parameter("min_subscribers", 1).value
-        self._wait_s = self.declare_parameter("wait_for_subscribers", 120.0).value
-        self._summary = self.declare_parameter("summary", "").value
+        super().__init__("simulated_robot", automatically_declare_parameters_from_overrides=True)
+        declaring.declare(self, DECLARED)
+        value = declaring.read(self, DECLARED)
+        self._contract = load_contract(value["contract"])
+        self._suite, self._driver = value["suite"], value["driver"]
+        self._tasks, self._trials = value["tasks"], value["trials"]
+        self._lockstep, self._real_time_factor = value["lockstep"], value["real_time_factor"]
+        self._steps_per_image, self._max_steps = value["steps_per_image"], value["max_steps"]
+        self._command_timeout_ns = round(value["incoming_command_timeout"] * 1e9)
+        self._min_subscribers, self._wait_s = value["min_subscribers"], value["wait_for_subscribers"]
+        self._summary = value["summary"]
         if self._summary:
             check_file(self._summary, SUMMARY)
-        if self._driver not in ("commands", "expert"):
-            raise ContractError(f"simulated robot: driver must be commands or expert, got {self._driver!r}")
         if len(self._contract.cameras) != 1:
             raise ContractError(
                 f"{self._contract.path}: the simulated robot has 1 camera, the contract names "
@@ -301,10 +318,14 @@ def main(args: Sequence[str] | None = None) -> int:
     """Runs the episodes. Returns 2 on a mistake, 1 when an episode failed, 0 otherwise."""
     results: list[dict[str, object]] = []
 
-    def close(node: Node, error: BaseException | None) -> None:
-        assert isinstance(node, SimulatedRobotNode)
-        node.close()
-        results.extend(node.results)
+    @contextmanager
+    def opened(done: threading.Event) -> Iterator[SimulatedRobotNode]:
+        node = SimulatedRobotNode(done)
+        try:
+            yield node
+        finally:
+            node.close()
+            results.extend(node.results)
 
-    code = run_node(SimulatedRobotNode, close, args)
+    code = run_node(opened, args)
     return code or int(not results or not all(result["success"] for result in results))

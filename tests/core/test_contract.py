@@ -105,7 +105,16 @@ def test_the_state_of_openvla_oft_s_libero_policies_can_be_named(tmp_path: Path)
         (lambda c: c["cameras"][0].pop("topic"), r"cameras\[0\]: missing key 'topic'"),
         (lambda c: c["cameras"][0].update(type="sensor_msgs/msg/PointCloud2"), "type: expected one of sensor_msgs"),
         (lambda c: c["cameras"][0].update(qos={"reliability": "sometimes"}), "expected one of best_effort, reliable"),
-        (lambda c: c["cameras"][0].update(colour="rgb"), "unknown key.s. colour"),
+        (lambda c: c["cameras"][0].update(colour="rgb"), "unknown key.s. colour; known: crop_area, height"),
+        (lambda c: c["cameras"][0].update(rotate180=True), "unknown key.s. rotate180; did you mean 'rotate_180'?"),
+        (lambda c: c["cameras"][0].update(topc=c["cameras"][0].pop("topic")), "missing key 'topic' .str.; is 'topc'"),
+        (
+            lambda c: c.update(synchronization=c.pop("synchronisation")),
+            "synchronization; did you mean 'synchronisation'",
+        ),
+        (lambda c: c["cameras"][0].update(qos={"reliabilty": "reliable"}), "did you mean 'reliability'?"),
+        (lambda c: c["cameras"][0].update(width=None), "width: expected int, got None"),
+        (lambda c: c["states"][0]["values"][1].update(name=True), "expected str, got True; .*: quote it"),
         (lambda c: c["cameras"][0].update(crop_area=1.5), "crop_area"),
         (lambda c: c["states"][0]["values"][0].update(field="torque"), "expected one of position, velocity, effort"),
         (lambda c: c["states"][0]["values"][1].update(name="x"), "state name 'x' is used twice"),
@@ -152,6 +161,9 @@ def test_a_mistake_is_named(tmp_path: Path, edit, message: str) -> None:
 def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ContractError, match="cannot be read"):
         load_contract(tmp_path / "none.yaml")
+    (tmp_path / "twice.yaml").write_text(LIBERO.read_text().replace("control_rate_hz: 20", "topic: other"))
+    with pytest.raises(ContractError, match="key 'topic' stands twice in one mapping"):
+        load_contract(tmp_path / "twice.yaml")
     (tmp_path / "broken.yaml").write_text("a: [1, 2")
     with pytest.raises(ContractError, match="not valid YAML"):
         load_contract(tmp_path / "broken.yaml")

@@ -16,8 +16,8 @@ from engine_build.build import Request, build
 from evaluation.__main__ import main
 from evaluation.replay import run
 from evaluation.replay.compare import compare
-from evaluation.replay.run import Answers, answer
-from evaluation.replay.thresholds import check, load_thresholds
+from evaluation.replay.run import Answers, Recording, answer
+from evaluation.replay.thresholds import Thresholds, check, load_thresholds
 from tests.core.hostile_images import HOSTILE, PICTURE
 from tests.demo.materials import hostile_bag, tiny_bag, tiny_contract
 from tests.tiny import overflowing_policy_folder, tiny_policy_folder
@@ -53,9 +53,7 @@ def answers(actions: list[list[float]], name: str = "a", episodes: list[int] | N
     episode = np.asarray(episodes or [0] * count)
     step = np.asarray([int((episode[:row] == episode[row]).sum()) for row in range(count)])
     values = np.asarray(actions)
-    return Answers(
-        name, np.arange(count) + 1, episode, step, ("go",) * count, np.rint(values), values, np.ones(count)
-    )
+    return Answers(name, np.arange(count) + 1, episode, step, ("go",) * count, np.rint(values), values, np.ones(count))
 
 
 def test_errors_flips_and_phases_by_hand(contract: Contract) -> None:
@@ -100,7 +98,7 @@ def test_two_runs_are_identical_and_every_frame_is_answered_once(material: Path,
     from evaluation.actors import ActorSpec
 
     actor = ActorSpec("policy", material / "policy").load()
-    first, second = (answer(material / "bag", contract, actor, "policy") for _ in range(2))
+    first, second = (answer(Recording(material / "bag"), contract, actor, "policy") for _ in range(2))
     assert first.sha256 == second.sha256 and len(first.stamp_ns) == 20 and first.drops == {}
     assert len(set(first.stamp_ns.tolist())) == 20
     assert first.progress.tolist()[:10] == pytest.approx((np.arange(10) / 9).tolist())
@@ -110,7 +108,6 @@ def test_each_threshold_can_pass_and_fail(tmp_path: Path, contract: Contract) ->
     reference, candidate = answers([[0, 0, -1], [0, 0, -1]]), answers([[0.5, 0, -1], [0, 0, 1]], "b")
     dropped = (LeftOut("camera", "undecodable", 2, "cut off"),)
     candidate = replace(candidate, left_out=dropped, latency_ms=np.asarray([10.0, 30.0]))
-    comparison = compare(reference, candidate, contract.action, 2, 1)
     for name, passing, failing in [
         ("max_mean_error", "{dx: 0.25}", "{dx: 0.2}"),
         ("max_error", "{dx: 0.5}", "{dx: 0.4}"),
@@ -119,13 +116,70 @@ def test_each_threshold_can_pass_and_fail(tmp_path: Path, contract: Contract) ->
         ("max_added_gripper_flips", "1", "0"),
         ("max_latency_p99_ms", "30", "29"),
         ("max_drops", "2", "1"),
-        ("identical", "false", "true"),
+        ("identical", "true", "true"),
     ]:
         for value, passed in ((passing, True), (failing, False)):
             path = tmp_path / "thresholds.yaml"
             path.write_text(f"kind: replay_thresholds\nschema_version: 1\n{name}: {value}\n")
-            checks = check(load_thresholds(path, ("dx", "dy", "gripper")), candidate, comparison)
-            assert [item.passed for item in checks] == ([] if value == "false" else [passed]), (name, value)
+            other = reference if (name, passed) == ("identical", True) else candidate
+            compared = compare(reference, other, contract.action, 2, 1)
+            checks = {item.name: item.passed for item in check(load(path, contract), other, reference, compared)}
+            assert checks.pop("unmatched frames", True) and checks.pop("drops of the reference", True)
+            assert list(checks.values()) == [passed], (name, value)
+
+
+def load(path: Path, contract: Contract) -> Thresholds:
+    return load_thresholds(path, contract.action)
+
+
+def test_what_only_one_side_answered_is_no_agreement(tmp_path: Path, contract: Contract) -> None:
+    """The reference knows one of 257 frames; on that one the two are equal, and nothing is dropped."""
+    whole = answers([[0, 0, -1]] * 257)
+    missing = (LeftOut("served", "unanswered", 256, "2"),)
+    one = replace(answers([[0, 0, -1]], "b"), left_out=missing, refused=dict.fromkeys(range(2, 258), "unanswered"))
+    path = tmp_path / "thresholds.yaml"
+    text = "kind: replay_thresholds\nschema_version: 1\n"
+    for reference, candidate in ((one, whole), (whole, one)):
+        comparison = compare(reference, candidate, contract.action, 2, 1)
+        assert (comparison.frames, comparison.identical_frames) == (1, 1)
+        assert comparison.only_reference + comparison.only_candidate == 256
+
+        def failed(thresholds: str) -> list[str]:
+            path.write_text(text + thresholds)
+            found = check(load(path, contract), candidate, reference, comparison)  # noqa: B023  (called in this round)
+            return [item.name for item in found if not item.passed]
+
+        assert failed("identical: true\nmax_drops: 256\n") == ["unmatched frames", "identical"]
+        assert failed("max_error: {dx: 1}\n") == ["unmatched frames"]
+        assert failed("max_error: {dx: 1}\nmax_unmatched: 256\n") == []
+        assert failed("identical: true\nmax_unmatched: 256\n") == ["identical"]
+        assert failed("max_drops: 0\n") == ["drops of the reference" if reference is one else "drops"]
+
+
+def test_frames_that_neither_answered_are_counted(contract: Contract) -> None:
+    some, others = {7: "a", 8: "a"}, {8: "b", 9: "a"}
+    left, right = (replace(answers([[0, 0, 0]] * 3), refused=refused) for refused in (some, others))
+    assert compare(left, right, contract.action, 2, 1).neither == 1
+
+
+def test_a_stamp_that_comes_again_is_a_frame_of_its_own(contract: Contract) -> None:
+    """A looped bag: pairs in order, in the reference's order, whatever the stamps say."""
+    stamps = np.asarray([5, 6, 5, 6, 6])
+    reference = replace(answers([[row, 0, 0] for row in range(5)], episodes=[0, 0, 1, 1, 1]), stamp_ns=stamps)
+    candidate = replace(answers([[row + (row == 3), 0, 0] for row in range(4)]), stamp_ns=stamps[:4])
+    result = compare(reference, candidate, contract.action, 1, 1)
+    assert (result.frames, result.identical_frames, result.only_reference) == (4, 3, 1)
+    assert [(item.index, item.candidate_index, item.stamp_ns) for item in result.worst] == [(3, 3, 6)]
+
+
+def test_a_position_s_error_counts_in_halves_of_its_range(contract: Contract) -> None:
+    """A joint from 1 to 2 rad that is wrong by 0.3 is worse than one from -2 to 2 rad that is wrong by 0.6."""
+    narrow, wide = (
+        replace(contract.action.dimensions[0], lower=lower, upper=upper) for lower, upper in ((1.0, 2.0), (-2.0, 2.0))
+    )
+    action = replace(contract.action, dimensions=(narrow, replace(wide, name="wide")), gripper=None)
+    result = compare(answers([[1.5, 0]]), answers([[1.2, 0.6]], "b"), action, 1, 1)
+    assert result.worst[0].dimension == narrow.name and result.worst[0].error == pytest.approx(0.6)
 
 
 def test_chunks_without_tokens_are_compared_by_their_actions(tmp_path: Path, contract: Contract) -> None:
@@ -135,21 +189,20 @@ def test_chunks_without_tokens_are_compared_by_their_actions(tmp_path: Path, con
     path = tmp_path / "thresholds.yaml"
     path.write_text("kind: replay_thresholds\nschema_version: 1\nmin_token_agreement: 0.9\n")
     with pytest.raises(ContractError, match="these engines decide no tokens"):
-        check(load_thresholds(path, ("dx", "dy", "gripper")), other, comparison)
+        check(load(path, contract), other, one, comparison)
 
 
 def test_the_demo_s_thresholds_bite(tmp_path: Path) -> None:
     """The shipped file, for the shipped contract: what it lets pass, and each thing that it must not."""
     shipped = load_contract(ROOT / "ros2_ws/src/vla_policy/config/libero.yaml")
-    names = tuple(dimension.name for dimension in shipped.action.dimensions)
-    thresholds = load_thresholds(ROOT / "demo/replay_thresholds.yaml", names)
+    thresholds = load(ROOT / "demo/replay_thresholds.yaml", shipped)
     still = np.zeros((100, 7)) - np.eye(7)[6]
     reference = answers(still.tolist())
 
     def failed(change: np.ndarray, *left_out: LeftOut) -> list[str]:
         candidate = replace(answers((still + change).tolist(), "b"), left_out=left_out)
-        found = check(thresholds, candidate, compare(reference, candidate, shipped.action, 2, 1))
-        assert len(found) == 6, "every threshold was checked"
+        found = check(thresholds, candidate, reference, compare(reference, candidate, shipped.action, 2, 1))
+        assert len(found) == 8, "every threshold was checked, and that there was nothing to check left out"
         return [item.name for item in found if not item.passed]
 
     none, grip = np.zeros((100, 7)), np.zeros((100, 7))
@@ -161,14 +214,61 @@ def test_the_demo_s_thresholds_bite(tmp_path: Path) -> None:
     assert failed(none + 2.0 * np.eye(7)[6]) == ["gripper disagreement"]
 
 
-def test_threshold_mistakes_are_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("max_mean_error: {dq: 1}", r"max_mean_error: unknown key\(s\) dq; known: dx, dy, gripper"),
+        ("max_mean_eror: {dx: 1}", "max_mean_eror; did you mean 'max_mean_error'"),
+        ("", "checks nothing; set at least one of max_mean_error, .*, max_drops, identical: true"),
+        ("identical: false", "checks nothing"),
+        ("max_mean_error: {}", "checks nothing"),
+        ("max_unmatched: 3", "checks nothing"),
+        ("max_drops:", "max_drops: expected int, got None"),
+        ("max_drops: -1", "max_drops: expected 0 or more, got -1"),
+        ("max_error: {dx: .inf}", "dx: expected a finite number"),
+        ("max_error: {dx: -1}", "dx: expected 0 or more, got -1"),
+        ("max_latency_p99_ms: .nan", "expected a number above 0, got nan"),
+        ("min_token_agreement: 0", r"min_token_agreement: expected a part in \(0, 1\], got 0"),
+        ("max_gripper_disagreement: 1", r"max_gripper_disagreement: expected a part in \[0, 1\), got 1"),
+    ],
+)
+def test_threshold_mistakes_are_named(tmp_path: Path, contract: Contract, text: str, message: str) -> None:
     path = tmp_path / "thresholds.yaml"
-    path.write_text("kind: replay_thresholds\nschema_version: 1\nmax_mean_error: {dq: 1}\n")
-    with pytest.raises(ContractError, match=r"unknown key\(s\) dq"):
-        load_thresholds(path, ("dx",))
-    path.write_text("kind: replay_thresholds\nschema_version: 1\nidentical: true\n")
-    with pytest.raises(ContractError, match="need a reference: add --against or --served"):
-        check(load_thresholds(path, ("dx",)), answers([[0, 0, 0]]), None)
+    path.write_text(f"kind: replay_thresholds\nschema_version: 1\n{text}\n")
+    with pytest.raises(ContractError, match=message):
+        load(path, contract)
+
+
+@pytest.mark.parametrize("name", ["max_gripper_disagreement: 0.1", "max_added_gripper_flips: 2"])
+def test_a_threshold_on_a_gripper_that_nobody_commands_is_an_error(
+    tmp_path: Path, contract: Contract, name: str
+) -> None:
+    path = tmp_path / "thresholds.yaml"
+    path.write_text(f"kind: replay_thresholds\nschema_version: 1\nmax_drops: 0\n{name}\n")
+    armless = replace(contract, action=replace(contract.action, gripper=None))
+    with pytest.raises(ContractError, match="on the gripper check nothing: the contract commands none"):
+        load(path, armless)
+
+
+def test_a_missing_reference_is_told_before_anything_is_answered(
+    material: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    thresholds = tmp_path / "thresholds.yaml"
+    thresholds.write_text("kind: replay_thresholds\nschema_version: 1\nidentical: true\n")
+    command = [
+        "replay",
+        "--bag",
+        "/nowhere",
+        "--contract",
+        str(material / "contract.yaml"),
+        "--out",
+        str(tmp_path / "o"),
+    ]
+    command += ["--engine", str(material / "policy"), "--thresholds", str(thresholds)]
+    assert main(command) == 2
+    assert "need a reference: add --against, --served or --live" in capsys.readouterr().err
+    assert main([*command, "--bins", "0"]) == 2
+    assert "--bins: expected 1 or more, got 0" in capsys.readouterr().err
 
 
 def test_the_command_compares_tests_and_reports(material: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -180,7 +280,7 @@ def test_the_command_compares_tests_and_reports(material: Path, tmp_path: Path, 
     assert main([*common, "--against", str(material / "other"), "--out", str(tmp_path / "differs")]) == 1
     assert "FAIL  identical" in capsys.readouterr().out
     suite = ElementTree.parse(tmp_path / "differs/junit.xml").getroot()
-    assert (suite.get("tests"), suite.get("failures")) == ("2", "1")
+    assert (suite.get("tests"), suite.get("failures")) == ("4", "1")
     content = json.loads((tmp_path / "differs/replay.json").read_text())
     assert content["kind"] == "replay" and content["candidate"]["frames"] == 20
     page = (tmp_path / "differs/replay.html").read_text()

@@ -141,9 +141,9 @@ def calls(path: Path, name: str) -> list[ast.Call]:
 
 
 def table(path: Path) -> set[str]:
-    """The names in a launch file's table of parameters, which become launch arguments of the same names."""
+    """The names in a file's table of parameters; those of a launch file become launch arguments of the same names."""
     for node in ast.parse(path.read_text()).body:
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
+        if isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(node.value, ast.Dict):
             return {str(ast.literal_eval(key)) for key in node.value.keys if key}
     return set()
 
@@ -166,8 +166,8 @@ def test_every_name_in_a_launch_file_exists(name: str) -> None:
         assert (PACKAGE / "config" / file).is_file() or (PACKAGE / "launch" / file).is_file(), file
     for executable in re.findall(r'executable="(\w+)"', text):
         assert f"{executable} = vla_policy.nodes.{executable}:main" in (PACKAGE / "setup.py").read_text()
-    robot = re.findall(r'declare_parameter\("(\w+)"', (ROOT / "evaluation/robot/node.py").read_text())
-    known = {"replay": {*replay_node.DEFAULTS}, "sim_policy": set(robot)}
+    robot = table(ROOT / "evaluation/robot/node.py")
+    known = {"replay": {*replay_node.DECLARED}, "sim_policy": robot}
     assert table(path) <= known.get(name, {*parameters.DECLARED, "use_sim_time"})
 
 

@@ -223,6 +223,25 @@ def test_a_parameter_outside_its_range_or_type_is_refused(tmp_path: Path, value:
     assert "source_timeout" in log.read_text() and "Traceback" not in log.read_text()
 
 
+def test_a_misspelt_parameter_is_refused_and_a_foreign_one_warned_of(world: World, tmp_path: Path) -> None:
+    """On the command line and in a parameter file alike."""
+    log, engine, file = tmp_path / "log", fake_engine(tmp_path / "engine"), tmp_path / "params.yaml"
+    for name, hint in (
+        ("sorce_timeout", "source_timeout"),
+        ("diagnostic_updater.periode", "diagnostic_updater.period"),
+    ):
+        file.write_text(yaml.safe_dump({"/**": {"ros__parameters": {name: 0.4}}}))
+        for command in (node_command(engine, **{name: 0.4}), [*node_command(engine), "--params-file", str(file)]):
+            log.write_text("")
+            with process(command, world.domain, log) as node:
+                assert node.wait(30) == 2
+            assert f"error: parameter '{name}' is unknown; did you mean '{hint}'?" in log.read_text()
+    file.write_text(yaml.safe_dump({"/**": {"ros__parameters": {"robot_description": "..."}}}))
+    with process([*node_command(engine), "--params-file", str(file)], world.domain, log):
+        world.wait_active()
+    assert "parameter 'robot_description' is unknown and has no effect" in log.read_text()
+
+
 class Runs:
     """A client of the running node's action."""
 

@@ -11,23 +11,29 @@ from tests.ros.world import end, fresh_domain, process
 
 SCRIPT = """
 import sys
+from contextlib import contextmanager
 from rclpy.node import Node
 from vla_policy.core.errors import ContractError
 from vla_policy.nodes.process import run_node
 
-def make(ending):
+@contextmanager
+def opened(ending):
     node = Node("subject")
     def work():
         {work}
     node.create_timer(0.05, work)
     print("made", flush=True)
-    return node
+    error = None
+    try:
+        yield node
+    except BaseException as raised:
+        error = raised
+        raise
+    finally:
+        print(f"closed after {{error!r}}", flush=True)
+        {close}
 
-def close(node, error):
-    print(f"closed after {{error!r}}", flush=True)
-    {close}
-
-sys.exit(run_node(make, close))
+sys.exit(run_node(opened))
 """
 
 

@@ -4,6 +4,7 @@ import json
 import signal
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from tests.ros.fake_policy_node import echo
 from tests.ros.world import CONTRACT, WRIST, World, end, fake_engine, fresh_domain, node_command, process, two_cameras
 from vla_policy.core.bag import read_frames
 from vla_policy.core.contract import JOINT_STATE, load_contract
+from vla_policy.core.errors import DataError
 from vla_policy.core.observe import observe
 from vla_policy.core.recording import BagWriter, recorded_qos
 from vla_policy.core.served import read_served
@@ -113,6 +115,60 @@ def test_frames_that_are_never_answered_are_given_up_and_counted(tmp_path: Path)
         assert replaying.wait(60) == 0, log.read_text()
     content = json.loads(summary.read_text())
     assert (content["frames"], content["answered"]) == (20, 5)
+
+
+def test_nobody_waits_for_frames_that_cannot_be_answered(tmp_path: Path) -> None:
+    """As fast as it goes, with a minute's patience: images before the task, without a state near them, and without a
+    picture, more than may be in flight, also at the end. The policy's answers are those of the frames in process."""
+    seen = 0
+
+    def damaged(messages: list[Message]) -> Iterator[Message]:
+        nonlocal seen
+        for topic, kind, time_ns, message in messages:
+            if topic == "/camera/image_raw/compressed":
+                seen += 1
+                if seen in range(50, 62) or seen > 80:
+                    message = ros_messages.encoded(time_ns, b"no picture")
+            elif kind == JOINT_STATE and seen in range(65, 76):
+                continue
+            yield topic, kind, time_ns, message
+
+    messages = recording(frames=92)
+    task = next(item for item in messages if item[0] == "/instruction")
+    (late,) = [item[2] for item in messages if item[0] == "/camera/image_raw/compressed"][24:25]
+    messages = [item for item in messages if item is not task]
+    place = next(index for index, item in enumerate(messages) if item[2] >= late)
+    messages.insert(place, (task[0], task[1], late, task[3]))
+    bag = write_bag(tmp_path / "bag", damaged(messages))
+    engine, domain, log = fake_engine(tmp_path / "engine", action="echo"), fresh_domain(), tmp_path / "log"
+    node = node_command(engine, lossless=True, check_sources="none", use_sim_time=True)
+    replay = replay_command(bag, rate=0.0, served=tmp_path / "served", answer_timeout=60.0)
+    with process(node, domain, log), process(replay, domain, log) as replaying:
+        assert replaying.wait(50) == 0, log.read_text()
+    served = {action.stamp_ns: action for action in read_served(tmp_path / "served")}
+    answered = {}
+    for frame in read_frames(bag, LOADED):
+        if isinstance(frame, Frame):
+            with suppress(DataError):
+                answered[frame.stamp_ns] = echo(observe(frame, LOADED))
+    assert served.keys() == answered.keys() and 30 < len(served) < 50
+    for stamp_ns, action in answered.items():
+        np.testing.assert_array_equal(served[stamp_ns].actions[0], action)
+
+
+def test_a_bag_that_tells_no_task_is_replayed_with_one(tmp_path: Path) -> None:
+    bag = write_bag(tmp_path / "bag", [item for item in recording(frames=20) if item[0] != "/instruction"])
+    engine, domain, log = fake_engine(tmp_path / "engine", action="echo"), fresh_domain(), tmp_path / "log"
+    node = node_command(engine, lossless=True, check_sources="none", use_sim_time=True)
+    with process(node, domain, log):
+        with process(replay_command(bag, rate=0.0), domain, log) as replaying:
+            assert replaying.wait(60) == 2
+        assert "no topic /instruction" in log.read_text()
+        replay = replay_command(bag, rate=0.0, served=tmp_path / "served", instruction="pick up the soup")
+        with process(replay, domain, log) as replaying:
+            assert replaying.wait(60) == 0, log.read_text()
+    served = list(read_served(tmp_path / "served"))
+    assert len(served) == 20 and {action.instruction for action in served} == {"pick up the soup"}
 
 
 def test_topics_are_offered_with_the_recorded_quality_of_service(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from launch import LaunchDescription
 
 PARAMETERS = {
     "bag_namespace": (str, "", "namespace of the topics in the bag"),
+    "instruction": (str, "", "task in words before the first one that the bag tells"),
     "rate": (float, "1.0", "times recorded speed; 0: as fast as answers"),
     "publish_clock": (bool, "true", "publish /clock from the recording"),
     "served": (str, "", "bag to write the decisions to"),

@@ -409,10 +409,8 @@ def _dimension(fields: Fields, command: str) -> ActionDimension:
         offset=fields.finite("offset", 0.0),
         lower=lower,
         upper=upper,
-        slew=fields.positive("slew") if position else fields.take("slew", float, None),
+        slew=fields.positive("slew") if position else fields.positive("slew", None),
     )
-    if dimension.slew is not None and not 0 < dimension.slew < float("inf"):
-        raise ContractError(f"{fields.where}: slew: expected a number above 0 per second, got {dimension.slew}")
     fields.end()
     return dimension
 

@@ -25,7 +25,7 @@ from vla_policy.core.worker import Answer, InferenceWorker
 
 _JOIN_TIMEOUT_S = 5.0
 # Without a robot that waits, a frame may wait for its state until the slowest transport has delivered it.
-_LOSSLESS_WAIT_NS = 10 * 10**9
+LOSSLESS_WAIT_NS = 10 * 10**9
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class PolicyServer:
         self._contract, self._actor, self._settings, self._clock = contract, actor, settings, clock
         self._on_chunk, self._on_drop = on_chunk, on_drop
         self._lock = threading.RLock()
-        self._synchroniser = Synchroniser(contract, _LOSSLESS_WAIT_NS if settings.lossless else None)
+        self._synchroniser = Synchroniser(contract, LOSSLESS_WAIT_NS if settings.lossless else None)
         self._limiter = Limiter(contract.action)
         self._chunks = ChunkExecutor(
             contract.action.control_period_ns,

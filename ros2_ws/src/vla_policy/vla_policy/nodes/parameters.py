@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass
 
-from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor
 from rclpy.node import Node
 
 from vla_policy.core.chunks import BLENDING
 from vla_policy.core.errors import ContractError
 from vla_policy.core.server import ServerSettings
+from vla_policy.nodes import declaring
+from vla_policy.nodes.declaring import Declared
 
 CHECKS = ("none", "graph", "message")
 
@@ -30,49 +31,43 @@ class NodeParameters:
     server: ServerSettings
 
 
-# name: (default, description, range)
-DECLARED: dict[str, tuple[bool | int | float | str, str, tuple[float, float] | None]] = {
-    "engine_path": ("", "folder of the engine that serves", None),
-    "unnorm_key": ("", "which of the policy's statistics to use; empty: the only ones", None),
-    "engine_threads": (0, "CPU threads of the engine; 0: as many as its backend likes", (0, 1024)),
-    "contract": ("", "YAML file that maps topics to the policy's inputs and actions to commands", None),
-    "instruction": ("", "task in words at activation; empty: wait for the topic or the service", None),
-    "autostart": (False, "configure and activate without a lifecycle manager", None),
-    "enabled": (False, "allow motion from activation on; false is the dry run", None),
-    "lossless": (False, "answer every frame in order instead of the newest (replay)", None),
-    "queue_size": (256, "frames that may wait in lossless mode", (1, 100_000)),
-    "source_timeout": (0.5, "seconds after which camera or state is stale and the robot is held", (0.01, 60.0)),
-    "future_tolerance": (0.05, "seconds by which a stamp may lie ahead of this node's clock", (0.0, 10.0)),
-    "disarm_after": (5.0, "seconds of a fault after which motion needs a new start; 0: never", (0.0, 3600.0)),
-    "inference_deadline": (0.5, "seconds from image stamp to decision; a later decision never moves", (0.001, 60.0)),
-    "freeze_timeout": (1.0, "seconds of an unchanging image that mean a frozen camera; 0: off", (0.0, 600.0)),
-    "chunk_grace": (0.1, "seconds for which a chunk's last action is held beyond its end", (0.0, 10.0)),
-    "blending": ("latest", f"how chunks follow each other: {', '.join(BLENDING)}", None),
-    "ensemble_decay": (0.1, "m in temporal ensembling's weights exp(-m i)", (0.0, 10.0)),
-    "check_sources": ("message", f"what configure demands of the input topics: {', '.join(CHECKS)}", None),
-    "source_wait": (10.0, "seconds that configure waits for the input topics", (0.0, 600.0)),
-    "output_watchdog_timeout": (0.25, "seconds without a control step after which the hold is sent", (0.01, 60.0)),
-    "diagnostic_updater.period": (1.0, "seconds between diagnostics", (0.05, 60.0)),
+DECLARED: dict[str, Declared] = {
+    "engine_path": Declared("", "folder of the engine that serves"),
+    "unnorm_key": Declared("", "which of the policy's statistics to use; empty: the only ones"),
+    "engine_threads": Declared(0, "CPU threads of the engine; 0: as many as its backend likes", (0, 1024)),
+    "contract": Declared("", "YAML file that maps topics to the policy's inputs and actions to commands"),
+    "instruction": Declared("", "task in words at activation; empty: wait for the topic or the service"),
+    "autostart": Declared(False, "configure and activate without a lifecycle manager", fixed=True),
+    "enabled": Declared(False, "allow motion from activation on; false is the dry run"),
+    "lossless": Declared(False, "answer every frame in order instead of the newest (replay)"),
+    "queue_size": Declared(256, "frames that may wait in lossless mode", (1, 100_000)),
+    "source_timeout": Declared(0.5, "seconds after which camera or state is stale and the robot is held", (0.01, 60.0)),
+    "future_tolerance": Declared(0.05, "seconds by which a stamp may lie ahead of this node's clock", (0.0, 10.0)),
+    "disarm_after": Declared(5.0, "seconds of a fault after which motion needs a new start; 0: never", (0.0, 3600.0)),
+    "inference_deadline": Declared(
+        0.5, "seconds from image stamp to decision; a later decision never moves", (0.001, 60.0)
+    ),
+    "freeze_timeout": Declared(1.0, "seconds of an unchanging image that mean a frozen camera; 0: off", (0.0, 600.0)),
+    "chunk_grace": Declared(0.1, "seconds for which a chunk's last action is held beyond its end", (0.0, 10.0)),
+    "blending": Declared("latest", "how chunks follow each other", choices=BLENDING),
+    "ensemble_decay": Declared(0.1, "m in temporal ensembling's weights exp(-m i)", (0.0, 10.0)),
+    "check_sources": Declared("message", "what configure demands of the input topics", choices=CHECKS),
+    "source_wait": Declared(10.0, "seconds that configure waits for the input topics", (0.0, 600.0)),
+    "output_watchdog_timeout": Declared(
+        0.25, "seconds without a control step after which the hold is sent", (0.01, 60.0)
+    ),
+    "diagnostic_updater.period": Declared(1.0, "seconds between diagnostics", (0.05, 60.0)),
 }
 
 
 def declare(node: Node) -> None:
-    """Declares every parameter; a value outside its range is refused by ROS itself."""
-    for name, (default, description, limits) in DECLARED.items():
-        descriptor = ParameterDescriptor(description=description)
-        if limits is not None and isinstance(default, float):
-            descriptor.floating_point_range = [FloatingPointRange(from_value=limits[0], to_value=limits[1])]
-        elif limits is not None:
-            descriptor.integer_range = [IntegerRange(from_value=int(limits[0]), to_value=int(limits[1]))]
-        node.declare_parameter(name, default, descriptor)
+    """Declares every parameter. Those that are not fixed may be set until the node is configured."""
+    declaring.declare(node, DECLARED)
 
 
 def read(node: Node) -> NodeParameters:
     """The current values. Raises ContractError for a choice that does not exist or a path that is missing."""
-    value = {name: node.get_parameter(name).value for name in DECLARED}
-    for name, allowed in (("blending", BLENDING), ("check_sources", CHECKS)):
-        if value[name] not in allowed:
-            raise ContractError(f"parameter {name}: expected one of {', '.join(allowed)}, got {value[name]!r}")
+    value = declaring.read(node, DECLARED)
     for name in ("engine_path", "contract"):
         if not value[name]:
             raise ContractError(f"parameter {name} is not set; start the node with -p {name}:=PATH")

@@ -10,8 +10,9 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ from diagnostic_msgs.msg import DiagnosticArray
 from rcl_interfaces.msg import SetParametersResult
 from rclpy.clock import Clock, ClockType
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
-from rclpy.node import Node
 from rclpy.parameter import Parameter
 from rclpy.qos import QoSProfile
 from rclpy.timer import Timer
@@ -65,7 +65,7 @@ class PolicyNode(LifecycleNode):
     """
 
     def __init__(self, ending: threading.Event, load_engine: LoadEngine = _load_engine) -> None:
-        super().__init__("policy_node")
+        super().__init__("policy_node", automatically_declare_parameters_from_overrides=True)
         self._ending, self._load_engine = ending, load_engine
         parameters.declare(self)
         self.add_on_set_parameters_callback(self._on_set_parameters)
@@ -139,8 +139,7 @@ class PolicyNode(LifecycleNode):
             "warm-up (ms)": f"{warm_up_ms:.2f}",
         }
         self.get_logger().info(
-            f"configured: engine {engine_id[:12]}, statistics {actor.unnorm_key}, "
-            f"warm-up decision {warm_up_ms:.1f} ms"
+            f"configured: engine {engine_id[:12]}, statistics {actor.unnorm_key}, warm-up decision {warm_up_ms:.1f} ms"
         )
 
     def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
@@ -367,14 +366,18 @@ class PolicyNode(LifecycleNode):
         return response
 
 
-def main(args: Sequence[str] | None = None, load_engine: LoadEngine = _load_engine) -> int:
-    """Runs the node until SIGINT or SIGTERM."""
-
-    def close(node: Node, error: BaseException | None) -> None:
-        assert isinstance(node, PolicyNode)
+@contextmanager
+def _open(load_engine: LoadEngine, ending: threading.Event) -> Iterator[PolicyNode]:
+    node = PolicyNode(ending, load_engine)
+    try:
+        yield node
+    finally:
         node.close()
 
-    return run_node(lambda ending: PolicyNode(ending, load_engine), close, args)
+
+def main(args: Sequence[str] | None = None, load_engine: LoadEngine = _load_engine) -> int:
+    """Runs the node until SIGINT or SIGTERM."""
+    return run_node(partial(_open, load_engine), args)
 
 
 if __name__ == "__main__":

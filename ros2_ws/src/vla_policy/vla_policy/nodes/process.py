@@ -5,6 +5,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 
 import rclpy
 from rclpy.exceptions import ParameterException
@@ -16,14 +17,12 @@ from vla_policy.core.errors import VlaError
 
 
 def run_node(
-    make: Callable[[threading.Event], Node],
-    close: Callable[[Node, BaseException | None], None],
-    args: Sequence[str] | None = None,
+    open_node: Callable[[threading.Event], AbstractContextManager[Node]], args: Sequence[str] | None = None
 ) -> int:
     """Spins a node until SIGINT, SIGTERM or an error in a callback, then closes it in the living context.
 
-    make: creates the node; the event it gets is set when the process is to end, and may be set by the node itself.
-    close: ends the node's work; gets the error that a callback raised, if one did.
+    open_node: gives the node, and ends its work when it is left, by the error that a callback raised if one did. The
+    event it gets is set when the process is to end, and may be set by the node itself.
 
     Returns 0, or 2 after one line on stderr for a mistake that the user can mend. Any other error is raised again once
     the node is closed, so that the process ends with a traceback and not with 0.
@@ -39,7 +38,7 @@ def run_node(
         print(f"error: {error}", file=sys.stderr)
         return 2
     try:
-        _live(make(ending), close, ending)
+        _live(open_node(ending), ending)
     except (VlaError, ParameterException) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -71,7 +70,14 @@ def _set_by_signals(ending: threading.Event) -> None:
     threading.Thread(target=wait, name="signals", daemon=True).start()
 
 
-def _live(node: Node, close: Callable[[Node, BaseException | None], None], ending: threading.Event) -> None:
+def _live(opened: AbstractContextManager[Node], ending: threading.Event) -> None:
+    with ExitStack() as destroying, opened as node:
+        destroying.callback(node.destroy_node)
+        _spin(node, ending)
+
+
+def _spin(node: Node, ending: threading.Event) -> None:
+    """Until `ending` is set. Raises what a callback raised."""
     executor = SingleThreadedExecutor()
     executor.add_node(node)
     errors: list[BaseException] = []
@@ -88,13 +94,9 @@ def _live(node: Node, close: Callable[[Node, BaseException | None], None], endin
 
     spinner = threading.Thread(target=spin, name="spin", daemon=True)
     spinner.start()
-    try:
-        ending.wait()
-        executor.shutdown()
-        # A callback that runs (a configure that loads an engine) is waited for: closing beside it would race with it.
-        spinner.join()
-        close(node, errors[0] if errors else None)
-    finally:
-        node.destroy_node()
+    ending.wait()
+    executor.shutdown()
+    # A callback that runs (a configure that loads an engine) is waited for: closing beside it would race with it.
+    spinner.join()
     if errors:
         raise errors[0]
