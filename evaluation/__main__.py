@@ -9,6 +9,7 @@ from pathlib import Path
 from evaluation.actors import ActorSpec
 from evaluation.benchmarks.registry import BENCHMARKS
 from evaluation.compare import compare, describe
+from evaluation.draft import add_contract
 from evaluation.replay.command import add_replay
 from evaluation.results import KIND as ROLLOUT
 from evaluation.results import RolloutResult, describe_result
@@ -29,6 +30,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="command")
     _add_rollout(commands.add_parser("rollout", help="score a policy or an engine in closed loop, or compare two runs"))
     _add_table(commands.add_parser("table", help="run every rollout of a configuration and write one Markdown table"))
+    add_contract(commands.add_parser("contract", help="draft a contract from what a bag holds, for you to finish"))
     add_replay(commands.add_parser("replay", help="answer a bag's frames with one engine or two, compare, and test"))
     return parser
 

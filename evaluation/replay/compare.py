@@ -76,8 +76,11 @@ def compare(reference: Answers, candidate: Answers, contract: ActionContract, bi
     difference = np.abs(candidate.actions[right] - reference.actions[left])
     error = difference.reshape(len(left), -1, len(scales)).max(axis=1) * scales
     progress = reference.progress[left]
-    chosen = _gripper(reference.actions[left], contract), _gripper(candidate.actions[right], contract)
     episode = reference.episode[left]
+    chosen = (
+        _gripper(reference.actions[left], episode, contract),
+        _gripper(candidate.actions[right], episode, contract),
+    )
     phase = _phases(chosen[0], episode)
     binned = np.minimum((progress * bins).astype(int), bins - 1)
     same = reference.tokens[left] == candidate.tokens[right]
@@ -136,12 +139,17 @@ def _pairs(reference: np.ndarray, candidate: np.ndarray) -> tuple[np.ndarray, np
     return left, right
 
 
-def _gripper(actions: np.ndarray, contract: ActionContract) -> np.ndarray | None:
+def _gripper(actions: np.ndarray, episode: np.ndarray, contract: ActionContract) -> np.ndarray | None:
+    """bool [N]: the gripper's choice on each frame, with the contract's hysteresis within an episode."""
     column = next((index for index, item in enumerate(contract.dimensions) if item.target == GRIPPER), None)
     if column is None or contract.gripper is None:
         return None
     dimension = contract.dimensions[column]
-    return actions[:, column] * dimension.scale + dimension.offset > contract.gripper.threshold
+    chosen: list[bool] = []
+    for row, value in enumerate((actions[:, column] * dimension.scale + dimension.offset).tolist()):
+        before = chosen[-1] if row and episode[row] == episode[row - 1] else None
+        chosen.append(contract.gripper.above(value, before))
+    return np.asarray(chosen)
 
 
 def _changes(chosen: np.ndarray, episode: np.ndarray) -> np.ndarray:

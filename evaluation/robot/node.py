@@ -31,7 +31,7 @@ from vla_policy_interfaces.msg import ActionChunk
 
 from evaluation.robot import SUMMARY
 from evaluation.robot.robot import CONTROL_PERIOD_NS, SETTLE_STEPS, Episode, LiberoRobot
-from vla_policy.core.contract import IMAGE, JOINT_STATE, load_contract
+from vla_policy.core.contract import FLOATS, IMAGE, JOINT_STATE, load_contract
 from vla_policy.core.errors import ContractError
 from vla_policy.core.files import write_json
 from vla_policy.core.outputs import check_file
@@ -92,6 +92,9 @@ class SimulatedRobotNode(Node):
             )
         if self._contract.action.command != "twist" or [item.type for item in self._contract.states] != [JOINT_STATE]:
             raise ContractError(f"{self._contract.path}: the simulated robot takes twists and gives one joint state")
+        gripper = self._contract.action.gripper
+        if gripper is not None and gripper.type != FLOATS:
+            raise ContractError(f"{self._contract.path}: the simulated gripper hears {FLOATS}, not {gripper.type}")
         self._error: Exception | None = None
         self.results: list[dict[str, object]] = []
         self._now_ns = _START_NS

@@ -170,7 +170,9 @@ def test_what_metadata_counts_and_no_file_holds_is_said(tmp_path: Path, capsys: 
 def test_an_instruction_that_only_metadata_knows_is_named(tmp_path: Path) -> None:
     bag = split_bag(tmp_path / "bag")
     (bag / "bag_0.mcap").unlink()
-    with pytest.raises(ContractError, match=r"no topic /instruction, .* although metadata\.yaml counts 1 messages"):
+    with pytest.raises(
+        ContractError, match=r"no topic /instruction \(although metadata\.yaml counts 1 messages on it\)"
+    ):
         read(bag)
     frames = [item for item in read_frames(bag, CONTRACT, instruction="open") if isinstance(item, Frame)]
     assert [frame.instruction for frame in frames] == ["open", "open"]

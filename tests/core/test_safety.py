@@ -25,6 +25,21 @@ def test_a_command_within_the_limits_passes_unchanged() -> None:
     np.testing.assert_allclose(command.motion, [0.5, -0.5, 0.1, 2.0, 0.0, -10.0])
 
 
+def test_the_gripper_s_choice_has_hysteresis() -> None:
+    """By hand: up to 0.3 an open gripper stays open, down to -0.3 a closed one closed; a hold forgets no choice."""
+    assert CONTRACT.gripper is not None
+    limiter = Limiter(replace(CONTRACT, gripper=replace(CONTRACT.gripper, hysteresis=0.3)))
+    found = []
+    for step, value in enumerate([-0.1, 0.2, 0.3, 0.31, 0.0, -0.3, -0.31, 0.2]):
+        command = limiter.command(np.asarray([0, 0, 0, 0, 0, 0, value]), step * 50_000_000)
+        found.append(None if command is None else command.gripper_m)
+        limiter.rest()
+    assert found == [0.08, 0.08, 0.08, 0.0, 0.0, 0.08, 0.08, 0.08]
+    unknown = Limiter(replace(CONTRACT, gripper=replace(CONTRACT.gripper, hysteresis=0.3)))
+    first = unknown.command(np.asarray([0, 0, 0, 0, 0, 0, 0.1]), 0)
+    assert first is not None and first.gripper_m == 0.0, "nothing was chosen yet: the threshold alone decides"
+
+
 def test_the_gripper_closes_above_the_contract_s_threshold() -> None:
     assert CONTRACT.gripper is not None
     limiter = Limiter(replace(CONTRACT, gripper=replace(CONTRACT.gripper, threshold=0.5)))

@@ -151,7 +151,7 @@ def test_missing_input_is_named_before_any_work(place: Workplace, tmp_path: Path
 def test_bag_without_the_topics_is_named_before_any_work(place: Workplace, tmp_path: Path) -> None:
     bag = write_bag(tmp_path / "bag", [("/chatter", "std_msgs/msg/String", 1, text("hello"))])
     line = _one_error(place.run("--bag", str(bag), "--out", str(tmp_path / "out")))
-    assert "no topic /instruction" in line and "the bag holds /chatter" in line
+    assert "no topics /instruction, /joint_states" in line and "the bag holds /chatter" in line
     assert not (tmp_path / "out").exists()
 
 

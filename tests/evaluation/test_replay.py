@@ -172,6 +172,16 @@ def test_a_stamp_that_comes_again_is_a_frame_of_its_own(contract: Contract) -> N
     assert [(item.index, item.candidate_index, item.stamp_ns) for item in result.worst] == [(3, 3, 6)]
 
 
+def test_a_gripper_with_hysteresis_flips_as_on_the_robot(contract: Contract) -> None:
+    """Values that tremble about the threshold change no choice; each episode begins without one."""
+    assert contract.action.gripper is not None
+    action = replace(contract.action, gripper=replace(contract.action.gripper, hysteresis=0.5))
+    values = [-0.2, 0.2, 0.6, -0.2, -0.6, 0.2, -0.2, 0.2]
+    trembling = answers([[0, 0, value] for value in values], episodes=[0, 0, 0, 0, 0, 0, 1, 1])
+    assert compare(trembling, trembling, action, 1, 1).gripper_flips == (2, 2)
+    assert compare(trembling, trembling, contract.action, 1, 1).gripper_flips == (4, 4)
+
+
 def test_a_position_s_error_counts_in_halves_of_its_range(contract: Contract) -> None:
     """A joint from 1 to 2 rad that is wrong by 0.3 is worse than one from -2 to 2 rad that is wrong by 0.6."""
     narrow, wide = (

@@ -10,7 +10,7 @@ import pytest
 
 from tests.core import ros_messages as msgs
 from tests.ros.world import CONTRACT, TIMEOUT_S, fresh_domain
-from vla_policy.core.contract import load_contract
+from vla_policy.core.contract import Contract, load_contract
 from vla_policy.core.errors import ContractError
 from vla_policy.core.server import ServerSettings
 from vla_policy.core.status import Latch
@@ -24,6 +24,7 @@ from rclpy.qos import QoSProfile  # isort: skip
 from sensor_msgs.msg import CompressedImage, JointState  # isort: skip
 from std_msgs.msg import Header  # isort: skip
 from vla_policy.nodes import inputs  # isort: skip
+from vla_policy.nodes.source_check import Patience, check_sources  # isort: skip
 
 LOADED = load_contract(CONTRACT)
 STATE = LOADED.states[0]
@@ -59,15 +60,37 @@ def test_each_publisher_of_a_shared_topic_must_be_there(node: Node) -> None:
     driver = threading.Thread(target=publish)
     driver.start()
     try:
-        inputs.check_sources(node, contract, "message", 20.0, False, ending)
+        check_sources(node, contract, "message", False, Patience(20.0, ending))
         silent.set()
         with pytest.raises(
             ContractError, match=r"/joint_states \(gripper_width, gripper_velocity\): no message within 0\.5 s"
         ):
-            inputs.check_sources(node, contract, "message", 0.5, False, ending)
+            check_sources(node, contract, "message", False, Patience(0.5, ending))
     finally:
         ending.set()
         driver.join()
+
+
+def test_all_that_is_missing_is_named_at_once(node: Node) -> None:
+    def with_cameras(*names: str) -> Contract:
+        return replace(LOADED, cameras=tuple(replace(LOADED.primary, name=name, topic=name) for name in names))
+
+    node.create_publisher(CompressedImage, "left", 10)
+    words = (
+        r"^/joint_states, /middle, /right: no publisher within 0\.3 s; start the driver, .*; "
+        r"/left: no message within 0\.3 s, though it has a publisher"
+    )
+    with pytest.raises(ContractError, match=words):
+        check_sources(node, with_cameras("left", "middle", "right"), "message", False, Patience(0.3, threading.Event()))
+    context = rclpy.Context()  # a participant has one type for a topic
+    rclpy.init(context=context, domain_id=node.context.get_domain_id())
+    other = rclpy.create_node("other", context=context)
+    for name in ("upper", "lower"):
+        other.create_publisher(JointState, name, 10)
+    with pytest.raises(ContractError, match=r"^/upper, /lower: published as .*JointState, the contract expects"):
+        check_sources(node, with_cameras("upper", "lower"), "graph", False, Patience(20.0, threading.Event()))
+    other.destroy_node()
+    rclpy.shutdown(context=context)
 
 
 class Server:
@@ -77,6 +100,9 @@ class Server:
         self.receive = receive
         self.latches: list[Latch] = []
         self.stopped = threading.Event()
+
+    def lost(self, topic: str, count: int) -> None:
+        """Images are best effort here."""
 
     def stop(self, latch: Latch) -> None:
         self.latches.append(latch)
@@ -111,7 +137,7 @@ def test_a_flood_of_states_cannot_keep_the_images_out(node: Node) -> None:
 
 def test_joint_states_of_1000_hz_are_all_heard_in_order(node: Node) -> None:
     """Though an executor takes one message per topic and round: a second of them, beside 30 images."""
-    reliable = replace(STATE, qos=replace(STATE.qos, reliability="reliable"))
+    reliable = replace(STATE, qos=replace(STATE.qos, reliability="reliable", depth=1000))
     contract = replace(LOADED, states=(reliable,))
     states = node.create_publisher(JointState, STATE.topic, QoSProfile(depth=1000))
     camera = node.create_publisher(CompressedImage, LOADED.primary.topic, QoSProfile(depth=10))
@@ -165,7 +191,7 @@ def test_a_parameter_that_is_no_quality_of_service_is_refused() -> None:
     node = rclpy.create_node("subject", context=context, parameter_overrides=[Parameter(name, value="perhaps")])
     try:
         with pytest.raises(ContractError, match=rf"parameter {name}: 'perhaps' is none of .*reliable, best_effort"):
-            inputs.check_sources(node, LOADED, "graph", 1.0, False, threading.Event())
+            check_sources(node, LOADED, "graph", False, Patience(1.0, threading.Event()))
     finally:
         node.destroy_node()
         rclpy.shutdown(context=context)

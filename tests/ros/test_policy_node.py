@@ -3,6 +3,7 @@
 import itertools
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -14,12 +15,13 @@ from tests.core.ros_messages import JOINTS, picture, png
 from tests.ros.world import CONTRACT, Sensors, World, end, fake_engine, fresh_domain, node_command, process, two_cameras
 
 from builtin_interfaces.msg import Duration  # isort: skip  # after the importorskip in tests.ros.world
+from geometry_msgs.msg import TwistStamped  # isort: skip
 from lifecycle_msgs.msg import Transition  # isort: skip
 from rclpy.action import ActionClient  # isort: skip
 from rclpy.qos import qos_profile_sensor_data  # isort: skip
 from rclpy.time import Time  # isort: skip
-from sensor_msgs.msg import CompressedImage  # isort: skip
-from std_msgs.msg import Empty  # isort: skip
+from sensor_msgs.msg import CompressedImage, JointState  # isort: skip
+from std_msgs.msg import Empty, Float64MultiArray  # isort: skip
 from std_srvs.srv import SetBool  # isort: skip
 from trajectory_msgs.msg import JointTrajectory  # isort: skip
 from vla_policy_interfaces.action import RunPolicy  # isort: skip
@@ -362,6 +364,84 @@ def test_a_run_owns_its_instruction_and_needs_its_client(world: World, tmp_path:
         world.wait_moving()
         world.instruct("")  # nothing comes of it: a run that was never redirected ends by its time
         assert runs.end(goal).code == codes.TIME_LIMIT_REACHED
+
+
+@pytest.mark.parametrize("policy", ["disarm", "hold", "ignore"])
+def test_another_publisher_of_the_commands_is_seen(world: World, tmp_path: Path, policy: str) -> None:
+    """It appears while the policy moves the robot, and leaves; then it is there from the start."""
+    content = yaml.safe_load(CONTRACT.read_text())
+    content["action"]["other_publishers"] = policy
+    contract, log = tmp_path / "contract.yaml", tmp_path / "log"
+    contract.write_text(yaml.safe_dump(content))
+    with process(node_command(fake_engine(tmp_path / "engine"), contract, disarm_after=0.0), world.domain, log):
+        world.start_policy()
+        teleoperation = world.node.create_publisher(TwistStamped, "cmd_twist", 1)
+        world.wait(lambda: world.diagnostics.get("other publishers /cmd_twist") == "/world", "its name")
+        assert "others command the robot: /world on /cmd_twist" in log.read_text()
+        if policy == "ignore":
+            world.wait_moving()
+            return
+        world.wait_holding("other_publisher")
+        assert "held by a fault: other_publisher" in world.diagnostics["summary"]
+        assert not world.trigger("start").success
+        assert Runs(world).code() == RunPolicy.Result.OTHER_PUBLISHER
+        world.node.destroy_publisher(teleoperation)
+        if policy == "disarm":
+            world.wait(lambda: world.diagnostics["holding"] == "not_started", "a robot that waits for its operator")
+            assert not world.moving and world.trigger("start").success
+        world.wait_moving()
+        grip = world.node.create_publisher(Float64MultiArray, "gripper_command", 1)
+        world.wait_holding("other_publisher")
+        for transition in (Transition.TRANSITION_DEACTIVATE, Transition.TRANSITION_ACTIVATE):
+            assert world.change_state(transition)
+        world.wait_active()
+        answer = world.call(SetBool, "/policy/enable", SetBool.Request(data=True))
+        assert (
+            "enabled, but another node commands the robot: /gripper_command from /world; end it first" in answer.message
+        )
+        world.node.destroy_publisher(grip)
+
+
+def test_two_live_publishers_of_one_topic(world: World, tmp_path: Path) -> None:
+    """An arm and a gripper that publish their joints on one topic: configured, served as one state, and each must be
+    fresh and there."""
+    content = yaml.safe_load(CONTRACT.read_text())
+    (whole,) = content["states"]
+    content["states"] = [whole | {"values": whole["values"][part]} for part in (slice(3), slice(3, 5))]
+    contract, log = tmp_path / "contract.yaml", tmp_path / "log"
+    contract.write_text(yaml.safe_dump(content))
+    fingers = world.node.create_publisher(JointState, "joint_states", 50)
+    there = threading.Event()
+
+    def publish() -> None:
+        if there.is_set():
+            joints = JointState(name=["gripper"], position=[0.04], velocity=[0.5])
+            joints.header.stamp = world.node.get_clock().now().to_msg()
+            fingers.publish(joints)
+
+    world.node.create_timer(0.03, publish)
+    world.sensors.joints = JOINTS[:3]
+    engine = fake_engine(tmp_path / "engine", action="echo")
+    command = node_command(engine, contract, autostart=False, source_wait=3.0, source_timeout=0.5)
+    with process(command, world.domain, log):
+        assert not world.change_state(Transition.TRANSITION_CONFIGURE), "the fingers' driver is silent"
+        assert "/joint_states (gripper_width, gripper_velocity): no message within 3 s" in log.read_text()
+        there.set()
+        assert world.change_state(Transition.TRANSITION_CONFIGURE), log.read_text()
+        assert world.change_state(Transition.TRANSITION_ACTIVATE)
+        world.start_policy()
+        state = list(world.chunks[-1].actions[:5])
+        assert state == pytest.approx([0.1, 0.2, 0.3, 0.04, 0.5]), "both drivers' values in one state"
+        assert "drops invalid_message" not in world.diagnostics
+        there.clear()
+        world.wait_holding("stale_state")
+        assert world.diagnostics["fault joint_states (gripper_width, gripper_velocity)"] == "stale_state"
+        assert "fault joint_states (x, y, z)" not in world.diagnostics
+        there.set()
+        world.wait_moving()
+        world.sensors.state = False
+        world.wait_holding("stale_state")
+        world.wait(lambda: "fault joint_states (x, y, z)" in world.diagnostics, "the arm's name")
 
 
 def test_a_client_that_is_killed_stops_the_motion(world: World, tmp_path: Path) -> None:

@@ -166,23 +166,26 @@ def contract_channels(bag: Bag, contract: Contract, namespace: str, instruction:
     hold one. Raises ContractError where the bag lacks a topic, or has it with another type only.
     """
     channels: dict[Channel, str] = {}
+    missing, wrong = [], []
     for topic, kind in contract.input_types.items():
         name = resolve(topic, namespace)
         held = [channel for channel in bag.channels if channel.topic == name]
-        if not held and instruction and topic == contract.instruction.topic:
-            continue
-        if not held:
-            others = ", ".join(sorted({channel.topic for channel in bag.channels})) or "nothing"
-            count = bag.counted.get((name, kind), 0)
-            counted = f", although {_METADATA} counts {count} messages on it" if count else ""
-            raise ContractError(
-                f"{bag.path}: no topic {name}, which {contract.path} asks for{counted}; the bag holds {others}"
-            )
         fitting = [channel for channel in held if carries(channel, kind)]
-        if not fitting:
-            got = f"{held[0].type} ({held[0].encoding})"
-            raise ContractError(f"{bag.path}: topic {name} is {got}, {contract.path} expects {kind} (cdr)")
+        if held and not fitting:
+            wrong.append(f"topic {name} is {held[0].type} ({held[0].encoding}), {contract.path} expects {kind} (cdr)")
+        elif not held and not (instruction and topic == contract.instruction.topic):
+            count = bag.counted.get((name, kind), 0)
+            missing.append(f"{name} (although {_METADATA} counts {count} messages on it)" if count else name)
         channels |= dict.fromkeys(fitting, topic)
+    if missing:
+        others = ", ".join(sorted({channel.topic for channel in bag.channels})) or "nothing"
+        what = "topics" if len(missing) > 1 else "topic"
+        wrong.insert(0, f"no {what} {', '.join(missing)}, which {contract.path} asks for; the bag holds {others}")
+    if wrong:
+        hint = ""
+        if resolve(contract.instruction.topic, namespace) in missing:
+            hint = "; a bag that tells no task is read with an instruction given (--instruction)"
+        raise ContractError(f"{bag.path}: {'; '.join(wrong)}{hint}")
     return channels
 
 

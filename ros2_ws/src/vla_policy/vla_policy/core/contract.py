@@ -27,6 +27,9 @@ POSE_FIELDS = (
 TWIST_FIELDS = tuple(f"{part}.{axis}" for part in ("linear", "angular") for axis in "xyz")
 COMMANDS = ("twist", "joint_trajectory")
 GRIPPER = "gripper"
+FLOATS = "std_msgs/msg/Float64MultiArray"
+GRIPPER_ACTION = "control_msgs/action/GripperCommand"
+OTHER_PUBLISHERS = ("disarm", "hold", "ignore")
 _TOPIC_NAME = re.compile(r"(~/|/)?[A-Za-z_]\w*(/[A-Za-z_]\w*)*", re.ASCII)
 
 
@@ -147,12 +150,25 @@ class WorkspaceAxis:
 
 @dataclass(frozen=True)
 class GripperCommand:
-    """A gripper dimension is a choice: above `threshold` the fingers go to `above_m`, else to `below_m`, in metres."""
+    """A gripper dimension is a choice: above `threshold` the fingers go to `above_m`, else to `below_m`, in metres.
+
+    topic: of the messages, one for each control step, or the action's name, which gets a goal when the choice changes.
+    hysteresis: by how much, in the value's unit, it must pass the threshold to change the choice. max_effort_n: of an
+    action's goals, in N.
+    """
 
     topic: str
+    type: str
     threshold: float
+    hysteresis: float
     above_m: float
     below_m: float
+    max_effort_n: float
+
+    def above(self, value: float, before: bool | None) -> bool:
+        """The choice for `value`; before: the choice so far, None where there was none."""
+        margin = 0.0 if before is None else -self.hysteresis if before else self.hysteresis
+        return value > self.threshold + margin
 
 
 @dataclass(frozen=True)
@@ -162,6 +178,8 @@ class ActionContract:
     chunk_rows: how many actions of a chunk may be carried out, 0: all. Those behind, which a policy foresees less well,
         are then never used, however late the next chunk is.
     hold_commands: how many holds end a motion before the node falls silent, 0: as many as the hold lasts.
+    other_publishers: what it means that another node publishes on a command topic: `disarm` holds, and motion needs a
+        new start; `hold` holds as long as it is there; `ignore` only tells.
     controller_timeout_s: after so long without a command the robot's own controller stops the robot; nothing else does
     when this process dies.
     """
@@ -172,6 +190,7 @@ class ActionContract:
     control_rate_hz: float
     chunk_rows: int
     hold_commands: int
+    other_publishers: str
     controller_timeout_s: float
     dimensions: tuple[ActionDimension, ...]
     workspace: tuple[WorkspaceAxis, ...]
@@ -354,6 +373,7 @@ def _action(fields: Fields) -> ActionContract:
         control_rate_hz=fields.positive("control_rate_hz", 20.0),
         chunk_rows=fields.take("chunk_rows", int, 0),
         hold_commands=fields.take("hold_commands", int, 4),
+        other_publishers=fields.choice("other_publishers", OTHER_PUBLISHERS, "disarm"),
         controller_timeout_s=fields.positive("controller_timeout_s"),
         dimensions=dimensions,
         workspace=tuple(_axis(item, command, dimensions) for item in fields.sequence("workspace", [])),
@@ -416,11 +436,19 @@ def _dimension(fields: Fields, command: str) -> ActionDimension:
 
 
 def _gripper(fields: Fields) -> GripperCommand:
+    topic, kind = _topic(fields), fields.choice("type", (FLOATS, GRIPPER_ACTION), FLOATS)
     gripper = GripperCommand(
-        topic=_topic(fields),
-        threshold=fields.take("threshold", float, 0.0),
-        above_m=fields.take("above_m", float),
-        below_m=fields.take("below_m", float),
+        topic=topic,
+        type=kind,
+        threshold=fields.finite("threshold", 0.0),
+        hysteresis=fields.finite("hysteresis", 0.0),
+        above_m=fields.finite("above_m"),
+        below_m=fields.finite("below_m"),
+        max_effort_n=fields.positive("max_effort_n") if kind == GRIPPER_ACTION else 0.0,
     )
     fields.end()
+    if gripper.hysteresis < 0:
+        raise ContractError(f"{fields.where}: hysteresis: expected 0 or more, got {gripper.hysteresis}")
+    if gripper.above_m == gripper.below_m:
+        raise ContractError(f"{fields.where}: above_m and below_m are both {gripper.above_m}; the gripper never moves")
     return gripper

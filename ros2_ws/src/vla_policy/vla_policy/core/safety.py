@@ -30,6 +30,8 @@ class HoldReason(Enum):
     FUTURE_STAMP = "future_stamp"
     FROZEN_CAMERA = "frozen_camera"
     DEADLINE_MISSED = "deadline_missed"
+    OTHER_PUBLISHER = "other_publisher"
+    NO_GRIPPER = "no_gripper"
     CLOCK_JUMP = "clock_jump"
     NO_CLOCK = "no_clock"
 
@@ -74,6 +76,7 @@ class Limiter:
         self._groups = [np.flatnonzero([part == name for part in parts]) for name in dict.fromkeys(parts)]
         self._last: np.ndarray | None = None
         self._last_ns: int | None = None
+        self._above: bool | None = None
         self.rest()
 
     @property
@@ -142,7 +145,8 @@ class Limiter:
         gripper = self._contract.gripper
         if gripper is None or self._gripper is None:
             return None
-        return gripper.above_m if values[self._gripper] > gripper.threshold else gripper.below_m
+        self._above = gripper.above(float(values[self._gripper]), self._above)
+        return gripper.above_m if self._above else gripper.below_m
 
 
 def _fraction(size: np.ndarray, allowed: np.ndarray) -> float:

@@ -6,7 +6,7 @@ called from different threads.
 """
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,6 +109,7 @@ class PolicyServer:
         self._enabled = self._started = self._active = False
         self._latch: Latch | None = None
         self._claim: Event | Dropped | None = None  # while a run has its instruction: what follows it
+        self._outside: dict[str, HoldReason] = {}
         self._late_since_chunk = False
         self._wanting: HoldReason | None = None
         self._last_tick_ns: int | None = None
@@ -264,6 +265,8 @@ class PolicyServer:
             now_ns = self._clock()  # under the lock: read before, another thread's later step would look like a jump
             reasons = self._reasons(now_ns)
             self._last_tick_ns = now_ns
+            if HoldReason.OTHER_PUBLISHER in reasons and self._contract.action.other_publishers == "disarm":
+                self._started = False
             if reasons:
                 self._chunks.clear()  # what was planned before is not what is to be done after
             outcome = None if reasons else self._command(now_ns)
@@ -314,6 +317,9 @@ class PolicyServer:
     def _positions(self) -> np.ndarray | None:
         return self._sources.positions(self._limiter.targets)
 
+    def _faults(self, now_ns: int) -> dict[str, HoldReason]:
+        return self._sources.faults(now_ns) | self._outside
+
     def _reasons(self, now_ns: int) -> list[HoldReason]:
         reasons = []
         if not self._active:
@@ -330,7 +336,7 @@ class PolicyServer:
             reasons.append(HoldReason.NO_CLOCK)
         if self._last_tick_ns is not None and now_ns < self._last_tick_ns:
             reasons.append(HoldReason.CLOCK_JUMP)
-        return list(dict.fromkeys([*reasons, *self._sources.faults(now_ns).values()]))
+        return list(dict.fromkeys([*reasons, *self._faults(now_ns).values()]))
 
     @property
     def enabled(self) -> bool:
@@ -339,11 +345,23 @@ class PolicyServer:
 
     # --- services -----------------------------------------------------------------------------------------------
 
+    def report(self, faults: Mapping[str, HoldReason]) -> None:
+        """What is wrong outside of the inputs now, by what it concerns: the node looks, this holds."""
+        with self._lock:
+            self._outside = dict(faults)
+
+    def obstacle(self) -> str | None:
+        """Why `start` would be refused, beside the dry run; None if nothing stands in the way."""
+        if self._latch is not None:
+            return f"a stop is latched ({self._latch.reason}); reset it first"
+        rivals = [what for what, reason in self._outside.items() if reason is HoldReason.OTHER_PUBLISHER]
+        return f"another node commands the robot: {rivals[0]}; end it first" if rivals else None
+
     def enable(self, enabled: bool) -> None:
         """Allows motion and starts; or back to the dry run."""
         with self._lock:
             self._enabled = enabled
-            self._started = enabled and self._latch is None
+            self._started = enabled and self.obstacle() is None
             self._chunks.clear()
             if enabled:
                 self._begin()
@@ -351,10 +369,11 @@ class PolicyServer:
     def start(self) -> str | None:
         """Resumes after a stop was reset. Returns why not, or None."""
         with self._lock:
-            if self._latch is not None:
-                return f"a stop is latched ({self._latch.reason}); reset it first"
-            if not self._enabled:
-                return "output is disabled (dry run); enable it first"
+            refused = self.obstacle()
+            if refused is None and not self._enabled:
+                refused = "output is disabled (dry run); enable it first"
+            if refused is not None:
+                return refused
             self._started = True
             self._begin()
             return None
@@ -409,7 +428,7 @@ class PolicyServer:
                 latch=self._latch,
                 instruction=self._synchroniser.instruction,
                 holding=tuple(reasons or wanting),
-                faults=self._sources.faults(now_ns),
+                faults=self._faults(now_ns),
                 received=dict(figures.received),
                 chunks=figures.chunks,
                 commands=figures.commands,

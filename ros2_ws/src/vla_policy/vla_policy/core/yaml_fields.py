@@ -14,6 +14,8 @@ T = TypeVar("T")
 D = TypeVar("D")
 C = TypeVar("C", bound=str)
 _REQUIRED = object()
+BLANK = "<fill in>"
+"""Stands in a draft for what a person has to say."""
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -27,6 +29,18 @@ class _UniqueKeys(yaml.SafeLoader):
                 None, None, f"key {repeated!r} stands twice in one mapping", node.start_mark
             )
         return super().construct_mapping(node, deep)
+
+
+def _blanks(content: Any, where: str) -> Iterator[str]:
+    """The places of everything that is still blank."""
+    if content == BLANK:
+        yield where
+    elif isinstance(content, dict):
+        for key, value in content.items():
+            yield from _blanks(value, f"{where}.{key}" if where else str(key))
+    elif isinstance(content, list):
+        for index, value in enumerate(content):
+            yield from _blanks(value, f"{where}[{index}]")
 
 
 def meant(name: str, known: Iterable[str]) -> str:
@@ -54,6 +68,8 @@ class Fields:
             raise ContractError(f"{path}: cannot be read ({error.strerror}); check the path") from error
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ContractError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
+        if blanks := list(_blanks(content, "")):
+            raise ContractError(f"{path}: {len(blanks)} blanks to fill in: {', '.join(blanks)}")
         fields = Fields(content, str(path))
         got = (fields.take("kind", str, ""), fields.take("schema_version", int, 0))
         if got != (kind, schema_version):

@@ -1,16 +1,14 @@
-"""The contract's input topics: message classes, quality of service, and the checks at configure.
+"""The contract's input topics: message classes, quality of service, and who hears them.
 
 They are heard in a node and a thread of their own. An executor takes one message per topic and round; beside the
 services and timers of the policy node a round takes so long that joint states of 1000 Hz would pile up, and the control
 step would wait for images.
 """
 
-import contextlib
 import threading
-import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any
 
 import rclpy
 from geometry_msgs.msg import PoseStamped
@@ -19,15 +17,12 @@ from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
 from rclpy.node import Node
 from rclpy.qos import DurabilityPolicy, HistoryPolicy, QoSProfile, ReliabilityPolicy
 from rclpy.subscription import Subscription
-from rclpy.topic_endpoint_info import TopicEndpointInfo
 from sensor_msgs.msg import CompressedImage, Image, JointState
 from std_msgs.msg import String
 
 from vla_policy.core import contract as names
 from vla_policy.core.contract import CameraTopic, Contract, InstructionTopic, StateTopic
-from vla_policy.core.errors import ContractError, DataError
-from vla_policy.core.events import Event, to_events
-from vla_policy.core.ros_image import EncodedImage
+from vla_policy.core.errors import ContractError
 from vla_policy.core.server import PolicyServer, ServerSettings
 from vla_policy.core.status import Latch
 
@@ -39,9 +34,6 @@ MESSAGES: dict[str, type] = {
     names.STRING: String,
 }
 Source = CameraTopic | StateTopic | InstructionTopic
-_POLL_S = 0.02
-# The middleware's word for the owner of an endpoint that it has discovered before the node.
-_UNKNOWN_NODE = "_NODE_NAME_UNKNOWN_"
 
 
 def qos_of(source: Source, lossless: bool, queue_size: int) -> QoSProfile:
@@ -82,7 +74,7 @@ def _overridden(owner: Node, topic: str, profile: QoSProfile) -> QoSProfile:
     )
 
 
-class _Listener:
+class Listener:
     """A node beside the owner's, with subscriptions to the owner's topics and an executor of its own."""
 
     def __init__(self, owner: Node) -> None:
@@ -115,7 +107,7 @@ class Inputs:
     """One subscription per topic until `close`; the server gets every message, and how many images never arrived."""
 
     def __init__(self, owner: Node, contract: Contract, settings: ServerSettings, server: PolicyServer) -> None:
-        self._listener, self._server = _Listener(owner), server
+        self._listener, self._server = Listener(owner), server
         for source in {source.topic: source for source in contract.sources}.values():
             callback: Callable[..., None] = partial(server.receive, source.topic)
             if isinstance(source, CameraTopic):
@@ -164,99 +156,3 @@ class _GapCounter:
     def missing(self, number: int | None) -> int:
         last, self._last = self._last, number
         return 0 if last is None or number is None else max(0, number - last - 1)
-
-
-def check_sources(
-    node: Node, contract: Contract, check: str, wait_s: float, lossless: bool, ending: threading.Event
-) -> None:
-    """Raises ContractError unless every camera and state topic is there, of its type, and (`message`) usable.
-
-    The instruction may come later: without it the policy holds. Gives up as soon as `ending` is set.
-    """
-    if check == "none":
-        return
-    patience = _Patience(wait_s, ending)
-    required: tuple[Source, ...] = (*contract.states, *contract.cameras)
-    positions: set[str] = set()
-    with contextlib.closing(_Listener(node)) as listener:
-        for source in required:
-            heard: list[Any] = []
-            # Subscribed as it will be, so that quality of service given by parameters counts here too.
-            subscription = listener.subscribe(source, heard.append, qos_of(source, lossless, 1))
-            _check_graph(node, source, subscription, patience)
-            if check == "message":
-                event = _check_message(node, contract, source, listener, heard, patience)
-                positions |= set(event.positions or ())
-            listener.node.destroy_subscription(subscription)
-    missing = [item.target for item in contract.action.dimensions if item.target not in {*positions, names.GRIPPER}]
-    if check == "message" and contract.action.command == "joint_trajectory" and missing:
-        raise ContractError(
-            f"{contract.path}: position control starts from the measured joints; no joint state names "
-            f"{', '.join(missing)}"
-        )
-
-
-class _Patience:
-    """Waits in small steps: inside a transition neither the graph nor a message can be waited on."""
-
-    def __init__(self, wait_s: float, ending: threading.Event) -> None:
-        self.wait_s, self._ending = wait_s, ending
-        self._deadline_s = time.monotonic() + wait_s
-
-    def wait(self, refusal: str) -> None:
-        """A moment's rest. Raises ContractError with `refusal` when the time is up."""
-        if time.monotonic() >= self._deadline_s:
-            raise ContractError(refusal)
-        if self._ending.wait(_POLL_S):
-            raise ContractError("the process was told to end")
-
-
-def _check_graph(node: Node, source: Source, subscription: Subscription, patience: _Patience) -> None:
-    name = node.resolve_topic_name(source.topic)
-    while not (publishers := node.get_publishers_info_by_topic(name)):
-        patience.wait(
-            f"{name}: no publisher within {patience.wait_s:g} s; start the driver, or check namespace and remaps"
-        )
-    for publisher in publishers:
-        if publisher.topic_type != source.type:
-            raise ContractError(f"{name}: published as {publisher.topic_type}, the contract expects {source.type}")
-        wants_reliable = subscription.qos_profile.reliability == ReliabilityPolicy.RELIABLE
-        if wants_reliable and publisher.qos_profile.reliability == ReliabilityPolicy.BEST_EFFORT:
-            _refuse_best_effort(node, name, publisher, patience)
-
-
-def _refuse_best_effort(node: Node, name: str, publisher: TopicEndpointInfo, patience: _Patience) -> NoReturn:
-    """Raises ContractError naming the publisher's node, which may become known later than its endpoint."""
-    refusal = (
-        f"{name}: {{}} publishes best effort, reliable is asked for; no message would arrive: "
-        "set reliability: best_effort in the contract"
-    )
-    owner = publisher.node_name
-    while owner == _UNKNOWN_NODE:
-        patience.wait(refusal.format("a node that discovery does not name"))
-        known = node.get_publishers_info_by_topic(name)
-        owner = next((item.node_name for item in known if item.endpoint_gid == publisher.endpoint_gid), owner)
-    raise ContractError(refusal.format(owner))
-
-
-def _check_message(
-    node: Node, contract: Contract, source: Source, listener: _Listener, heard: list[Any], patience: _Patience
-) -> Event:
-    name = node.resolve_topic_name(source.topic) + source.key.removeprefix(source.topic)
-    refusal = f"{name}: no message within {patience.wait_s:g} s, though it has a publisher; check the driver"
-    while True:
-        while not heard:
-            listener.executor.spin_once(timeout_sec=0.0)
-            if not heard:
-                patience.wait(refusal)
-        try:
-            for event in to_events(contract, source.topic, heard.pop(), node.get_clock().now().nanoseconds):
-                if isinstance(event.payload, EncodedImage):
-                    event.payload.decode()
-                if event.source == source.key:
-                    return event
-        except DataError as error:
-            refusal = f"{name}: {error}"
-            if not isinstance(source, StateTopic) or not source.shared:
-                raise ContractError(refusal) from error
-        # A shared topic's message may be another node's; that with the joints of `source` comes in its turn.

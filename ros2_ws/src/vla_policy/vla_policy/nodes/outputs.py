@@ -4,13 +4,15 @@ from builtin_interfaces.msg import Duration, Time
 from geometry_msgs.msg import TwistStamped
 from rclpy.lifecycle import LifecycleNode
 from rclpy.qos import QoSProfile
-from std_msgs.msg import Float64MultiArray, Header
+from std_msgs.msg import Header
 from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
 from vla_policy_interfaces.msg import ActionChunk
 
 from vla_policy.core.contract import Contract
 from vla_policy.core.safety import Command
 from vla_policy.core.server import ServedChunk
+from vla_policy.nodes.gripper import GripperTopic, make_gripper
+from vla_policy.nodes.rivals import rivals
 
 CHUNK_TOPIC = "action_chunk"
 
@@ -32,16 +34,24 @@ class Outputs:
         kind = TwistStamped if action.command == "twist" else JointTrajectory
         self._chunks = node.create_lifecycle_publisher(ActionChunk, CHUNK_TOPIC, QoSProfile(depth=queue_size))
         self._commands = node.create_lifecycle_publisher(kind, action.topic, QoSProfile(depth=1))
-        self._gripper = None
-        if action.gripper is not None:
-            self._gripper = node.create_lifecycle_publisher(
-                Float64MultiArray, action.gripper.topic, QoSProfile(depth=1)
-            )
+        self._gripper = None if action.gripper is None else make_gripper(node, action.gripper)
 
     def destroy(self) -> None:
-        for publisher in (self._chunks, self._commands, self._gripper):
-            if publisher is not None:
-                self._node.destroy_lifecycle_publisher(publisher)
+        if self._gripper is not None:
+            self._gripper.destroy()
+        for publisher in (self._chunks, self._commands):
+            self._node.destroy_lifecycle_publisher(publisher)
+
+    def rivals(self) -> dict[str, str]:
+        """Other nodes that publish commands: their names by topic."""
+        own = [self._commands]
+        if isinstance(self._gripper, GripperTopic):
+            own.append(self._gripper.publisher)
+        return rivals(self._node, own)
+
+    @property
+    def gripper_ready(self) -> bool:
+        return self._gripper is None or self._gripper.ready
 
     def chunk(self, chunk: ServedChunk) -> None:
         """The decision, whether or not it may move the robot."""
@@ -68,7 +78,7 @@ class Outputs:
         kind = self._twist if self._contract.action.command == "twist" else self._trajectory
         self._commands.publish(kind(command))
         if self._gripper is not None and command.gripper_m is not None:
-            self._gripper.publish(Float64MultiArray(data=[command.gripper_m]))
+            self._gripper.command(command.gripper_m)
 
     def _header(self) -> Header:
         return Header(stamp=self._node.get_clock().now().to_msg(), frame_id=self._contract.action.frame_id)

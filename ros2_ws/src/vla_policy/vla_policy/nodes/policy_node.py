@@ -32,6 +32,7 @@ from vla_policy.core.errors import ArtefactError, DataError, VlaError
 from vla_policy.core.files import sha256_file
 from vla_policy.core.observation import Actor, Observation
 from vla_policy.core.observe import check_contract
+from vla_policy.core.safety import HoldReason
 from vla_policy.core.server import PolicyServer, ServedChunk
 from vla_policy.core.status import Latch
 from vla_policy.core.synchroniser import Dropped, DropReason
@@ -42,10 +43,12 @@ from vla_policy.nodes.lifecycle import refuse_impossible_transitions
 from vla_policy.nodes.outputs import Outputs
 from vla_policy.nodes.process import run_node
 from vla_policy.nodes.run_policy import RunPolicyServer
+from vla_policy.nodes.source_check import Patience, check_sources
 from vla_policy.nodes.watchdog import OutputWatchdog
 
 _WARM_UP_DECISIONS = 3
 _EXPIRE_PERIOD_S = 0.05
+_LOOK_PERIOD_S = 0.1
 _DROP_LOG_PERIOD_S = 2.0
 LoadEngine = Callable[[Path, str | None, int | None], Actor]
 
@@ -81,6 +84,7 @@ class PolicyNode(LifecycleNode):
         self._inputs: inputs.Inputs | None = None
         self._periodic: list[Timer] = []
         self._latch: Latch | None = None
+        self._rivals: dict[str, str] = {}
         self._drops_logged_s: dict[DropReason, float] = {}
         self._runs = RunPolicyServer(self, lambda: self._server, lambda: self._contract)
         self._emergency_stop = EmergencyStop(self, self._on_emergency_stop)
@@ -123,12 +127,16 @@ class PolicyNode(LifecycleNode):
         )
         check_contract(contract, actor.config, actor.unnorm_key)
         warm_up_ms = self._warm_up(actor, contract, settings.server.inference_deadline_s)
-        inputs.check_sources(
-            self, contract, settings.check_sources, settings.source_wait_s, settings.server.lossless, self._ending
-        )
+        patience = Patience(settings.source_wait_s, self._ending)
+        check_sources(self, contract, settings.check_sources, settings.server.lossless, patience)
         engine_id = sha256_file(Path(settings.engine_path) / "manifest.json")
-        depth = settings.server.queue_size if settings.server.lossless else 10
-        self._outputs = Outputs(self, contract, engine_id, depth)
+        outputs = Outputs(self, contract, engine_id, settings.server.queue_size if settings.server.lossless else 10)
+        undo.callback(outputs.destroy)
+        if contract.action.gripper is not None and settings.check_sources != "none":
+            name = self.resolve_topic_name(contract.action.gripper.topic)
+            refusal = f"{name}: no action server {contract.action.gripper.type} within {settings.source_wait_s:g} s"
+            patience.until(lambda: outputs.gripper_ready, lambda: f"{refusal}; start the gripper's driver")
+        self._outputs = outputs
         self._lock, self._settings, self._contract, self._actor = lock, settings, contract, actor
         self._identity = {
             "engine": engine_id,
@@ -160,6 +168,7 @@ class PolicyNode(LifecycleNode):
                 server.instruct(settings.instruction)
             except DataError as error:
                 self.get_logger().error(f"parameter instruction refused: {error}")
+        self._look()
         server.enable(settings.enabled)
         server.activate()
         self._watchdog = OutputWatchdog(settings.output_watchdog_timeout_s, self._watchdog_hold)
@@ -167,6 +176,7 @@ class PolicyNode(LifecycleNode):
         self._periodic = [
             self.create_timer(contract.action.control_period_ns / 1e9, self._control),
             self.create_timer(_EXPIRE_PERIOD_S, server.expire, clock=steady),
+            self.create_timer(_LOOK_PERIOD_S, self._look, clock=steady),
             self.create_timer(settings.diagnostics_period_s, self._diagnose, clock=steady),
         ]
         self._inputs = inputs.Inputs(self, contract, settings.server, server)
@@ -293,6 +303,24 @@ class PolicyNode(LifecycleNode):
                 outputs.command(step.command)
         watchdog.feed()
 
+    def _look(self) -> None:
+        """What is wrong around the node: others that command the robot, a gripper that nobody moves."""
+        server, outputs, contract = self._server, self._outputs, self._contract
+        if server is None or outputs is None or contract is None:
+            return
+        rivals = outputs.rivals()
+        faults: dict[str, HoldReason] = {}
+        if contract.action.other_publishers != "ignore":
+            faults |= {f"{topic} from {names}": HoldReason.OTHER_PUBLISHER for topic, names in rivals.items()}
+        if contract.action.gripper is not None and not outputs.gripper_ready:
+            faults[contract.action.gripper.topic] = HoldReason.NO_GRIPPER
+        server.report(faults)
+        if rivals != self._rivals:
+            told = "; ".join(f"{names} on {topic}" for topic, names in rivals.items()) or "nobody any more"
+            policy = contract.action.other_publishers
+            self.get_logger().warning(f"others command the robot: {told} (other_publishers: {policy})")
+            self._rivals = rivals
+
     def _watchdog_hold(self) -> None:
         server, outputs = self._server, self._outputs
         halt = None if server is None else server.last_halt()
@@ -305,9 +333,12 @@ class PolicyNode(LifecycleNode):
             stamp = self.get_clock().now().to_msg()
             name = self.get_fully_qualified_name()
             message = diagnostics.to_diagnostics(
-                name, stamp, self._identity, self._watchdog.holds, self._server.status()
+                name, stamp, self._identity | self._told_rivals(), self._watchdog.holds, self._server.status()
             )
             self._diagnostics.publish(message)
+
+    def _told_rivals(self) -> dict[str, str]:
+        return {f"other publishers {topic}": names for topic, names in self._rivals.items()}
 
     # --- services -----------------------------------------------------------------------------------------------
 
@@ -317,10 +348,10 @@ class PolicyNode(LifecycleNode):
                 server.enable(request.data)
             if not request.data:
                 self._control()  # the first hold, not a control period later
-            latch = server.status().latch
+            obstacle = server.obstacle() if request.data else None
             response.message = "disabled: dry run" if not request.data else "enabled"
-            if request.data and latch is not None:
-                response.message = f"enabled, but a stop is latched ({latch.reason}): reset it, then start"
+            if obstacle is not None:
+                response.message = f"enabled, but {obstacle}, then start"
 
         return self._answer(response, act, None)
 

@@ -128,6 +128,8 @@ class RunPolicyServer:
             return codes.INVALID_GOAL, "time_limit must be above zero"
         if status.latch is not None:
             return codes.STOP_LATCHED, f"a stop is latched: {status.latch.reason}"
+        if HoldReason.OTHER_PUBLISHER in status.faults.values():
+            return codes.OTHER_PUBLISHER, "another node commands the robot; the diagnostics name it"
         if not status.enabled:
             return codes.DISABLED, "output is disabled (dry run); enable it first"
         return None
@@ -185,6 +187,9 @@ class RunPolicyServer:
             return code, status.latch.reason
         if not status.enabled:
             return codes.DISABLED, "output was disabled"
+        if HoldReason.OTHER_PUBLISHER in status.faults.values():
+            told = [what for what, reason in status.faults.items() if reason is HoldReason.OTHER_PUBLISHER]
+            return codes.OTHER_PUBLISHER, f"another node commands the robot: {', '.join(told)}"
         if (lost := client()) is not None:
             return codes.CLIENT_LOST, lost
         if patience.exhausted("stale", bool(_STALE & set(status.holding))):

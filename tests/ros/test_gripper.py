@@ -1,0 +1,132 @@
+"""Grippers: an action instead of a topic, its server's absence, and the choice's hysteresis, with real processes."""
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.ros.world import CONTRACT, ROOT, World, fake_engine, fresh_domain, node_command, process
+
+INTERFACES = ROOT / "tests/ros/interfaces/control_msgs"
+SERVER = [sys.executable, str(ROOT / "tests/ros/gripper_server.py")]
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    made = World(fresh_domain())
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def control_msgs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The installed package, or where there is none the action's fields, built for the processes of these tests."""
+    if importlib.util.find_spec("control_msgs") is not None:
+        yield
+        return
+    folder = tmp_path_factory.mktemp("control_msgs")
+    prefix = Path(sys.prefix)
+    environment = os.environ | {"AMENT_PREFIX_PATH": str(prefix), "CMAKE_PREFIX_PATH": str(prefix)}
+    for command in (
+        ["cmake", "-S", INTERFACES, "-B", folder / "build", f"-DCMAKE_INSTALL_PREFIX={folder / 'install'}"]
+        + [f"-DPython3_EXECUTABLE={sys.executable}", "-DBUILD_TESTING=OFF"],
+        ["cmake", "--build", folder / "build", "--target", "install"],
+    ):
+        built = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, check=False)
+        assert built.returncode == 0, built.stdout[-2000:] + built.stderr[-2000:]
+    (packages,) = (folder / "install").glob("lib/python*/site-packages")
+    added = {
+        "PYTHONPATH": packages,
+        "LD_LIBRARY_PATH": folder / "install/lib",
+        "AMENT_PREFIX_PATH": folder / "install",
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, path in added.items():
+            patch.setenv(name, str(path), prepend=os.pathsep)
+        yield
+
+
+def with_gripper(path: Path, **gripper: object) -> Path:
+    """Writes the shipped contract with another gripper."""
+    content = yaml.safe_load(CONTRACT.read_text())
+    content["action"]["gripper"] |= gripper
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+@pytest.mark.skipif(importlib.util.find_spec("control_msgs") is not None, reason="control_msgs is installed here")
+def test_a_package_that_is_not_installed_is_one_line(world: World, tmp_path: Path) -> None:
+    action = {"type": "control_msgs/action/GripperCommand", "topic": "grip", "max_effort_n": 1}
+    contract, log = with_gripper(tmp_path / "contract.yaml", **action), tmp_path / "log"
+    with process(node_command(fake_engine(tmp_path / "engine"), contract), world.domain, log):
+        world.wait(lambda: "configure refused" in log.read_text(), "the refusal")
+    assert "control_msgs is not installed" in log.read_text() and "Traceback" not in log.read_text()
+
+
+def moved(world: World, engine: Path, value: float) -> None:
+    """The policy's choice is `value` from now on."""
+    fake_engine(engine, action=[0.5, 0.0, 0.0, 0.0, 0.0, 0.0, value])
+    count = len(world.chunks)
+    world.wait(lambda: len(world.chunks) > count + 3 and world.chunks[-1].actions[-1] == value, "the new choice")
+    world.wait_moving()
+
+
+def test_an_action_gets_a_goal_when_the_choice_changes(world: World, tmp_path: Path, control_msgs: None) -> None:
+    action = {"type": "control_msgs/action/GripperCommand", "topic": "hand/gripper_cmd", "max_effort_n": 12.5}
+    contract = with_gripper(tmp_path / "contract.yaml", **action)
+    engine, log, asked = fake_engine(tmp_path / "engine"), tmp_path / "log", tmp_path / "asked"
+    server = [*SERVER, "hand/gripper_cmd"]
+    with process(server, world.domain, asked) as driver, process(node_command(engine, contract), world.domain, log):
+        world.wait_active()
+        world.instruct()
+        world.wait_chunks()
+        assert "goal" not in asked.read_text(), "the dry run must not command"
+        world.enable()
+        world.wait(lambda: "goal" in asked.read_text(), "the first goal")
+        world.wait_chunks(10)
+        assert asked.read_text() == "goal 0.08 12.5\n", "one goal, however often it is decided"
+        moved(world, engine, 1.0)
+        world.wait(lambda: asked.read_text() == "goal 0.08 12.5\ngoal 0 12.5\n", "the goal of the other choice")
+        driver.send_signal(signal.SIGKILL)
+        driver.wait()
+        world.wait_holding("no_gripper")
+        with process(server, world.domain, asked):
+            world.wait(lambda: "no_gripper" not in world.diagnostics["holding"], "the driver's successor", 60)
+            assert world.trigger("start").success, "a fault that lasted needs an operator"
+            world.wait_moving()
+            world.wait(lambda: asked.read_text().count("goal 0 12.5") == 2, "what the successor does not know")
+
+
+def test_an_action_that_refuses_is_asked_again_and_told(world: World, tmp_path: Path, control_msgs: None) -> None:
+    action = {"type": "control_msgs/action/GripperCommand", "topic": "grip", "max_effort_n": 1}
+    contract = with_gripper(tmp_path / "contract.yaml", **action)
+    command = node_command(fake_engine(tmp_path / "engine"), contract, source_wait=2.0, autostart=False)
+    log, asked = tmp_path / "log", tmp_path / "asked"
+    with process(command, world.domain, log):
+        assert not world.change_state(1)
+        assert "/grip: no action server control_msgs/action/GripperCommand within 2 s" in log.read_text()
+        with process([*SERVER, "grip", "refuse"], world.domain, asked):
+            world.wait(lambda: world.change_state(1), "a configure that finds the driver")
+            assert world.change_state(3)
+            world.start_policy()
+            world.wait(lambda: asked.read_text().count("refused 0.08 1") > 1, "a second try")
+    assert "grip: the gripper refused a goal; it is sent again" in log.read_text()
+
+
+def test_a_choice_near_its_threshold_does_not_chatter(world: World, tmp_path: Path) -> None:
+    """Open at 0.08 m for values below -0.2, closed above 0.2; between them as before."""
+    contract = with_gripper(tmp_path / "contract.yaml", hysteresis=0.2)
+    engine = fake_engine(tmp_path / "engine")
+    with process(node_command(engine, contract), world.domain, tmp_path / "log"):
+        world.start_policy()
+        for value, opening in ((-1.0, 0.08), (0.15, 0.08), (0.25, 0.0), (-0.15, 0.0), (0.1, 0.0), (-0.25, 0.08)):
+            moved(world, engine, value)
+            count = len(world.gripper)
+            world.wait(lambda count=count: len(world.gripper) > count + 2, "its commands")
+            assert world.gripper[-1] == pytest.approx(opening), value
