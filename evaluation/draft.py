@@ -241,17 +241,14 @@ def _pose_entries(topic: _Topic) -> Iterator[tuple[str, list[str]]]:
 
 
 def _instruction(topics: list[_Topic]) -> list[str]:
-    said = [f"  #   {topic.name}: {topic}, the first {_quoted(str(topic.heard[0].data))[:100]}" for topic in topics]
-    if len(topics) == 1:
-        topic = topics[0]
-        return [
-            "instruction: # the bag's only text:",
-            *said,
-            f"  topic: {topic.name}",
-            *(f"  {line}" for line in _qos(topic, reliable=True)),
-        ]
-    what = "which of the bag's texts is the task:" if topics else "the bag tells no task; replay it with --instruction"
-    return [f"instruction: # {what}", *said, f"  topic: {BLANK}"]
+    """Whether a text is the task, no bag says."""
+    if not topics:
+        return ["instruction: # the bag tells no task; replay it with --instruction", f"  topic: {BLANK}"]
+    said = []
+    for topic in topics:
+        offered = "".join(f", and needs {line}" for line in _qos(topic, reliable=True))
+        said.append(f"  #   {topic.name}: {topic}, the first {_quoted(str(topic.heard[0].data))[:100]}{offered}")
+    return ["instruction: # the topic that tells the task; the bag's texts:", *said, f"  topic: {BLANK}"]
 
 
 def _action(twists: list[_Topic], trajectories: list[_Topic], floats: list[_Topic]) -> list[str]:

@@ -65,7 +65,7 @@ def test_a_draft_is_a_contract_once_its_blanks_are_filled(
     (tmp_path / "draft.yaml").write_text(text)
     with pytest.raises(ContractError, match=r"blanks to fill in: states\[0\].values\[0\].unit, .*controller_timeout_s"):
         load_contract(tmp_path / "draft.yaml")
-    contract = filled(tmp_path / "contract.yaml", text)
+    contract = filled(tmp_path / "contract.yaml", text, topic="/arm/instruction")
     assert [(camera.name, camera.topic) for camera in contract.cameras] == [
         ("arm_camera", "/arm/camera/image_raw/compressed")
     ]
@@ -154,7 +154,8 @@ def test_what_the_bag_leaves_open_stays_open(tmp_path: Path, capsys: pytest.Capt
     assert f"command: {BLANK}" in text and f"  topic: {BLANK}" in text
     assert "/arm (trajectory_msgs/msg/JointTrajectory, 1 messages)" in text and "/cmd (geometry_msgs" in text
     assert (
-        "which of the bag's texts is the task:" in text and '/robot_description: 1 messages, the first "/robot' in text
+        "the topic that tells the task; the bag's texts:" in text
+        and '/robot_description: 1 messages, the first "/robot' in text
     )
     assert "the bag's /grip holds 0.08 to 0.08" in text
     rows = [row for row in rows if row[0] not in ("/cmd", "/robot_description")]
@@ -162,12 +163,10 @@ def test_what_the_bag_leaves_open_stays_open(tmp_path: Path, capsys: pytest.Capt
         for topic, kind, stamp_ns, message in sorted(rows, key=lambda row: row[2]):
             writer.add_topic(topic, kind, recorded_qos(topic != "/task", topic == "/task", 1))
             writer.write(topic, stamp_ns, bytes(STORE.serialize_cdr(message, kind)))
-    contract = filled(tmp_path / "contract.yaml", joint := drafted(tmp_path / "kept", capsys), unit="rad")
-    assert (contract.instruction.qos.reliability, contract.instruction.qos.durability) == (
-        "best_effort",
-        "transient_local",
-    )
-    assert [item.target for item in contract.action.dimensions] == ["elbow"] and "states: []" not in joint
+    text = drafted(tmp_path / "kept", capsys)
+    assert '"/task", and needs qos: {reliability: best_effort, durability: transient_local}' in text
+    contract = filled(tmp_path / "contract.yaml", text, unit="rad")
+    assert [item.target for item in contract.action.dimensions] == ["elbow"] and contract.state_names == ("elbow",)
 
 
 def test_a_bag_without_a_camera_and_a_file_in_the_way_are_one_line(

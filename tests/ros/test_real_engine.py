@@ -17,12 +17,16 @@ from tests.core.ros_messages import picture
 from tests.demo.materials import tiny_bag, tiny_contract
 from tests.ros.world import CONTRACT, WRIST, World, fresh_domain, process
 from tests.tiny import overflowing_policy_folder, tiny_policy_folder, with_two_statistics
+from vla_policy.core.bag import open_bag
+from vla_policy.core.contract import STRING
 from vla_policy.core.files import sha256_file
 from vla_policy.core.observation import Observation
+from vla_policy.core.recording import BagWriter, recorded_qos
 from vla_policy.core.runner import load_engine
-from vla_policy.core.served import read_served
+from vla_policy.core.served import ACTION_CHUNK, read_served
 
 from lifecycle_msgs.msg import Transition  # isort: skip  # after the importorskip in tests.ros.world
+from vla_policy.nodes.recording import definition_of  # isort: skip
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +133,51 @@ def test_one_command_replays_live_and_finds_the_decisions_of_the_same_engine_in_
     content = json.loads((tmp_path / "out/replay.json").read_text())
     assert content["candidate"]["frames"] == content["comparison"]["identical_frames"] == 20
     assert evaluation([*command, "--served", str(tmp_path / "out/served")]) == 2
+    one = first_of(tmp_path / "out/served", tmp_path / "one")
+    command.remove("--live")
+    assert evaluation([*command[:-1], str(tmp_path / "whole"), "--served", str(tmp_path / "out/served")]) == 0
+    assert evaluation([*command[:-1], str(tmp_path / "part"), "--served", str(one)]) == 1
+    content = json.loads((tmp_path / "part/replay.json").read_text())
+    assert (content["comparison"]["identical_frames"], content["comparison"]["only_candidate"]) == (1, 19)
+    failed = [item["name"] for item in content["checks"] if not item["passed"]]
+    assert failed == ["drops of the reference", "unmatched frames", "identical"]
+
+
+def first_of(served: Path, path: Path) -> Path:
+    """A bag with the first decision of another one."""
+    with (
+        open_bag(served) as bag,
+        BagWriter(path, definitions={ACTION_CHUNK: definition_of(ACTION_CHUNK)}) as writer,
+    ):
+        message = next(bag.messages(bag.channels))
+        writer.add_topic(message.channel.topic, ACTION_CHUNK, recorded_qos(True, False, 10))
+        writer.write(message.channel.topic, message.time_ns, message.data)
+    return path
+
+
+def test_a_bag_that_tells_no_task_is_replayed_live_with_one(
+    material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ROS_DOMAIN_ID", str(fresh_domain()))
+    bag = without_task(material / "bag", tmp_path / "bag")
+    command = ["replay", "--bag", str(bag), "--contract", str(material / "contract.yaml"), "--live", "--rate", "0"]
+    command += ["--engine", str(material / "engine"), "--out", str(tmp_path / "out")]
+    assert evaluation(command) == 2
+    assert "no topic /instruction" in (error := capfd.readouterr().err) and "(--instruction)" in error
+    assert evaluation([*command, "--instruction", "pick up the red block"]) == 0
+    content = json.loads((tmp_path / "out/replay.json").read_text())
+    assert content["comparison"]["identical_frames"] == content["comparison"]["frames"] == 20
+    assert {action.instruction for action in read_served(tmp_path / "out/served")} == {"pick up the red block"}
+
+
+def without_task(bag: Path, path: Path) -> Path:
+    with open_bag(bag) as recorded, BagWriter(path) as writer:
+        for message in recorded.messages(recorded.channels):
+            channel = message.channel
+            if channel.type != STRING:
+                writer.add_topic(channel.topic, channel.type, recorded_qos(True, False, 10))
+                writer.write(channel.topic, message.time_ns, message.data)
+    return path
 
 
 def truncate(path: Path) -> None:

@@ -302,7 +302,8 @@ class World:
         return next((result for result in results if not result.successful), results[-1])
 
     def wait_active(self) -> None:
-        self.wait(lambda: self.node.count_subscribers("instruction") > 0, "the active policy node")
+        # Matched, not only known to the graph: what is said before is lost.
+        self.wait(lambda: self.instruction.get_subscription_count() > 0, "the active policy node")
 
     def press_e_stop(self, pressed: bool = True, latched: bool = False) -> None:
         """Publishes on the topic once it is heard; `latched` as a driver that keeps its last word for late joiners."""
