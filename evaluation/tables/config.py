@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-import yaml
-
 from calibrator.allocation.options import Pin
 from calibrator.quantizers import needs_statistics, parse_choice, parse_choices
 from calibrator.sensitivity.table import Signal
@@ -20,6 +18,7 @@ from evaluation.rollout import Control, Rollout
 from evaluation.tables.arms import Arm, Materials
 from evaluation.tables.arms import Control as PlanControl
 from vla_policy.core.errors import ArtefactError, VlaError
+from vla_policy.core.yaml_fields import meant, read_yaml
 
 _SECTION_KEYS = {
     "name", "title", "benchmark", "policy", "unnorm_key", "tasks", "trials", "seed", "runs", "compare", "calibration",
@@ -56,12 +55,13 @@ class Section:
 
 
 def read_config(path: Path) -> list[Section]:
-    """The sections of the YAML at `path`. Raises ArtefactError naming the entry that is wrong."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise ArtefactError(f"{path}: cannot be read as YAML ({error})") from error
-    if not isinstance(content, dict) or not isinstance(content.get("sections"), list):
+    """The sections of the YAML at `path`.
+
+    Raises ArtefactError naming the entry that is wrong, ContractError for what is no YAML.
+    """
+    content = read_yaml(path)
+    _check_keys(content, {"sections"}, {"sections"}, str(path))
+    if not isinstance(content["sections"], list):
         raise ArtefactError(f"{path}: expected a mapping with a list `sections`")
     return [_section(entry, path, f"{path}: sections[{index}]") for index, entry in enumerate(content["sections"])]
 
@@ -154,6 +154,10 @@ def _arm(entry: dict[str, Any], where: str) -> Arm | None:
 def _check_keys(entry: Any, known: set[str], required: set[str], where: str) -> None:
     if not isinstance(entry, dict):
         raise ArtefactError(f"{where}: expected a mapping, got {type(entry).__name__}")
-    if wrong := sorted(set(entry) - known) or sorted(required - set(entry)):
-        problem = "is unknown" if wrong[0] in entry else "is missing"
-        raise ArtefactError(f"{where}: key {wrong[0]!r} {problem}; known: {', '.join(sorted(known))}")
+    if unknown := sorted(set(entry) - known):
+        hint = meant(unknown[0], known) or f"; known: {', '.join(sorted(known))}"
+        raise ArtefactError(f"{where}: key {unknown[0]!r} is unknown{hint}")
+    if missing := sorted(required - set(entry)):
+        raise ArtefactError(f"{where}: key {missing[0]!r} is missing; known: {', '.join(sorted(known))}")
+    if empty := [key for key, value in entry.items() if value is None]:
+        raise ArtefactError(f"{where}: key {empty[0]!r} has no value")

@@ -13,7 +13,7 @@ from evaluation.compare import compare
 from evaluation.results import Episode, RolloutResult
 from evaluation.rollout import Rollout
 from evaluation.tables import PlannedRun, Row, Section, read_config, render, run_table
-from vla_policy.core.errors import ArtefactError, DataError
+from vla_policy.core.errors import ArtefactError, ContractError, DataError
 
 
 def result(outcomes: str, task: str = "open", state: str = "s") -> RolloutResult:
@@ -103,16 +103,26 @@ def test_configuration_is_read(tmp_path: Path) -> None:
     [
         ("control: blind", "control: deaf", r"runs\[2\].control: 'deaf' is unknown"),
         ("uniform: w4a16_g64", "uniform: int4", r"runs\[1\].uniform: format 'int4' is unknown"),
-        ("trials: 3", "tries: 3", r"sections\[0\]: key 'tries' is unknown"),
+        ("trials: 3", "trails: 3", r"sections\[0\]: key 'trails' is unknown; did you mean 'trials'\?"),
+        ("uniform: w4a16_g64", "unifrom: w4a16_g64", r"runs\[1\]: key 'unifrom' is unknown; did you mean 'uniform'\?"),
+        ("trials: 3", "trials:", r"sections\[0\]: key 'trials' has no value"),
+        ("sections:", "section: []\nsections:", "key 'section' is unknown; did you mean 'sections'"),
         ("    trials: 3\n", "", r"sections\[0\]: key 'trials' is missing"),
         ("benchmark: metaworld", "benchmark: atari", "'atari' is unknown"),
-        ("sections:", "parts:", "expected a mapping with a list `sections`"),
+        ("sections:", "parts:", "key 'parts' is unknown; known: sections"),
     ],
 )
 def test_a_wrong_configuration_is_named(tmp_path: Path, old: str, new: str, message: str) -> None:
     path = tmp_path / "evaluation.yaml"
     path.write_text(_CONFIG.replace(old, new))
     with pytest.raises(ArtefactError, match=message):
+        read_config(path)
+
+
+def test_a_key_that_stands_twice_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "evaluation.yaml"
+    path.write_text(_CONFIG.replace("trials: 3\n", "trials: 3\n    trials: 4\n"))
+    with pytest.raises(ContractError, match="key 'trials' stands twice in one mapping"):
         read_config(path)
 
 

@@ -16,8 +16,9 @@ from vla_policy.core.chunks import Chunk, ChunkExecutor
 from vla_policy.core.contract import Contract
 from vla_policy.core.errors import DataError
 from vla_policy.core.events import Event, to_events, to_instruction
+from vla_policy.core.gate import Gate
 from vla_policy.core.observation import Actor
-from vla_policy.core.safety import MEANT, Command, Halts, HoldReason, Limiter
+from vla_policy.core.safety import Command, Halts, HoldReason, Limiter
 from vla_policy.core.sources import SourceMonitor
 from vla_policy.core.status import Figures, Latch, Status
 from vla_policy.core.synchroniser import Dropped, DropReason, Frame, Synchroniser
@@ -106,15 +107,13 @@ class PolicyServer:
             self._drop,
             lambda why: self.stop(Latch(f"the engine failed: {why}", engine_failed=True)),
         )
-        self._enabled = self._started = self._active = False
-        self._latch: Latch | None = None
+        rivals = {HoldReason.OTHER_PUBLISHER} if contract.action.other_publishers == "disarm" else ()
+        self._gate = Gate(settings.disarm_after_s, rivals)
         self._claim: Event | Dropped | None = None  # while a run has its instruction: what follows it
-        self._outside: dict[str, HoldReason] = {}
         self._late_since_chunk = False
         self._wanting: HoldReason | None = None
         self._last_tick_ns: int | None = None
         self._halts = Halts(contract.action.hold_commands)
-        self._held_since_ns: int | None = None
         self._figures = Figures(contract.input_types)
 
     # --- life ---------------------------------------------------------------------------------------------------
@@ -122,13 +121,13 @@ class PolicyServer:
     def activate(self) -> None:
         """Begins to answer frames."""
         with self._lock:
-            self._active = True
+            self._gate.active = True
         self._worker.start()
 
     def silence(self) -> None:
         """Forbids motion for good. Inactive and disabled at once: nobody sees the consequence without the cause."""
         with self._lock:
-            self._active = self._enabled = self._started = False
+            self._gate.close()
             self._chunks.clear()
 
     def deactivate(self) -> bool:
@@ -212,7 +211,7 @@ class PolicyServer:
         for result in results:
             if isinstance(result, Dropped):
                 self._drop(result)
-            elif self._active:
+            elif self._gate.active:
                 for dropped in self._worker.submit(result):
                     self._drop(dropped)
 
@@ -232,7 +231,7 @@ class PolicyServer:
         deadline_ms = self._settings.inference_deadline_s * 1e3
         with self._lock:
             late = max(answer.latency_ms, age_ms) > deadline_ms
-            current = self._active and answer.frame.instruction == self._synchroniser.instruction
+            current = self._gate.active and answer.frame.instruction == self._synchroniser.instruction
             usable = current and not late
             self._late_since_chunk = late
             if usable:
@@ -265,20 +264,20 @@ class PolicyServer:
             now_ns = self._clock()  # under the lock: read before, another thread's later step would look like a jump
             reasons = self._reasons(now_ns)
             self._last_tick_ns = now_ns
-            if HoldReason.OTHER_PUBLISHER in reasons and self._contract.action.other_publishers == "disarm":
-                self._started = False
             if reasons:
                 self._chunks.clear()  # what was planned before is not what is to be done after
             outcome = None if reasons else self._command(now_ns)
             self._wanting = outcome if isinstance(outcome, HoldReason) else None
             if isinstance(outcome, Command):
-                self._held_since_ns = None
+                self._gate.moved()
                 self._halts.moved()
                 self._chunks.carried_out(now_ns)
                 self._figures.command(outcome.limited, now_ns)
                 return Step(outcome, ())
             held = tuple(reasons) if outcome is None else (outcome,)
-            self._disarm(held, now_ns)
+            self._gate.held(held, now_ns)
+            if not self._gate.started:
+                self._chunks.clear()
             return Step(self._halt(now_ns), held)
 
     def last_halt(self) -> Command | None:
@@ -295,17 +294,6 @@ class PolicyServer:
         self._halts.sent(target)
         return self._limiter.halt(target, now_ns)
 
-    def _disarm(self, held: tuple[HoldReason, ...], now_ns: int) -> None:
-        """A fault that lasts ends the permission to move: nobody expects the arm to go on by itself any more."""
-        if not self._started or set(held) <= MEANT:
-            self._held_since_ns = None
-            return
-        if self._held_since_ns is None or now_ns < self._held_since_ns:
-            self._held_since_ns = now_ns
-        if 0 < self._settings.disarm_after_s * 1e9 <= now_ns - self._held_since_ns:
-            self._started = False
-            self._chunks.clear()
-
     def _command(self, now_ns: int) -> Command | HoldReason:
         """What is due now, or why nothing is although motion is allowed."""
         action = self._chunks.action(now_ns)
@@ -318,18 +306,10 @@ class PolicyServer:
         return self._sources.positions(self._limiter.targets)
 
     def _faults(self, now_ns: int) -> dict[str, HoldReason]:
-        return self._sources.faults(now_ns) | self._outside
+        return self._sources.faults(now_ns) | self._gate.outside
 
     def _reasons(self, now_ns: int) -> list[HoldReason]:
-        reasons = []
-        if not self._active:
-            reasons.append(HoldReason.INACTIVE)
-        if not self._enabled:
-            reasons.append(HoldReason.DISABLED)
-        if self._latch is not None:
-            reasons.append(HoldReason.STOP_LATCHED)
-        elif not self._started:
-            reasons.append(HoldReason.NOT_STARTED)
+        reasons = self._gate.reasons()
         if not self._synchroniser.instruction:
             reasons.append(HoldReason.NO_INSTRUCTION)
         if now_ns == 0:  # simulated time of which nothing was heard
@@ -341,27 +321,23 @@ class PolicyServer:
     @property
     def enabled(self) -> bool:
         """False in the dry run."""
-        return self._enabled
+        return self._gate.enabled
 
     # --- services -----------------------------------------------------------------------------------------------
 
     def report(self, faults: Mapping[str, HoldReason]) -> None:
         """What is wrong outside of the inputs now, by what it concerns: the node looks, this holds."""
         with self._lock:
-            self._outside = dict(faults)
+            self._gate.outside = dict(faults)
 
     def obstacle(self) -> str | None:
         """Why `start` would be refused, beside the dry run; None if nothing stands in the way."""
-        if self._latch is not None:
-            return f"a stop is latched ({self._latch.reason}); reset it first"
-        rivals = [what for what, reason in self._outside.items() if reason is HoldReason.OTHER_PUBLISHER]
-        return f"another node commands the robot: {rivals[0]}; end it first" if rivals else None
+        return self._gate.obstacle()
 
     def enable(self, enabled: bool) -> None:
         """Allows motion and starts; or back to the dry run."""
         with self._lock:
-            self._enabled = enabled
-            self._started = enabled and self.obstacle() is None
+            self._gate.enable(enabled)
             self._chunks.clear()
             if enabled:
                 self._begin()
@@ -369,14 +345,10 @@ class PolicyServer:
     def start(self) -> str | None:
         """Resumes after a stop was reset. Returns why not, or None."""
         with self._lock:
-            refused = self.obstacle()
-            if refused is None and not self._enabled:
-                refused = "output is disabled (dry run); enable it first"
-            if refused is not None:
-                return refused
-            self._started = True
-            self._begin()
-            return None
+            refused = self._gate.start()
+            if refused is None:
+                self._begin()
+            return refused
 
     def _begin(self) -> None:
         """Motion begins where the robot is now, whatever was commanded before."""
@@ -386,7 +358,7 @@ class PolicyServer:
     def finish(self) -> None:
         """Ends motion without a latch: a run is over. The instruction is again what the topic says."""
         with self._lock:
-            self._started = False
+            self._gate.started = False
             self._chunks.clear()
         former, self._claim = self._claim, None
         if former is not None:
@@ -395,16 +367,15 @@ class PolicyServer:
     def stop(self, latch: Latch) -> None:
         """Latches a stop, unless one is: the robot is held until `reset` and then `start`."""
         with self._lock:
-            self._latch = self._latch or latch
-            self._started = False
+            self._gate.stop(latch)
             self._chunks.clear()
 
     def reset(self) -> str | None:
         """Takes the latch back; motion needs a new `start`. Returns why not, or None."""
         with self._lock:
-            if self._latch is not None and self._latch.engine_failed and self._worker.dead:
+            if self._gate.latch is not None and self._gate.latch.engine_failed and self._worker.dead:
                 return "the engine has failed and cannot answer; deactivate, clean up, configure and activate again"
-            self._latch = None
+            self._gate.latch = None
             self._chunks.clear()
             return None
 
@@ -422,10 +393,10 @@ class PolicyServer:
             wanting = [] if self._wanting is None else [self._wanting]
             figures = self._figures
             return Status(
-                active=self._active,
-                enabled=self._enabled,
-                started=self._started,
-                latch=self._latch,
+                active=self._gate.active,
+                enabled=self._gate.enabled,
+                started=self._gate.started,
+                latch=self._gate.latch,
                 instruction=self._synchroniser.instruction,
                 holding=tuple(reasons or wanting),
                 faults=self._faults(now_ns),

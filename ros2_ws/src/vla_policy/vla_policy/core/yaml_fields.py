@@ -49,6 +49,16 @@ def meant(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
+def read_yaml(path: Path | str) -> Any:
+    """What the YAML file holds. Raises ContractError when it cannot be read, or a key stands twice in a mapping."""
+    try:
+        return yaml.load(Path(path).read_text(encoding="utf-8"), _UniqueKeys)
+    except OSError as error:
+        raise ContractError(f"{path}: cannot be read ({error.strerror}); check the path") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ContractError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
+
+
 class Fields:
     """One mapping of a YAML file; every key must be read exactly by name, and none may be left over."""
 
@@ -62,12 +72,7 @@ class Fields:
     @staticmethod
     def load(path: Path | str, kind: str, schema_version: int = 1) -> "Fields":
         """The mapping in the YAML file at `path`. Raises ContractError when it cannot be read or is of another kind."""
-        try:
-            content = yaml.load(Path(path).read_text(encoding="utf-8"), _UniqueKeys)
-        except OSError as error:
-            raise ContractError(f"{path}: cannot be read ({error.strerror}); check the path") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ContractError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
+        content = read_yaml(path)
         if blanks := list(_blanks(content, "")):
             raise ContractError(f"{path}: {len(blanks)} blanks to fill in: {', '.join(blanks)}")
         fields = Fields(content, str(path))
