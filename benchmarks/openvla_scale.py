@@ -1,4 +1,4 @@
-"""The sensitivity of a few layers at OpenVLA-7B's real sizes, in bfloat16, on a CPU or a GPU.
+"""The sensitivity of a few layers at OpenVLA-7B's real sizes, weights held in bfloat16, on a CPU or a GPU.
 
     python benchmarks/openvla_scale.py --device cuda --out scale.json          # random weights, drawn on the GPU
     python benchmarks/openvla_scale.py --checkpoint /data/random-7b --out scale.json    # made if it is not there
@@ -22,9 +22,8 @@ import math
 import sys
 import threading
 import time
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,17 +34,19 @@ from safetensors.torch import save_file
 from calibrator.data.calibration import collect
 from calibrator.data.records import Record, SourceIndex, Trajectory
 from calibrator.families import Policy, live_units
-from calibrator.families.loading import check_device, empty_policy, fill_policy
-from calibrator.modules.chain import Chain
+from calibrator.families.loading import check_device, empty_policy, fill_policy, matrix_names
 from calibrator.quantizers import parse_choices
+from calibrator.sensitivity.cost import Macs
 from calibrator.sensitivity.measure import RunOptions, measure
 from calibrator.sensitivity.scores import ScoreSettings
-from calibrator.sensitivity.sweep import SweepSettings, SweepSpec
+from calibrator.sensitivity.states import Reference
+from calibrator.sensitivity.sweep import Sweep, SweepSettings, SweepSpec, UnitLosses
 from calibrator.tensors import disk_errors
 from demo.tokenizer import build_tokenizer
 from vla_policy.core.cli import run
 from vla_policy.core.families.openvla import FAMILY
 from vla_policy.core.files import claim_folder, write_json
+from vla_policy.core.formats import Choice
 from vla_policy.core.observation import Observation
 from vla_policy.core.outputs import FolderKind, atomic_folder, check_file
 from vla_policy.core.policy_config import POLICY, PolicyConfig
@@ -125,12 +126,49 @@ def write_random_policy(folder: Path, raw: dict[str, Any]) -> None:
         write_config(temporary, raw)
 
 
-class RandomSpec(SweepSpec):
+@dataclass(frozen=True)
+class Evaluation:
+    """One layer in one choice on the states of a batch; the first of a batch pays for the pass that all share."""
+
+    unit: str
+    choice: Choice
+    states: int
+    seconds: float
+
+
+EVALUATIONS: list[Evaluation] = []
+"""Of the run that is under way."""
+
+
+class TimedSweep(Sweep):
+    """Notes how long each evaluation took."""
+
+    def evaluate(self, unit: str, choices: tuple[Choice, ...], samples: tuple[int, ...]) -> UnitLosses:
+        started = time.perf_counter()
+        losses = super().evaluate(unit, choices, samples)
+        EVALUATIONS.append(Evaluation(unit, choices[0], len(samples), time.perf_counter() - started))
+        print(f"{EVALUATIONS[-1].seconds:8.2f} s  {unit} in {choices[0]}", flush=True)
+        return losses
+
+
+class TimedSpec(SweepSpec):
+    """Opens a sweep that notes its times."""
+
+    def open(self, ref: Reference | None = None, done: Callable[[int], None] = lambda _: None) -> Sweep:
+        sweep = super().open(ref, done)
+        sweep.__class__ = TimedSweep
+        return sweep
+
+
+class RandomSpec(TimedSpec):
     """A policy folder without weights: they are drawn in the device's memory whenever it is loaded."""
 
     def load_policy(self) -> Policy:
         config = PolicyConfig.load(self.policy)
-        return fill_policy(empty_policy(config), dict(random_weights(config, self.device)), self.device)
+        policy = empty_policy(config)
+        narrow = matrix_names(policy)
+        drawn = random_weights(config, self.device)
+        return fill_policy(policy, {n: v if n in narrow else v.float() for n, v in drawn}, self.device)
 
 
 @dataclass
@@ -151,26 +189,6 @@ class RandomSource:
 
     def describe(self) -> dict[str, Any]:
         return {"kind": "random", "path": self.path}
-
-
-@dataclass
-class Stopwatch:
-    """Stands in for the progress bar of the sweep and notes when every evaluation ended."""
-
-    ended_s: list[float] = field(default_factory=list)
-
-    def __call__(self, **_: Any) -> "Stopwatch":
-        return self
-
-    def __enter__(self) -> "Stopwatch":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def update(self, _count: int) -> None:
-        self.ended_s.append(time.perf_counter())
-        print(f"{len(self.ended_s) - 1} layers done", flush=True)
 
 
 class Anonymous:
@@ -194,42 +212,6 @@ class Anonymous:
             self.peak_bytes = max(self.peak_bytes, int(status["RssAnon"].split()[0]) * 1024)
 
 
-@dataclass(frozen=True)
-class Costs:
-    """Multiply-accumulates per state of a policy's evaluations. shared: of the pass that all layers share.
-
-    An evaluation is a forward pass from the layer's segment on, of the segments that depend on it, and a backward pass
-    through the trunk; the shared pass is all segments forward and the trunk backward. A backward pass with respect to
-    activations costs as much as its forward pass.
-    """
-
-    evaluation: dict[str, int]
-    shared: int
-
-    @staticmethod
-    def of(policy: Policy, spec: SweepSpec) -> "Costs":
-        states, chain, units = spec.load_states(policy), policy.chain(), live_units(policy)
-        macs: Counter[str] = Counter()
-        for unit in units:
-            macs[unit.segment] += round(unit.params * unit.tokens(states.mean_prompt_tokens, states.decisions.size))
-        trunk = sum(macs[segment.name] for segment in chain.trunk)
-        again = {segment.name: sum(macs[name] for name in dependent(chain, segment.name)) for segment in chain.segments}
-        return Costs({unit.name: again[unit.segment] + trunk for unit in units}, sum(macs.values()) + trunk)
-
-    @property
-    def whole_sweep(self) -> int:
-        return SWEEP_CHOICES * sum(self.evaluation.values()) + self.shared
-
-
-def dependent(chain: Chain, start: str) -> list[str]:
-    """The segments whose values change with that of `start`, itself included."""
-    changed = [start]
-    for segment in chain.segments:
-        if not set(changed).isdisjoint(segment.reads):
-            changed.append(segment.name)
-    return changed
-
-
 def spread_units(policy: Policy, count: int) -> list[str]:
     """`count` layers evenly spaced in the order of execution."""
     names = [unit.name for unit in live_units(policy)]
@@ -242,21 +224,20 @@ def time_sweep(
     """Runs the calibrator on a few layers and extrapolates to all of them."""
     policy = empty_policy(PolicyConfig.load(spec.policy))
     names = list(units or spread_units(policy, count))
-    costs, watch = Costs.of(policy, spec), Stopwatch()
-    options = RunOptions(unit_globs=tuple(names), progress=watch, threads=threads, resume=False)
+    macs = Macs.of(policy, spec.load_states(policy))
+    EVALUATIONS.clear()
+    options = RunOptions(unit_globs=tuple(names), threads=threads, resume=False)
     with Anonymous() as anonymous:
-        result = measure(spec, out, ScoreSettings(), options)
-    states, choices = int(result.meta["calibration"]["samples"]), len(spec.settings.choices)
-    order = [unit.name for unit in result.units]
-    # Batch by batch, and every layer of one before the next; the first of them pays for the shared pass.
-    batches = math.ceil(states / spec.batch_size)
-    spent = np.diff(watch.ended_s).reshape(batches, len(order)) / spec.batch_size
-    per_state = [
-        costs.evaluation[name] * choices + (costs.shared if index == 0 else 0) for index, name in enumerate(order)
-    ]
+        result = measure(spec, out, ScoreSettings(bins=1), options)
+    states, device = int(result.meta["calibration"]["samples"]), result.meta["cost"]["device"]
     # The first batch also loads kernels, or weights from a disk, wherever there is a second.
-    warm = spent[1:] if batches > 1 else spent
-    rate = sum(per_state) / float(warm.sum(1).mean())
+    first = len(names) * len(spec.settings.choices)
+    measured = EVALUATIONS[first:] if states > spec.batch_size else EVALUATIONS
+    shared = math.ceil(sum(one.states for one in measured) / (len(names) * (len(spec.settings.choices) + 1)))
+    rate = (sum(macs.evaluation[one.unit] * one.states for one in measured) + macs.shared * shared) / sum(
+        one.seconds for one in measured
+    )
+    later = {one.unit: one.seconds / one.states for one in reversed(EVALUATIONS[1:])}
     return {
         "batch_size": spec.batch_size,
         "states": states,
@@ -264,10 +245,12 @@ def time_sweep(
         "threads": threads or torch.get_num_threads(),
         "peak_anonymous_bytes": anonymous.peak_bytes,
         "cost": result.meta["cost"],
-        "seconds_per_layer_and_state": dict(zip(order, warm.mean(0).tolist(), strict=True)),
-        "first_batch_seconds_per_state": float(spent[0].sum()),
+        "noise_floor": result.noise_floor,
+        "omega": {unit.name: {str(c): value for c, value in unit.omega.items()} for unit in result.units},
+        "first_evaluation_seconds_per_state": EVALUATIONS[0].seconds / EVALUATIONS[0].states,
+        "seconds_per_evaluation_and_state": later,
         "macs_per_second": rate,
-        **extrapolation(costs.whole_sweep, rate, result.meta["cost"]["device"]),
+        **extrapolation(SWEEP_CHOICES * sum(macs.evaluation.values()) + macs.shared, rate, device),
     }
 
 
@@ -298,7 +281,7 @@ def make_spec(args: argparse.Namespace, work: Path, batch_size: int) -> SweepSpe
         return RandomSpec(str(folder), str(calibration), settings, batch_size, args.device)
     if not args.checkpoint.exists():
         write_random_policy(args.checkpoint, raw)
-    return SweepSpec(str(args.checkpoint), str(calibration), settings, batch_size, args.device)
+    return TimedSpec(str(args.checkpoint), str(calibration), settings, batch_size, args.device)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

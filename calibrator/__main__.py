@@ -14,6 +14,10 @@ from vla_policy.core.instruction import normalised
 
 if TYPE_CHECKING:
     from calibrator.data.calibration import CalibrationSet
+    from vla_policy.core.formats import Choice
+
+_WEIGHT_ONLY = ("w2a16", "w4a16", "w8a16")
+_WITH_ACTIVATIONS = ("w2a8", "w4a8", "w8a8")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -105,16 +109,25 @@ def _add_sensitivity(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--choices",
         nargs="+",
-        default=["w2a16_g64", "w4a16_g64", "w8a16_g64"],
         metavar="CHOICE",
         help="what every layer is measured in: bits of weights and activations, inputs per weight scale (none: one "
-        "scale per output channel), rounding method, e.g. w4a8_g32:rtn; w16a16 is the reference",
+        "scale per output channel), rounding method, e.g. w16a16 w8a8 w4a8_g32 w4a16_g64:gptq; w16a16 is the "
+        "reference and always offered; default: w2a16_g64 w4a16_g64 w8a16_g64, of a --target those that it runs, 8-bit "
+        "activations too. Formats without a kernel can be measured and are marked so",
     )
+    parser.add_argument("--target", help="machine whose kernels say how activations are rounded; default: per token")
     parser.add_argument("--kappa", type=float, default=0.1, help="temperature of the soft bottleneck, Eq. (9)")
     parser.add_argument(
         "--lambda", dest="attribution_weight", type=float, default=1.0, help="weight of attribution, Eq. (8)"
     )
-    parser.add_argument("--bins", type=int, default=10, help="phases of a trajectory, Eq. (12)")
+    parser.add_argument(
+        "--bins",
+        type=int,
+        default=5,
+        help="phases of a trajectory, Eq. (12): Omega_tau is the largest of their means, so each wants some 6 states "
+        "or one state sets it; 5 give 32 states that",
+    )
+    parser.add_argument("--epsilon", type=float, default=1e-12, help="added to evidence in Eqs. (6), (7)")
     parser.add_argument("--language-block", type=int, help="decoder block whose input is a boundary; default the last")
     parser.add_argument("--unnorm-key", help="action statistics, needed when the policy has several")
     parser.add_argument(
@@ -133,13 +146,16 @@ def _add_sensitivity(parser: argparse.ArgumentParser) -> None:
         "--mode",
         choices=("exact", "screened"),
         default="exact",
-        help="screened: exact only where the allocation is undecided, corrected first-order scores elsewhere",
+        help="screened: exact only where a plan of --targets is undecided, corrected first-order scores elsewhere; "
+        "allocate then takes these budgets only",
     )
     parser.add_argument("--targets", type=float, nargs="+", default=[3.0, 4.0, 6.0], help="screened: average bits")
-    parser.add_argument("--tolerance", type=float, default=0.01, help="screened: accepted regret, part of the score")
-    parser.add_argument("--confidence", type=float, default=0.95, help="screened: probability that it is kept")
-    parser.add_argument("--pilot", type=int, default=2, help="screened: states evaluated before anything is known")
     parser.add_argument("--cap", type=float, default=0.1, help="screened: largest part of all exact evaluations")
+    parser.add_argument(
+        "--first-order",
+        action="store_true",
+        help="also estimate the action error to first order, for allocate --signal proxy; screened does in any case",
+    )
     parser.add_argument("--executor", choices=("local", "ray"), default="local")
     parser.add_argument("--ray-address", help="address of a running Ray cluster; default: one on this machine")
     parser.add_argument("--cpus-per-task", type=int, default=1, help="CPU cores of a Ray task")
@@ -257,20 +273,16 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _sensitivity(args: argparse.Namespace) -> int:
-    from calibrator.quantizers import parse_choices
     from calibrator.sensitivity.measure import RunOptions, measure
     from calibrator.sensitivity.scores import ScoreSettings
     from calibrator.sensitivity.screening import ScreenSettings
     from calibrator.sensitivity.sweep import SweepSettings, SweepSpec
+    from vla_policy.core.formats import FULL
 
-    settings = SweepSettings(
-        choices=parse_choices(args.choices),
-        language_block=args.language_block,
-        dtype=args.dtype,
-        unnorm_key=args.unnorm_key,
-    )
+    choices = tuple(choice for choice in _choices(args) if choice != FULL)
+    settings = SweepSettings(choices, args.language_block, args.epsilon, args.dtype, args.unnorm_key, args.target)
     spec = SweepSpec(str(args.policy), str(args.calibration), settings, args.batch_size, args.device)
-    screen = ScreenSettings(tuple(args.targets), args.tolerance, args.confidence, args.pilot, args.cap)
+    screen = ScreenSettings(tuple(args.targets), args.cap)
     options = RunOptions(
         executor=args.executor,
         ray_address=args.ray_address,
@@ -278,6 +290,7 @@ def _sensitivity(args: argparse.Namespace) -> int:
         resume=args.resume,
         unit_globs=tuple(args.units),
         screen=screen if args.mode == "screened" else None,
+        first_order=args.first_order,
         threads=args.threads,
         accept_conventions=args.accept_conventions,
     )
@@ -286,19 +299,36 @@ def _sensitivity(args: argparse.Namespace) -> int:
     worst = sorted(result.units, key=lambda unit: -unit.omega[low])[:3]
     print(f"{args.out}: {len(result.units)} layers in {', '.join(map(str, settings.choices))}")
     print(f"most fragile in {low}: " + ", ".join(f"{unit.name} {unit.omega[low]:.3f}" for unit in worst))
-    if args.mode == "screened":
-        facts = result.meta["screening"]
-        bounds = {key: 100 * one["bound"] for key, one in facts["stop"]["regret"].items()}
-        regret = ", ".join(f"{bound:.2g} % at {key}" for key, bound in bounds.items())
-        print(f"{facts['evaluations']} of {facts['exhaustive_evaluations']} evaluations; {facts['stop']['reason']}")
-        print(f"regret of the plan by average bits, with probability {facts['confidence']:g} at most: {regret}")
     print(f"note: {result.meta['conventions']['summary']}")
+    if facts := result.screened:
+        print(
+            f"screened: {facts['evaluations']} of {facts['exhaustive_evaluations']} evaluations, the other scores are "
+            f"estimates; {facts['reason']}"
+        )
+    for choice, reason in result.meta["no_kernel"].items():
+        print(f"note: {choice} has no kernel ({reason}); an engine cannot have it")
+    if below := result.meta["below_floor"]:
+        count = sum(len(entry["choices"]) for entry in below)
+        print(f"note: {count} scores are not above the noise floor, {result.noise_floor:.2g}: nothing was seen there")
     if strays := result.meta["stray_states"]:
         print(f"note: in {strays} of the states the policy prefers a token that is no action")
     if result.meta["inversions"]:
         count = len(result.meta["inversions"])
         print(f"note: {count} times the more precise of two choices scored worse; use more states if it matters")
     return 0
+
+
+def _choices(args: argparse.Namespace) -> tuple["Choice", ...]:
+    """What was asked for, or what is usually worth measuring."""
+    from calibrator.quantizers import parse_choices
+    from vla_policy.core.targets import find_target
+
+    target = find_target(args.target) if args.target else None
+    if args.choices or target is None:
+        return parse_choices(args.choices or [f"{bare}_g64" for bare in _WEIGHT_ONLY])
+    legal = {str(fmt) for fmt in target.legal()}
+    wanted = [[f"{bare}_g64", bare] for bare in (*_WEIGHT_ONLY, *_WITH_ACTIVATIONS)]
+    return parse_choices([name for names in wanted for name in [n for n in names if n in legal][:1]])
 
 
 def _allocate(args: argparse.Namespace) -> int:
@@ -311,7 +341,7 @@ def _allocate(args: argparse.Namespace) -> int:
     check_file(args.out, PLAN, [args.sensitivity, args.latency_table])
     if args.frontier:
         check_file(args.frontier, FRONTIER, [args.sensitivity, args.latency_table, args.out])
-    if args.frontier_points < 2:
+    if args.frontier and args.frontier_points < 2:
         raise BudgetError(f"--frontier-points {args.frontier_points}: a curve needs at least 2")
     sensitivity = Sensitivity.load(args.sensitivity)
     table = LatencyTable.load(args.latency_table, sensitivity.policy_sha256) if args.latency_table else None
@@ -331,8 +361,15 @@ def _allocate(args: argparse.Namespace) -> int:
     plan.save(args.out)
     print(
         f"{args.out}: {plan.average_bits:.3f} bits on average, {plan.size.total_bits / 8e9:.4g} GB, "
-        f"objective {plan.objective:.6g}, gap {plan.gap:.2g} ({plan.solver})"
+        f"objective {plan.objective:.6g}: {plan.standing} ({plan.solver})"
     )
+    for runs, measured in plan.fallbacks.items():
+        print(f"note: {plan.target} has no kernel for {measured}; such layers run as {runs}, scored by {measured}")
+    for choice, reason in plan.details["no_kernel"].items():
+        print(f"note: {choice} has no kernel ({reason}); no engine can be built from this plan")
+    if below := plan.details["below_floor"]:
+        floor = f"{sensitivity.noise_floor:.2g}"
+        print(f"note: {len(below)} layers' scores are not above the noise floor, {floor}: their order says nothing")
     greedy = plan.details["greedy"]
     if greedy:
         print(f"QVLA's greedy demotion on the same table: {100 * greedy['above_optimum']:.2f} % above")

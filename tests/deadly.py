@@ -1,7 +1,8 @@
-"""A sweep whose process is killed once, in the middle of one layer."""
+"""A sweep whose process is killed in the middle of one layer."""
 
 import os
 import signal
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -11,15 +12,17 @@ from vla_policy.core.formats import Choice
 
 
 class DeadlySweep(Sweep):
-    """Kills its own process the first time `unit` is evaluated; `marker` remembers that it did."""
+    """Kills its own process the first `times` times that `unit` is evaluated; `marker` counts them."""
 
     marker: Path
     unit: str
+    times: int
 
     def evaluate(self, unit: str, choices: tuple[Choice, ...], samples: tuple[int, ...]) -> UnitLosses:
         losses = super().evaluate(unit, choices, samples)
-        if unit == self.unit and not self.marker.exists():
-            self.marker.write_text(str(os.getpid()))
+        killed = self.marker.read_text() if self.marker.exists() else ""
+        if unit == self.unit and len(killed) < self.times:
+            self.marker.write_text(killed + "x")
             os.kill(os.getpid(), signal.SIGKILL)
         return losses
 
@@ -30,15 +33,16 @@ class DeadlySpec(SweepSpec):
 
     marker: str = ""
     unit: str = ""
+    times: int = 1
 
     @staticmethod
-    def of(spec: SweepSpec, marker: Path, unit: str) -> "DeadlySpec":
+    def of(spec: SweepSpec, marker: Path, unit: str, times: int) -> "DeadlySpec":
         plain = {field.name: getattr(spec, field.name) for field in fields(spec)}
-        return DeadlySpec(**plain, marker=str(marker), unit=unit)
+        return DeadlySpec(**plain, marker=str(marker), unit=unit, times=times)
 
-    def open(self, ref: Reference | None = None) -> Sweep:
-        sweep = super().open(ref)
+    def open(self, ref: Reference | None = None, done: Callable[[int], None] = lambda _: None) -> Sweep:
+        sweep = super().open(ref, done)
         sweep.__class__ = DeadlySweep
         assert isinstance(sweep, DeadlySweep)
-        sweep.marker, sweep.unit = Path(self.marker), self.unit
+        sweep.marker, sweep.unit, sweep.times = Path(self.marker), self.unit, self.times
         return sweep

@@ -11,7 +11,6 @@ from tiny import tiny_config
 
 from calibrator.allocation.plan import Plan
 from calibrator.allocation.planning import Limits, Planner, PlanRequest, write_frontier
-from calibrator.conventions.check import AS_RECORDED, GRIPPER, Outcome, Trial
 from calibrator.data.calibration import collect, load_calibration
 from calibrator.data.records import Record, SourceIndex, Trajectory
 from calibrator.quantizers import parse_choices
@@ -88,21 +87,6 @@ class FakeSource:
     def describe(self) -> dict[str, Any]:
         return {"kind": "fake", "path": self.path}
 
-CONVENTIONS = Outcome(
-    states=32,
-    unnorm_key="fake",
-    dimensions=(
-        {"error": 0.25, "spread": 0.5, "correlation": 0.875, "gripper": False},
-        {"error": 0.125, "spread": 0.0, "correlation": None, "gripper": True},
-    ),
-    trials=(
-        Trial(AS_RECORDED, "", 0.75, -0.25, 0.5, False),
-        Trial("images <turned>", "turn them", 0.25, 0.96, None, True),
-        Trial(GRIPPER, "", 0.75, -0.25, 0.5, False),
-    ),
-    accepted=True,
-)
-
 
 @dataclass(frozen=True)
 class Table:
@@ -129,7 +113,7 @@ class FakeArtefacts:
         return Paths(
             sensitivity=at / "sensitivity.json",
             plan=at / "plan.json",
-            frontier=at / "frontier.json",
+            frontier=at / "frontier.json" if (at / "frontier.json").exists() else None,
             calibration=at / "calibration",
             engine=at / "mixed",
             verification=at / "verification.json",
@@ -186,15 +170,17 @@ def _write_sensitivity(folder: Path, generator: np.random.Generator, table: Tabl
         path = folder / f"{key}.safetensors"
         files[key] = {"name": path.name, "sha256": write_tensors(path, arrays, key)}
     content = {
-        "schema_version": 2,
+        "schema_version": 3,
         "kind": "sensitivity",
         "mode": "exact" if table.screened is None else "screened",
         "exact_evaluations": 120,
-        "screening": {"stop": {"reason": "cap on <evaluations> reached"}},
+        **({} if table.screened is None else {"screening": _SCREENING}),
+        "noise_floor": {"omega": 1e-6, "samples": [0]},
+        "below_floor": [],
+        "no_kernel": {},
         "policy": {"id": "fake_policy", "sha256": POLICY_SHA256},
         "calibration": {"sha256": calibration.sha256, "samples": len(samples), "trajectories": 3},
         "choices": [choice.to_json() for choice in (*choices, FULL)],
-        "conventions": CONVENTIONS.to_json(),
         "kappa": scores.kappa,
         "lambda": scores.attribution_weight,
         "bins": scores.bins,
@@ -216,6 +202,16 @@ def _write_sensitivity(folder: Path, generator: np.random.Generator, table: Tabl
     return Sensitivity.load(folder / "sensitivity.json")
 
 
+_SCREENING = {
+    "targets": [4.5],
+    "alpha": 0.75,
+    "beta": 0.25,
+    "evaluations": 120,
+    "exhaustive_evaluations": 1200,
+    "reason": "cap on <evaluations> reached",
+}
+
+
 def _forget(record: UnitLosses, evaluated: Sequence[bool]) -> None:
     """Leaves two states of the choices that were evaluated, and none of the others, as screening does."""
     for array in (record.mass, record.attribution, record.action_error, record.likelihood):
@@ -224,9 +220,12 @@ def _forget(record: UnitLosses, evaluated: Sequence[bool]) -> None:
 
 
 def _write_plan(folder: Path, sensitivity: Sensitivity) -> None:
-    planner = Planner.of(sensitivity, PlanRequest(Limits(average_bits=4.5), target="cpu"))
+    # A screened table serves no target that runs other formats than were measured.
+    target = "cpu" if sensitivity.screened is None else None
+    planner = Planner.of(sensitivity, PlanRequest(Limits(average_bits=4.5), target=target))
     planner.plan().save(folder / "plan.json")
-    write_frontier(folder / "frontier.json", planner, 9)
+    if sensitivity.screened is None:
+        write_frontier(folder / "frontier.json", planner, 9)
 
 
 def _write_engine(folder: Path, name: str, sensitivity: Sensitivity, uniform: Choice | None) -> None:

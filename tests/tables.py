@@ -41,7 +41,11 @@ def scored(
 
 
 def table(units: list[UnitScores]) -> Sensitivity:
-    meta = {"policy": {"id": "hand", "sha256": "p" * 64}, "calibration": {"sha256": "c" * 64}}
+    meta = {
+        "policy": {"id": "hand", "sha256": "p" * 64},
+        "calibration": {"sha256": "c" * 64},
+        "noise_floor": {"omega": 1e-6, "samples": [0]},
+    }
     choices = tuple(sorted(units[0].omega, key=lambda choice: choice.precision))
     return Sensitivity(tuple(units), choices, 1000, meta, "sensitivity.json", "s" * 64)
 

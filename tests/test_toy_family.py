@@ -60,7 +60,7 @@ def test_its_engine_decides_as_its_torch_policy_with_the_same_formats(material: 
 
 def test_screening_and_the_report_take_it_as_well(material: Path, tmp_path: Path) -> None:
     calibration, scores, page = material / "calibration", tmp_path / "sensitivity.json", tmp_path / "report.html"
-    options = ["--choices", "w2a16_g32", "w4a16_g32", "--mode", "screened", "--out", str(scores)]
+    options = ["--choices", "w2a16_g32", "w4a16_g32", "--mode", "screened", "--cap", "0.5", "--out", str(scores)]
     given = ["--policy", str(material / "policy"), "--calibration", str(calibration)]
     assert calibrator(["sensitivity", *given, *options]) == 0
     given = ["--sensitivity", str(scores), "--calibration", str(calibration)]

@@ -54,6 +54,20 @@ class Plan:
     scored_by: Mapping[Choice, Choice] = field(default_factory=dict)
     details: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def fallbacks(self) -> dict[Choice, Choice]:
+        """Choices of the plan that were not measured, and those that are their scores."""
+        used = set(self.assignment.values())
+        return {runs: measured for runs, measured in self.scored_by.items() if runs in used}
+
+    @property
+    def standing(self) -> str:
+        """What the objective is: a certified optimum is said of exhaustive tables only."""
+        proven = "" if self.gap == 0 else f" within {100 * self.gap:.2g} %"
+        if self.details.get("screened"):
+            return f"optimum{proven} of a screened table, most of whose scores are estimates"
+        return f"certified optimum{proven}" if self.solver == "HIGHS" else f"optimum{proven}"
+
     def measured(self, unit: str) -> Choice:
         """The measured choice that is the score of a layer's own."""
         choice = self.assignment[unit]

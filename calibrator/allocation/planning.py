@@ -25,8 +25,8 @@ from calibrator.allocation.solve import Solution, Solver, feasible_range, greedy
 from calibrator.sensitivity.table import Objective, Sensitivity
 from vla_policy.core.errors import BudgetError
 from vla_policy.core.files import write_json
-from vla_policy.core.formats import Choice
-from vla_policy.core.targets import Target, find_target
+from vla_policy.core.formats import FULL, Choice
+from vla_policy.core.targets import Target, find_target, no_kernel
 
 FRONTIER = "frontier"
 _GB_BITS = 8e9
@@ -73,7 +73,9 @@ class Planner:
 
     @staticmethod
     def of(sensitivity: Sensitivity, request: PlanRequest) -> "Planner":
-        """Raises BudgetError for pins that cannot hold, ArtefactError for a latency table that lacks a layer."""
+        """Raises BudgetError for pins that cannot hold and for what a table was not screened for, ArtefactError for a
+        latency table that lacks a layer."""
+        _check_screened(sensitivity, request)
         groups = build_groups(
             sensitivity, request.objective, request.pins, request.float_bits, request.latency, request.machine
         )
@@ -160,6 +162,9 @@ class Planner:
             "size_budget_bits": None if limits.size_gb is None else round(limits.size_gb * _GB_BITS),
             "bitops_budget": None if limits.bitops_ratio is None else limits.bitops_ratio * self._full_bitops(),
             "latency_budget_ms": limits.latency_ms,
+            "screened": None if self.sensitivity.screened is None else dict(self.sensitivity.screened),
+            "no_kernel": self._no_kernel(solution),
+            "below_floor": self._below_floor(solution),
             "feasible": self.ranges(budgets),
             "greedy": None if greedy is None else _comparison(greedy, solution),
         }
@@ -198,6 +203,22 @@ class Planner:
         used = set(self._offered().values())
         return [choice for choice in self.sensitivity.choices if choice not in used]
 
+    def _no_kernel(self, solution: Solution) -> dict[str, str]:
+        """Choices of the plan that no engine can have, and why."""
+        return no_kernel(dict.fromkeys(self._assignment(solution).values()), self.request.target)
+
+    def _below_floor(self, solution: Solution) -> list[str]:
+        """Layers whose planned score is not above the noise floor, full precision aside: nothing was seen there."""
+        if self.request.objective.signal != "evidence":
+            return []
+        scored_by, floor = self._offered(), self.sensitivity.noise_floor
+        units = {unit.name: unit for unit in self.sensitivity.units}
+        return [
+            name
+            for name, choice in self._assignment(solution).items()
+            if choice != FULL and units[name].omega[scored_by[choice]] <= floor
+        ]
+
     def _size(self, solution: Solution) -> PlanSize:
         formats = {name: choice.format for name, choice in self._assignment(solution).items()}
         return PlanSize(
@@ -230,13 +251,41 @@ class Planner:
         return curve
 
 
+def _check_screened(sensitivity: Sensitivity, request: PlanRequest) -> None:
+    """Raises BudgetError for anything but what a screened table was screened for: there scores may be rough estimates
+    just where they decide."""
+    screened = sensitivity.screened
+    if screened is None:
+        return
+    limits, wanted = request.limits, Objective(screened["alpha"], screened["beta"])
+    runs = offered(sensitivity.choices, request.machine)
+    asked = {
+        "budgets other than the average bits it was screened for": limits
+        != Limits(average_bits=limits.average_bits)
+        or limits.average_bits not in screened["targets"],
+        "another objective": request.objective != wanted,
+        "pins": bool(request.pins),
+        "a target that runs other formats": set(runs) != set(sensitivity.choices),
+    }
+    for what, differs in asked.items():
+        if differs:
+            targets = ", ".join(f"{target:g}" for target in screened["targets"])
+            raise BudgetError(
+                f"{sensitivity.path}: was screened for plans of {targets} bits on average with alpha {wanted.alpha:g} "
+                f"and beta {wanted.beta:g}; it does not serve {what}: measure with --mode exact, or screen for it "
+                "(sensitivity --targets)"
+            )
+
+
 def _comparison(greedy: Solution, solution: Solution) -> dict[str, Any]:
     above = (greedy.objective - solution.objective) / solution.objective if solution.objective > 0 else 0.0
     return {"objective": greedy.objective, "above_optimum": above}
 
 
 def write_frontier(path: Path, planner: Planner, points: int) -> None:
-    """Writes the trade-off curve as an artefact of kind `frontier`."""
+    """Writes the trade-off curve as an artefact of kind `frontier`. Raises BudgetError for a screened table."""
+    if planner.sensitivity.screened is not None:
+        raise BudgetError(f"{planner.sensitivity.path}: was screened for few budgets; a curve needs --mode exact")
     objective = planner.request.objective
     write_json(
         path,

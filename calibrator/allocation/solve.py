@@ -67,7 +67,8 @@ def _check_scores(groups: Sequence[Group]) -> None:
         for option in group.options:
             if math.isnan(option.score):
                 raise ArtefactError(
-                    f"{group.name}: the screened run did not evaluate {option.choice}; measure it with --mode exact"
+                    f"{group.name}: {option.choice} has no score by this signal; measure it with --mode exact, for the "
+                    "signal 'proxy' with --first-order"
                 )
 
 

@@ -2,7 +2,7 @@
 
 from calibrator.families.actor import TorchActor
 from calibrator.families.base import Decisions, Family, find_family
-from calibrator.families.loading import load_policy, save_policy
+from calibrator.families.loading import empty_policy, load_policy, save_policy
 from calibrator.families.units import Unit, live_units
 from calibrator.modules.policy import Inputs, Policy
 
@@ -13,6 +13,7 @@ __all__ = [
     "Policy",
     "TorchActor",
     "Unit",
+    "empty_policy",
     "find_family",
     "live_units",
     "load_policy",

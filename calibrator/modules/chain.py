@@ -15,6 +15,8 @@ DECIDED = "decided"
 """The value that holds the decision which a pass is held to."""
 PROMPT = "input_ids"
 """The input that holds the prompt's token ids, [B, L], of a policy that reads one."""
+PAD = -1
+"""What fills up shorter prompts of a batch at their right end, where the policy allows it."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from calibrator.modules.chain import DECIDED, Chain
+from calibrator.modules.chain import DECIDED, PAD, Chain
 from calibrator.quantizers.apply import computes_in
 from vla_policy.core.policy_config import PolicyConfig
 
@@ -15,7 +15,13 @@ Inputs = Mapping[str, Tensor]
 
 
 class Policy(nn.Module):
-    """A policy as torch modules; attribute paths equal the published tensor names."""
+    """A policy as torch modules; attribute paths equal the published tensor names.
+
+    pads_prompts: whether prompts of different lengths may share a pass along its chain, the shorter ones filled up at
+    their right end with `PAD`.
+    """
+
+    pads_prompts = False
 
     def __init__(self, config: PolicyConfig) -> None:
         super().__init__()
@@ -39,9 +45,17 @@ class Policy(nn.Module):
 
     def tensors(self, states: Sequence[Mapping[str, np.ndarray]]) -> Inputs:
         """The inputs of several states, as the robot's side of the policy makes them, in one batch on the device."""
-        return {name: self.tensor(np.concatenate([state[name] for state in states])) for name in states[0]}
+        return {name: self.tensor(_stacked([state[name] for state in states])) for name in states[0]}
 
     def tensor(self, values: np.ndarray) -> Tensor:
         """`values` on the policy's device; floating-point numbers in the type that it computes in."""
         found = torch.from_numpy(values).to(next(self.parameters()).device)
         return found.to(computes_in(self)) if found.is_floating_point() else found
+
+
+def _stacked(values: Sequence[np.ndarray]) -> np.ndarray:
+    """Along the first axis; of rows of ids the shorter ones filled up."""
+    longest = max(one.shape[-1] for one in values)
+    if all(one.shape[-1] == longest for one in values):
+        return np.concatenate(values)
+    return np.concatenate([np.pad(one, ((0, 0), (0, longest - one.shape[-1])), constant_values=PAD) for one in values])

@@ -12,7 +12,7 @@ from vla_policy.core.errors import ArtefactError
 from vla_policy.core.formats import FULL_PRECISION, Choice, Format, Parameter, Recipe
 
 _METHODS = "calibrator.quantizers.methods"
-_USUAL = "rtn"
+USUAL_METHOD = "rtn"
 _RECIPE = re.compile(r"(\w+)(?:\((.*)\))?")
 
 
@@ -41,7 +41,7 @@ def parse_choice(text: str) -> Choice:
     code_range(fmt.weight_bits)
     if fmt.group_size is not None and fmt.group_size < 2:
         raise ArtefactError(f"choice {text!r}: a group needs at least 2 inputs; leave _g{fmt.group_size} out for rows")
-    return Choice(fmt, parse_recipe(text, recipe or _USUAL, find_method))
+    return Choice(fmt, parse_recipe(text, recipe or USUAL_METHOD, find_method))
 
 
 def parse_choices(texts: Iterable[str]) -> tuple[Choice, ...]:

@@ -83,17 +83,7 @@ class Store:
         path = layer_path(self.folder, unit)
         if sha256_file(path) != self.files[unit]:
             raise ArtefactError(f"{path}: not the file that {WEIGHTS.index} names; quantize into another folder")
-        try:
-            tensors = load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise ArtefactError(f"{path}: damaged or truncated ({error}); quantize into another folder") from error
-        outputs, inputs = len(weight), weight[0].numel()
-        codes = unpack(tensors["codes"].tobytes(), choice.format.weight_bits, outputs * inputs)
-        scales = tensors["scales"].astype(np.float32)
-        if codes.size != outputs * inputs or scales.shape != (outputs, groups_per_row(inputs, choice.format)):
-            raise ArtefactError(f"{path}: of another shape than {unit}, {list(weight.shape)}; quantize this policy")
-        rows = torch.from_numpy(codes.reshape(outputs, inputs))
-        return QuantizedWeight(rows, torch.from_numpy(scales), choice.format, tuple(weight.shape))
+        return read_layer(path, weight, choice)
 
 
 def layer_path(folder: Path, unit: str) -> Path:
@@ -107,6 +97,24 @@ def write_layer(folder: Path, unit: str, weight: QuantizedWeight) -> None:
     tensors: dict[str, np.ndarray] = {"codes": packed, "scales": weight.scales.cpu().numpy().astype(np.float16)}
     with atomic_path(layer_path(folder, unit), None) as temporary:
         save_tensors(temporary, tensors, WEIGHTS.name)
+
+
+def read_layer(path: Path, weight: Tensor, choice: Choice) -> QuantizedWeight:
+    """One layer's codes; `weight` is only looked at for its shape.
+
+    Raises ArtefactError when the file is missing, damaged or of another shape.
+    """
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ArtefactError(f"{path}: missing, damaged or truncated ({error}); quantize again") from error
+    outputs, inputs = len(weight), weight[0].numel()
+    codes = unpack(tensors["codes"].tobytes(), choice.format.weight_bits, outputs * inputs)
+    scales = tensors["scales"].astype(np.float32)
+    if codes.size != outputs * inputs or scales.shape != (outputs, groups_per_row(inputs, choice.format)):
+        raise ArtefactError(f"{path}: of another shape than {path.stem}, {list(weight.shape)}; quantize this policy")
+    rows = torch.from_numpy(codes.reshape(outputs, inputs))
+    return QuantizedWeight(rows, torch.from_numpy(scales), choice.format, tuple(weight.shape))
 
 
 def finish(folder: Path, identity: Identity) -> Store:

@@ -1,17 +1,23 @@
-"""Finished layers on disk: a killed sweep continues where it was, and never with other inputs.
+"""Finished evaluations on disk: a killed sweep continues where it was, and never with other inputs.
 
-The folder holds `signature.json`, `reference.safetensors` and one file per finished task (a layer in some choices on
-some states), each written whole under a temporary name and renamed; a file that exists is complete.
+The folder holds `signature.json`, `reference.safetensors`, codes that are worth keeping, and `records.sqlite` with one
+record per layer, choice and state, so that whatever was evaluated counts for any batch size, number of choices, layers
+or mode. The database is locked while a run is open: two runs never write one result.
 """
 
 import hashlib
+import sqlite3
+from collections.abc import Iterable
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from calibrator.sensitivity.evidence import BOUNDARIES
+from calibrator.sensitivity.proxy import FirstOrder
 from calibrator.sensitivity.states import Reference
 from calibrator.sensitivity.sweep import UnitLosses
 from calibrator.tensors import save_tensors
@@ -21,9 +27,14 @@ from vla_policy.core.formats import Choice
 from vla_policy.core.outputs import FolderKind, atomic_path, remove_folder
 
 _KIND = "sweep-journal"
-_SIGNATURE, _REFERENCE, _UNITS = "signature.json", "reference.safetensors", "units"
-_FOLDER = FolderKind(_KIND, _SIGNATURE, (_REFERENCE, f"{_UNITS}/*.safetensors"))
-_ARRAYS = ("mass", "attribution", "action_error", "likelihood")
+_SIGNATURE, _REFERENCE, _RECORDS, _CODES = "signature.json", "reference.safetensors", "records.sqlite", "codes"
+_PARTS = (_REFERENCE, f"{_RECORDS}*", f"{_CODES}/*/layers/*.safetensors")
+_FOLDER = FolderKind(_KIND, _SIGNATURE, _PARTS)
+_LOSSES, _FIRST_ORDER = "losses", "first_order"
+_TABLE = (
+    "CREATE TABLE IF NOT EXISTS {} (unit TEXT, choice TEXT, state INTEGER, numbers BLOB, "
+    "PRIMARY KEY (unit, choice, state)) WITHOUT ROWID"
+)
 
 
 def difference(before: dict[str, Any], now: dict[str, Any], path: str = "") -> str | None:
@@ -54,34 +65,105 @@ def _shown(value: Any) -> str:
 
 
 class Journal:
-    """Records of one sweep, identified by the signature of everything its numbers depend on."""
+    """Records of one sweep, identified by the signature of everything its numbers depend on. Use it with `with`."""
 
-    def __init__(self, folder: Path, signature: dict[str, Any]) -> None:
-        """Opens or creates the journal.
+    def __init__(self, folder: Path, signature: dict[str, Any], fresh: bool = False) -> None:
+        """Opens or creates the journal. fresh: without what an earlier run left.
 
-        Raises ArtefactError naming the difference when it is another sweep's, and for a folder that is no journal.
+        Raises ArtefactError naming the difference when it is another sweep's, while another run has it open, and for a
+        folder that is no journal.
         """
         self.folder = folder
-        self.signature = signature
+        if fresh and (folder / _RECORDS).is_file():
+            self._open().close()  # refuses while somebody uses it
+        if fresh:
+            remove_folder(folder, _FOLDER)
         changed = difference(claim_folder(folder, _FOLDER, {"signature": signature})["signature"], signature)
         if changed:
             raise ArtefactError(
                 f"{folder}: holds an unfinished sweep of other inputs ({changed}); "
                 f"restore them, choose another --out, or discard it with --no-resume"
             )
+        self._records = self._open()
 
-    def lacks(self, unit: str, choices: tuple[Choice, ...], samples: tuple[int, ...]) -> bool:
-        """Whether there is no record of `unit` in these choices on these states."""
-        return not self._path(unit, choices, samples).is_file()
+    def _open(self) -> sqlite3.Connection:
+        """The database, locked for this process until it is closed."""
+        path = self.folder / _RECORDS
+        connection = sqlite3.connect(path, timeout=0, isolation_level=None)
+        try:
+            connection.execute("PRAGMA locking_mode = EXCLUSIVE")
+            connection.execute("BEGIN EXCLUSIVE")
+            for table in (_LOSSES, _FIRST_ORDER):
+                connection.execute(_TABLE.format(table))
+            connection.execute("COMMIT")
+        except sqlite3.OperationalError as error:
+            connection.close()
+            if "locked" not in str(error):
+                raise ArtefactError(f"{path}: cannot be written ({error}); choose another --out") from error
+            raise ArtefactError(
+                f"{self.folder}: another run is writing this result; wait for it, or choose another --out"
+            ) from error
+        except sqlite3.DatabaseError as error:
+            connection.close()
+            raise ArtefactError(f"{path}: damaged ({error}); discard the unfinished run with --no-resume") from error
+        return connection
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._records.close()
+
+    @property
+    def codes(self) -> Path:
+        """The folder of codes that are worth keeping; see `calibrator.codes.KeptCodes`."""
+        return self.folder / _CODES
+
+    def missing(self, unit: str, choice: Choice, samples: Iterable[int]) -> tuple[int, ...]:
+        """Those of `samples` without a record of `unit` in this choice, in their order."""
+        return self._missing(_LOSSES, unit, choice, samples, 1)
 
     def write(self, losses: UnitLosses) -> None:
-        tensors = {name: getattr(losses, name) for name in _ARRAYS}
-        with atomic_path(self._path(losses.unit, losses.choices, losses.samples), None) as temporary:
-            save_tensors(temporary, tensors, _KIND)
+        """Keeps a record of every choice and state, all or none."""
+        self._write(
+            _LOSSES,
+            [
+                (losses.unit, choice, sample, np.concatenate([array[row, column].ravel() for array in losses.arrays]))
+                for row, choice in enumerate(losses.choices)
+                for column, sample in enumerate(losses.samples)
+            ],
+        )
 
-    def read(self, unit: str, choices: tuple[Choice, ...], samples: tuple[int, ...]) -> UnitLosses:
-        """A record. Raises ArtefactError when it is damaged."""
-        return UnitLosses(unit, choices, samples, **_load(self._path(unit, choices, samples)))
+    def read(self, unit: str, choice: Choice, samples: tuple[int, ...]) -> UnitLosses:
+        """Records that there are."""
+        return UnitLosses.of_numbers(unit, choice, samples, self._read(_LOSSES, unit, choice, samples))
+
+    def missing_first_order(
+        self, unit: str, choice: Choice, samples: Iterable[int], evidence: bool
+    ) -> tuple[int, ...]:
+        """As `missing`, of first-order estimates, with those of the evidence or without."""
+        return self._missing(_FIRST_ORDER, unit, choice, samples, 1 + evidence * len(BOUNDARIES))
+
+    def write_first_order(
+        self, found: dict[str, FirstOrder], choices: tuple[Choice, ...], samples: tuple[int, ...]
+    ) -> None:
+        """Estimates of layers by name in these choices on these states, all or none."""
+        self._write(
+            _FIRST_ORDER,
+            [
+                (unit, choice, sample, np.append(estimate.action[row, column], estimate.mass[row, column]))
+                for unit, estimate in found.items()
+                for row, choice in enumerate(choices)
+                for column, sample in enumerate(samples)
+            ],
+        )
+
+    def read_first_order(self, unit: str, choices: tuple[Choice, ...], samples: tuple[int, ...]) -> FirstOrder:
+        """Estimates that there are."""
+        numbers = np.stack([self._read(_FIRST_ORDER, unit, choice, samples) for choice in choices])
+        return FirstOrder(numbers[..., 0], numbers[..., 1:])
 
     def write_reference(self, ref: Reference) -> None:
         with atomic_path(self.folder / _REFERENCE, None) as temporary:
@@ -93,22 +175,48 @@ class Journal:
         path = self.folder / _REFERENCE
         if not path.is_file():
             return None
-        tensors = _load(path)
+        try:
+            tensors = load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise ArtefactError(f"{path}: damaged or truncated ({error}); delete it and resume") from error
         means = {name.removeprefix("mean."): value for name, value in tensors.items() if name.startswith("mean.")}
         return Reference(tensors["decided"], means, tensors["strays"])
 
-    @staticmethod
-    def discard(folder: Path) -> None:
-        """Removes a journal, if there is one. Raises ArtefactError for a folder that is none."""
-        remove_folder(folder, _FOLDER)
+    def discard(self) -> None:
+        """Removes the journal."""
+        self._records.close()
+        remove_folder(self.folder, _FOLDER)
 
-    def _path(self, unit: str, choices: tuple[Choice, ...], samples: tuple[int, ...]) -> Path:
-        which = f"{' '.join(map(str, choices))} {samples}"
-        return self.folder / _UNITS / f"{unit}@{hashlib.sha256(which.encode()).hexdigest()[:16]}.safetensors"
+    def _missing(
+        self, table: str, unit: str, choice: Choice, samples: Iterable[int], numbers: int
+    ) -> tuple[int, ...]:
+        """numbers: that a record has at least."""
+        rows = self._query(f"SELECT state, length(numbers) FROM {table} WHERE unit = ? AND choice = ?", unit, choice)
+        known = {state for state, length in rows if length >= 8 * numbers}
+        return tuple(sample for sample in samples if sample not in known)
 
+    def _read(self, table: str, unit: str, choice: Choice, samples: tuple[int, ...]) -> np.ndarray:
+        """float64 [states, numbers]."""
+        rows = self._query(f"SELECT state, numbers FROM {table} WHERE unit = ? AND choice = ?", unit, choice)
+        known = {state: np.frombuffer(numbers, np.float64) for state, numbers in rows}
+        return np.stack([known[sample] for sample in samples])
 
-def _load(path: Path) -> dict[str, np.ndarray]:
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ArtefactError(f"{path}: damaged or truncated ({error}); delete it and resume") from error
+    def _query(self, statement: str, unit: str, choice: Choice) -> list[Any]:
+        try:
+            return self._records.execute(statement, (unit, str(choice))).fetchall()
+        except sqlite3.DatabaseError as error:
+            raise ArtefactError(
+                f"{self.folder / _RECORDS}: damaged ({error}); discard the unfinished run with --no-resume"
+            ) from error
+
+    def _write(self, table: str, rows: list[tuple[str, Choice, int, np.ndarray]]) -> None:
+        values = [(unit, str(choice), state, numbers.tobytes()) for unit, choice, state, numbers in rows]
+        try:
+            self._records.execute("BEGIN")
+            self._records.executemany(f"INSERT OR REPLACE INTO {table} VALUES (?, ?, ?, ?)", values)
+            self._records.execute("COMMIT")
+        except sqlite3.DatabaseError as error:
+            raise ArtefactError(
+                f"{self.folder / _RECORDS}: cannot be written ({error}); what was finished before is kept: free the "
+                "disk and call the command again"
+            ) from error

@@ -1,11 +1,11 @@
 """Evidence over the camera image: where a decision's support sits, and where low precision moves it (Fig. 1)."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from calibrator.quantizers import quantized
 from calibrator.sensitivity.evidence import jensen_shannon, mass_distortion, profile
 from calibrator.sensitivity.passes import signals
 from calibrator.sensitivity.scores import ScoreSettings
@@ -32,6 +32,21 @@ def pick_samples(progress: np.ndarray, count: int) -> list[int]:
     return chosen
 
 
+@dataclass(frozen=True)
+class MapsTask:
+    """The maps of some layers on some states, as `evidence_maps` gives them."""
+
+    units: tuple[str, ...]
+    samples: tuple[int, ...]
+    settings: ScoreSettings
+
+    def __str__(self) -> str:
+        return "evidence over the image"
+
+    def __call__(self, sweep: Sweep) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        return evidence_maps(sweep, self.units, self.samples, self.settings)
+
+
 def evidence_maps(
     sweep: Sweep, units: Sequence[str], samples: Sequence[int], settings: ScoreSettings
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -51,7 +66,7 @@ def evidence_maps(
         for row, unit in enumerate(units):
             evidence[row, column, 0] = before.sum(-1)[0].cpu()
             for depth, choice in enumerate(choices, 1):
-                with quantized(sweep.policy, unit, choice):
+                with sweep.changed(unit, choice):
                     now = sweep.evidence(signals(trunk, sweep.units[unit].segment), _BOUNDARY)
                 changed = profile(now, sweep.settings.epsilon)
                 mass = mass_distortion(reference, changed, sweep.settings.epsilon)

@@ -1,11 +1,14 @@
-"""One sensitivity run: what is to be measured, what is already on disk, and the artefact at the end."""
+"""One sensitivity run: what is to be measured, what is already on disk, and the artefact at the end.
+
+Everything that can be refused is refused before weights are loaded, which only the executor does.
+"""
 
 import platform
-import resource
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from importlib.metadata import version
 from pathlib import Path
@@ -15,17 +18,20 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from calibrator.codes import KeptCodes, Source, Wanted, are_kept, check_source, write_codes
 from calibrator.conventions.check import Outcome, check
 from calibrator.families import Policy, live_units
+from calibrator.families.loading import check_device, matrix_names
+from calibrator.sensitivity.cost import Macs, shown_time
 from calibrator.sensitivity.evidence import BOUNDARIES
 from calibrator.sensitivity.executors import Executor, LocalExecutor, RayExecutor, Task
 from calibrator.sensitivity.journal import Journal, difference
-from calibrator.sensitivity.maps import evidence_maps, pick_samples, pick_units
-from calibrator.sensitivity.proxy import FirstOrder, first_order
+from calibrator.sensitivity.maps import MapsTask, pick_samples, pick_units
+from calibrator.sensitivity.proxy import FirstOrder, FirstOrderTask
 from calibrator.sensitivity.scores import ScoreSettings, evidence_loss, phase_of, soft_bottleneck
-from calibrator.sensitivity.screening import Request, Screen, ScreenProblem, ScreenSettings
-from calibrator.sensitivity.states import States, reference
-from calibrator.sensitivity.sweep import Sweep, SweepSpec, UnitLosses
+from calibrator.sensitivity.screening import Request, Screen, ScreenProblem, ScreenSettings, check_cap
+from calibrator.sensitivity.states import Reference, States
+from calibrator.sensitivity.sweep import DTYPES, Sweep, SweepSpec, UnitLosses
 from calibrator.sensitivity.table import (
     KIND,
     SCHEMA_VERSION,
@@ -33,6 +39,7 @@ from calibrator.sensitivity.table import (
     Objective,
     Sensitivity,
     UnitShape,
+    below_floor,
     inversions,
     score_unit,
     shown_first,
@@ -40,20 +47,26 @@ from calibrator.sensitivity.table import (
     write_tensors,
 )
 from vla_policy.core.errors import ArtefactError, PolicyError
-from vla_policy.core.files import read_json, sha256_policy, write_json
-from vla_policy.core.formats import FULL, Choice
+from vla_policy.core.files import read_json, sha256_folder, sha256_policy, write_json
+from vla_policy.core.formats import FULL, Choice, Rounding
 from vla_policy.core.outputs import check_file
+from vla_policy.core.targets import find_target, no_kernel
 
 _MAP_SAMPLES = 3
+_FLOOR_SAMPLES = 2
 _SMALL_PARAMS = 100_000_000
+_FEW_STATES = 3
+# What numbers come from, beside settings and libraries.
+_CODE = ("data", "families", "modules", "quantizers", "sensitivity")
 
 
 @dataclass(frozen=True)
 class RunOptions:
     """How a run is carried out. Only `screen` changes the numbers (the others within rounding): with it, most scores
-    are estimates. threads: of torch in this process; None takes 1 for a small policy, whose layers are over before
-    a second thread has woken up, and torch's own choice otherwise. accept_conventions: go on where the states would
-    fit the policy clearly better under another convention.
+    are estimates. first_order: also the action error's first-order estimate, without `screen`. threads: of torch in
+    this process; None takes 1 for a small policy, whose layers are over before a second thread has woken up, and
+    torch's own choice otherwise. accept_conventions: go on where the states would fit the policy clearly better under
+    another convention. say: hears what a user should know before the run is over.
     """
 
     executor: str = "local"
@@ -62,9 +75,16 @@ class RunOptions:
     resume: bool = True
     unit_globs: tuple[str, ...] = ("*",)
     screen: ScreenSettings | None = None
+    first_order: bool = False
     threads: int | None = None
     accept_conventions: bool = False
     progress: Callable[..., Any] = tqdm
+    say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True)
+
+    @property
+    def estimates(self) -> bool:
+        """Whether first-order estimates are computed."""
+        return self.first_order or self.screen is not None
 
 
 def unit_shapes(policy: Policy, states: States) -> list[UnitShape]:
@@ -94,42 +114,56 @@ def choose_units(shapes: Sequence[UnitShape], globs: Sequence[str]) -> list[Unit
     return [shape for shape in shapes if any(fnmatchcase(shape.name, glob) for glob in globs)]
 
 
-def signature_of(
-    spec: SweepSpec, policy_sha256: str, calibration_sha256: str, screen: ScreenSettings | None
-) -> dict[str, Any]:
-    """Everything that the losses per state depend on, apart from rounding, and how they are chosen."""
+def signature_of(spec: SweepSpec, policy_sha256: str, calibration_sha256: str) -> dict[str, Any]:
+    """Everything that the losses of a layer in a choice on a state depend on, apart from rounding."""
+    settings = spec.settings.to_json()
     return {
         "policy_sha256": policy_sha256,
         "calibration_sha256": calibration_sha256,
-        "settings": spec.settings.to_json(),
-        "screen": None if screen is None else asdict(screen) | {"targets": list(screen.targets)},
+        "settings": {key: value for key, value in settings.items() if key != "choices"},
+        "versions": {
+            **{name: version(name) for name in ("torch", "transformers", "vla-deploy")},
+            "code": sha256_folder(Path(__file__).parents[1], [f"{folder}/**/*.py" for folder in _CODE])[:16],
+        },
     }
 
 
 @dataclass(frozen=True)
 class _Run:
-    """What a finished measurement is written from."""
+    """What a measurement is of. policy: without weights. started_s: by the monotonic clock."""
 
     spec: SweepSpec
     scores: ScoreSettings
+    options: RunOptions
     identity: dict[str, Any]
-    sweep: Sweep
+    policy: Policy
+    states: States
     shapes: Sequence[UnitShape]
     chosen: Sequence[UnitShape]
     started_s: float
-    conventions: Outcome
 
     @property
-    def states(self) -> States:
-        return self.sweep.states
+    def names(self) -> list[str]:
+        return [shape.name for shape in self.chosen]
+
+    @property
+    def phases(self) -> np.ndarray:
+        return phase_of(self.states.calibration.progress, self.scores.bins)
+
+    @property
+    def floor_samples(self) -> tuple[int, ...]:
+        """The states on which the noise floor is measured."""
+        return tuple(pick_samples(self.states.calibration.progress, min(_FLOOR_SAMPLES, len(self.states))))
 
 
 @dataclass(frozen=True)
 class _Measured:
-    """Records in the order of the chosen layers; with estimates, states that were not evaluated are NaN."""
+    """Records in the order of the chosen layers, NaN where nothing was evaluated; first-order estimates and, of a
+    screened run, estimated scores where there are any. floor: records of full precision, see `floor`."""
 
     records: Sequence[UnitLosses]
-    proxies: Sequence[FirstOrder]
+    floor: Sequence[UnitLosses]
+    proxies: Sequence[FirstOrder] | None
     estimates: Sequence[Estimate] | None
     facts: dict[str, Any]
 
@@ -137,27 +171,78 @@ class _Measured:
 def measure(spec: SweepSpec, out: Path, scores: ScoreSettings, options: RunOptions) -> Sensitivity:
     """Measures the chosen layers, exactly or screened, and writes `out` with its losses and maps.
 
-    Finished layers are kept in a journal beside `out` until the artefact is written, so a killed run continues.
-    Raises ArtefactError when `out` or the journal belongs to other inputs (naming the difference), PolicyError when
-    the device is not there or its memory does not suffice.
+    Finished evaluations are kept in a journal beside `out` until the artefact is written, so a killed run continues,
+    with another batch size too. Raises ArtefactError when `out` or the journal belongs to other inputs (naming the
+    difference) or to a run that is not over, PolicyError when the device is not there or its memory does not suffice.
     """
     started_s = time.monotonic()
     for kind, path in {KIND: out, **_tensor_files(out)}.items():
         check_file(path, kind, [Path(spec.policy), Path(spec.calibration)])
-    try:
-        policy = spec.load_policy()
-        with _threads(options.threads or _usual_threads(policy)), spec.arithmetic():
-            return _measure(spec, policy, out, scores, options, started_s)
-    except torch.OutOfMemoryError as error:
-        raise PolicyError(
-            f"{spec.device}: not enough memory for the policy and {spec.batch_size} states per pass; use a smaller "
-            "--batch-size, or another device. Finished layers are kept"
-        ) from error
+    policy = spec.empty_policy()
+    if options.executor == "local":
+        check_device(spec.device)
+    states = spec.load_states(policy)
+    shapes = unit_shapes(policy, states)
+    chosen = choose_units(shapes, options.unit_globs)
+    _check_recipes(spec, policy, chosen)
+    if options.screen:
+        check_cap(options.screen, len(chosen), _bits(spec), len(states))
+    sha256 = sha256_policy(spec.policy), states.calibration.sha256
+    signature = signature_of(spec, *sha256)
+    identity = signature | {
+        "choices": [choice.to_json() for choice in spec.settings.choices],
+        "screen": None if options.screen is None else asdict(options.screen) | {"targets": [*options.screen.targets]},
+        "first_order": options.first_order,
+        "scores": asdict(scores),
+        "units": [shape.name for shape in chosen],
+    }
+    if options.resume and (done := _finished(out, identity)):
+        return done
+    with (
+        _threads(options.threads or _usual_threads(policy)),
+        Journal(journal_folder(out), signature, fresh=not options.resume) as journal,
+    ):
+        spec = replace(spec, codes=str(journal.codes), sha256=sha256)
+        run = _Run(spec, scores, options, identity, policy, states, shapes, chosen, started_s)
+        _warn_of_phases(run)
+        _warn_of_fixed_scales(run)
+        _keep_codes(run, journal)
+        with _executor(run) as executor:
+            result = _measure(run, out, executor, journal)
+        journal.discard()
+    return result
+
+
+def _measure(run: _Run, out: Path, executor: Executor, journal: Journal) -> Sensitivity:
+    ref = journal.read_reference()
+    if ref is None:
+        with run.options.progress(total=len(run.states), desc="full precision", unit="state") as bar:
+            ref = executor.reference(bar.update)
+        journal.write_reference(ref)
+    (found,) = executor.run([_ConventionsTask(run.spec.policy, run.spec.settings.unnorm_key)], ref)
+    conventions = found.require(run.options.accept_conventions, "--accept-conventions")
+    ledger = _Ledger(run, executor, journal, ref)
+    proxies = _first_order(run, executor, journal, ref) if run.options.estimates else None
+    take = _screened if run.options.screen else _exact
+    return _write(run, out, executor, ref, conventions, take(run, ledger, proxies))
+
+
+@dataclass(frozen=True)
+class _ConventionsTask:
+    """Whether the states are in the policy's conventions."""
+
+    policy: str
+    unnorm_key: str | None
+
+    def __str__(self) -> str:
+        return "the check of conventions"
+
+    def __call__(self, sweep: Sweep) -> Outcome:
+        return check(sweep.policy, Path(self.policy), sweep.states.calibration, self.unnorm_key)
 
 
 def _usual_threads(policy: Policy) -> int:
-    small = sum(parameter.numel() for parameter in policy.parameters()) < _SMALL_PARAMS
-    return 1 if small else torch.get_num_threads()
+    return 1 if _all_params(policy) < _SMALL_PARAMS else torch.get_num_threads()
 
 
 @contextmanager
@@ -170,34 +255,37 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _measure(
-    spec: SweepSpec, policy: Policy, out: Path, scores: ScoreSettings, options: RunOptions, started_s: float
-) -> Sensitivity:
-    states = spec.load_states(policy)
-    signature = signature_of(spec, sha256_policy(spec.policy), states.calibration.sha256, options.screen)
-    shapes = unit_shapes(policy, states)
-    chosen = choose_units(shapes, options.unit_globs)
-    identity = signature | {"scores": asdict(scores), "units": [shape.name for shape in chosen]}
-    if options.resume and (done := _finished(out, identity)):
-        return done
-    folder = journal_folder(out)
-    if not options.resume:
-        Journal.discard(folder)
-    journal = Journal(folder, identity if options.screen else signature)
-    found = check(policy, Path(spec.policy), states.calibration, spec.settings.unnorm_key)
-    conventions = found.require(options.accept_conventions, "--accept-conventions")
-    ref = journal.read_reference()
-    if ref is None:
-        ref = reference(policy, states, policy.chain(spec.settings.language_block))
-        journal.write_reference(ref)
-    sweep = Sweep(policy, states, ref, spec.settings)
-    run = _Run(spec, scores, identity, sweep, shapes, chosen, started_s, conventions)
-    with _executor(run, options) as executor:
-        take = _screened if options.screen else _exact
-        measured = take(run, executor, journal, options)
-    result = _write(run, out, measured)
-    Journal.discard(folder)
-    return result
+def _wanted_codes(spec: SweepSpec, policy: Policy, chosen: Sequence[UnitShape], folder: Path) -> list[Wanted]:
+    units, codes = {unit.name: unit for unit in live_units(policy)}, KeptCodes(folder)
+    kept = [choice for choice in spec.settings.choices if are_kept(choice)]
+    return [Wanted(units[shape.name], choice, codes.place(choice)) for shape in chosen for choice in kept]
+
+
+def _source(spec: SweepSpec) -> Source:
+    return Source(Path(spec.policy), Path(spec.calibration), spec.settings.unnorm_key)
+
+
+def _bits(spec: SweepSpec) -> tuple[int, ...]:
+    return tuple(choice.format.weight_bits for choice in spec.settings.choices)
+
+
+def _check_recipes(spec: SweepSpec, policy: Policy, chosen: Sequence[UnitShape]) -> None:
+    check_source(_source(spec), _wanted_codes(spec, policy, chosen, Path()))
+
+
+def _keep_codes(run: _Run, journal: Journal) -> None:
+    write_codes(_source(run.spec), _wanted_codes(run.spec, run.policy, run.chosen, journal.codes))
+
+
+def _warn_of_phases(run: _Run) -> None:
+    """Omega_tau is the largest of the phases' means: of few states, one may set it."""
+    phases, counts = np.unique(run.phases, return_counts=True)
+    if (fewest := int(counts.min())) < _FEW_STATES:
+        run.options.say(
+            f"note: phase {int(phases[counts.argmin()]) + 1} of {run.scores.bins} has {fewest} "
+            f"state{'s' if fewest > 1 else ''}, so that one state can set Omega_tau; collect more states, or use fewer "
+            "--bins"
+        )
 
 
 def _tensor_files(out: Path) -> dict[str, Path]:
@@ -223,12 +311,24 @@ def _finished(out: Path, identity: dict[str, Any]) -> Sensitivity | None:
     return Sensitivity.load(out)
 
 
+def _warn_of_fixed_scales(run: _Run) -> None:
+    """What is scored is what runs, but for one rule that is not simulated."""
+    target = find_target(run.spec.settings.target) if run.spec.settings.target else None
+    for choice in run.spec.settings.choices:
+        if target is not None and target.rounding(choice.format) is Rounding.TENSOR:
+            run.options.say(
+                f"note: {target.name} rounds the activations of {choice} with one fixed scale per tensor; it is "
+                "measured with one per token, so its scores are too good"
+            )
+
+
 @contextmanager
-def _executor(run: _Run, options: RunOptions) -> Iterator[Executor]:
+def _executor(run: _Run) -> Iterator[Executor]:
+    options = run.options
     if options.executor == "local":
-        yield LocalExecutor(run.sweep)
+        yield LocalExecutor(run.spec)
         return
-    cluster = RayExecutor(run.spec, run.sweep.reference, repr(run.identity), options.ray_address, options.cpus_per_task)
+    cluster = RayExecutor(run.spec, repr(run.identity), options.ray_address, options.cpus_per_task)
     try:
         yield cluster
     finally:
@@ -262,72 +362,113 @@ class _Known:
 
 
 class _Ledger:
-    """Evaluates tasks that the journal lacks, and adds all to what is known."""
+    """Evaluates what the journal lacks, one choice at a time, shows progress, and says what it will take."""
 
-    def __init__(self, run: _Run, executor: Executor, journal: Journal, options: RunOptions, most: int) -> None:
-        """most: evaluations (of a layer in one choice on one state) at the progress bar's end."""
-        self.known = _Known([shape.name for shape in run.chosen], run.spec.settings.choices, len(run.states))
-        self._states, self._executor, self._journal = run.states, executor, journal
-        self._bar = options.progress(total=most, desc="evaluations", unit="state")
+    def __init__(self, run: _Run, executor: Executor, journal: Journal, ref: Reference) -> None:
+        self._run, self._executor, self._journal, self._ref = run, executor, journal, ref
+        self._macs = Macs.of(run.policy, run.states, run.spec.settings.language_block)
+        self._estimated = False
+        self.known = _Known(run.names, run.spec.settings.choices, len(run.states))
 
-    def __enter__(self) -> "_Ledger":
-        self._bar.__enter__()
-        return self
+    def take(self, tasks: Sequence[Task], bar: Any) -> list[UnitLosses]:
+        """Everything that `tasks` ask for, each in one choice; all layers of a batch before the next batch."""
+        missing = []
+        for task in tasks:
+            left = self._journal.missing(task.unit, task.choices[0], task.samples)
+            bar.update(self._share(task) - self._share(replace(task, samples=left)))
+            missing += [replace(task, samples=left)] if left else []
+        self._evaluate(missing, bar)
+        found = [self._journal.read(task.unit, task.choices[0], task.samples) for task in tasks]
+        for losses in found:
+            if losses.choices[0] != FULL:
+                self.known.add(losses)
+        return found
 
-    def __exit__(self, *error: object) -> None:
-        self._bar.__exit__(*error)
-
-    def take(self, tasks: Sequence[Task]) -> None:
-        """All tasks, split into batches; every layer of a batch before the next batch."""
-        split = [
-            Task(task.unit, task.choices, batch) for task in tasks for batch in self._states.split(task.samples)
-        ]
-        split.sort(key=lambda task: task.samples)
-        missing = [task for task in split if self._journal.lacks(task.unit, task.choices, task.samples)]
-        self._bar.update(_evaluations(split) - _evaluations(missing))
-        for losses in self._executor.run(missing):
+    def _evaluate(self, tasks: Sequence[Task], bar: Any) -> None:
+        batches = [replace(task, samples=batch) for task in tasks for batch in self._run.states.split(task.samples)]
+        places = {batch.samples: place for place, batch in reversed(list(enumerate(batches)))}
+        batches.sort(key=lambda batch: places[batch.samples])
+        before, spent = time.monotonic(), []
+        for losses in self._executor.run(batches, self._ref):
             self._journal.write(losses)
-            self._bar.update(_evaluations([losses]))
-        for task in split:
-            self.known.add(self._journal.read(task.unit, task.choices, task.samples))
+            bar.update(self._share(losses))
+            spent.append(time.monotonic() - before)
+            if len(spent) == 2 and not self._estimated:
+                self._say_estimate(batches, spent)
+
+    def _share(self, item: Task | UnitLosses) -> float:
+        """What an item weighs on the progress bar, in mean evaluations of a layer in a choice on a state."""
+        mean = sum(self._macs.evaluation[name] for name in self._run.names) / len(self._run.names)
+        return self._macs.evaluation[item.unit] * len(item.choices) * len(item.samples) / mean
+
+    def _say_estimate(self, batches: Sequence[Task], spent: Sequence[float]) -> None:
+        """From the first two evaluations, of which the first pays for the pass that all share."""
+        self._estimated = True
+        macs = [self._macs.evaluation[batch.unit] * len(batch.samples) for batch in batches]
+        if len(batches) < 3 or self._run.options.executor != "local":
+            return
+        rate = macs[1] / (spent[1] - spent[0])
+        shared = max(spent[0] - macs[0] / rate, 0.0)
+        seconds = sum(macs) / rate + shared * len({batch.samples for batch in batches})
+        usage = self._executor.usage
+        self._run.options.say(
+            f"estimated from the first layer: {shown_time(seconds)} for "
+            f"{sum(len(batch.samples) for batch in batches)} evaluations, {usage.shown if usage else 'memory unknown'} "
+            f"(no layer needs more); less: {self._shorter}"
+        )
+
+    @property
+    def _shorter(self) -> str:
+        screened = "" if self._run.options.screen else "--mode screened (a tenth of the evaluations), "
+        return f"{screened}fewer states or choices, --executor ray, a GPU; a larger --batch-size if memory allows"
 
 
-def _evaluations(items: Sequence[Task] | Sequence[UnitLosses]) -> int:
-    return sum(len(item.choices) * len(item.samples) for item in items)
-
-
-def _exact(run: _Run, executor: Executor, journal: Journal, options: RunOptions) -> _Measured:
+def _exact(run: _Run, ledger: _Ledger, proxies: Sequence[FirstOrder] | None) -> _Measured:
     """Every chosen layer in every choice on every state."""
-    states = tuple(range(len(run.states)))
-    tasks = [Task(shape.name, run.spec.settings.choices, states) for shape in run.chosen]
-    with _Ledger(run, executor, journal, options, _evaluations(tasks)) as ledger:
-        ledger.take(tasks)
-    facts = {"mode": "exact", "exact_evaluations": _evaluations(tasks)}
-    proxies = first_order(run.sweep, [shape.name for shape in run.chosen], evidence=False)
-    return _Measured(ledger.known.records(), proxies, None, facts)
+    states, choices = tuple(range(len(run.states))), run.spec.settings.choices
+    tasks = [Task(shape.name, (choice,), states) for shape in run.chosen for choice in choices]
+    tasks += _floor_tasks(run)
+    with _bar(run, sum(len(task.samples) for task in tasks)) as bar:
+        floor = [losses for losses in ledger.take(tasks, bar) if losses.choices[0] == FULL]
+    facts = {"mode": "exact", "exact_evaluations": len(run.chosen) * len(choices) * len(states)}
+    return _Measured(ledger.known.records(), floor, proxies, None, facts)
 
 
-def _screened(run: _Run, executor: Executor, journal: Journal, options: RunOptions) -> _Measured:
+def _floor_tasks(run: _Run) -> list[Task]:
+    return [Task(shape.name, (FULL,), run.floor_samples) for shape in run.chosen]
+
+
+def _bar(run: _Run, evaluations: float) -> Any:
+    shown = "{desc}: {percentage:5.1f}%|{bar}| {elapsed}<{remaining}"
+    # A sum of parts may end a rounding error above the whole.
+    return run.options.progress(total=evaluations + 1e-6, desc="evaluations", bar_format=shown)
+
+
+def _screened(run: _Run, ledger: _Ledger, proxies: Sequence[FirstOrder] | None) -> _Measured:
     """Layers, choices and states that `calibrator.sensitivity.screening` asks for; the rest is estimated."""
-    assert options.screen is not None
-    names, choices = [shape.name for shape in run.chosen], run.spec.settings.choices
-    proxies = first_order(run.sweep, names, evidence=True)
+    assert run.options.screen is not None and proxies is not None
+    names, choices = run.names, run.spec.settings.choices
     problem = _screen_problem(run, proxies)
-    with _Ledger(run, executor, journal, options, int(options.screen.cap * problem.first_order.size)) as ledger:
+    floor_tasks = _floor_tasks(run)
+    most = int(run.options.screen.cap * problem.first_order.size)
+    with _bar(run, most + sum(len(task.samples) for task in floor_tasks)) as bar:
 
         def evaluate(requests: Sequence[Request]) -> list[np.ndarray]:
-            ledger.take([Task(names[r.unit], tuple(choices[place] for place in r.columns), r.states) for r in requests])
-            results = []
-            for request in requests:
-                record, where = ledger.known.record(names[request.unit]), np.ix_(request.columns, request.states)
-                losses = evidence_loss(record.mass[where], record.attribution[where], run.scores.attribution_weight)
-                results.append(soft_bottleneck(losses, run.scores.kappa))
-            return results
+            tasks = [Task(names[r.unit], (choices[r.column],), r.states) for r in requests]
+            found = ledger.take(tasks, bar)
+            return [_loss(losses, run.scores)[0] for losses in found]
 
-        result = Screen(problem, options.screen, evaluate).run()
+        floor = ledger.take(floor_tasks, bar)
+        result = Screen(problem, run.options.screen, evaluate).run()
     estimates = [Estimate(*rows) for rows in zip(result.omega, result.omega_tau, strict=True)]
     facts = {"mode": "screened", "exact_evaluations": result.record["evaluations"], "screening": result.record}
-    return _Measured(ledger.known.records(), proxies, estimates, facts)
+    return _Measured(ledger.known.records(), floor, proxies, estimates, facts)
+
+
+def _loss(losses: UnitLosses, scores: ScoreSettings) -> np.ndarray:
+    """L^SB of Eq. (9), [choices, states]."""
+    combined = evidence_loss(losses.mass, losses.attribution, scores.attribution_weight)
+    return soft_bottleneck(combined, scores.kappa)
 
 
 def _screen_problem(run: _Run, proxies: Sequence[FirstOrder]) -> ScreenProblem:
@@ -336,56 +477,77 @@ def _screen_problem(run: _Run, proxies: Sequence[FirstOrder]) -> ScreenProblem:
         params=np.asarray([shape.params for shape in run.chosen], float),
         stages=[shape.stage for shape in run.chosen],
         groups=[shape.group for shape in run.chosen],
-        bits=tuple(choice.format.weight_bits for choice in run.spec.settings.choices),
+        bits=_bits(run.spec),
         first_order=np.stack([soft_bottleneck(np.abs(proxy.mass), run.scores.kappa) for proxy in proxies]),
-        phases=phase_of(run.states.calibration.progress, run.scores.bins),
+        phases=run.phases,
         alpha=objective.alpha,
         beta=objective.beta,
     )
 
 
-def _maps(sweep: Sweep, units: Sequence[Any], scores: ScoreSettings) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    samples = pick_samples(sweep.states.calibration.progress, min(_MAP_SAMPLES, len(sweep.states)))
-    return evidence_maps(sweep, pick_units(units, shown_first(sweep.settings.choices)), samples, scores)
+def _first_order(run: _Run, executor: Executor, journal: Journal, ref: Reference) -> list[FirstOrder]:
+    """First-order estimates of all chosen layers on all states, batch by batch; of the evidence only for screening."""
+    names, choices, evidence = run.names, run.spec.settings.choices, run.options.screen is not None
+    every = tuple(range(len(run.states)))
+
+    pairs = [(name, choice) for name in names for choice in choices]
+    left = {state for pair in pairs for state in journal.missing_first_order(*pair, every, evidence)}
+    tasks = [FirstOrderTask(tuple(names), batch, evidence) for batch in run.states.split(sorted(left), alike=True)]
+    with run.options.progress(total=len(every), desc="first order", unit="state") as bar:
+        bar.update(len(every) - len(left))
+        for task, found in executor.run(tasks, ref):
+            journal.write_first_order(found, choices, task.samples)
+            bar.update(len(task.samples))
+    return [journal.read_first_order(name, choices, every) for name in names]
 
 
-def _write(run: _Run, out: Path, measured: _Measured) -> Sensitivity:
+def _write(
+    run: _Run, out: Path, executor: Executor, ref: Reference, conventions: Outcome, measured: _Measured
+) -> Sensitivity:
     """Scores the records and writes the tensors, then the JSON that names their hashes."""
-    progress = run.states.calibration.progress
-    phases = phase_of(progress, run.scores.bins)
-    estimates: Sequence[Estimate | None] = measured.estimates or [None] * len(run.chosen)
+    progress, choices = run.states.calibration.progress, run.spec.settings.choices
+    actions = None if measured.proxies is None else [proxy.action for proxy in measured.proxies]
+    nothing: list[None] = [None] * len(run.chosen)
+    estimates: Sequence[Estimate | None] = measured.estimates or nothing
+    proxies: Sequence[np.ndarray | None] = actions or nothing
     units = [
-        score_unit(shape, record, proxy.action, phases, run.scores, estimate)
-        for shape, record, proxy, estimate in zip(
-            run.chosen, measured.records, measured.proxies, estimates, strict=True
+        score_unit(shape, record, action, run.phases, run.scores, estimate)
+        for shape, record, action, estimate in zip(
+            run.chosen, measured.records, proxies, estimates, strict=True
         )
     ]
-    maps, map_axes = _maps(run.sweep, units, run.scores)
-    losses = stack_losses(measured.records, [proxy.action for proxy in measured.proxies], progress, run.scores)
-    tensors = {"losses": losses, "maps": maps}
+    floor = max(float(_loss(losses, run.scores).mean()) for losses in measured.floor)
+    shown = pick_samples(progress, min(_MAP_SAMPLES, len(run.states)))
+    ((maps, map_axes),) = executor.run(
+        [MapsTask(tuple(pick_units(units, shown_first(choices))), tuple(shown), run.scores)], ref
+    )
+    tensors = {"losses": stack_losses(measured.records, actions, progress, run.scores), "maps": maps}
     files = {}
     for key, path in _tensor_files(out).items():
         files[key] = {"name": path.name, "sha256": write_tensors(path, tensors[key], key)}
     names = {unit.name for unit in units}
-    content = _header(run, phases) | measured.facts | {
+    content = _header(run) | measured.facts | {
         "units": [unit.to_json() for unit in units],
+        "conventions": conventions.to_json(),
         "unmeasured": [shape.name for shape in run.shapes if shape.name not in names],
-        "unquantized_params": _all_params(run) - sum(unit.params for unit in units),
-        "stray_states": int(np.count_nonzero(run.sweep.reference.strays)),
-        "inversions": inversions(units, run.spec.settings.choices),
+        "unquantized_params": _all_params(run.policy) - sum(unit.params for unit in units),
+        "stray_states": int(np.count_nonzero(ref.strays)),
+        "noise_floor": {"omega": floor, "samples": list(run.floor_samples)},
+        "below_floor": below_floor(units, choices, floor),
+        "inversions": inversions(units, choices),
         "files": files,
         "maps": map_axes,
-        "cost": _cost(run),
+        "cost": _cost(run, executor),
     }
     write_json(out, content)
     return Sensitivity.load(out)
 
 
-def _all_params(run: _Run) -> int:
-    return sum(parameter.numel() for parameter in run.sweep.policy.parameters())
+def _all_params(policy: Policy) -> int:
+    return sum(parameter.numel() for parameter in policy.parameters())
 
 
-def _header(run: _Run, phases: np.ndarray) -> dict[str, Any]:
+def _header(run: _Run) -> dict[str, Any]:
     """Parents, settings and versions."""
     calibration, settings = run.states.calibration, run.spec.settings
     return {
@@ -397,32 +559,34 @@ def _header(run: _Run, phases: np.ndarray) -> dict[str, Any]:
             "sha256": calibration.sha256,
             "samples": len(calibration),
             "trajectories": calibration.trajectories,
-            "phases": np.bincount(phases, minlength=run.scores.bins).tolist(),
+            "phases": np.bincount(run.phases, minlength=run.scores.bins).tolist(),
         },
-        "conventions": run.conventions.to_json(),
         "choices": [choice.to_json() for choice in (*settings.choices, FULL)],
+        "target": settings.target,
+        "no_kernel": no_kernel(settings.choices, settings.target),
         "kappa": run.scores.kappa,
         "lambda": run.scores.attribution_weight,
         "bins": run.scores.bins,
         "epsilon": settings.epsilon,
         "boundaries": list(BOUNDARIES),
-        "language_block": run.sweep.chain.language_block,
+        "language_block": run.policy.chain(settings.language_block).language_block,
         "dtype": settings.dtype,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "vla-deploy": version("vla-deploy"),
-        },
+        "versions": {"python": platform.python_version(), **run.identity["versions"]},
     }
 
 
-def _cost(run: _Run) -> dict[str, Any]:
-    """What the run took. peak_device_bytes: of a GPU, allocated to tensors since the process began; else None."""
-    device = torch.device(run.spec.device)
+def _cost(run: _Run, executor: Executor) -> dict[str, Any]:
+    """What the run took; peaks are of the hungriest process. policy_bytes: of the weights, in memory."""
+    usage, narrow = executor.usage, matrix_names(run.policy)
+    assert usage is not None, "maps are always computed"
+    width = DTYPES[run.spec.settings.dtype].itemsize
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "device": usage.device,
         "seconds": time.monotonic() - run.started_s,
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "peak_device_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
-        "policy_bytes": sum(parameter.nbytes for parameter in run.sweep.policy.parameters()),
+        "peak_rss_bytes": usage.rss_bytes,
+        "peak_device_bytes": usage.device_bytes,
+        "policy_bytes": sum(
+            parameter.numel() * (width if name in narrow else torch.float32.itemsize)
+            for name, parameter in run.policy.named_parameters()
+        ),
     }

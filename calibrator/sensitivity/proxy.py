@@ -5,8 +5,7 @@ dX does to the policy is estimated to first order:
 
 - the action (QVLA Eq. (6), per output channel): a scalar s moves by at most sum_c ||ds/dX_c|| ||dX_c||, norms over
   tokens. A greedy action is piecewise constant, so its place is taken by the expected action under the model's
-  distribution over the action bins. One backward pass per value of the action or, of many, per random probe: the
-  squared gradients along directions of random signs have the sum over all values as their mean (Hutchinson).
+  distribution over the action bins. One backward pass per action dimension.
 - the evidence mass (Mix-QVLA Eq. (5)): ln M moves by <d ln M / dX, dX>, signed. M holds gradients, so this is a
   backward pass through a backward pass, one per boundary; and a layer between a boundary and the action also changes
   the gradient that it passes back, from x' = X'W to X'Q(W), which adds <d ln M / dx', dx'>.
@@ -22,7 +21,6 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from calibrator.families import Unit
-from calibrator.quantizers import quantize
 from calibrator.quantizers.activations import quantize_input
 from calibrator.sensitivity.evidence import BOUNDARIES, evidence_map
 from calibrator.sensitivity.passes import Batch
@@ -31,10 +29,7 @@ from vla_policy.core.errors import DataError
 from vla_policy.core.formats import Choice
 
 _KEPT_BYTES = 2 << 30
-_MOST_VALUES, _PROBES = 16, 8
-
-Runs = Mapping[str, Sequence[Tensor]]
-"""Tensors by layer, one for each of its runs in a pass."""
+_FLOAT_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -49,33 +44,50 @@ class FirstOrder:
     mass: np.ndarray
 
 
+@dataclass(frozen=True)
+class FirstOrderTask:
+    """Estimates of some layers on states of equal shapes, as `first_order` gives them."""
+
+    units: tuple[str, ...]
+    samples: tuple[int, ...]
+    evidence: bool
+
+    def __str__(self) -> str:
+        return f"first-order estimates on {len(self.samples)} states"
+
+    def __call__(self, sweep: Sweep) -> tuple["FirstOrderTask", dict[str, FirstOrder]]:
+        return self, _of_batch(sweep, self.units, self.samples, self.evidence)
+
+
 def first_order(sweep: Sweep, units: Sequence[str], evidence: bool) -> list[FirstOrder]:
-    """Estimates for `units` on every state of the sweep; those of the evidence only if asked for.
+    """Estimates for `units` on every state of the sweep; those of the evidence only if asked for."""
+    batches = sweep.states.split(range(len(sweep.states)), alike=True)
+    found = [_of_batch(sweep, units, batch, evidence) for batch in batches]
+    order = np.argsort(np.concatenate(batches))
+    return [
+        FirstOrder(
+            np.concatenate([batch[unit].action for batch in found], 1)[:, order],
+            np.concatenate([batch[unit].mass for batch in found], 1)[:, order],
+        )
+        for unit in units
+    ]
+
+
+def _of_batch(sweep: Sweep, units: Sequence[str], samples: tuple[int, ...], evidence: bool) -> dict[str, FirstOrder]:
+    """Estimates by layer on states of equal shapes.
 
     Raises DataError naming the first layer with an estimate that is not finite.
     """
-    count, choices = len(sweep.states), sweep.settings.choices
-    found = {
-        unit: FirstOrder(
-            np.zeros((len(choices), count)), np.zeros((len(choices), count, len(BOUNDARIES) if evidence else 0))
-        )
-        for unit in units
-    }
-    for samples in sweep.states.split(range(count)):
-        columns = list(samples)
-        for share in _shares(sweep, units, len(samples)):
-            for unit, layer in _pass(sweep, samples, share, evidence).items():
-                for row, choice in enumerate(choices):
-                    action, mass = layer.estimate(choice)
-                    found[unit].action[row, columns] = action.double().cpu()
-                    found[unit].mass[row, columns] = mass.double().cpu()
+    found: dict[str, FirstOrder] = {}
+    for share in _shares(sweep, units, len(samples)):
+        for unit, layer in _pass(sweep, samples, share, evidence).items():
+            pairs = [layer.estimate(choice, sweep) for choice in sweep.settings.choices]
+            action, mass = (np.stack([one.double().cpu().numpy() for one in kind]) for kind in zip(*pairs, strict=True))
+            found[unit] = FirstOrder(action, mass)
     for unit, estimate in found.items():
         if not (np.isfinite(estimate.action).all() and np.isfinite(estimate.mass).all()):
-            raise DataError(
-                f"{unit}: its first-order estimate is not finite; if the policy overflows, use --dtype float32, else "
-                "check the checkpoint"
-            )
-    return list(found.values())
+            raise DataError(f"{unit}: its first-order estimate is not finite; check the checkpoint")
+    return found
 
 
 def _shares(sweep: Sweep, names: Sequence[str], states: int) -> Iterator[list[Unit]]:
@@ -86,7 +98,7 @@ def _shares(sweep: Sweep, names: Sequence[str], states: int) -> Iterator[list[Un
         weight = unit.module.weight
         tokens = states * unit.tokens(sweep.states.mean_prompt_tokens, sweep.states.decisions.size)
         # Of input and output each: the values, the gradient, and one slope per boundary.
-        size = tokens * (len(weight) + weight[0].numel()) * (2 + len(BOUNDARIES)) * weight.itemsize
+        size = tokens * (len(weight) + weight[0].numel()) * (2 + len(BOUNDARIES)) * _FLOAT_BYTES
         if share and kept + size > _KEPT_BYTES:
             yield share
             share, kept = [], 0.0
@@ -111,13 +123,12 @@ class _Backward:
 class _Layer:
     """What one batch's passes leave of a layer.
 
-    A layer that runs several times in a pass has the tokens of all runs, one after the other.
-
     states: B. x: its input. action: [B, channels], squared norms of the action's gradients, summed over dimensions.
     forward: per boundary, the gradient of ln M with respect to the layer's output. backward: None where no boundary
     lies before the layer.
     """
 
+    unit: str
     module: nn.Linear | nn.Conv2d
     states: int
     x: Tensor
@@ -126,12 +137,12 @@ class _Layer:
     backward: _Backward | None
 
     @torch.no_grad()
-    def estimate(self, choice: Choice) -> tuple[Tensor, Tensor]:
-        """Squared action error [B] and change of ln M [B, boundaries], float32."""
+    def estimate(self, choice: Choice, sweep: Sweep) -> tuple[Tensor, Tensor]:
+        """Squared action error [B] and change of ln M [B, boundaries], float32; codes and rounding are the sweep's."""
         weight = self.module.weight.float()
-        coded = weight if choice.recipe is None else quantize(weight, choice).dequantize()
+        coded = weight if choice.recipe is None else sweep.codes.of(self.unit, weight, choice).dequantize()
         change = coded - weight
-        rounded = quantize_input(self.module, self.x, choice.format)
+        rounded = quantize_input(self.module, self.x, choice.format, sweep.rounding(self.unit, choice))
         # Q(W)Q(x) - Wx = (Q(W) - W)Q(x) + W(Q(x) - x): differences first, or they drown in rounding.
         moved = self._apply(rounded, change)
         if rounded is not self.x:
@@ -167,9 +178,10 @@ def _pass(sweep: Sweep, samples: tuple[int, ...], units: Sequence[Unit], evidenc
         forward, backward = _mass_slopes(sweep, batch, values, units, inputs, outputs) if evidence else ({}, {})
     return {
         unit.name: _Layer(
+            unit.name,
             unit.module,
             len(samples),
-            _joined_input(unit.module, inputs[unit.name], len(samples)),
+            inputs[unit.name].detach(),
             action[unit.name],
             forward.get(unit.name, ()),
             backward.get(unit.name),
@@ -178,35 +190,15 @@ def _pass(sweep: Sweep, samples: tuple[int, ...], units: Sequence[Unit], evidenc
     }
 
 
-def _joined_input(module: nn.Module, runs: Sequence[Tensor], states: int) -> Tensor:
-    """All runs' input; a convolution's images as they are, for it runs once."""
-    return runs[0].detach() if isinstance(module, nn.Conv2d) else _joined(runs, states).detach()
-
-
-def _joined(runs: Sequence[Tensor], states: int) -> Tensor:
-    """[B, tokens of all runs, channels]."""
-    return torch.cat([_token_rows(run, states) for run in runs], 1)
-
-
-def directions(values: int) -> Tensor:
-    """float32 [R, D]: the squared gradients along the R directions sum up to those of the D values, for many values in
-    the mean."""
-    if values <= _MOST_VALUES:
-        return torch.eye(values)
-    signs = torch.randint(0, 2, (_PROBES, values), generator=torch.Generator().manual_seed(0))
-    return (2.0 * signs - 1.0) / _PROBES**0.5
-
-
-def _action_gains(batch: Batch, output: Tensor, outputs: Runs) -> dict[str, Tensor]:
+def _action_gains(batch: Batch, output: Tensor, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Per layer [B, channels]: squared norms over tokens of the action's gradients, summed over dimensions."""
     states = len(batch.samples)
     gains: dict[str, Tensor] = {}
-    expected = batch.decisions.expected(output)
-    for direction in directions(expected.shape[1]).to(expected.device):
-        # Reduced at once: only one direction's gradients are held at a time.
-        (found,) = _gradients((expected @ direction).sum(), outputs)
-        for unit, gradients in found.items():
-            gain = _joined(gradients, states).float().square().sum(1)
+    for value in batch.decisions.expected(output).unbind(1):
+        # Reduced at once: only one dimension's gradients are held at a time.
+        (found,) = _gradients(value.sum(), outputs)
+        for unit, gradient in found.items():
+            gain = _token_rows(gradient, states).float().square().sum(1)
             gains[unit] = gains[unit] + gain if unit in gains else gain
     return gains
 
@@ -216,8 +208,8 @@ def _mass_slopes(
     batch: Batch,
     values: Mapping[str, Tensor],
     units: Sequence[Unit],
-    inputs: Runs,
-    outputs: Runs,
+    inputs: Mapping[str, Tensor],
+    outputs: Mapping[str, Tensor],
 ) -> tuple[dict[str, list[Tensor]], dict[str, _Backward]]:
     """`_Layer.forward` and `_Layer.backward` by layer. values: of the chain. inputs, outputs: of the layers."""
     states, chain = len(batch.samples), sweep.chain
@@ -228,7 +220,7 @@ def _mass_slopes(
     objective = batch.objective(values[chain.output])
     at_boundary, arriving, passed = _gradients(
         (objective * objective.new_ones(()).requires_grad_()).sum(),
-        {boundary: [h] for boundary, h in hidden.items()},
+        hidden,
         {unit: outputs[unit] for unit in behind},
         {unit: inputs[unit] for unit in behind},
         create_graph=True,
@@ -236,38 +228,36 @@ def _mass_slopes(
     forward: dict[str, list[Tensor]] = {unit.name: [] for unit in units}
     backward: dict[str, list[Tensor]] = {unit: [] for unit in behind}
     for boundary, h in hidden.items():
-        mass = evidence_map(h, sweep.means[boundary], at_boundary[boundary][0]).flatten(1).mean(1)
+        mass = evidence_map(h, sweep.means[boundary], at_boundary[boundary]).flatten(1).mean(1)
         slopes = _gradients(mass.log().sum(), outputs, passed)
         for known, found in zip((forward, backward), slopes, strict=True):
             for unit, slope in found.items():
-                known[unit].append(_joined(slope, states))
-    return forward, {
-        unit: _Backward(_joined(arriving[unit], states).detach(), slopes) for unit, slopes in backward.items()
-    }
+                known[unit].append(_token_rows(slope, states))
+    return forward, {unit: _Backward(arriving[unit].detach(), slopes) for unit, slopes in backward.items()}
 
 
-def _gradients(of: Tensor, *points: Runs, create_graph: bool = False) -> list[dict[str, list[Tensor]]]:
+def _gradients(of: Tensor, *points: Mapping[str, Tensor], create_graph: bool = False) -> list[dict[str, Tensor]]:
     """The gradients of `of` with respect to all points, under the points' names; zero where it does not depend."""
-    flat = [tensor for group in points for runs in group.values() for tensor in runs]
+    flat = [tensor for group in points for tensor in group.values()]
     found = iter(torch.autograd.grad(of, flat, retain_graph=True, create_graph=create_graph, materialize_grads=True))
-    return [{name: [next(found) for _ in runs] for name, runs in group.items()} for group in points]
+    return [{name: next(found) for name in group} for group in points]
 
 
 @contextmanager
-def _taps(units: Sequence[Unit]) -> Iterator[tuple[dict[str, list[Tensor]], dict[str, list[Tensor]]]]:
+def _taps(units: Sequence[Unit]) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
     """Inside the block, forward passes fill two dicts with their graph's tensors: inputs and outputs by layer."""
-    inputs: dict[str, list[Tensor]] = {unit.name: [] for unit in units}
-    outputs: dict[str, list[Tensor]] = {unit.name: [] for unit in units}
+    inputs: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
     handles = []
     for unit in units:
 
         def enter(module: nn.Module, args: tuple[Tensor, ...], name: str = unit.name) -> Tensor:
             # An alias of its own: what arrives there is this layer's gradient alone, even if others share the input.
-            inputs[name].append(args[0].view_as(args[0]))
-            return inputs[name][-1]
+            inputs[name] = args[0].view_as(args[0])
+            return inputs[name]
 
         def leave(module: nn.Module, args: tuple[Tensor, ...], output: Tensor, name: str = unit.name) -> None:
-            outputs[name].append(output)
+            outputs[name] = output
 
         handles += [unit.module.register_forward_pre_hook(enter), unit.module.register_forward_hook(leave)]
     try:

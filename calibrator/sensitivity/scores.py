@@ -14,7 +14,7 @@ class ScoreSettings:
 
     kappa: float = 0.1
     attribution_weight: float = 1.0
-    bins: int = 10
+    bins: int = 5
 
     def __post_init__(self) -> None:
         if not self.kappa > 0 or not self.attribution_weight >= 0 or self.bins < 1:

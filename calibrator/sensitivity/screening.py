@@ -1,52 +1,62 @@
 """Screened sensitivity: exact evaluation only where it can still change the allocation.
 
-Very few passes predict the loss L of Eq. (9) of every layer, choice and state to first order (`proxy`): P.
-What exact evaluations tell beyond it is in `loss_model`.
+Very few passes predict the loss L of Eq. (9) of every layer, choice and state to first order (`proxy`): P. Of a layer m
+in a choice b, evaluated on n states,
 
-The posterior of a pair's phase means (Eq. (12)) is drawn: evaluated states are what they are, the others are predicted.
-Every draw gives Omega and Omega_tau and its own best plan; how much worse the plan in hand is there is the regret of
-that draw. The pairs that cause most of it are evaluated on more states until the regret is within the tolerance in
-nearly all draws at every target, or the cap on evaluations is reached; which of the two is recorded. States come in one
-order for all layers, so that they share passes.
+    L ~ c P,    y[m, b] = ln (sum of L / sum of P over these states),    Var(y) = s[stage, b] mean(P) / sum of P,
+
+for the relative error of L grows as the loss falls. Layers of one stage are alike, ln c ~ N(level[stage, b],
+v[stage, b]), so ln c is taken for what both tell together: y weighed with 1 / Var(y), the level with 1 / v. Evaluated
+states are as they are, the others c P; from both follow Omega, Omega_tau and the score of Eq. (14a), with a radius of
+`_DEVIATIONS` standard deviations for what is not evaluated.
+
+What is evaluated next is what CLUCB asks for (Chen et al., Combinatorial pure exploration, NeurIPS 2014): the plan that
+is best by the scores is compared with the best one when every chosen pair is as bad as its radius allows and every
+other as good. Pairs in which the two differ, at any target, are in doubt: they get further states, largest radius
+first, until the two agree at every target or the cap on evaluations is reached. States come in one order for all
+layers, so that they share passes. No bound on the plan's loss follows from it; `docs/results.md` has what was found on
+tables that the constants below were not chosen on.
 """
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from calibrator.sensitivity.loss_model import DRAWS, LossModel, membership
+from calibrator.sensitivity.scores import temporal_score
 from vla_policy.core.errors import BudgetError
 
-_HALVINGS = 40
+_DEVIATIONS = 2.0
+_PILOT = 2
 _PILOT_EVERY = 4
+# What is believed before anything is evaluated, as much as `_WORTH` evaluations or layers would tell: that losses lie
+# off c P by a half of it from state to state, and c by 0.3 of itself from layer to layer.
+_WORTH = 4.0
+_NOISE = 0.25
+_SPREAD = 0.09
+# A first-order loss can vanish where the real one cannot; this part of the pair's typical size is added to it.
 _FLOOR = 0.05
+_LEAST_RATIO = 1e-3
+_NOTHING_KNOWN = 1e9
 _TINY = 1e-30
+_HALVINGS = 50
 
 
 @dataclass(frozen=True)
 class ScreenSettings:
-    """targets: average bits of the plans that must be right. tolerance: accepted regret, as a part of the plan's
-    score; confidence: probability with which it is kept. pilot: states on which layers are evaluated before anything is
-    known. cap: largest part of all evaluations. Raises BudgetError for values outside their ranges.
+    """targets: average bits of the plans that must be right, by the objective of the defaults and without pins. cap:
+    largest part of all evaluations. Raises BudgetError for values outside their ranges.
     """
 
     targets: tuple[float, ...] = (3.0, 4.0, 6.0)
-    tolerance: float = 0.01
-    confidence: float = 0.95
-    pilot: int = 2
     cap: float = 0.1
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.pilot < 2:
-            raise BudgetError(f"--pilot {self.pilot}: at least 2 states are needed to see how much states differ")
-        if not (self.tolerance >= 0 and 0 < self.confidence < 1 and 0 < self.cap <= 1):
-            raise BudgetError(
-                f"--tolerance {self.tolerance}, --confidence {self.confidence}, --cap {self.cap}: expected "
-                "tolerance >= 0, confidence in (0, 1), cap in (0, 1]"
-            )
+        if not self.targets or not 0 < self.cap <= 1:
+            raise BudgetError(f"--targets {self.targets}, --cap {self.cap}: expected a target, and a cap in (0, 1]")
 
 
 @dataclass(frozen=True)
@@ -69,38 +79,89 @@ class ScreenProblem:
 
 
 @dataclass(frozen=True)
-class Regret:
-    """How much worse than the best the plan is, as a part of its score: the mean over draws, and what it exceeds in no
-    more draws than the confidence leaves."""
-
-    expected: float
-    bound: float
-
-
-@dataclass(frozen=True)
 class ScreenResult:
-    """losses: [U, B, N], NaN where not evaluated. omega, omega_tau: posterior means [U, B]; omega_deviation: standard
-    deviation of omega. record: what the artefact says about the screening.
-    """
+    """losses: [U, B, N], NaN where not evaluated. omega, omega_tau: estimates [U, B]. record: what the artefact says
+    about the screening."""
 
     losses: np.ndarray
     omega: np.ndarray
     omega_tau: np.ndarray
-    omega_deviation: np.ndarray
     record: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Request:
-    """Exact losses of one layer in some choices (as columns) on some states."""
+    """Exact losses of one layer in one choice (as a column) on some states."""
 
     unit: int
-    columns: tuple[int, ...]
+    column: int
     states: tuple[int, ...]
 
 
 Evaluate = Callable[[Sequence[Request]], Sequence[np.ndarray]]
-"""Exact losses [columns, states] of every request, in their order."""
+"""Exact losses [states] of every request, in their order."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """By layer and choice, [U, B]: Omega, Omega_tau, and the radius of alpha Omega + beta Omega_tau."""
+
+    omega: np.ndarray
+    omega_tau: np.ndarray
+    radius: np.ndarray
+
+    @staticmethod
+    def of(losses: np.ndarray, predicted: np.ndarray, problem: ScreenProblem) -> "Estimate":
+        """losses: [U, B, N], NaN where not evaluated. predicted: [U, B, N], P."""
+        seen = np.isfinite(losses)
+        known, total = np.where(seen, predicted, 0.0).sum(-1), predicted.sum(-1)
+        ratio = np.maximum((np.nansum(losses, -1) + _TINY) / (known + _TINY), _LEAST_RATIO)
+        typical = predicted.mean(-1)
+        noise = _noise(losses, predicted, ratio, problem.stages) * typical
+        error = np.where(known > 0, noise / np.maximum(known, _TINY), _NOTHING_KNOWN)
+        level, spread = _levels(np.log(ratio), known > 0, problem.stages)
+        trust = spread / (spread + error)
+        factor = np.exp(level + trust * (np.log(ratio) - level))
+        filled = np.where(seen, losses, factor[..., None] * predicted)
+        omega, omega_tau = filled.mean(-1), temporal_score(filled, problem.phases)
+        unseen = total - known
+        # Of what is not evaluated, c is off, and so are its states' losses, which partly cancel in the sum.
+        variance = trust * error + np.where(unseen > 0, noise / np.maximum(unseen, _TINY), 0.0)
+        part = unseen / total * np.sqrt(variance)
+        radius = _DEVIATIONS * part * (problem.alpha * omega + problem.beta * omega_tau)
+        return Estimate(omega, omega_tau, radius)
+
+
+def _noise(losses: np.ndarray, predicted: np.ndarray, ratio: np.ndarray, stages: Sequence[str]) -> np.ndarray:
+    """s by layer and choice, [U, B]: of the stage, from squared residuals in units of P mean(P)."""
+    seen = np.isfinite(losses)
+    residual = losses / ratio[..., None] - predicted
+    squares = np.where(seen, residual**2 / (predicted * predicted.mean(-1, keepdims=True)), 0.0).sum(-1)
+    freedom = np.maximum(seen.sum(-1) - 1, 0)
+    found = np.zeros_like(ratio)
+    for alike in _stages(stages):
+        found[alike] = (squares[alike].sum(0) + _WORTH * _NOISE) / (freedom[alike].sum(0) + _WORTH)
+    return found
+
+
+def _levels(values: np.ndarray, known: np.ndarray, stages: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and variance of `values` [U, B] over the layers of a stage that are known; of a stage that nothing is known
+    of, over all layers."""
+    level, spread = np.zeros_like(values), np.zeros_like(values)
+    for column in range(values.shape[1]):
+        of_all = np.median(values[known[:, column], column]) if known[:, column].any() else 0.0
+        for alike in _stages(stages):
+            here = values[alike & known[:, column], column]
+            centre = (here.sum() + of_all) / (len(here) + 1)
+            level[alike, column] = centre
+            spread[alike, column] = (((here - centre) ** 2).sum() + _WORTH * _SPREAD) / (len(here) + _WORTH)
+    return level, spread
+
+
+def _stages(stages: Sequence[str]) -> list[np.ndarray]:
+    """Per stage bool [U]: which layers are of it."""
+    names = np.asarray(stages)
+    return [names == name for name in np.unique(names)]
 
 
 def state_order(first_order: np.ndarray, seed: int) -> list[int]:
@@ -123,6 +184,30 @@ def state_order(first_order: np.ndarray, seed: int) -> list[int]:
     return order
 
 
+def first_look(units: int, bits: Sequence[int]) -> list[tuple[int, int]]:
+    """Layers and choices (as columns) that are evaluated before anything is known: the narrowest choice, which is the
+    worst predicted and matters most, and some layers in each other one, which show what to expect."""
+    narrowest = int(np.argmin(bits))
+    every = max(1, min(_PILOT_EVERY, units // 3))
+    return [
+        (unit, column)
+        for unit in range(units)
+        for column in range(len(bits))
+        if column == narrowest or unit % every == column % every
+    ]
+
+
+def check_cap(settings: ScreenSettings, units: int, bits: Sequence[int], states: int) -> None:
+    """Raises BudgetError for a cap that does not suffice for the first look."""
+    every = units * len(bits) * states
+    limit, needed = int(settings.cap * every), min(_PILOT, states) * len(first_look(units, bits))
+    if needed > limit:
+        raise BudgetError(
+            f"--cap {settings.cap:g} allows {limit} evaluations, the first look needs {needed}; use at least "
+            f"--cap {math.ceil(100 * needed / every) / 100:.2f}, more states, or --mode exact"
+        )
+
+
 class Screen:
     """The evaluations so far, and what follows from them."""
 
@@ -131,200 +216,111 @@ class Screen:
         self.settings = settings
         self._evaluate = evaluate
         self.losses: np.ndarray = np.full(problem.first_order.shape, np.nan)
-        # A first-order loss can vanish where the real one cannot; a part of the pair's typical size is added to it.
         typical = problem.first_order.mean(-1, keepdims=True) + _TINY
-        self._first_order = np.hypot(problem.first_order, _FLOOR * typical)
-        self._order = state_order(self._first_order, settings.seed)
-        self._stage = np.unique(problem.stages, return_inverse=True)[1]
+        self._predicted = np.hypot(problem.first_order, _FLOOR * typical)
+        self._order = state_order(self._predicted, settings.seed)
         self._count = np.zeros(self.losses.shape[:2], np.int64)
-        self._model: LossModel | None = None
-        self._misses: list[float] = []
-        self._generator = np.random.default_rng(settings.seed)
-        self._group = np.unique(problem.groups, return_inverse=True)[1]
-        self._in_group = membership(self._group)
+        groups = np.unique(problem.groups, return_inverse=True)[1]
+        self._in_group = (groups[:, None] == np.arange(groups.max() + 1)).astype(float)
         self._costs = (problem.params @ self._in_group)[:, None] * np.asarray([*problem.bits, 16.0])
+        self._limit = int(settings.cap * self.losses.size)
 
     @property
     def evaluations(self) -> int:
         return int(self._count.sum())
 
-    @property
-    def overdispersion(self) -> float:
-        """How much larger the squared misses of the model's own predictions were than it expected; at least 1."""
-        return max(1.0, float(np.mean(self._misses))) if self._misses else 1.0
-
     def run(self) -> ScreenResult:
-        """Pilot, then rounds of the pairs that matter most until certain enough or out of evaluations."""
-        units, choices, states = self.losses.shape
-        limit = int(self.settings.cap * self.losses.size)
+        """A first look, then rounds of the pairs in doubt until there are none or the cap is reached."""
+        units, _, states = self.losses.shape
         step = max(1, states // 16)
-        # The narrowest choice is the worst predicted and matters most; of the others, some layers show what to expect.
-        narrowest = int(np.argmin(self.problem.bits))
-        every = max(1, min(_PILOT_EVERY, units // 3))
-        self._extend(
-            {
-                (unit, column)
-                for unit in range(units)
-                for column in range(choices)
-                if column == narrowest or unit % every == column % every
-            },
-            self.settings.pilot,
-        )
-        rounds: list[dict[str, Any]] = []
+        self._extend(first_look(units, self.problem.bits), min(_PILOT, states))
         while True:
-            omega, omega_tau = self._draw()
-            scores = self.problem.alpha * omega + self.problem.beta * omega_tau
-            regret, blame = self._regret(scores)
-            shown = {key: asdict(one) for key, one in regret.items()}
-            rounds.append({"evaluations": self.evaluations, "regret": shown})
-            if max(one.bound for one in regret.values()) <= self.settings.tolerance:
-                reason = "regret within tolerance at every target"
-                break
-            room = limit - self.evaluations
-            # A plan may be in doubt through the multiplier alone, when no pair is to blame: then the least known ones.
-            wanted = self._most_blamed(blame, room, step) or self._most_blamed(scores.var(0), room, step)
+            estimate = Estimate.of(self.losses, self._predicted, self.problem)
+            doubtful = self._doubtful(estimate)
+            wanted = self._affordable(doubtful, step)
             if not wanted:
-                reason = "cap on evaluations reached"
                 break
             self._extend(wanted, step)
         record = {
             "targets": list(self.settings.targets),
-            "tolerance": self.settings.tolerance,
-            "confidence": self.settings.confidence,
-            "pilot_states": self.settings.pilot,
+            "alpha": self.problem.alpha,
+            "beta": self.problem.beta,
             "cap": self.settings.cap,
             "seed": self.settings.seed,
             "evaluations": self.evaluations,
             "exhaustive_evaluations": self.losses.size,
-            "rounds": rounds,
-            "overdispersion": self.overdispersion,
-            "stop": {"reason": reason, "regret": shown, "draws": DRAWS},
+            "in_doubt": len(doubtful),
+            "reason": "cap on evaluations reached" if doubtful else "no choice in doubt at any target",
         }
-        return ScreenResult(self.losses, omega.mean(0), omega_tau.mean(0), omega.std(0), record)
+        return ScreenResult(self.losses, estimate.omega, estimate.omega_tau, record)
 
-    def _extend(self, wanted: set[tuple[int, int]], step: int) -> None:
-        """Evaluates the next `step` states of each (unit, column); columns at the same count share their passes."""
-        states = self.losses.shape[2]
-        together: dict[tuple[int, int], list[int]] = {}
-        for unit, column in sorted(wanted):
-            together.setdefault((unit, int(self._count[unit, column])), []).append(column)
+    def _extend(self, wanted: Sequence[tuple[int, int]], step: int) -> None:
+        """Evaluates the next `step` states of each (unit, column)."""
         requests = [
-            Request(unit, tuple(columns), tuple(self._order[count : min(count + step, states)]))
-            for (unit, count), columns in together.items()
-            if count < states
+            Request(unit, column, tuple(self._order[count : count + step]))
+            for unit, column in wanted
+            for count in (int(self._count[unit, column]),)
         ]
         for request, losses in zip(requests, self._evaluate(requests), strict=True):
-            if self._model is not None:
-                self._misses.extend(self._model.miss(request.unit, request.columns, request.states, losses))
-            self.losses[request.unit][np.ix_(request.columns, request.states)] = losses
-            self._count[request.unit, list(request.columns)] += len(request.states)
+            self.losses[request.unit, request.column, list(request.states)] = losses
+            self._count[request.unit, request.column] += len(request.states)
 
-    def _draw(self) -> tuple[np.ndarray, np.ndarray]:
-        """Draws of Omega and Omega_tau, [draws, U, B] each."""
-        sizes = np.unique(self.problem.phases, return_counts=True)[1]
-        self._model = LossModel.fit(self.losses, self._first_order, self._stage)
-        means = self._model.draw(self.losses, self.problem.phases, self.overdispersion, self._generator)
-        return means @ (sizes / sizes.sum()), means.max(-1)
-
-    def _regret(self, scores: np.ndarray) -> tuple[dict[str, Regret], np.ndarray]:
-        """Per target, how much worse than the best its plan is; and each unit's and choice's part in that, the largest
-        over the targets, [U, B]. scores: [draws, U, B]."""
-        grouped = np.einsum("tub,ug->tgb", scores, self._in_group)
-        grouped = np.concatenate([grouped, np.zeros((*grouped.shape[:2], 1))], axis=2)
-        regret: dict[str, Regret] = {}
-        blame = np.zeros(grouped.shape[1:])
+    def _doubtful(self, estimate: Estimate) -> list[tuple[int, int]]:
+        """Pairs that are in doubt at some target and not evaluated on all states, largest radius first, relative to the
+        plan's score."""
+        scores = self._grouped(self.problem.alpha * estimate.omega + self.problem.beta * estimate.omega_tau)
+        radius = np.sqrt(self._grouped(estimate.radius**2))
+        rows = np.arange(len(scores))
+        size: dict[tuple[int, int], float] = {}
         for target in self.settings.targets:
-            lost = Lost.of(grouped, self._costs, target * self.problem.params.sum())
-            regret[f"{target:g}"] = lost.regret(self.settings.confidence)
-            blame = np.maximum(blame, lost.blame(grouped.var(0)))
-        return regret, blame[self._group, :-1]
+            budget = target * self.problem.params.sum()
+            plan = cheapest(scores, self._costs, budget)
+            adjusted = scores - radius
+            adjusted[rows, plan] += 2 * radius[rows, plan]
+            rival = cheapest(adjusted, self._costs, budget)
+            value = float(scores[rows, plan].sum()) + _TINY
+            for group in np.flatnonzero(plan != rival):
+                for column in (int(plan[group]), int(rival[group])):
+                    pair = int(group), column
+                    size[pair] = max(size.get(pair, 0.0), float(radius[pair]) / value)
+        order = sorted(size, key=lambda pair: -size[pair])
+        return [
+            (int(unit), column)
+            for group, column in order
+            if column < self.losses.shape[1]
+            for unit in np.flatnonzero(self._in_group[:, group])
+            if self._count[unit, column] < self.losses.shape[2]
+        ]
 
-    def _most_blamed(self, blame: np.ndarray, room: int, step: int) -> set[tuple[int, int]]:
-        """The pairs of the next round, the largest in `blame` [U, B]: at most a hundredth of all evaluations."""
-        states = self.losses.shape[2]
-        allowed = min(room, max(step, self.losses.size // 100))
-        wanted: set[tuple[int, int]] = set()
-        for flat in np.argsort(-blame, axis=None, kind="stable"):
-            unit, column = divmod(int(flat), blame.shape[1])
-            need = min(step, states - int(self._count[unit, column]))
-            if blame[unit, column] <= 0 or need > allowed:
-                break
-            if need:
-                wanted.add((unit, column))
-                allowed -= need
-        return wanted
+    def _affordable(self, doubtful: Sequence[tuple[int, int]], step: int) -> list[tuple[int, int]]:
+        """The first of these pairs: at most a hundredth of all evaluations, and never beyond the cap."""
+        room = min(self._limit - self.evaluations, max(step, self.losses.size // 100))
+        return list(doubtful[: room // step])
+
+    def _grouped(self, values: np.ndarray) -> np.ndarray:
+        """[U, B] summed over the layers of each group, with a column of zeros for full precision: [groups, B + 1]."""
+        summed: np.ndarray = self._in_group.T @ values
+        return np.pad(summed, ((0, 0), (0, 1)))
 
 
-@dataclass(frozen=True)
-class Lost:
-    """What the plan that is best by the expected scores loses in every draw, by Lagrangian duality.
+def cheapest(scores: np.ndarray, costs: np.ndarray, budget: float) -> np.ndarray:
+    """Lagrangian allocation: every group's best column at the smallest multiplier per bit at which all fit the budget.
 
-    With a draw's own multiplier per bit, the reduced cost of a group's planned choice over that of its best one is an
-    upper bound of what the plan loses there; the sum over groups bounds the plan's regret.
-
-    plan: [groups], columns. best: [draws, groups], columns of every draw's own best plan. by_group: [draws, groups].
-    value: expected score of the plan.
+    scores, costs: [groups, choices].
     """
+    rows = np.arange(len(scores))
 
-    plan: np.ndarray
-    best: np.ndarray
-    by_group: np.ndarray
-    value: float
+    def choose(multiplier: float) -> np.ndarray:
+        best: np.ndarray = np.argmin(scores + multiplier * costs, axis=1)
+        return best
 
-    @staticmethod
-    def of(scores: np.ndarray, costs: np.ndarray, budget: float) -> "Lost":
-        """scores: [draws, groups, choices]; costs: [groups, choices]."""
-        expected = scores.mean(0)
-        plan = cheapest(expected[None], costs, budget)[1][0]
-        multiplier, best = cheapest(scores, costs, budget)
-        reduced = scores + multiplier[:, None, None] * costs
-        by_group = _pick(reduced, np.broadcast_to(plan, best.shape)) - _pick(reduced, best)
-        return Lost(plan, best, by_group, max(float(_pick(expected, plan).sum()), _TINY))
+    def fits(multiplier: float) -> bool:
+        return bool(costs[rows, choose(multiplier)].sum() <= budget)
 
-    def regret(self, confidence: float) -> Regret:
-        relative = self.by_group.sum(1) / self.value
-        return Regret(float(relative.mean()), float(np.quantile(relative, confidence)))
-
-    def blame(self, variance: np.ndarray) -> np.ndarray:
-        """Every group's and choice's part in the regret, [groups, choices].
-
-        A group's loss is blamed on the two choices that were confused, by the `variance` of their scores.
-        """
-        doubt = _pick(variance, self.plan) + _TINY
-        doubt_of_best = np.take(variance, self.best + _rows(variance)) + _TINY
-        share = doubt / (doubt + doubt_of_best)
-        part = np.zeros_like(variance)
-        part[np.arange(len(self.plan)), self.plan] = (self.by_group * share).mean(0)
-        for column in range(part.shape[1]):
-            part[:, column] += (self.by_group * (1 - share) * (self.best == column)).mean(0)
-        return part / self.value
-
-
-def cheapest(scores: np.ndarray, costs: np.ndarray, budget: float) -> tuple[np.ndarray, np.ndarray]:
-    """Lagrangian allocation: the smallest multiplier per bit at which every group's best choice fits the budget.
-
-    scores: [draws, groups, choices]; costs: [groups, choices]. Returns every draw's multiplier and chosen columns
-    [draws, groups].
-    """
-
-    def choose(multiplier: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        best = np.argmin(scores + multiplier[:, None, None] * costs, axis=2)
-        return best, np.take(costs, best + _rows(costs)).sum(1) <= budget
-
-    low = np.zeros(len(scores))
-    high = np.where(choose(low)[1], 0.0, scores.max((1, 2)) / costs.min() + 1.0)
+    if fits(0.0):
+        return choose(0.0)
+    low, high = 0.0, float(np.ptp(scores)) / float(costs.min()) + 1.0
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
-        fits = choose(middle)[1]
-        low, high = np.where(fits, low, middle), np.where(fits, middle, high)
-    return high, choose(high)[0]
-
-
-def _rows(table: np.ndarray) -> np.ndarray:
-    """Flat offsets of the rows of `table` [groups, choices]."""
-    return np.arange(len(table)) * table.shape[1]
-
-
-def _pick(table: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """The entry of every group at its column: `table` [..., groups, choices], `columns` [..., groups]."""
-    return np.take_along_axis(table, columns[..., None], axis=-1)[..., 0]
+        low, high = (low, middle) if fits(middle) else (middle, high)
+    return choose(high)

@@ -1,7 +1,7 @@
 """Calibration states as policy inputs, and the full-precision reference that every variant is compared with."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,8 @@ from calibrator.data.calibration import CalibrationSet
 from calibrator.families import Inputs, Policy, find_family
 from calibrator.modules.chain import PROMPT, Chain
 from calibrator.sensitivity.passes import Batch, Trunk
+from vla_policy.core.errors import DataError
 from vla_policy.core.observation import check_strays
-from vla_policy.core.policy_config import PolicyConfig
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,12 @@ class States:
     """A calibration set as inputs of one policy. Images are preprocessed when a batch is asked for."""
 
     def __init__(
-        self, calibration: CalibrationSet, config: PolicyConfig, folder: Path | str, unnorm_key: str | None, batch: int
+        self, calibration: CalibrationSet, policy: Policy, folder: Path | str, unnorm_key: str | None, batch: int
     ) -> None:
+        """policy: its weights are not looked at. batch: the largest number of states per pass."""
+        config = policy.config
         self.calibration = calibration
+        self._pads_prompts = policy.pads_prompts
         self.decisions = find_family(config).decisions(config, unnorm_key)
         self.batch_size = batch
         self._robot = config.family.policy(config, Path(folder), unnorm_key)
@@ -50,22 +53,28 @@ class States:
     @property
     def mean_prompt_tokens(self) -> float:
         """Mean length of the prompts, 0 for a policy that reads none."""
-        return float(np.mean([shapes[PROMPT][1] if PROMPT in shapes else 0 for shapes in self._shapes]))
+        return float(np.mean([self._prompt_tokens(sample) for sample in range(len(self))]))
 
-    def split(self, samples: Iterator[int] | range | tuple[int, ...]) -> list[tuple[int, ...]]:
-        """Batches of inputs of equal shapes, at most `batch_size` states each, longest prompts first."""
-        alike: dict[tuple[Any, ...], list[int]] = {}
-        for sample in samples:
-            alike.setdefault(tuple(sorted(self._shapes[sample].items())), []).append(sample)
+    def _prompt_tokens(self, sample: int) -> int:
+        return int(self._shapes[sample].get(PROMPT, (1, 0))[1])
+
+    def split(self, samples: Iterable[int], alike: bool = False) -> list[tuple[int, ...]]:
+        """Batches of at most `batch_size` states each, longest prompts first. Inputs of one batch have equal shapes, or
+        differ in the prompt's length where the policy allows it; not if they have to be `alike`."""
+        lengths = {sample: self._prompt_tokens(sample) for sample in samples}
+        together: dict[tuple[Any, ...], list[int]] = {}
+        for sample in lengths:
+            shapes = {**self._shapes[sample]}
+            if self._pads_prompts and not alike:
+                shapes.pop(PROMPT, None)
+            together.setdefault(tuple(sorted(shapes.items())), []).append(sample)
+        groups = [sorted(group, key=lambda sample: -lengths[sample]) for group in together.values()]
+        groups.sort(key=lambda group: -lengths[group[0]])
         size = self.batch_size
-        return [
-            tuple(together[start : start + size])
-            for _, together in sorted(alike.items(), reverse=True)
-            for start in range(0, len(together), size)
-        ]
+        return [tuple(group[start : start + size]) for group in groups for start in range(0, len(group), size)]
 
     def inputs(self, policy: Policy, samples: tuple[int, ...]) -> Inputs:
-        """States of equal shapes on the policy's device and in its dtype."""
+        """States of one batch on the policy's device and in its dtype."""
         return policy.tensors([self._inputs(sample) for sample in samples])
 
     def _inputs(self, sample: int) -> dict[str, np.ndarray]:
@@ -76,16 +85,17 @@ class States:
         return Batch(samples, self.inputs(policy, samples), policy.tensor(decided[list(samples)]), self.decisions)
 
 
-def reference(policy: Policy, states: States, chain: Chain) -> Reference:
+def reference(policy: Policy, states: States, chain: Chain, done: Callable[[int], None]) -> Reference:
     """y* of Eq. (2) and the mean per channel of Eq. (3), by one greedy decision and one pass per state.
 
-    Raises PolicyError for a policy that decides something else than actions.
+    done: hears of the number of states that are done. Raises PolicyError for a policy that decides something else than
+    actions, DataError for values that are not finite.
     """
     decided: dict[int, np.ndarray] = {}
     strays = np.zeros(len(states), bool)
     sums: dict[str, Tensor] = {}
     counts: Counter[str] = Counter()
-    for samples in states.split(range(len(states))):
+    for samples in states.split(range(len(states)), alike=True):
         inputs = states.inputs(policy, samples)
         chosen = policy.decide(inputs, states.decisions.size)
         decided |= zip(samples, chosen.cpu().numpy(), strict=True)
@@ -93,8 +103,11 @@ def reference(policy: Policy, states: States, chain: Chain) -> Reference:
         strays[list(samples)] = states.decisions.strays(trunk.values[chain.output]).cpu().numpy()
         for name, value in chain.boundaries.items():
             hidden = trunk.values[value].double().flatten(0, 1)
+            if not bool(hidden.isfinite().all()):
+                raise DataError(f"full precision: {name!r} of states {samples} is not finite; check the checkpoint")
             sums[name] = sums.get(name, 0) + hidden.sum(0)
             counts[name] += len(hidden)
+        done(len(samples))
     check_strays(int(strays.sum()), len(states), "calibration set")
     rows = np.stack([decided[index] for index in range(len(states))])
     means = {name: (sums[name] / counts[name]).float().cpu().numpy() for name in chain.boundaries}

@@ -1,17 +1,20 @@
 """What one layer's low precision does to the policy: losses per choice and state, Mix-QVLA Eqs. (2) to (8)."""
 
-from collections.abc import Mapping
+import platform
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from calibrator.codes import KeptCodes
 from calibrator.data.calibration import load_calibration
-from calibrator.families import Policy, live_units, load_policy
-from calibrator.quantizers import quantized
+from calibrator.families import Policy, empty_policy, live_units, load_policy
+from calibrator.quantizers import Codes, Computed, quantized
 from calibrator.sensitivity.arithmetic import float32_products
 from calibrator.sensitivity.evidence import (
     BOUNDARIES,
@@ -22,14 +25,17 @@ from calibrator.sensitivity.evidence import (
     mass_distortion,
     profile,
 )
+from calibrator.sensitivity.floor import reordered
 from calibrator.sensitivity.passes import Signals, Trunk, signals
 from calibrator.sensitivity.scores import check_finite
 from calibrator.sensitivity.states import Reference, States, reference
-from vla_policy.core.errors import PolicyError
-from vla_policy.core.formats import FULL, Choice
+from vla_policy.core.errors import ArtefactError, DataError, PolicyError
+from vla_policy.core.files import sha256_policy
+from vla_policy.core.formats import FULL, Choice, Rounding
 from vla_policy.core.policy_config import PolicyConfig
+from vla_policy.core.targets import find_target
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,8 @@ class SweepSettings:
     """What the numbers depend on.
 
     choices: what every layer is measured in; full precision is the reference. language_block: decoder block whose input
-    is the language boundary, None for the last. dtype: how matrices are held; all arithmetic is float32.
+    is the language boundary, None for the last. epsilon: of Eqs. (6), (7). dtype: how matrices are held; all arithmetic
+    is float32. target: the machine whose kernels say how activations are rounded, None for per token.
     """
 
     choices: tuple[Choice, ...]
@@ -45,8 +52,11 @@ class SweepSettings:
     epsilon: float = EPSILON
     dtype: str = "float32"
     unnorm_key: str | None = None
+    target: str | None = None
 
     def __post_init__(self) -> None:
+        if not 0 < self.epsilon < 1:
+            raise PolicyError(f"epsilon {self.epsilon}: expected a small number above 0, e.g. {EPSILON}")
         if not self.choices or len(set(self.choices)) != len(self.choices) or FULL in self.choices:
             raise PolicyError(
                 f"choices {' '.join(map(str, self.choices))}: expected at least one, each once; {FULL} is the reference"
@@ -77,6 +87,18 @@ class UnitLosses:
     action_error: np.ndarray
     likelihood: np.ndarray
 
+    @property
+    def arrays(self) -> tuple[np.ndarray, ...]:
+        """All arrays, in the order of a record's numbers."""
+        return self.mass, self.attribution, self.action_error, self.likelihood
+
+    @staticmethod
+    def of_numbers(unit: str, choice: Choice, samples: tuple[int, ...], numbers: np.ndarray) -> "UnitLosses":
+        """From [states, numbers], each state's `arrays` one after another."""
+        deep = len(BOUNDARIES)
+        mass, attribution = numbers[None, :, :deep], numbers[None, :, deep : 2 * deep]
+        return UnitLosses(unit, (choice,), samples, mass, attribution, numbers[None, :, -2], numbers[None, :, -1])
+
 
 @dataclass(frozen=True)
 class _FullPrecision:
@@ -93,19 +115,24 @@ class Sweep:
     whatever the number of layers and states.
     """
 
-    def __init__(self, policy: Policy, states: States, ref: Reference, settings: SweepSettings) -> None:
+    def __init__(
+        self, policy: Policy, states: States, ref: Reference, settings: SweepSettings, codes: Codes | None = None
+    ) -> None:
+        """codes: computed whenever they are needed, unless somebody has them."""
         self.policy = policy
         self.states = states
         self.reference = ref
         self.settings = settings
+        self.codes = codes or Computed()
         self.chain = policy.chain(settings.language_block)
         self.units = {unit.name: unit for unit in live_units(policy)}
         device = next(policy.parameters()).device
         self.means = {name: torch.from_numpy(mean).to(device) for name, mean in ref.means.items()}
+        self._target = find_target(settings.target) if settings.target else None
         self._last: tuple[tuple[int, ...], _FullPrecision] | None = None
 
     def evaluate(self, unit: str, choices: tuple[Choice, ...], samples: tuple[int, ...]) -> UnitLosses:
-        """The record of layer `unit` in each of `choices` on the given states.
+        """The record of layer `unit` in each of `choices` on the given states; see `changed`.
 
         Raises DataError when evidence is not finite, naming unit, choice, state and boundary.
         """
@@ -118,7 +145,7 @@ class Sweep:
             full = self._full_precision(batch_samples)
             columns = [position[sample] for sample in batch_samples]
             for row, choice in enumerate(choices):
-                with quantized(self.policy, unit, choice):
+                with self.changed(unit, choice):
                     changed = signals(full.trunk, self.units[unit].segment)
                 for column, name in enumerate(BOUNDARIES):
                     now = profile(self.evidence(changed, name), self.settings.epsilon)
@@ -131,51 +158,100 @@ class Sweep:
         check_finite(mass + attribution, unit, choices, samples, BOUNDARIES)
         return UnitLosses(unit, choices, samples, mass, attribution, action_error, likelihood)
 
+    def changed(self, unit: str, choice: Choice) -> AbstractContextManager[None]:
+        """The block in which one layer is in `choice`, as the target's kernel computes it.
+
+        In full precision its sum is taken in another order: what differs then is rounding alone.
+        """
+        if choice == FULL:
+            return reordered(self.policy, unit)
+        return quantized(self.policy, unit, choice, self.codes, self.rounding(unit, choice))
+
+    def rounding(self, unit: str, choice: Choice) -> Rounding:
+        """How activations are rounded."""
+        asked = self._target.rounding(choice.format, self.units[unit].kind) if self._target else None
+        return asked or Rounding.TOKEN
+
     def evidence(self, measured: Signals, boundary: str) -> Tensor:
         """E of Eq. (4) at one boundary, float32 [B, tokens, channels]."""
         return evidence_map(measured.hidden[boundary], self.means[boundary], measured.gradients[boundary])
 
     def full_precision(self, samples: tuple[int, ...]) -> tuple[Trunk, Signals]:
-        """The reference pass of states with equal shapes, and its signals."""
+        """The reference pass of the states of one batch, and its signals."""
         trunk = Trunk(self.chain, self.states.batch(self.policy, samples, self.reference.decided))
         return trunk, trunk.signals()
 
     def _full_precision(self, samples: tuple[int, ...]) -> _FullPrecision:
+        """Raises DataError for evidence that is not finite, naming state and boundary."""
         if self._last is None or self._last[0] != samples:
             self._last = None  # freed first: otherwise there were two at the peak
             trunk, measured = self.full_precision(samples)
             profiles = {name: profile(self.evidence(measured, name), self.settings.epsilon) for name in BOUNDARIES}
+            for name, found in profiles.items():
+                bad = (~(found.mass.isfinite() & found.attribution.isfinite().all(1))).nonzero()
+                if len(bad):
+                    raise DataError(
+                        f"full precision: evidence of sample {samples[int(bad[0])]} at boundary {name!r} is not "
+                        "finite, before any layer is quantized; check the checkpoint and the calibration set's images"
+                    )
             self._last = samples, _FullPrecision(trunk, profiles, measured.objective)
         return self._last[1]
 
 
 @dataclass(frozen=True)
 class SweepSpec:
-    """Everything that makes a sweep, as paths and values: what a worker process needs to build its own."""
+    """Everything that makes a sweep, as paths and values: what a worker process needs to build its own.
+
+    codes: a folder of `calibrator.codes`, None where recipes are cheap. sha256: what policy and calibration set must
+    be, by their names, None where nobody has looked yet.
+    """
 
     policy: str
     calibration: str
     settings: SweepSettings
     batch_size: int = 16
     device: str = "cpu"
+    codes: str | None = None
+    sha256: tuple[str, str] | None = None
 
     def arithmetic(self) -> AbstractContextManager[None]:
         """The block that every pass of this sweep runs in."""
-        return float32_products(_DTYPES[self.settings.dtype])
+        return float32_products(DTYPES[self.settings.dtype])
+
+    def empty_policy(self) -> Policy:
+        """The policy without its weights. Raises PolicyError for unknown statistics and a block that there is not."""
+        config = PolicyConfig.load(self.policy)
+        config.unnorm_key(self.settings.unnorm_key)
+        policy = empty_policy(config)
+        policy.chain(self.settings.language_block)
+        return policy
 
     def load_policy(self) -> Policy:
-        """Raises PolicyError for unknown statistics before any weight is read, and as the loader."""
-        PolicyConfig.load(self.policy).unnorm_key(self.settings.unnorm_key)
-        return load_policy(self.policy, device=self.device, matrices=_DTYPES[self.settings.dtype])
+        """Raises as the loader."""
+        return load_policy(self.policy, device=self.device, matrices=DTYPES[self.settings.dtype])
 
     def load_states(self, policy: Policy) -> States:
         calibration = load_calibration(self.calibration)
-        return States(calibration, policy.config, self.policy, self.settings.unnorm_key, self.batch_size)
+        return States(calibration, policy, self.policy, self.settings.unnorm_key, self.batch_size)
 
-    def open(self, ref: Reference | None = None) -> Sweep:
-        """Loads policy and states; the reference is computed unless it is given."""
+    def check_inputs(self, calibration_sha256: str) -> None:
+        """Raises ArtefactError unless policy and calibration set are those that the sweep is of."""
+        if self.sha256 is None:
+            return
+        found = sha256_policy(self.policy), calibration_sha256
+        for path, got, wanted in zip((self.policy, self.calibration), found, self.sha256, strict=True):
+            if got != wanted:
+                raise ArtefactError(
+                    f"{path}: holds {got[:12]} on {platform.node()}, the sweep is of {wanted[:12]}; copy the same "
+                    "files to every machine"
+                )
+
+    def open(self, ref: Reference | None = None, done: Callable[[int], None] = lambda _: None) -> Sweep:
+        """Loads policy and states; the reference is computed unless it is given, and `done` hears of its states."""
+        states = self.load_states(self.empty_policy())
+        self.check_inputs(states.calibration.sha256)
         policy = self.load_policy()
-        states = self.load_states(policy)
         if ref is None:
-            ref = reference(policy, states, policy.chain(self.settings.language_block))
-        return Sweep(policy, states, ref, self.settings)
+            ref = reference(policy, states, policy.chain(self.settings.language_block), done)
+        codes = KeptCodes(Path(self.codes)) if self.codes else None
+        return Sweep(policy, states, ref, self.settings, codes)

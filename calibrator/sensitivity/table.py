@@ -21,7 +21,7 @@ from vla_policy.core.formats import FULL, Choice
 from vla_policy.core.outputs import atomic_path
 
 KIND = "sensitivity"
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 Signal = Literal["evidence", "action", "proxy"]
 
 
@@ -53,8 +53,8 @@ class UnitScores(UnitShape):
     """One layer's row: what it costs and what each choice does to the policy.
 
     Scores are by choice, full precision included as 0. omega, omega_tau: Mix-QVLA Eqs. (10), (13). action_mse: QVLA
-    Eq. (4). action_proxy: its first-order estimate. action_mse, likelihood_drop and boundary_loss lack the choices that
-    a screened run did not evaluate.
+    Eq. (4). action_proxy: its first-order estimate, empty where nobody asked for it. action_mse, likelihood_drop and
+    boundary_loss lack the choices that a screened run did not evaluate.
     """
 
     omega: Mapping[Choice, float]
@@ -104,11 +104,11 @@ class Objective:
     signal: Signal = "evidence"
 
     def score(self, unit: UnitScores, choice: Choice) -> float:
-        """NaN where a screened run did not evaluate what the signal needs; an allocation refuses such a choice."""
+        """NaN where a run did not measure what the signal needs; an allocation refuses such a choice."""
         if self.signal == "action":
             return unit.action_mse[choice] if unit.evaluated(choice) else math.nan
         if self.signal == "proxy":
-            return unit.action_proxy[choice]
+            return unit.action_proxy.get(choice, math.nan)
         return self.alpha * unit.omega[choice] + self.beta * unit.omega_tau[choice]
 
 
@@ -123,12 +123,12 @@ class Estimate:
 def score_unit(
     shape: UnitShape,
     losses: UnitLosses,
-    action_proxy: np.ndarray,
+    action_proxy: np.ndarray | None,
     phases: np.ndarray,
     settings: ScoreSettings,
     estimate: Estimate | None = None,
 ) -> UnitScores:
-    """Eqs. (8) to (13) for one layer. action_proxy: [choices, N]. phases: int64 [N], the bin of each state of `losses`.
+    """Eqs. (8) to (13) for one layer. action_proxy: [choices, N], if there is one. phases: int64 [N], each state's bin.
 
     With an estimate, `losses` are NaN for states that were not evaluated, and the other scores average the rest.
     """
@@ -151,7 +151,7 @@ def score_unit(
         omega=by_choice(estimate.omega),
         omega_tau=by_choice(estimate.omega_tau),
         action_mse=evaluated(losses.action_error),
-        action_proxy=by_choice(action_proxy.mean(-1)),
+        action_proxy={} if action_proxy is None else by_choice(action_proxy.mean(-1)),
         likelihood_drop=evaluated(-losses.likelihood),
         boundary_loss={
             choice: {name: values[choice] for name, values in zip(BOUNDARIES, by_boundary, strict=True)}
@@ -159,6 +159,12 @@ def score_unit(
             if choice in by_boundary[0]
         },
     )
+
+
+def below_floor(units: Sequence[UnitScores], choices: Sequence[Choice], floor: float) -> list[dict[str, Any]]:
+    """Layers and the choices whose score is not above the noise floor: it says that nothing was seen, not how much."""
+    found = {unit.name: [str(choice) for choice in choices if unit.omega[choice] <= floor] for unit in units}
+    return [{"unit": name, "choices": below} for name, below in found.items() if below]
 
 
 def inversions(units: Sequence[UnitScores], choices: Sequence[Choice]) -> list[dict[str, Any]]:
@@ -210,6 +216,17 @@ class Sensitivity:
     def policy_sha256(self) -> str:
         return str(self.meta["policy"]["sha256"])
 
+    @property
+    def screened(self) -> Mapping[str, Any] | None:
+        """What a screened run says of itself; None of an exhaustive table."""
+        screening: Mapping[str, Any] | None = self.meta.get("screening")
+        return screening
+
+    @property
+    def noise_floor(self) -> float:
+        """The Omega of a change that is none; scores that are not above it say nothing."""
+        return float(self.meta["noise_floor"]["omega"])
+
     @staticmethod
     def load(path: Path | str) -> "Sensitivity":
         """Raises ArtefactError when the file is missing, damaged or of another kind or version."""
@@ -231,13 +248,13 @@ class Sensitivity:
 
 def stack_losses(
     records: Sequence[UnitLosses],
-    action_proxies: Sequence[np.ndarray],
+    action_proxies: Sequence[np.ndarray] | None,
     progress: np.ndarray,
     settings: ScoreSettings,
 ) -> dict[str, np.ndarray]:
     """`losses.safetensors`: everything per layer, choice and state, in the order of the JSON.
 
-    action_proxies: [choices, N] each.
+    action_proxies: [choices, N] each, if there are any.
     """
     mass = np.stack([record.mass for record in records])
     attribution = np.stack([record.attribution for record in records])
@@ -249,7 +266,7 @@ def stack_losses(
         "soft_bottleneck": soft_bottleneck(losses, settings.kappa).astype(np.float32),
         "action_error": np.stack([record.action_error for record in records]).astype(np.float32),
         "likelihood": np.stack([record.likelihood for record in records]).astype(np.float32),
-        "action_proxy": np.stack(action_proxies).astype(np.float32),
+        **({} if action_proxies is None else {"action_proxy": np.stack(action_proxies).astype(np.float32)}),
         "progress": progress.astype(np.float64),
         "phase": phase_of(progress, settings.bins),
     }

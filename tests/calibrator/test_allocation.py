@@ -105,7 +105,7 @@ def test_a_width_that_a_screened_run_did_not_evaluate_is_not_solved_for() -> Non
     known, partly = unit("known", {2: 0.8, 4: 0.4, 8: 0.2}), unit("partly", {2: 0.8, 4: 0.4, 8: 0.2})
     screened = table([known, replace(partly, action_mse={BY_BITS[2]: 0.08, FULL: 0.0})])
     by_action = replace(request(average_bits=8.0), objective=Objective(signal="action"))
-    with pytest.raises(ArtefactError, match="partly: the screened run did not evaluate w4a16_g32:rtn; measure it"):
+    with pytest.raises(ArtefactError, match="partly: w4a16_g32:rtn has no score by this signal"):
         Planner.of(screened, by_action).plan()
     pinned = Planner.of(screened, replace(by_action, pins=(Pin("partly", BY_BITS[2]),))).plan()
     assert pinned.objective == pytest.approx(0.08 + 0.02)  # the other layer has room for 8 bits

@@ -8,18 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_artefacts import CHOICES, CONVENTIONS, FRAMES, INSTRUCTION, FakeArtefacts, Table, fake_shapes
+from fake_artefacts import CHOICES, FRAMES, INSTRUCTION, FakeArtefacts, Table, fake_shapes
 
 import calibrator.report.page
 from calibrator.__main__ import main
-from calibrator.allocation.options import Pin
 from calibrator.allocation.plan import Plan
 from calibrator.allocation.planning import Limits, Planner, PlanRequest
 from calibrator.quantizers import parse_choices
 from calibrator.quantizers.weights import WEIGHT_BITS
 from calibrator.report.inputs import Inputs, Paths
 from calibrator.report.page import render
-from calibrator.sensitivity.table import Objective, Sensitivity, UnitShape
+from calibrator.sensitivity.table import Sensitivity, UnitShape
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.files import read_json, write_json
 from vla_policy.core.formats import Choice
@@ -211,21 +210,6 @@ def test_served_figures_equal_the_artefacts(artefacts: FakeArtefacts, tree: Elem
     assert f"{FRAMES - 2} of {FRAMES - 2} served actions equal" in section.text
 
 
-def test_conventions_are_a_picture_of_the_table(artefacts: FakeArtefacts, tree: Element) -> None:
-    section = next(node for node in tree.find("section") if node.attributes.get("id") == "conventions")
-    texts = [node.text for node in section.find("text")]
-    for trial in CONVENTIONS.trials:
-        assert trial.name in texts
-    better = next(node for node in section.find("text") if node.text == "images <turned>")
-    assert "strong" in better.attributes["class"] and better.attributes["data-tip"] == "turn them"
-    assert {"0.750", "-0.25", "50 %", "0.250", "0.96"} <= set(texts)
-    bars = [float(node.attributes["width"]) for node in section.find("rect")]
-    correlations = bars[1], bars[4]
-    assert bars[0] == pytest.approx(3 * bars[3], abs=0.1)  # pixels are rounded to 0.01
-    assert correlations[1] == pytest.approx(0.96 / 0.25 * correlations[0], rel=1e-3)
-    assert "kept as they are on request" in section.text and len(section.find("tr")) == 3
-
-
 def test_every_figure_names_its_sources(tree: Element, artefacts: FakeArtefacts) -> None:
     figures = tree.find("figure")
     assert len(figures) >= 9
@@ -244,7 +228,6 @@ def test_only_the_scores_are_required(artefacts: FakeArtefacts) -> None:
         "evidence",
         "layers",
         "time",
-        "conventions",
         "sources",
     ]
     table = tree.find("table")[-1].text
@@ -271,7 +254,7 @@ def test_the_verification_is_told_with_the_processor(artefacts: FakeArtefacts, t
 def test_full_page_misses_nothing(tree: Element) -> None:
     assert "Not on this page" not in tree.text
     ids = [node.attributes["id"] for node in tree.find("section")]
-    assert ids == ["headline", "evidence", "layers", "time", "plan", "engine", "served", "conventions", "sources"]
+    assert ids == ["headline", "evidence", "layers", "time", "plan", "engine", "served", "sources"]
     anchors = [node.attributes["href"] for node in tree.find("a")]
     assert anchors == [f"#{name}" for name in ids[1:]]
 
@@ -393,20 +376,15 @@ def test_what_was_not_evaluated_is_said_and_nothing_else_is_lost(tmp_path: Path,
         assert any("was evaluated" in tip for tip in tips) == bool(dots), "of two or twelve states in ten phases"
 
 
-def test_a_plan_by_action_error_on_a_screened_table_says_what_it_cannot_compare(tmp_path: Path) -> None:
-    """Only choices that the pins leave open must be known to make it; the page compares it with others too."""
-    given = FakeArtefacts.write(tmp_path, table=Table(screened=lambda shape, choice: choice == W8))
-    sensitivity = Sensitivity.load(given.paths.sensitivity)
-    limits, objective = Limits(average_bits=16.0), Objective(signal="action")
-    plan = Planner.of(sensitivity, PlanRequest(limits, objective, pins=(Pin("*", W8),))).plan()
-    plan.save(tmp_path / "by_action.json")
-    tree = parse(render(Inputs.load(alone(given, "plan", tmp_path / "by_action.json"))))
-    section = next(node for node in tree.find("section") if node.attributes.get("id") == "plan")
-    protected, simpler = section.find("table")
-    assert {row.find("td")[3].text for row in protected.find("tr")[1:]} == {"not evaluated"}
-    objectives = {row.find("td")[0].text: row.find("td")[3].text for row in simpler.find("tr")[1:]}
-    assert objectives["every layer w4a16_g64"] == objectives["every layer w2a16_g64"] == "not evaluated"
-    assert objectives["every layer w8a16_g64"] == objectives["this plan"] != "not evaluated"
+def test_a_screened_table_is_never_called_certain(tmp_path: Path) -> None:
+    """Not in the headline, and not where the plan is explained; of an exhaustive one it is said."""
+    for name, table in (("screened", Table(screened=_every_fourth)), ("exhaustive", Table())):
+        (tmp_path / name).mkdir()
+        page = parse(render(Inputs.load(FakeArtefacts.write(tmp_path / name, table=table).paths)))
+        words = " ".join(page.text.split())
+        assert ("certified optimum" in words) == (name == "exhaustive")
+        assert ("optimum of a screened table, most of whose scores are estimates" in words) == (name == "screened")
+        assert ("No bound is known of what such a plan loses" in words) == (name == "screened")
 
 
 def test_a_plan_that_keeps_everything_is_shown(artefacts: FakeArtefacts, tmp_path: Path) -> None:
@@ -435,4 +413,4 @@ def test_command_line(artefacts: FakeArtefacts, tmp_path: Path, capsys: pytest.C
     given = ["--sensitivity", str(paths.sensitivity), "--plan", str(paths.plan), "--rollout", str(paths.rollouts[0])]
     assert main(["report", *given, "--out", str(out)]) == 0
     assert "opens without a network" in capsys.readouterr().out
-    assert [node.attributes["id"] for node in parse(out.read_text()).find("section")][-2:] == ["conventions", "sources"]
+    assert [node.attributes["id"] for node in parse(out.read_text()).find("section")][-2:] == ["plan", "sources"]

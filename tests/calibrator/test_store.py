@@ -13,6 +13,7 @@ from fake_source import FakeSource
 from ragged import write_plan
 from tiny import tiny_policy_folder
 
+from calibrator import codes
 from calibrator import quantize as command
 from calibrator.__main__ import main
 from calibrator.data.calibration import collect, load_calibration
@@ -89,7 +90,7 @@ def test_an_engine_of_stored_codes_is_the_engine_of_computed_ones(
 
 def test_a_stopped_run_continues(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[str] = []
-    write = command.write_layer
+    write = codes.write_layer
 
     def stops(folder: Path, unit: str, weight: Any) -> None:
         if len(done) == 5:
@@ -99,7 +100,7 @@ def test_a_stopped_run_continues(place: Path, tmp_path: Path, monkeypatch: pytes
 
     wanted = request(place, out=tmp_path / "w")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(command, "write_layer", stops)
+        patch.setattr(codes, "write_layer", stops)
         command.quantize(wanted)
     with pytest.raises(ArtefactError, match="is unfinished; call `calibrator quantize` again, which continues it"):
         Store.open(tmp_path / "w")

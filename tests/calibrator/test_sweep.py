@@ -15,13 +15,15 @@ from torch import Tensor
 
 from calibrator.families import live_units
 from calibrator.families.openvla import OpenVLA, TokenDecisions
+from calibrator.families.openvla_oft.model import OpenVLAOFT
+from calibrator.modules.chain import PAD
 from calibrator.modules.prismatic import Prismatic
-from calibrator.quantizers import parse_choice, quantized
+from calibrator.quantizers import QuantizedWeight, parse_choice, quantize, quantized
 from calibrator.sensitivity.evidence import BOUNDARIES
 from calibrator.sensitivity.passes import Signals, Trunk, signals
 from calibrator.sensitivity.sweep import Sweep, SweepSettings, SweepSpec
 from vla_policy.core.errors import DataError, PolicyError
-from vla_policy.core.formats import FULL, Choice
+from vla_policy.core.formats import FULL, Choice, Rounding
 from vla_policy.core.observation import check_strays
 from vla_policy.core.policy_config import PolicyConfig
 
@@ -135,13 +137,6 @@ def objective_from(policy: OpenVLA, trunk: Trunk, start: str, x: Tensor) -> Tens
     return logits.log_softmax(-1).gather(-1, batch.decided[..., None]).mean()
 
 
-def test_full_precision_scores_exactly_zero(sweep: Sweep) -> None:
-    """Exactly: the same operations on the same numbers in the same shapes, and losses that are 0 for equal evidence."""
-    losses = sweep.evaluate("projector.fc1", (FULL,), tuple(range(8)))
-    assert not losses.mass.any() and not losses.attribution.any()
-    assert not losses.action_error.any() and not losses.likelihood.any()
-
-
 def test_a_layer_that_never_runs_scores_exactly_zero(spec: SweepSpec) -> None:
     sweep = spec.open()
     mlp = sweep.policy.get_submodule("vision_backbone.featurizer.blocks.0.mlp")
@@ -234,11 +229,89 @@ def test_rounded_activations_change_more_than_weights_alone(sweep: Sweep) -> Non
 
 
 def test_evidence_that_is_not_finite_is_named(spec: SweepSpec) -> None:
+    """Of a layer in a choice; where full precision is finite."""
+
+    class Broken:
+        def of(self, unit: str, weight: Tensor, choice: Choice) -> QuantizedWeight:
+            found = quantize(weight, choice)
+            found.scales[:] = torch.inf
+            return found
+
     sweep = spec.open()
-    sweep.reference.means["vision"][:] = np.nan
-    broken = Sweep(sweep.policy, sweep.states, sweep.reference, sweep.settings)
-    with pytest.raises(DataError, match=r"projector.fc1 in w4a16_g32:rtn: evidence of sample 2 at boundary 'vision'"):
+    broken = Sweep(sweep.policy, sweep.states, sweep.reference, sweep.settings, Broken())
+    with pytest.raises(DataError, match=r"projector.fc1 in w4a16_g32:rtn: evidence of sample 2 at boundary '"):
         broken.evaluate("projector.fc1", (W4,), (2, 3))
+
+
+@pytest.mark.parametrize("boundary", BOUNDARIES)
+def test_full_precision_that_is_not_finite_is_not_blamed_on_a_layer(spec: SweepSpec, boundary: str) -> None:
+    sweep = spec.open()
+    ref = replace(sweep.reference, means={name: mean.copy() for name, mean in sweep.reference.means.items()})
+    ref.means[boundary][:] = np.inf
+    broken = Sweep(sweep.policy, sweep.states, ref, sweep.settings)
+    wanted = rf"^full precision: evidence of sample \d at boundary '{boundary}' is not finite, before any layer is"
+    with pytest.raises(DataError, match=wanted):
+        broken.evaluate("projector.fc1", (W4,), (2, 3))
+
+
+def test_a_change_that_is_none_is_rounding_alone(sweep: Sweep) -> None:
+    """And it is one: the sums come out otherwise, in vision, projector, decoder and head alike."""
+    for unit in UNITS:
+        null = sweep.evaluate(unit, (FULL,), (0, 1, 2))
+        real = sweep.evaluate(unit, (W8,), (0, 1, 2))
+        assert 0 < null.mass.max() < 3e-5 and null.attribution.max() < 1e-9, unit
+        assert null.mass.max() < 0.1 * real.mass.max(), unit
+        assert not null.action_error.any()
+    before = sweep.policy.get_submodule(UNITS[0]).weight.clone()
+    with sweep.changed(UNITS[0], FULL):
+        assert torch.equal(sweep.policy.get_submodule(UNITS[0]).weight, before.flip(1))
+    assert torch.equal(sweep.policy.get_submodule(UNITS[0]).weight, before)
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_prompts_of_different_lengths_share_a_batch(spec: SweepSpec, unit: str) -> None:
+    """The padding changes nothing: losses are those of every state by itself, and it has no evidence at all."""
+    together, alone = replace(spec, batch_size=8).open(), replace(spec, batch_size=1).open()
+    (batch,) = together.states.split(range(8))
+    inputs = together.states.inputs(together.policy, batch)["input_ids"]
+    assert len({int((row != PAD).sum()) for row in inputs}) > 1 and bool((inputs == PAD).any())
+    assert all(bool((row[int((row != PAD).sum()) :] == PAD).all()) for row in inputs), "at the right end"
+    one, many = (sweep.evaluate(unit, (W2,), tuple(range(8))) for sweep in (alone, together))
+    np.testing.assert_allclose(many.mass, one.mass, **MASS)
+    np.testing.assert_allclose(many.attribution, one.attribution, **ATTRIBUTION)
+    np.testing.assert_array_equal(many.action_error, one.action_error)
+    _, full = together.full_precision(batch)
+    evidence = together.evidence(full, "language")
+    count = together.states.decisions.size
+    for row, ids in enumerate(inputs):
+        end = together.policy.config.num_patches + int((ids != PAD).sum()) + count - 1
+        assert bool((evidence[row, :end].sum(-1) > 0).all()) and not evidence[row, end:].any()
+
+
+def test_a_policy_that_sees_all_positions_takes_prompts_of_one_length(spec: SweepSpec) -> None:
+    sweep = spec.open()
+    alike = sweep.states.split(range(8), alike=True)
+    assert len(alike) > len(replace(spec, batch_size=8).load_states(spec.empty_policy()).split(range(8))) == 1
+    for batch in alike:
+        assert not bool((sweep.states.inputs(sweep.policy, batch)["input_ids"] == PAD).any())
+    assert not OpenVLAOFT.pads_prompts
+
+
+@pytest.mark.parametrize(
+    ("target", "choice", "rounding"),
+    [("cpu", "w8a8_g32", Rounding.GROUP), ("cpu", "w8a8", Rounding.TOKEN), (None, "w8a8_g32", Rounding.TOKEN)],
+)
+def test_activations_are_rounded_as_the_targets_kernel_does(
+    spec: SweepSpec, target: str | None, choice: str, rounding: Rounding
+) -> None:
+    unit, parsed = "language_model.model.layers.1.mlp.down_proj", parse_choice(choice)
+    sweep = replace(spec, settings=SweepSettings((parsed,), target=target)).open()
+    found = sweep.evaluate(unit, (parsed,), (0, 1))
+    trunk, full = sweep.full_precision((0,))
+    with quantized(sweep.policy, unit, parsed, rounding=rounding):
+        changed = signals(trunk, sweep.units[unit].segment)
+    expected = float((changed.objective - full.objective)[0])
+    assert found.likelihood[0, 0] == pytest.approx(expected, abs=1e-6)
 
 
 def test_unknown_blocks_are_refused(spec: SweepSpec) -> None:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, LlamaForCausalLM, LlamaModel
 
-from calibrator.modules.chain import DECIDED, PROMPT, Chain, Layers, Runs, Segment
+from calibrator.modules.chain import DECIDED, PAD, PROMPT, Chain, Layers, Runs, Segment
 from calibrator.modules.llama import SEQUENCE, keep_rotary_frequencies, llama_config
 from calibrator.modules.policy import Inputs
 from calibrator.modules.prismatic import Prismatic
@@ -15,9 +15,11 @@ from vla_policy.core.prismatic.config import PrismaticConfig
 class OpenVLA(Prismatic):
     """The policy.
 
-    A sequence is [BOS][patches][prompt][action tokens]. Sequences of one batch have the same length; shorter ones may
-    be padded at the right end, which causal attention never looks at.
+    A sequence is [BOS][patches][prompt][action tokens]. Along the chain shorter ones of a batch end with padding, which
+    causal attention never looks at; `decide` takes prompts of one length.
     """
+
+    pads_prompts = True
 
     def __init__(self, config: PrismaticConfig) -> None:
         super().__init__(config)
@@ -63,11 +65,15 @@ class OpenVLA(Prismatic):
         model = self.decoder
 
         def sequence(patches: Tensor, input_ids: Tensor, decided: Tensor) -> Tensor:
-            return self.embed(torch.cat([input_ids, decided[:, :-1]], dim=1), patches)
+            """What was decided follows each prompt's own end; padding is word 0."""
+            given = decided[:, :-1]
+            words = torch.cat([input_ids.clamp_min(0), torch.zeros_like(given)], dim=1)
+            return self.embed(words.scatter(1, _behind(input_ids, given), given), patches)
 
-        def states(x: Tensor, decided: Tensor) -> Tensor:
+        def states(x: Tensor, decided: Tensor, input_ids: Tensor) -> Tensor:
             """What predicts `decided`."""
-            return model.norm(x)[:, -decided.shape[1] :]
+            place = self.config.num_patches - 1 + _behind(input_ids, decided)
+            return model.norm(x.gather(1, place[..., None].expand(-1, -1, x.shape[2])))
 
         def logits(states: Tensor) -> Tensor:
             return self.language_model.lm_head(states).float()
@@ -79,8 +85,14 @@ class OpenVLA(Prismatic):
         head = Layers("language_model.lm_head", "lm_head", "head", "head", lambda _, decided: (Runs(1, decided),))
         return self.chain_of(
             Segment(SEQUENCE, ("projector", PROMPT, DECIDED), sequence),
-            Segment("states", (self.after_decoder, DECIDED), states),
+            Segment("states", (self.after_decoder, DECIDED, PROMPT), states),
             Segment("logits", ("states",), logits, (head,)),
             decoder_runs,
             language_block,
         )
+
+
+def _behind(input_ids: Tensor, decided: Tensor) -> Tensor:
+    """Places right behind each prompt [B, L], as many as were decided [B, K]: int64 [B, K]."""
+    ends = (input_ids != PAD).sum(1, keepdim=True)
+    return ends + torch.arange(decided.shape[1], device=ends.device)

@@ -4,12 +4,13 @@ What a format is worth is a backend's matter: a target names its backends and th
 listed for. `allocate --target` offers these formats; `build` asks the installed version's rules.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from vla_policy.core.backends import find_backend
 from vla_policy.core.backends.base import LayerKind, Rule, Version
 from vla_policy.core.errors import ArtefactError
-from vla_policy.core.formats import Format, Rounding
+from vla_policy.core.formats import Choice, Format, Rounding
 
 
 @dataclass(frozen=True)
@@ -131,3 +132,14 @@ def find_target(name: str) -> Target:
     if name not in TARGETS:
         raise ArtefactError(f"target {name!r} is unknown; choose one of: {', '.join(TARGETS)}")
     return TARGETS[name]
+
+
+def no_kernel(choices: Iterable[Choice], target: str | None) -> dict[str, str]:
+    """By the text of a choice, why none of the linear layers can have it: on `target`, or for None on any machine."""
+    machines = [find_target(target)] if target else list(TARGETS.values())
+    reasons: dict[str, str] = {}
+    for choice in choices:
+        found = [machine.why_not(choice.format) for machine in machines]
+        if all(found):
+            reasons[str(choice)] = str(found[0]) if target else f"on no target; {machines[0].name}: {found[0]}"
+    return reasons
