@@ -11,6 +11,7 @@ from tiny import tiny_config
 
 from calibrator.allocation.plan import Plan
 from calibrator.allocation.planning import Limits, Planner, PlanRequest, write_frontier
+from calibrator.conventions.check import AS_RECORDED, GRIPPER, Outcome, Trial
 from calibrator.data.calibration import collect, load_calibration
 from calibrator.data.records import Record, SourceIndex, Trajectory
 from calibrator.quantizers import parse_choices
@@ -86,6 +87,21 @@ class FakeSource:
 
     def describe(self) -> dict[str, Any]:
         return {"kind": "fake", "path": self.path}
+
+CONVENTIONS = Outcome(
+    states=32,
+    unnorm_key="fake",
+    dimensions=(
+        {"error": 0.25, "spread": 0.5, "correlation": 0.875, "gripper": False},
+        {"error": 0.125, "spread": 0.0, "correlation": None, "gripper": True},
+    ),
+    trials=(
+        Trial(AS_RECORDED, "", 0.75, -0.25, 0.5, False),
+        Trial("images <turned>", "turn them", 0.25, 0.96, None, True),
+        Trial(GRIPPER, "", 0.75, -0.25, 0.5, False),
+    ),
+    accepted=True,
+)
 
 
 @dataclass(frozen=True)
@@ -181,6 +197,7 @@ def _write_sensitivity(folder: Path, generator: np.random.Generator, table: Tabl
         "policy": {"id": "fake_policy", "sha256": POLICY_SHA256},
         "calibration": {"sha256": calibration.sha256, "samples": len(samples), "trajectories": 3},
         "choices": [choice.to_json() for choice in (*choices, FULL)],
+        "conventions": CONVENTIONS.to_json(),
         "kappa": scores.kappa,
         "lambda": scores.attribution_weight,
         "bins": scores.bins,

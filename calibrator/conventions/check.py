@@ -132,7 +132,8 @@ def check(policy: Policy, folder: Path, calibration: CalibrationSet, unnorm_key:
     if actions.shape[1] != stats.dim:
         text = f"recorded actions have {actions.shape[1]} values, the policy's {stats.dim}"
         return Outcome(0, key, unchecked=text)
-    chosen = np.unique(np.linspace(0, len(calibration) - 1, min(STATES, len(calibration))).round().astype(int))
+    told = np.flatnonzero(np.isfinite(actions).all(1))
+    chosen = told[np.unique(np.linspace(0, len(told) - 1, min(STATES, len(told))).round().astype(int))]
     runner = _Runner(policy, folder, [calibration.observation(index) for index in chosen], key)
     recording = Recording.of(actions[chosen], np.asarray(stats.low), np.asarray(stats.high), np.asarray(stats.mask))
     opposite = np.asarray([calibration.grippers[index] == "opposite" for index in chosen])

@@ -2,9 +2,11 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
+from calibrator.data.commands import Commands
 from calibrator.data.layout import RecordLayout
 from calibrator.data.records import Record, SourceIndex, Trajectory
 from vla_policy.core.bag import read_frames
@@ -50,9 +52,16 @@ class BagSource:
         return SourceIndex(tuple(found), tally.found)
 
     def read(self, wanted: Mapping[str, frozenset[int]]) -> Iterator[Record]:
-        for item in self._frames():
-            if isinstance(item, Frame) and item.step in wanted.get(_episode(item), ()):
-                yield Record(_episode(item), item.step, observe(item, self._contract))
+        commands = Commands.read(Path(self.path), self._contract, self._namespace)
+        frames = (item for item in self._frames() if isinstance(item, Frame))
+        for frame, following in pairwise(chain(frames, (None,))):
+            assert frame is not None  # only the last is followed by none
+            if frame.step not in wanted.get(_episode(frame), ()):
+                continue
+            action = None
+            if commands is not None and following is not None and following.episode == frame.episode:
+                action = commands.between(frame.received_ns, following.received_ns)
+            yield Record(_episode(frame), frame.step, observe(frame, self._contract), action)
 
     def describe(self) -> dict[str, Any]:
         path = Path(self.path)

@@ -54,7 +54,8 @@ class CalibrationSet:
     """States with their images (uint8 [H, W, 3], sizes may differ) and robot states (float32 [S] or None).
 
     images: of the first camera. further: of the others, per state. actions: float32 [N, K], what was recorded as
-    carried out, None where a source does not tell; grippers: per state, in which sense its gripper was recorded.
+    carried out, NaN for a state without, None for a set without; grippers: per state, in which sense its gripper was
+    recorded.
     """
 
     samples: tuple[Sample, ...]
@@ -159,8 +160,7 @@ def collect(
     if len(cameras) != 1:
         raise DataError(f"sources give different numbers of images ({cameras}); collect them into separate sets")
     tensors |= _stacked("states", states)
-    # Some sources may tell what was carried out and others not; the set then does not.
-    tensors |= {} if any(action is None for action in actions) else _stacked("actions", actions)
+    tensors |= _stacked("actions", _filled(actions))
     content: dict[str, Any] = {
         "schema_version": 1,
         "kind": KIND,
@@ -203,6 +203,12 @@ def _check_usable(sources: list[Source], indices: list[SourceIndex], count: int)
 
 def _image_name(state: int, camera: int) -> str:
     return f"image_{state}_{camera}" if camera else f"image_{state}"
+
+
+def _filled(actions: Sequence[np.ndarray | None]) -> list[np.ndarray | None]:
+    """The actions, NaN where some state has none; all None where no state has one."""
+    known = next((action for action in actions if action is not None), None)
+    return [np.full_like(known, np.nan) if known is not None and one is None else one for one in actions]
 
 
 def _stacked(what: str, rows: Sequence[np.ndarray | None]) -> dict[str, np.ndarray]:

@@ -5,7 +5,8 @@ dX does to the policy is estimated to first order:
 
 - the action (QVLA Eq. (6), per output channel): a scalar s moves by at most sum_c ||ds/dX_c|| ||dX_c||, norms over
   tokens. A greedy action is piecewise constant, so its place is taken by the expected action under the model's
-  distribution over the action bins. One backward pass per action dimension.
+  distribution over the action bins. One backward pass per value of the action or, of many, per random probe: the
+  squared gradients along directions of random signs have the sum over all values as their mean (Hutchinson).
 - the evidence mass (Mix-QVLA Eq. (5)): ln M moves by <d ln M / dX, dX>, signed. M holds gradients, so this is a
   backward pass through a backward pass, one per boundary; and a layer between a boundary and the action also changes
   the gradient that it passes back, from x' = X'W to X'Q(W), which adds <d ln M / dx', dx'>.
@@ -30,6 +31,10 @@ from vla_policy.core.formats import Choice
 
 _KEPT_BYTES = 2 << 30
 _FLOAT_BYTES = 4
+_MOST_VALUES, _PROBES = 16, 8
+
+Runs = Mapping[str, Sequence[Tensor]]
+"""Tensors by layer, one for each of its runs in a pass."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +128,8 @@ class _Backward:
 class _Layer:
     """What one batch's passes leave of a layer.
 
+    A layer that runs several times in a pass has the tokens of all runs, one after the other.
+
     states: B. x: its input. action: [B, channels], squared norms of the action's gradients, summed over dimensions.
     forward: per boundary, the gradient of ln M with respect to the layer's output. backward: None where no boundary
     lies before the layer.
@@ -181,7 +188,7 @@ def _pass(sweep: Sweep, samples: tuple[int, ...], units: Sequence[Unit], evidenc
             unit.name,
             unit.module,
             len(samples),
-            inputs[unit.name].detach(),
+            _joined_input(unit.module, inputs[unit.name], len(samples)),
             action[unit.name],
             forward.get(unit.name, ()),
             backward.get(unit.name),
@@ -190,15 +197,35 @@ def _pass(sweep: Sweep, samples: tuple[int, ...], units: Sequence[Unit], evidenc
     }
 
 
-def _action_gains(batch: Batch, output: Tensor, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _joined_input(module: nn.Module, runs: Sequence[Tensor], states: int) -> Tensor:
+    """All runs' input; a convolution's images as they are, for it runs once."""
+    return runs[0].detach() if isinstance(module, nn.Conv2d) else _joined(runs, states).detach()
+
+
+def _joined(runs: Sequence[Tensor], states: int) -> Tensor:
+    """[B, tokens of all runs, channels]."""
+    return torch.cat([_token_rows(run, states) for run in runs], 1)
+
+
+def directions(values: int) -> Tensor:
+    """float32 [R, D]: the squared gradients along the R directions sum up to those of the D values, for many values in
+    the mean."""
+    if values <= _MOST_VALUES:
+        return torch.eye(values)
+    signs = torch.randint(0, 2, (_PROBES, values), generator=torch.Generator().manual_seed(0))
+    return (2.0 * signs - 1.0) / _PROBES**0.5
+
+
+def _action_gains(batch: Batch, output: Tensor, outputs: Runs) -> dict[str, Tensor]:
     """Per layer [B, channels]: squared norms over tokens of the action's gradients, summed over dimensions."""
     states = len(batch.samples)
     gains: dict[str, Tensor] = {}
-    for value in batch.decisions.expected(output).unbind(1):
-        # Reduced at once: only one dimension's gradients are held at a time.
-        (found,) = _gradients(value.sum(), outputs)
-        for unit, gradient in found.items():
-            gain = _token_rows(gradient, states).float().square().sum(1)
+    expected = batch.decisions.expected(output)
+    for direction in directions(expected.shape[1]).to(expected.device):
+        # Reduced at once: only one direction's gradients are held at a time.
+        (found,) = _gradients((expected @ direction).sum(), outputs)
+        for unit, gradients in found.items():
+            gain = _joined(gradients, states).float().square().sum(1)
             gains[unit] = gains[unit] + gain if unit in gains else gain
     return gains
 
@@ -208,8 +235,8 @@ def _mass_slopes(
     batch: Batch,
     values: Mapping[str, Tensor],
     units: Sequence[Unit],
-    inputs: Mapping[str, Tensor],
-    outputs: Mapping[str, Tensor],
+    inputs: Runs,
+    outputs: Runs,
 ) -> tuple[dict[str, list[Tensor]], dict[str, _Backward]]:
     """`_Layer.forward` and `_Layer.backward` by layer. values: of the chain. inputs, outputs: of the layers."""
     states, chain = len(batch.samples), sweep.chain
@@ -220,7 +247,7 @@ def _mass_slopes(
     objective = batch.objective(values[chain.output])
     at_boundary, arriving, passed = _gradients(
         (objective * objective.new_ones(()).requires_grad_()).sum(),
-        hidden,
+        {boundary: [h] for boundary, h in hidden.items()},
         {unit: outputs[unit] for unit in behind},
         {unit: inputs[unit] for unit in behind},
         create_graph=True,
@@ -228,36 +255,38 @@ def _mass_slopes(
     forward: dict[str, list[Tensor]] = {unit.name: [] for unit in units}
     backward: dict[str, list[Tensor]] = {unit: [] for unit in behind}
     for boundary, h in hidden.items():
-        mass = evidence_map(h, sweep.means[boundary], at_boundary[boundary]).flatten(1).mean(1)
+        mass = evidence_map(h, sweep.means[boundary], at_boundary[boundary][0]).flatten(1).mean(1)
         slopes = _gradients(mass.log().sum(), outputs, passed)
         for known, found in zip((forward, backward), slopes, strict=True):
             for unit, slope in found.items():
-                known[unit].append(_token_rows(slope, states))
-    return forward, {unit: _Backward(arriving[unit].detach(), slopes) for unit, slopes in backward.items()}
+                known[unit].append(_joined(slope, states))
+    return forward, {
+        unit: _Backward(_joined(arriving[unit], states).detach(), slopes) for unit, slopes in backward.items()
+    }
 
 
-def _gradients(of: Tensor, *points: Mapping[str, Tensor], create_graph: bool = False) -> list[dict[str, Tensor]]:
+def _gradients(of: Tensor, *points: Runs, create_graph: bool = False) -> list[dict[str, list[Tensor]]]:
     """The gradients of `of` with respect to all points, under the points' names; zero where it does not depend."""
-    flat = [tensor for group in points for tensor in group.values()]
+    flat = [tensor for group in points for runs in group.values() for tensor in runs]
     found = iter(torch.autograd.grad(of, flat, retain_graph=True, create_graph=create_graph, materialize_grads=True))
-    return [{name: next(found) for name in group} for group in points]
+    return [{name: [next(found) for _ in runs] for name, runs in group.items()} for group in points]
 
 
 @contextmanager
-def _taps(units: Sequence[Unit]) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+def _taps(units: Sequence[Unit]) -> Iterator[tuple[dict[str, list[Tensor]], dict[str, list[Tensor]]]]:
     """Inside the block, forward passes fill two dicts with their graph's tensors: inputs and outputs by layer."""
-    inputs: dict[str, Tensor] = {}
-    outputs: dict[str, Tensor] = {}
+    inputs: dict[str, list[Tensor]] = {unit.name: [] for unit in units}
+    outputs: dict[str, list[Tensor]] = {unit.name: [] for unit in units}
     handles = []
     for unit in units:
 
         def enter(module: nn.Module, args: tuple[Tensor, ...], name: str = unit.name) -> Tensor:
             # An alias of its own: what arrives there is this layer's gradient alone, even if others share the input.
-            inputs[name] = args[0].view_as(args[0])
-            return inputs[name]
+            inputs[name].append(args[0].view_as(args[0]))
+            return inputs[name][-1]
 
         def leave(module: nn.Module, args: tuple[Tensor, ...], output: Tensor, name: str = unit.name) -> None:
-            outputs[name] = output
+            outputs[name].append(output)
 
         handles += [unit.module.register_forward_pre_hook(enter), unit.module.register_forward_hook(leave)]
     try:

@@ -13,16 +13,19 @@ import pytest
 from calibrator.__main__ import main
 from calibrator.conventions.check import AS_RECORDED, GRIPPER, VIEWS, Outcome, check
 from calibrator.conventions.fit import Fit, clearly_better
+from calibrator.data.bag import BagSource
 from calibrator.data.calibration import CalibrationSet, collect, load_calibration
 from calibrator.data.episodes import EpisodeSource
 from calibrator.data.layout import RecordLayout
 from calibrator.data.records import Record
 from calibrator.families import Policy, load_policy
 from tests.fake_source import FakeSource
+from vla_policy.core.contract import load_contract
 from vla_policy.core.errors import DataError
 
 ROOT = Path(__file__).parents[2]
 POLICY = ROOT / "demo/policies/libero_object"
+CONTRACT = ROOT / "ros2_ws/src/vla_policy/config/libero.yaml"
 STATES = 16
 Change = Callable[[Record], Record]
 
@@ -186,3 +189,26 @@ def test_chance_and_single_states_decide_nothing() -> None:
             2.0**-count <= 1e-3
         )
     assert not clearly_better(fit(np.full(32, 0.1), 0.1), fit(np.full(32, 1.0), 0.2))
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, None),
+        ({"CompressedImage\n": "CompressedImage\n    rotate_180: true\n"}, "images turned by 180 degrees"),
+        ({"above_m: 0.0 ": "above_m: 0.08 ", "below_m: 0.08 ": "below_m: 0.0 "}, GRIPPER),
+    ],
+)
+def test_a_bag_of_the_robot_checks_its_contract(
+    policy: Policy, tmp_path: Path, changes: dict[str, str], expected: str | None
+) -> None:
+    """The commands that a node published, turned back by the contract's scales."""
+    text = CONTRACT.read_text()
+    for before, after in changes.items():
+        assert text.count(before) == 1
+        text = text.replace(before, after)
+    (tmp_path / "contract.yaml").write_text(text)
+    collect([BagSource(ROOT / "demo/bag", load_contract(tmp_path / "contract.yaml"))], tmp_path / "set", 32, seed=0)
+    outcome = check(policy, POLICY, load_calibration(tmp_path / "set"), None)
+    assert (outcome.best and outcome.best.name) == expected
+    assert max(one.correlation for one in outcome.trials) > 0.9

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_artefacts import CHOICES, FRAMES, INSTRUCTION, FakeArtefacts, Table, fake_shapes
+from fake_artefacts import CHOICES, CONVENTIONS, FRAMES, INSTRUCTION, FakeArtefacts, Table, fake_shapes
 
 import calibrator.report.page
 from calibrator.__main__ import main
@@ -210,6 +210,21 @@ def test_served_figures_equal_the_artefacts(artefacts: FakeArtefacts, tree: Elem
     assert f"{FRAMES - 2} of {FRAMES - 2} served actions equal" in section.text
 
 
+def test_conventions_are_a_picture_of_the_table(artefacts: FakeArtefacts, tree: Element) -> None:
+    section = next(node for node in tree.find("section") if node.attributes.get("id") == "conventions")
+    texts = [node.text for node in section.find("text")]
+    for trial in CONVENTIONS.trials:
+        assert trial.name in texts
+    better = next(node for node in section.find("text") if node.text == "images <turned>")
+    assert "strong" in better.attributes["class"] and better.attributes["data-tip"] == "turn them"
+    assert {"0.750", "-0.25", "50 %", "0.250", "0.96"} <= set(texts)
+    bars = [float(node.attributes["width"]) for node in section.find("rect")]
+    correlations = bars[1], bars[4]
+    assert bars[0] == pytest.approx(3 * bars[3], abs=0.1)  # pixels are rounded to 0.01
+    assert correlations[1] == pytest.approx(0.96 / 0.25 * correlations[0], rel=1e-3)
+    assert "kept as they are on request" in section.text and len(section.find("tr")) == 3
+
+
 def test_every_figure_names_its_sources(tree: Element, artefacts: FakeArtefacts) -> None:
     figures = tree.find("figure")
     assert len(figures) >= 9
@@ -228,6 +243,7 @@ def test_only_the_scores_are_required(artefacts: FakeArtefacts) -> None:
         "evidence",
         "layers",
         "time",
+        "conventions",
         "sources",
     ]
     table = tree.find("table")[-1].text
@@ -254,7 +270,7 @@ def test_the_verification_is_told_with_the_processor(artefacts: FakeArtefacts, t
 def test_full_page_misses_nothing(tree: Element) -> None:
     assert "Not on this page" not in tree.text
     ids = [node.attributes["id"] for node in tree.find("section")]
-    assert ids == ["headline", "evidence", "layers", "time", "plan", "engine", "served", "sources"]
+    assert ids == ["headline", "evidence", "layers", "time", "plan", "engine", "served", "conventions", "sources"]
     anchors = [node.attributes["href"] for node in tree.find("a")]
     assert anchors == [f"#{name}" for name in ids[1:]]
 
@@ -413,4 +429,4 @@ def test_command_line(artefacts: FakeArtefacts, tmp_path: Path, capsys: pytest.C
     given = ["--sensitivity", str(paths.sensitivity), "--plan", str(paths.plan), "--rollout", str(paths.rollouts[0])]
     assert main(["report", *given, "--out", str(out)]) == 0
     assert "opens without a network" in capsys.readouterr().out
-    assert [node.attributes["id"] for node in parse(out.read_text()).find("section")][-2:] == ["plan", "sources"]
+    assert [node.attributes["id"] for node in parse(out.read_text()).find("section")][-2:] == ["conventions", "sources"]

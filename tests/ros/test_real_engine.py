@@ -66,6 +66,7 @@ def test_a_built_engine_serves(world: World, material: Path, tmp_path: Path) -> 
         world.wait(lambda: int(world.diagnostics.get("chunks", 0)) > 10, "diagnostics of some decisions")
     values, camera = world.diagnostics, "camera/image_raw/compressed"
     assert values["engine"] == sha256_file(material / "engine/manifest.json") == world.chunks[-1].engine_id
+    assert "conventions not checked: built without a plan and without states" in values["engine notes"]
     assert values["contract"] == sha256_file(material / "contract.yaml")
     assert 0 < float(values[f"rate {camera} (Hz)"]) < 15 and int(values[f"received {camera}"]) >= int(values["chunks"])
     assert 0 <= float(values[f"age {camera} (ms)"]) < 5_000 and "age joint_states (ms)" in values

@@ -60,6 +60,13 @@ def _load_engine(folder: Path, unnorm_key: str | None, threads: int | None) -> A
     return load_engine(folder, unnorm_key, threads)
 
 
+def _notes(actor: Actor) -> tuple[str, ...]:
+    """What the engine's manifest tells its reader, such as whether the conventions of its states were checked."""
+    from vla_policy.core.runner import Engine
+
+    return actor.manifest.notes if isinstance(actor, Engine) else ()
+
+
 class PolicyNode(LifecycleNode):
     """See the module's text.
 
@@ -130,6 +137,7 @@ class PolicyNode(LifecycleNode):
         patience = Patience(settings.source_wait_s, self._ending)
         check_sources(self, contract, settings.check_sources, settings.server.lossless, patience)
         engine_id = sha256_file(Path(settings.engine_path) / "manifest.json")
+        notes = _notes(actor)
         outputs = Outputs(self, contract, engine_id, settings.server.queue_size if settings.server.lossless else 10)
         undo.callback(outputs.destroy)
         if contract.action.gripper is not None and settings.check_sources != "none":
@@ -141,6 +149,7 @@ class PolicyNode(LifecycleNode):
         self._identity = {
             "engine": engine_id,
             "engine path": settings.engine_path,
+            "engine notes": "; ".join(notes) or "none",
             "statistics": actor.unnorm_key,
             "contract": contract.sha256,
             "mode": "lossless" if settings.server.lossless else "newest frame",
@@ -149,6 +158,8 @@ class PolicyNode(LifecycleNode):
         self.get_logger().info(
             f"configured: engine {engine_id[:12]}, statistics {actor.unnorm_key}, warm-up decision {warm_up_ms:.1f} ms"
         )
+        for note in notes:
+            self.get_logger().info(f"engine: {note}")
 
     def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Subscribes and begins to answer; motion waits for enable (or the parameter `enabled`)."""
