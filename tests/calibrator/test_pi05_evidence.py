@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from fake_source import FakeSource
-from pi05_policy import tiny_pi05_folder
+from pi05_policy import tiny_config, tiny_pi05_folder
 from torch import Tensor
 
 from calibrator.data.calibration import collect
@@ -134,6 +134,18 @@ def test_probes_of_random_signs_estimate_the_sum_over_all_values() -> None:
     # Off-diagonal products of 8 probes leave a relative deviation of about sqrt(2 / (8 * 400)) = 2.5 %.
     assert (directions(70) @ slopes).square().sum() == pytest.approx(exact.item(), rel=0.12)
     torch.testing.assert_close((directions(7) @ slopes[:7]).square().sum(), slopes[:7].square().sum())
+
+
+def test_a_dimension_that_never_varied_asks_nothing(spec: SweepSpec, tmp_path: Path) -> None:
+    stats = tiny_config()["norm_stats"]
+    stats["tiny"]["action"] |= {"q01": [-1.0, 0.0, -1.0], "q99": [1.0, 0.0, 1.0], "std": [0.4, 0.0, 0.5]}
+    policy = tiny_pi05_folder(tmp_path / "policy", norm_stats=stats)
+    decisions = replace(spec, policy=str(policy)).open().states.decisions
+    decided = torch.full((1, 12), 0.5)
+    still, moved = decided.clone(), decided.clone()
+    still[:, 1], moved[:, 0] = 0.9, 0.9
+    assert decisions.objective(still, decided).item() == pytest.approx(1)
+    assert decisions.objective(moved, decided).item() > 1.01
 
 
 def test_statistics_without_mean_and_deviation_are_refused(spec: SweepSpec, tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ from vla_policy.core.observation import Decision
 class FlowDecisions:
     """`output` and `decided` are normalised actions, float32 [B, H K]; the first `executed` of the H rows count.
 
-    mean, deviation: float64 [K], of the training actions in normalised units.
+    mean, deviation: float64 [K], of the training actions in normalised units; a dimension that never varied has an
+    infinite deviation, so that the objective asks nothing of it.
     """
 
     scaling: Scaling
@@ -33,10 +34,12 @@ class FlowDecisions:
         key = config.unnorm_key(unnorm_key)
         if stats.mean is None or stats.std is None:
             raise PolicyError(f"norm_stats.{key}.action: mean and std are missing; the objective needs them")
-        if not (np.asarray(stats.std) > 0).all():
-            raise PolicyError(f"norm_stats.{key}.action: std {list(stats.std)} must be above zero")
+        spread = np.asarray(stats.std)
+        if not (spread >= 0).all() or not spread.any():
+            raise PolicyError(f"norm_stats.{key}.action: std {list(stats.std)}: expected none below zero, not all zero")
         scaling = scaling_of(stats, config)
-        mean, deviation = scaling.normalised(np.asarray(stats.mean)), np.asarray(stats.std) / scaling.divisor
+        mean = scaling.normalised(np.asarray(stats.mean))
+        deviation = np.where(spread > 0, spread / scaling.divisor, np.inf)
         return FlowDecisions(scaling, config.horizon, config.executed, mean, deviation)
 
     @property
