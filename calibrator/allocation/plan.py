@@ -12,6 +12,7 @@ from vla_policy.core.formats import Choice
 KIND = "plan"
 SCHEMA_VERSION = 2
 _NAMED = 3
+_ROUNDING = 1e-12
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,14 @@ class Plan:
         return {runs: measured for runs, measured in self.scored_by.items() if runs in used}
 
     @property
+    def proven(self) -> bool:
+        """Whether the gap is none but for the rounding of sums."""
+        return self.gap < _ROUNDING
+
+    @property
     def standing(self) -> str:
         """What the objective is: a certified optimum is said of exhaustive tables only."""
-        proven = "" if self.gap == 0 else f" within {100 * self.gap:.2g} %"
+        proven = "" if self.proven else f" within {100 * self.gap:.2g} %"
         if self.details.get("screened"):
             return f"optimum{proven} of a screened table, most of whose scores are estimates"
         return f"certified optimum{proven}" if self.solver == "HIGHS" else f"optimum{proven}"

@@ -81,7 +81,7 @@ def prepare(materials: Materials, arm: Arm, folder: Path, name: str) -> Path:
 def _table(materials: Materials, states: Path, out: Path) -> Sensitivity:
     settings = SweepSettings(choices=materials.choices, unnorm_key=materials.unnorm_key)
     spec = SweepSpec(str(materials.policy), str(states), settings)
-    return measure(spec, out, ScoreSettings(), RunOptions())
+    return measure(spec, out, ScoreSettings(), RunOptions(first_order=True))
 
 
 def _planner(table: Sensitivity, arm: Arm) -> Planner:
