@@ -38,7 +38,12 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
     plan.add_argument("--weights", type=Path, help="the plan's codes, made by `calibrator quantize` for this policy")
     plan.add_argument("--uniform", metavar="CHOICE", help="every layer the same, e.g. w16a16 or w4a16_g64:rtn")
     parser.add_argument("--target", choices=TARGETS, default="cpu", help="machine that runs the engine (default: cpu)")
-    parser.add_argument("--backend", choices=backend_names(), help="what runs the engine (default: the target's first)")
+    parser.add_argument(
+        "--backend",
+        choices=backend_names(),
+        help="what runs the engine (default: the target's first; on a CPU that this machine shows to have the "
+        "instructions, what multiplies a plan's 8-bit activations fastest)",
+    )
     parser.add_argument("--out", type=Path, required=True, help="engine folder to write; replaced when complete")
     parser.add_argument(
         "--calibration", type=Path, help="calibration set: its conventions are checked, w8a8 takes its scales"

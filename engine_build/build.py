@@ -38,7 +38,7 @@ class Request:
     """What to build. At most one of `plan` (a file), `weights` (a store of a plan's codes) and `uniform` (a choice for
     every layer); 16 bits without any.
 
-    backend: one of the target's; None for its first.
+    backend: one of the target's; None for the one that `Target.fastest_here` takes.
     calibration: states whose conventions are checked, and that fix the scales of activations where the backend needs
     them ahead. unnorm_key: the statistics that these states are normalised by; the engine holds all.
     accept_conventions: go on where the states would fit the policy clearly better under another convention.
@@ -87,10 +87,14 @@ def build(request: Request) -> Manifest:
         config.unnorm_key(request.unnorm_key)
     layers = layers_of(config)
     policy_sha256 = sha256_policy(request.policy)
-    target = request.target.on(request.backend)
-    backend = find_backend(target.backend)
     store = Store.open(request.weights) if request.weights else None
-    plan = _plan(request, store, target.on(None, parse_version(backend.version())), policy_sha256, layers)
+    plan = _asked_for(request, store, policy_sha256, layers)
+    if request.backend is None:
+        target = request.target.fastest_here(set(plan.formats.values()))
+    else:
+        target = request.target.on(request.backend)
+    backend = find_backend(target.backend)
+    plan = _runnable(request, plan, target.on(None, parse_version(backend.version())), layers)
     known = request.policy, request.plan, request.calibration, request.unnorm_key, request.accept_conventions
     notes = (conventions_note(*known),)
     peaks = _input_peaks(request, backend, plan)
@@ -138,19 +142,20 @@ def build_engine(policy: Policy, plan: Plan, target: Target, out: Path) -> Manif
 _UNRUN = "not run where it was built: formats are proven by the codes found in the engine, speed and numbers are not"
 
 
-def _plan(
-    request: Request, store: Store | None, target: Target, policy_sha256: str, layers: Mapping[str, Layer]
-) -> Plan:
+def _asked_for(request: Request, store: Store | None, policy_sha256: str, layers: Mapping[str, Layer]) -> Plan:
     if store is not None:
-        plan = stored_plan(store, policy_sha256, layers)
-    elif request.plan is not None:
-        plan = load_plan(request.plan, policy_sha256, layers)
-    else:
-        plan = uniform_plan(request.uniform or FULL, layers)
+        return stored_plan(store, policy_sha256, layers)
+    if request.plan is not None:
+        return load_plan(request.plan, policy_sha256, layers)
+    return uniform_plan(request.uniform or FULL, layers)
+
+
+def _runnable(request: Request, plan: Plan, target: Target, layers: Mapping[str, Layer]) -> Plan:
+    """The plan as the target runs it. Raises ArtefactError for formats that it does not, and codes that are missing."""
     if request.legalize:
         plan = legalize(plan, layers, target)
     check_legal(plan, layers, target)
-    if store is None:
+    if request.weights is None:
         what = f"--plan {request.plan}" if request.plan else f"--uniform {request.uniform}"
         check_computable(plan, f"calibrator quantize --policy {request.policy} {what} --calibration C --out W")
     return plan

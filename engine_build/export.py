@@ -53,7 +53,7 @@ def export(
         with new_builder(folder / f"{name}.onnx", dialect.float_type, dialect.opset) as builder:
             on_written = partial(note, name)
             context = GraphContext(
-                builder, tensors, layers, assignment, codes, dialect.linear, on_written, input_peaks
+                builder, tensors, layers, assignment, codes, dialect.linear, on_written, input_peaks, dialect.fused
             )
             inputs, outputs = write(context, config)
             builder.save([_info(spec) for spec in inputs], [_info(spec) for spec in outputs])

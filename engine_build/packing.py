@@ -5,8 +5,11 @@ import torch
 
 from calibrator.quantizers.packing import pack, unpack
 
+LANES, LANE_INPUTS = 16, 64
+"""Outputs and inputs that the CPU's kernels of this project take at once."""
+
 SLAB, RUN = 16, 128
-"""Outputs and inputs that a warp of this package's kernels takes at once; matrices are filled up to whole ones."""
+"""Outputs and inputs that a warp of the GPU's kernels takes at once; matrices are filled up to whole ones."""
 
 
 def turned(matrix: np.ndarray) -> np.ndarray:
@@ -44,6 +47,26 @@ def pack_nbits(codes: np.ndarray, bits: int, group: int) -> np.ndarray:
     outputs, groups, _ = blocks.shape
     shifted = (blocks.astype(np.int16) + (1 << (bits - 1))).astype(np.uint8)
     return np.frombuffer(pack(shifted, bits), np.uint8).reshape(outputs, groups, group * bits // 8)
+
+
+def pack_lanes(codes: np.ndarray, bits: int, group: int | None) -> np.ndarray:
+    """Codes [out, in] for quantized_linear.cpp, uint8 [blocks, in filled / (4 * parts), 64], shifted by 2^(bits - 1).
+
+    parts: 8 / bits. A block has 16 outputs; 64 bytes hold 4 consecutive inputs of each, and in their higher bits those
+    that follow. Inputs are filled up to whole groups, or to 64; what is filled up has the code of zero.
+    """
+    rows = np.pad(codes, ((0, -len(codes) % LANES), (0, 0)))
+    filled = pad_groups(rows, group or LANE_INPUTS).reshape(len(rows), -1).astype(np.int16) + (1 << (bits - 1))
+    parts = 8 // bits
+    lanes = filled.astype(np.uint8).reshape(-1, LANES, filled.shape[1] // (4 * parts), parts, 4)
+    ordered = np.ascontiguousarray(lanes.transpose(0, 2, 1, 4, 3))
+    return np.frombuffer(pack(ordered, bits), np.uint8).reshape(*ordered.shape[:2], 4 * LANES)
+
+
+def pack_lane_scales(scales: np.ndarray) -> np.ndarray:
+    """Scales float16 [out, groups] for `pack_lanes`: [blocks, groups, 16], zeros for what is filled up."""
+    rows = np.pad(scales, ((0, -len(scales) % LANES), (0, 0)))
+    return np.ascontiguousarray(rows.reshape(-1, LANES, scales.shape[1]).transpose(0, 2, 1))
 
 
 def pack_runs(codes: np.ndarray, bits: int) -> np.ndarray:

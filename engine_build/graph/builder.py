@@ -16,7 +16,8 @@ _IR_VERSION = 13
 _INLINE_BYTES = 1024
 _PAGE = 4096
 _LINE = 64
-_MICROSOFT = "com.microsoft"
+MICROSOFT = "com.microsoft"
+"""The domain of ONNX Runtime's own operators."""
 
 _NUMPY: dict[int, Any] = {TensorProto.FLOAT: np.float32, TensorProto.FLOAT16: np.float16}
 _FLOATS = (*_NUMPY, TensorProto.BFLOAT16)
@@ -97,15 +98,22 @@ class GraphBuilder:
         return self.nodes(op, inputs, 1, name, domain, **attributes)[0]
 
     def nodes(
-        self, op: str, inputs: Sequence[str], count: int, name: str | None = None, domain: str = "", **attributes: Any
+        self,
+        op: str,
+        inputs: Sequence[str],
+        outputs: int | Sequence[str],
+        name: str | None = None,
+        domain: str = "",
+        **attributes: Any,
     ) -> list[str]:
-        """Adds a node with `count` outputs; returns their names."""
+        """Adds a node with several outputs, so many or of these names; returns their names."""
         name = name or f"{op}_{len(self._nodes)}"
-        outputs = [f"{name}:{index}" if index else name for index in range(count)]
-        self._nodes.append(helper.make_node(op, list(inputs), outputs, name=name, domain=domain, **attributes))
+        if isinstance(outputs, int):
+            outputs = [f"{name}:{index}" if index else name for index in range(outputs)]
+        self._nodes.append(helper.make_node(op, list(inputs), list(outputs), name=name, domain=domain, **attributes))
         if domain:
             self._domains.add(domain)
-        return outputs
+        return list(outputs)
 
     def shared(self, what: str, value: str, write: Callable[[], list[str]]) -> list[str]:
         """What `write` returned when `what` was first wanted of `value`: layers of one input share it."""
@@ -212,4 +220,4 @@ class GraphBuilder:
 
     def microsoft(self, op: str, inputs: Sequence[str], name: str, **attributes: Any) -> str:
         """A node of ONNX Runtime's own operators."""
-        return self.node(op, inputs, name, _MICROSOFT, **attributes)
+        return self.node(op, inputs, name, MICROSOFT, **attributes)

@@ -24,7 +24,7 @@ class GraphContext:
 
     codes: of the layers' weights. on_layer: called with each layer once it is written, and with the names of its input
     and its result in the graph.
-    input_peaks: largest |input| of layers whose activations get a fixed scale.
+    input_peaks: largest |input| of layers whose activations get a fixed scale. fused: see `Dialect`.
     """
 
     builder: GraphBuilder
@@ -35,6 +35,7 @@ class GraphContext:
     write_linear: LinearWriter
     on_layer: OnLayer
     input_peaks: Mapping[str, float]
+    fused: bool
 
     io_dtype = np.dtype(np.float32)
 

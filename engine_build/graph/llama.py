@@ -1,9 +1,12 @@
 """A Llama decoder's pieces: embedding, rotary positions, norms and blocks, with or without a key/value cache."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from onnx import TensorProto
 
+from engine_build.graph.builder import MICROSOFT
 from engine_build.graph.context import GraphContext
 from vla_policy.core.prismatic.config import TextSpec
 from vla_policy.core.program import TensorSpec
@@ -35,6 +38,56 @@ def words(graph: GraphContext, ids: str, table: str = _EMBEDDING) -> str:
     return b.cast(b.node("Gather", [name, ids], axis=0), b.float_type)
 
 
+@dataclass(frozen=True)
+class Bidirectional:
+    """Of a pass in which every position sees every other: rotary cosine and sine [T, head_dim]."""
+
+    rotation: tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Causal:
+    """Of a pass that reads and extends the cache: rotary cosine and sine [T, head_dim], mask [T, total]."""
+
+    rotation: tuple[str, str]
+    mask: str
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """The same for GroupQueryAttention, which masks and rotates itself.
+
+    last: int32 [1], the place of this call's last input. total: int32, the sequence's length after this call. cosine,
+    sine: [longest sequence, head_dim / 2].
+    """
+
+    last: str
+    total: str
+    cosine: str
+    sine: str
+
+
+_GROUPED_HEADS = 16
+"""GroupQueryAttention takes heads of a multiple of so many values."""
+
+
+def causal(graph: GraphContext, x: str, text: TextSpec, longest: int) -> Causal | Grouped:
+    """How the inputs `x` [1, T, hidden] of this call see each other and the cache. longest: sequence there will be."""
+    if not graph.fused or text.head_dim % _GROUPED_HEADS:
+        places, total = positions(graph, x)
+        return Causal(rotary(graph, places, text.head_dim, text.rope_theta), causal_mask(graph, places, total))
+    b = graph.builder
+    _, total = positions(graph, x)
+    angles = np.arange(longest, dtype=np.float32)[:, None] * _frequencies(text.head_dim, text.rope_theta)[None]
+    cosine, sine = (
+        b.tensor(f"rotary.{name}", turn(angles.astype(np.float64)), np.float32)
+        for name, turn in (("cosine", np.cos), ("sine", np.sin))
+    )
+    length = b.cast(total, TensorProto.INT32)
+    last = b.node("Sub", [length, b.constant(1, np.int32)])
+    return Grouped(b.node("Unsqueeze", [last, b.ints(0)]), length, cosine, sine)
+
+
 def positions(graph: GraphContext, x: str) -> tuple[str, str]:
     """int64 [T], places of this call's inputs in the whole sequence, and the sequence's length after this call."""
     b = graph.builder
@@ -47,16 +100,21 @@ def positions(graph: GraphContext, x: str) -> tuple[str, str]:
 def rotary(graph: GraphContext, positions: str, head_dim: int, theta: float) -> tuple[str, str]:
     """Cosine and sine [T, head_dim] of the rotary embedding; computed in float32 whatever the activations are."""
     b = graph.builder
-    # In float64, so that the float32 numbers are the same on every processor: engines are compared byte by byte.
-    exponents = np.arange(0, head_dim, 2) / head_dim
-    frequencies = (1.0 / np.power(theta, exponents)).astype(np.float32)
     column = b.node("Unsqueeze", [b.cast(positions, TensorProto.FLOAT), b.ints(1)])
-    angles = b.mul(column, b.constant(frequencies[None], np.float32))
+    angles = b.mul(column, b.constant(_frequencies(head_dim, theta)[None], np.float32))
     both = b.concat([angles, angles], axis=1)
     cosine, sine = b.node("Cos", [both]), b.node("Sin", [both])
     if b.float_type != TensorProto.FLOAT:
         cosine, sine = b.cast(cosine, b.float_type), b.cast(sine, b.float_type)
     return cosine, sine
+
+
+def _frequencies(head_dim: int, theta: float) -> np.ndarray:
+    """float32 [head_dim / 2], in float64 before: so they are the same on every processor, and engines are compared
+    byte by byte."""
+    exponents = np.arange(0, head_dim, 2) / head_dim
+    frequencies: np.ndarray = (1.0 / np.power(theta, exponents)).astype(np.float32)
+    return frequencies
 
 
 def causal_mask(graph: GraphContext, positions: str, total: str) -> str:
@@ -78,14 +136,17 @@ def normalised(graph: GraphContext, x: str, eps: float) -> str:
 def rms_norm(graph: GraphContext, x: str, name: str, eps: float) -> str:
     """`normalised` times the norm's weight."""
     b = graph.builder
+    if graph.fused:
+        weight = graph.parameter(name, np.float32)
+        return b.node("SimplifiedLayerNormalization", [x, weight], f"{name}.norm", axis=-1, epsilon=eps)
     return b.as_activations(b.mul(normalised(graph, x, eps), graph.parameter(name, np.float32)))
 
 
-def block(graph: GraphContext, x: str, rotation: tuple[str, str], mask: str | None, text: TextSpec, index: int) -> str:
-    """One block. mask: of a pass that reads and extends the cache; None where every position sees every other."""
+def block(graph: GraphContext, x: str, seen: Bidirectional | Causal | Grouped, text: TextSpec, index: int) -> str:
+    """One block. seen: how positions see each other, the same for all blocks."""
     b, name = graph.builder, f"language_model.model.layers.{index}"
     attended = _attention(graph, rms_norm(graph, x, f"{name}.input_layernorm.weight", text.rms_norm_eps),
-                          rotation, mask, text, index)  # fmt: skip
+                          seen, text, index)  # fmt: skip
     x = b.add(x, attended)
     normed = rms_norm(graph, x, f"{name}.post_attention_layernorm.weight", text.rms_norm_eps)
     gate = graph.linear(normed, f"{name}.mlp.gate_proj")
@@ -93,27 +154,42 @@ def block(graph: GraphContext, x: str, rotation: tuple[str, str], mask: str | No
     return b.add(x, graph.linear(gated, f"{name}.mlp.down_proj"))
 
 
-def _attention(
-    graph: GraphContext, x: str, rotation: tuple[str, str], mask: str | None, text: TextSpec, index: int
-) -> str:
+def _attention(graph: GraphContext, x: str, seen: Bidirectional | Causal | Grouped, text: TextSpec, index: int) -> str:
     b, name = graph.builder, f"language_model.model.layers.{index}.self_attn"
-    query = rotate(graph, _heads(graph, x, f"{name}.q_proj", text.num_attention_heads, text), rotation)
-    key = rotate(graph, _heads(graph, x, f"{name}.k_proj", text.num_key_value_heads, text), rotation)
-    value = _heads(graph, x, f"{name}.v_proj", text.num_key_value_heads, text)
-    if mask is not None:
+    parts = [graph.linear(x, f"{name}.{part}") for part in ("q_proj", "k_proj", "v_proj")]
+    if isinstance(seen, Grouped):
+        return graph.linear(_grouped(graph, parts, seen, text, index), f"{name}.o_proj")
+    query = rotate(graph, _heads(graph, parts[0], text.num_attention_heads, text), seen.rotation)
+    key = rotate(graph, _heads(graph, parts[1], text.num_key_value_heads, text), seen.rotation)
+    value = _heads(graph, parts[2], text.num_key_value_heads, text)
+    if isinstance(seen, Causal):
         key = b.concat([f"past_key_{index}", key], axis=2, name=f"present_key_{index}")
         value = b.concat([f"past_value_{index}", value], axis=2, name=f"present_value_{index}")
     key, value = _shared(graph, key, text), _shared(graph, value, text)
     scores = b.matmul(b.mul(query, b.scalar(text.head_dim**-0.5)), b.transpose(key, 0, 1, 3, 2))
-    if mask is not None:
-        scores = b.add(scores, mask)
+    if isinstance(seen, Causal):
+        scores = b.add(scores, seen.mask)
     mixed = b.transpose(b.matmul(b.node("Softmax", [scores], axis=-1), value), 0, 2, 1, 3)
     return graph.linear(b.reshape(mixed, 1, -1, text.num_attention_heads * text.head_dim), f"{name}.o_proj")
 
 
-def _heads(graph: GraphContext, x: str, name: str, heads: int, text: TextSpec) -> str:
+def _grouped(graph: GraphContext, parts: list[str], seen: Grouped, text: TextSpec, index: int) -> str:
+    past = [f"past_key_{index}", f"past_value_{index}"]
+    return graph.builder.nodes(
+        "GroupQueryAttention",
+        [*parts, *past, seen.last, seen.total, seen.cosine, seen.sine],
+        [f"attention_{index}", f"present_key_{index}", f"present_value_{index}"],
+        f"attention_{index}",
+        MICROSOFT,
+        num_heads=text.num_attention_heads,
+        kv_num_heads=text.num_key_value_heads,
+        do_rotary=1,
+    )[0]
+
+
+def _heads(graph: GraphContext, x: str, heads: int, text: TextSpec) -> str:
     b = graph.builder
-    return b.transpose(b.reshape(graph.linear(x, name), 1, -1, heads, text.head_dim), 0, 2, 1, 3)
+    return b.transpose(b.reshape(x, 1, -1, heads, text.head_dim), 0, 2, 1, 3)
 
 
 def _shared(graph: GraphContext, x: str, text: TextSpec) -> str:

@@ -84,6 +84,10 @@ def _layer_scale(graph: GraphContext, x: str, spec: TowerSpec, name: str) -> str
 def _attention(graph: GraphContext, x: str, images: int, spec: TowerSpec, name: str) -> str:
     b = graph.builder
     head = spec.width // spec.heads
+    if graph.fused:
+        query, key, value = b.nodes("Split", [graph.linear(x, f"{name}.qkv")], 3, axis=-1, num_outputs=3)
+        mixed = b.microsoft("MultiHeadAttention", [query, key, value], f"{name}.attention", num_heads=spec.heads)
+        return graph.linear(mixed, f"{name}.proj")
     parts = b.transpose(b.reshape(graph.linear(x, f"{name}.qkv"), images, -1, 3, spec.heads, head), 2, 0, 3, 1, 4)
     query, key, value = (b.node("Gather", [parts, b.constant(index, "int64")], axis=0) for index in range(3))
     scores = b.matmul(b.mul(query, b.scalar(head**-0.5)), b.transpose(key, 0, 1, 3, 2))

@@ -50,7 +50,7 @@ def test_versions_are_their_leading_numbers(text: str, version: tuple[int, ...])
 
 def test_backends_are_found_by_name() -> None:
     assert all(find_backend(name).name == name for name in backend_names())
-    with pytest.raises(ArtefactError, match="backend 'abacus' is unknown; choose one of: onnxruntime, tensorrt, tens"):
+    with pytest.raises(ArtefactError, match="backend 'abacus' is unknown; choose one of: onnxruntime, "):
         find_backend("abacus")
 
 

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,16 @@ from rounding import NETWORK
 
 from engine_build.__main__ import main
 from engine_build.backends import find_backend
-from engine_build.backends.onnxruntime.linear import linear
 from engine_build.build import planned_bytes
 from engine_build.graph.builder import GraphBuilder
+from engine_build.graph.context import LinearWriter
 from engine_build.verify import States, tolerance_of, verify
 from engine_build.weights import LayerWeights
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.files import sha256_file, sha256_policy
 from vla_policy.core.manifest import Manifest, UnitRecord
 from vla_policy.core.processor import cpu_name
+from vla_policy.core.targets import find_target
 from vla_policy.core.verification import Verification
 
 STATES = States(None, samples=2)
@@ -154,7 +156,8 @@ def test_one_bit_of_any_tensor_is_noticed(workshop: Path, copied: Path) -> None:
 
 def change_a_node(engine: Path) -> None:
     model = onnx.load(str(engine / "decoder.onnx"), load_external_data=False)
-    next(node for node in model.graph.node if node.op_type == "Softmax").attribute[0].i = 0
+    attention = next(node for node in model.graph.node if node.op_type == "GroupQueryAttention")
+    next(one for one in attention.attribute if one.name == "do_rotary").i = 0
     (engine / "decoder.onnx").write_bytes(model.SerializeToString())
 
 
@@ -268,15 +271,17 @@ def test_8_bit_activations_loosen_no_other_layer(rounded: Path) -> None:
 def defective(monkeypatch: pytest.MonkeyPatch, is_hit: Callable[[LayerWeights], bool]) -> None:
     """An exporter that packs some layers' weights 2 % too large; the bytes are the same whenever it is asked."""
 
-    def wrong(builder: GraphBuilder, x: str, weights: LayerWeights) -> str:
+    def wrong(linear: LinearWriter, builder: GraphBuilder, x: str, weights: LayerWeights) -> str:
         if is_hit(weights):
             assert weights.quantized is not None
             scales = weights.quantized.scales * 1.02
             weights = replace(weights, quantized=replace(weights.quantized, scales=scales))
         return linear(builder, x, weights)
 
-    backend = find_backend("onnxruntime")
-    monkeypatch.setattr(backend, "dialect", replace(backend.dialect, linear=wrong))
+    for name in find_target("cpu").backends:  # which of them builds is the processor's matter
+        backend = find_backend(name)
+        dialect = replace(backend.dialect, linear=partial(wrong, backend.dialect.linear))
+        monkeypatch.setattr(backend, "dialect", dialect)
 
 
 @pytest.mark.parametrize("broken", ["w4a16_g32", "w8a8", "w4a8_g32"])

@@ -12,6 +12,7 @@ from engine_build.backends.onnxruntime.linear import linear
 from engine_build.backends.onnxruntime.readback import read_back
 from engine_build.backends.onnxruntime.tapped import TappedSession
 from engine_build.graph.builder import OPSET
+from engine_build.graph.context import LinearWriter
 from engine_build.weights import Layer
 from vla_policy.core.backends.onnxruntime.session import open_session, session_options
 from vla_policy.core.formats import Format
@@ -23,10 +24,16 @@ EXACT_TOLERANCE = 1e-4
 
 
 class OnnxRuntime:
-    """See the protocol."""
+    """See the protocol. write_linear: the form of a layer."""
 
-    dialect = Dialect(TensorProto.FLOAT, OPSET, linear)
     compiles = False
+
+    def __init__(self, write_linear: LinearWriter) -> None:
+        self.dialect = Dialect(TensorProto.FLOAT, OPSET, write_linear, fused=True)
+
+    def library(self) -> Path | None:
+        """That of the operators which are not ONNX Runtime's own. Raises ArtefactError where it cannot be had."""
+        return None
 
     def version(self) -> str:
         return str(onnxruntime.__version__)
@@ -37,7 +44,7 @@ class OnnxRuntime:
     def read_back(
         self, written: Path, built: Path, layers: Mapping[str, Layer], planned: Mapping[str, Format], scratch: Path
     ) -> dict[str, Realised]:
-        return read_back(built, layers, scratch)
+        return read_back(built, layers, scratch, self.library())
 
     def filling(self, fmt: Format) -> tuple[int, int]:
         return 1, fmt.group_size or 1
@@ -48,15 +55,15 @@ class OnnxRuntime:
     def open_tapped(
         self, folder: Path, manifest: Manifest, taps: Mapping[str, Collection[str]], seen: Seen
     ) -> Session | None:
-        return TappedSession(folder, manifest, taps, seen)
+        return TappedSession(folder, manifest, taps, seen, self.library())
 
     def needs_input_range(self, fmt: Format) -> bool:
         """Never: scales of activations are found per token while it runs."""
         return False
 
     def open_layer(self, graph: Path, threads: int) -> Callable[[Mapping[str, np.ndarray]], object]:
-        session = open_session(graph, session_options(threads))
+        session = open_session(graph, session_options(threads, self.library()))
         return lambda feeds: session.run(None, dict(feeds))
 
 
-BACKEND = OnnxRuntime()
+BACKEND = OnnxRuntime(linear)

@@ -43,14 +43,16 @@ class _Optimised:
         return total
 
 
-def read_back(graph: Path, layers: Mapping[str, Layer], scratch: Path) -> dict[str, Realised]:
+def read_back(
+    graph: Path, layers: Mapping[str, Layer], scratch: Path, library: Path | None = None
+) -> dict[str, Realised]:
     """Optimises `graph` as the runner will and reports each of `layers`. Raises ArtefactError for one not found.
 
-    scratch: a folder for the optimised graph, which does not stay.
+    scratch: a folder for the optimised graph, which does not stay. library: of custom operators.
     """
     with tempfile.TemporaryDirectory(dir=scratch, prefix="readback.") as folder:
         optimised = Path(folder) / "optimised.onnx"
-        options = session_options()
+        options = session_options(library=library)
         options.optimized_model_filepath = str(optimised)
         options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "optimised.data")
         options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
@@ -60,7 +62,7 @@ def read_back(graph: Path, layers: Mapping[str, Layer], scratch: Path) -> dict[s
 
 
 def _realised(built: _Optimised, layer: Layer, graph: Path) -> Realised:
-    finders = (_fused, _dequantized, _integer, _plain)
+    finders = (_own, _fused, _dequantized, _integer, _plain)
     for finder in finders:
         found = finder(built, layer)
         if found is not None:
@@ -70,6 +72,17 @@ def _realised(built: _Optimised, layer: Layer, graph: Path) -> Realised:
 
 def _attributes(node: onnx.NodeProto) -> dict[str, int]:
     return {attribute.name: attribute.i for attribute in node.attribute}
+
+
+def _own(built: _Optimised, layer: Layer) -> Realised | None:
+    node = built.by_name.get(layer.name)
+    if node is None or node.op_type != "QuantizedLinear":
+        return None
+    values = _attributes(node)
+    fmt = Format(values["bits"], 8, values["block_size"] or None)
+    shared = "per token and group" if fmt.group_size else "per token"
+    arithmetic = f"QuantizedLinear (VNNI, AMX), int8 activations {shared}"
+    return Realised(canonical(fmt, layer.inputs), arithmetic, built.bytes_of(*node.input[1:3]))
 
 
 def _fused(built: _Optimised, layer: Layer) -> Realised | None:

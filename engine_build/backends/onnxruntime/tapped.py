@@ -17,7 +17,14 @@ from vla_policy.core.program import TensorSpec
 class TappedSession(OnnxRuntimeSession):
     """The runner's session on graphs that have further outputs. taps, seen: see `Backend.open_tapped`."""
 
-    def __init__(self, folder: Path, manifest: Manifest, taps: Mapping[str, Collection[str]], seen: Seen) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        taps: Mapping[str, Collection[str]],
+        seen: Seen,
+        library: Path | None,
+    ) -> None:
         self._taps, self._seen = taps, seen
         self._inside: dict[str, list[str]] = {}  # by the graph's file: what is neither input nor output already
         graphs = {}
@@ -25,7 +32,7 @@ class TappedSession(OnnxRuntimeSession):
             known = {end.name for end in (*spec.inputs, *spec.outputs)}
             inside = self._inside[spec.file] = [tap for tap in taps.get(name, ()) if tap not in known]
             graphs[name] = replace(spec, outputs=(*spec.outputs, *(TensorSpec(tap, "", (), "") for tap in inside)))
-        super().__init__(folder, replace(manifest, graphs=graphs))
+        super().__init__(folder, replace(manifest, graphs=graphs), library=library)
 
     def _open(self, path: Path, options: ort.SessionOptions) -> ort.InferenceSession:
         model = onnx.load(str(path), load_external_data=False)

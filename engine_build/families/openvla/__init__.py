@@ -22,11 +22,9 @@ def decoder(graph: GraphContext, config: PrismaticConfig) -> Tensors:
     b, text = graph.builder, config.text
     words = llama.words(graph, "input_ids")
     x = b.concat([b.slice(words, 0, 1, 1), "patches", b.slice(words, 1, llama.LAST, 1)], axis=1)
-    positions, total = llama.positions(graph, x)
-    rotation = llama.rotary(graph, positions, text.head_dim, text.rope_theta)
-    mask = llama.causal_mask(graph, positions, total)
+    seen = llama.causal(graph, x, text, _longest(config))
     for index in range(text.num_hidden_layers):
-        x = llama.block(graph, x, rotation, mask, text, index)
+        x = llama.block(graph, x, seen, text, index)
     last = llama.rms_norm(graph, b.slice(x, -1, llama.LAST, 1), "language_model.model.norm.weight", text.rms_norm_eps)
     logits = b.reshape(graph.linear(last, "language_model.lm_head"), 1, text.vocab_size)
     b.rename(b.cast(logits, TensorProto.FLOAT) if b.float_type != TensorProto.FLOAT else logits, "logits")
@@ -56,6 +54,11 @@ def _outputs(graph: GraphContext, config: PrismaticConfig) -> list[TensorSpec]:
     ]
 
 
+def _longest(config: PrismaticConfig) -> int:
+    """Positions of the longest sequence: patches, prompt and action tokens."""
+    return config.num_patches + LONGEST_PROMPT + max(stats.action.dim for stats in config.norm_stats.values())
+
+
 class OpenVla:
     """The family."""
 
@@ -64,8 +67,8 @@ class OpenVla:
     def program(self, config: PrismaticConfig) -> dict[str, Call]:
         """The step admits one patch, though it has none: from 8 heads on, TensorRT-RTX 1.7 crashes where it knows ahead
         that a tensor is empty."""
-        count, action = config.num_patches, max(stats.action.dim for stats in config.norm_stats.values())
-        typical, longest = count + TYPICAL_PROMPT, count + LONGEST_PROMPT + action
+        count, longest = config.num_patches, _longest(config)
+        typical = count + TYPICAL_PROMPT
         present, past = (llama.cache_names(config.text, state) for state in ("present", "past"))
         carried = dict(zip(present, past, strict=True))
         prefill = {

@@ -32,9 +32,9 @@ def decoder(graph: GraphContext, config: OftConfig) -> Tensors:
     x = b.concat([first, "patches", *state, prompt, empty, end], axis=1)
     length = b.node("Squeeze", [b.node("Shape", [x], start=1, end=2), b.ints(0)])
     places = b.node("Range", [b.constant(0, np.int64), length, b.constant(1, np.int64)])
-    rotation = llama.rotary(graph, places, text.head_dim, text.rope_theta)
+    seen = llama.Bidirectional(llama.rotary(graph, places, text.head_dim, text.rope_theta))
     for index in range(text.num_hidden_layers):
-        x = llama.block(graph, x, rotation, None, text, index)
+        x = llama.block(graph, x, seen, text, index)
     x = llama.rms_norm(graph, b.slice(x, -values - 2, -2, 1), "language_model.model.norm.weight", text.rms_norm_eps)
     x = _head(graph, b.reshape(x, 1, chunk, config.action_dim * text.hidden_size))
     b.rename(b.cast(x, TensorProto.FLOAT) if b.float_type != TensorProto.FLOAT else x, "actions")

@@ -10,6 +10,7 @@ import onnx
 from onnx.reference import ReferenceEvaluator
 
 from vla_policy.core.backends.base import ROW, Rule, Version
+from vla_policy.core.formats import Format
 from vla_policy.core.manifest import Manifest
 
 
@@ -45,6 +46,9 @@ class Toy:
     def rules(self, version: Version) -> tuple[Rule, ...]:
         wide = Rule(16, 16, (ROW,), "float32")
         return (wide, Rule(8, 16, (ROW,), "codes times scales")) if version >= (2,) else (wide,)
+
+    def is_faster_here(self, formats: Collection[Format]) -> bool:
+        return False
 
     def files_named_in(self, graph: Path) -> set[str]:
         return set()

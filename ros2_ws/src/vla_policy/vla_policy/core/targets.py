@@ -4,7 +4,7 @@ What a format is worth is a backend's matter: a target names its backends and th
 listed for. `allocate --target` offers these formats; `build` asks the installed version's rules.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 
 from vla_policy.core.backends import find_backend
@@ -62,6 +62,12 @@ class Target:
         others = tuple(runtime for runtime in self.runtimes if runtime is not chosen)
         return replace(self, runtimes=(replace(chosen, version=version or chosen.version), *others))
 
+    def fastest_here(self, formats: Collection[Format]) -> "Target":
+        """This target with the backend that `build` takes for a plan of these formats: the first one that says it is
+        the faster one on this machine, else the default."""
+        names = (name for name in self.backends[1:] if find_backend(name).is_faster_here(formats))
+        return self.on(next(names, None))
+
     def legal(self, kind: LayerKind = "linear") -> tuple[Format, ...]:
         """Every format that a layer of this kind may have, most precise first."""
         formats = [fmt for rule in self._rules(kind) for fmt in rule.formats()]
@@ -115,10 +121,11 @@ def _group_distance(legal: Format, wanted: Format) -> tuple[bool, float]:
 
 
 _ONNX_RUNTIME = Runtime("onnxruntime", (1, 31))
+_ONNX_RUNTIME_VNNI = Runtime("onnxruntime_vnni", (1, 31))
 _TENSORRT = Runtime("tensorrt", (10, 9))
 _TENSORRT_RTX = Runtime("tensorrt_rtx", (1, 7))
 _ALL = (
-    Target("cpu", "x86-64 or Arm processor, ONNX Runtime", (_ONNX_RUNTIME,), None),
+    Target("cpu", "x86-64 or Arm processor, ONNX Runtime", (_ONNX_RUNTIME, _ONNX_RUNTIME_VNNI), None),
     Target("a100", "NVIDIA A100; built anywhere, or on the device", (_TENSORRT_RTX, _TENSORRT), (8, 0)),
     Target("orin", "NVIDIA Jetson AGX Orin; built on the device", (_TENSORRT,), (8, 7)),
     Target("thor", "NVIDIA Jetson AGX Thor; built on the device", (_TENSORRT,), (11, 0)),

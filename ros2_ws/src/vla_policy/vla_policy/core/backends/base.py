@@ -1,6 +1,7 @@
 """What a backend gives a robot, and the rules that say which number formats it runs."""
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -53,6 +54,14 @@ class Backend(Protocol):
 
     def rules(self, version: Version) -> tuple[Rule, ...]:
         """The formats that this version runs. A rule names a kernel that exists, not a wish."""
+        ...
+
+    def is_faster_here(self, formats: Collection[Format]) -> bool:
+        """Whether `build` takes it, unasked, for layers of these formats instead of a target's first backend.
+
+        That is where this machine can run it and it has been seen to be the faster one. False for what only runs when
+        it is named.
+        """
         ...
 
     def files_named_in(self, graph: Path) -> set[str]:

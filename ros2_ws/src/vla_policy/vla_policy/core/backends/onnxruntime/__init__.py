@@ -1,10 +1,11 @@
 """ONNX Runtime on the CPU. Groups are counted in inputs; "row" means one scale per output channel."""
 
+from collections.abc import Collection
 from pathlib import Path
 
 from vla_policy.core.backends.base import ROW, Rule, Version
 from vla_policy.core.backends.onnxruntime.onnx_files import external_files
-from vla_policy.core.formats import Rounding
+from vla_policy.core.formats import Format, Rounding
 from vla_policy.core.manifest import Manifest
 from vla_policy.core.program import Session
 
@@ -30,6 +31,9 @@ class OnnxRuntime:
             Rule(8, 8, (ROW,), "MatMulInteger: 8-bit codes per token and per row, int32 sums"),
             *(Rule(bits, 8, (32, 64, 128), _LEVEL_4, rounding=Rounding.GROUP) for bits in (8, 4, 2)),
         )
+
+    def is_faster_here(self, formats: Collection[Format]) -> bool:
+        return False
 
     def files_named_in(self, graph: Path) -> set[str]:
         return external_files(graph)

@@ -27,9 +27,14 @@ _REFUSALS = (  # ONNX Runtime's exceptions share no base of their own
 )
 
 
-def session_options(threads: int | None = None) -> ort.SessionOptions:
-    """The settings under which an engine's formats were read back; the runner must use the same."""
+def session_options(threads: int | None = None, library: Path | None = None) -> ort.SessionOptions:
+    """The settings under which an engine's formats were read back; the runner must use the same.
+
+    library: of custom operators.
+    """
     options = ort.SessionOptions()
+    if library is not None:
+        options.register_custom_ops_library(str(library))
     options.add_session_config_entry(*_ACCURACY_LEVEL)
     options.log_severity_level = _SILENT
     options.inter_op_num_threads = 1
@@ -67,7 +72,9 @@ def open_session(path: Path, options: ort.SessionOptions, graph: bytes | None = 
 class OnnxRuntimeSession:
     """A session per graph; what is kept stays an OrtValue."""
 
-    def __init__(self, folder: Path, manifest: Manifest, threads: int | None = None) -> None:
+    def __init__(
+        self, folder: Path, manifest: Manifest, threads: int | None = None, library: Path | None = None
+    ) -> None:
         if _minor(manifest.backend_version) != _minor(ort.__version__):
             raise ArtefactError(
                 f"{folder}: formats were proven with onnxruntime {manifest.backend_version}, installed is "
@@ -76,7 +83,8 @@ class OnnxRuntimeSession:
         self.processor = cpu_name()
         self._program, self._graphs = manifest.program, manifest.graphs
         self._sessions = {
-            name: self._open(folder / graph.file, session_options(threads)) for name, graph in self._graphs.items()
+            name: self._open(folder / graph.file, session_options(threads, library))
+            for name, graph in self._graphs.items()
         }
 
     def _open(self, path: Path, options: ort.SessionOptions) -> ort.InferenceSession:

@@ -1,9 +1,10 @@
 """TensorRT on the GPU that an engine was built on."""
 
+from collections.abc import Collection
 from pathlib import Path
 
 from vla_policy.core.backends.base import ROW, Rule, Version
-from vla_policy.core.formats import Rounding
+from vla_policy.core.formats import Format, Rounding
 from vla_policy.core.manifest import Manifest
 from vla_policy.core.program import Session
 
@@ -12,7 +13,10 @@ COMMON_RULES = (
     Rule(16, 16, (ROW,), "float16"),
     Rule(8, 16, (ROW,), "INT8 weights, one scale per row, float16 MatMul"),
     Rule(
-        8, 8, (ROW,), "INT8 both; activations with one fixed scale per tensor, from the calibration set",
+        8,
+        8,
+        (ROW,),
+        "INT8 both; activations with one fixed scale per tensor, from the calibration set",
         rounding=Rounding.TENSOR,
     ),
     Rule(4, 16, BLOCKS, "INT4 weights in blocks, float16 MatMul"),
@@ -39,6 +43,9 @@ class TensorRt:
 
     def rules(self, version: Version) -> tuple[Rule, ...]:
         return COMMON_RULES + (_PLUGIN_RULES if version >= _PLUGINS_SINCE else ())
+
+    def is_faster_here(self, formats: Collection[Format]) -> bool:
+        return False
 
     def files_named_in(self, graph: Path) -> set[str]:
         """None: an engine holds all that it needs."""

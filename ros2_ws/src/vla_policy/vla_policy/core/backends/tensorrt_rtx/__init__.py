@@ -1,9 +1,11 @@
 """TensorRT-RTX: engines built ahead of time, without their GPU. It imports neither plugins nor compiled kernels."""
 
+from collections.abc import Collection
 from pathlib import Path
 
 from vla_policy.core.backends.base import Rule, Version
 from vla_policy.core.backends.tensorrt import BLOCKS, COMMON_RULES, REFUSED
+from vla_policy.core.formats import Format
 from vla_policy.core.manifest import Manifest
 from vla_policy.core.program import Session
 
@@ -18,6 +20,9 @@ class TensorRtRtx:
     def rules(self, version: Version) -> tuple[Rule, ...]:
         two_bit = Rule(2, 16, BLOCKS, "two 2-bit codes to an INT4, split at run time, float16 MatMul")
         return (*COMMON_RULES, two_bit)
+
+    def is_faster_here(self, formats: Collection[Format]) -> bool:
+        return False
 
     def files_named_in(self, graph: Path) -> set[str]:
         """None: an engine holds all that it needs."""

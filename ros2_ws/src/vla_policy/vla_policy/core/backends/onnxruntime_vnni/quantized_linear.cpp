@@ -1,0 +1,501 @@
+// y = x W^T + bias with W in 2, 4 or 8 bits and x rounded to 8 bits while it runs; one copy of W for any number of rows.
+//
+// x [rows, inputs] float32. codes: see `pack_lanes` of engine_build.packing: outputs in blocks of 16, and there 64 bytes
+// after another, each of 4 consecutive inputs of 16 outputs; a byte holds 1, 2 or 4 codes, whose inputs lie 4 apart.
+// scales float16 [blocks, groups, 16]. Inputs are rounded per token and group, as MatMulNBits of ONNX Runtime does:
+// code = rint(x * (127 / peak)), scale = peak / 127; or, without groups, per token: code = rint(x / (peak / 127)).
+//
+// One row reads the packed codes as they are. Many rows unpack a block of outputs once, to int8 in the cache, and multiply
+// it with AMX tiles where the processor has them, else with VNNI. Sums of a group are exact integers and groups are added
+// in one order, so a row's result does not depend on the rows beside it or on which of the three ways was taken.
+
+#include "ort_abi.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <immintrin.h>
+#include <memory>
+#include <sys/syscall.h>
+#include <unistd.h>
+#include <vector>
+
+namespace {
+
+constexpr int kLanes = 16;        // outputs of a vector
+constexpr int kQuad = 4;          // inputs that one lane's 32 bits hold
+constexpr int kVector = 64;       // bytes
+constexpr int kTileInputs = 64;   // of an AMX tile's row
+constexpr int kBlocksAtOnce = 4;  // blocks of outputs per piece of work
+constexpr int kFewRows = 4;       // up to here codes are unpacked in registers
+
+struct Sizes {
+    int64_t inputs, outputs, group; // group: 0 without groups
+    int bits;
+
+    int64_t group_inputs() const { return group ? group : filled(); }
+    int64_t filled() const
+    {
+        int64_t const unit = group ? group : kTileInputs;
+        return (inputs + unit - 1) / unit * unit;
+    }
+    int64_t groups() const { return filled() / group_inputs(); }
+    int64_t blocks() const { return (outputs + kLanes - 1) / kLanes; }
+    int64_t block_bytes() const { return filled() * kLanes * bits / 8; }
+    int zero() const { return 1 << (bits - 1); }
+};
+
+// Rows rounded to 8 bits. sums: of each group's codes.
+struct Rows {
+    int64_t count, filled, groups;
+    std::vector<int8_t> codes; // [count, filled], from an address that is a multiple of 64
+    std::vector<float> scales; // [count, groups]
+    std::vector<int32_t> sums;
+    int8_t* first;
+
+    Rows(int64_t count, Sizes const& sizes)
+        : count(count), filled(sizes.filled()), groups(sizes.groups()), codes(count * filled + kVector),
+          scales(count * groups), sums(count * groups)
+    {
+        auto const address = reinterpret_cast<uintptr_t>(codes.data());
+        first = codes.data() + (kVector - address % kVector) % kVector;
+    }
+    int8_t const* row(int64_t index) const { return first + index * filled; }
+};
+
+inline __mmask16 tail(int64_t left) { return left >= kLanes ? 0xFFFF : __mmask16((1u << (left > 0 ? left : 0)) - 1); }
+
+void round_row(float const* x, Sizes const& sizes, Rows& rows, int64_t row)
+{
+    int64_t const group = sizes.group_inputs();
+    for (int64_t index = 0; index < rows.groups; ++index) {
+        int64_t const begin = index * group;
+        // The larger of two, NaN or infinity winning: integers order magnitudes, and hide no damage.
+        __m512i largest = _mm512_setzero_si512();
+        __m512i const magnitude = _mm512_set1_epi32(0x7FFFFFFF);
+        for (int64_t k = begin; k < begin + group; k += kLanes) {
+            __m512i const bits = _mm512_castps_si512(_mm512_maskz_loadu_ps(tail(sizes.inputs - k), x + k));
+            largest = _mm512_max_epu32(largest, _mm512_and_si512(bits, magnitude));
+        }
+        uint32_t const top = _mm512_reduce_max_epu32(largest);
+        float peak;
+        std::memcpy(&peak, &top, sizeof peak);
+        float const scale = peak / 127.0f;
+        __m512 const factor = _mm512_set1_ps(peak == 0 ? 0.0f : 127.0f / peak);
+        __m512 const divisor = _mm512_set1_ps(peak == 0 ? 1.0f : scale);
+        __m512i total = _mm512_setzero_si512();
+        for (int64_t k = begin; k < begin + group; k += kLanes) {
+            __m512 const value = _mm512_maskz_loadu_ps(tail(sizes.inputs - k), x + k);
+            __m512 const scaled = sizes.group ? _mm512_mul_ps(value, factor) : _mm512_div_ps(value, divisor);
+            __m512i const code = _mm512_cvt_roundps_epi32(scaled, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+            total = _mm512_add_epi32(total, code);
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(rows.first + row * rows.filled + k), _mm512_cvtsepi32_epi8(code));
+        }
+        rows.scales[row * rows.groups + index] = scale;
+        rows.sums[row * rows.groups + index] = _mm512_reduce_add_epi32(total);
+    }
+}
+
+// The 64 bytes' codes number `part`, each in a byte of its own.
+template <int Bits>
+inline __m512i part_of(__m512i packed, int part)
+{
+    if constexpr (Bits == 8)
+        return packed;
+    __m512i const mask = _mm512_set1_epi8(char((1 << Bits) - 1));
+    return _mm512_and_si512(part ? _mm512_srli_epi16(packed, part * Bits) : packed, mask);
+}
+
+inline __m512 scales_at(uint16_t const* scales) // float16 of 16 outputs
+{
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<__m256i const*>(scales)));
+}
+
+inline __m512 add_group(__m512 y, __m512i sum, float row_scale, __m512 scale)
+{
+    return _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), _mm512_mul_ps(scale, _mm512_set1_ps(row_scale)), y);
+}
+
+struct Product {
+    Sizes sizes;
+    uint8_t const* codes;
+    uint16_t const* scales;
+    float const* bias; // or null
+    float* y;
+    Rows const* rows;
+    bool tiles;
+
+    __m512 start(int64_t block) const
+    {
+        int64_t const at = block * kLanes;
+        return bias ? _mm512_maskz_loadu_ps(tail(sizes.outputs - at), bias + at) : _mm512_setzero_ps();
+    }
+    void store(int64_t row, int64_t block, __m512 value) const
+    {
+        int64_t const at = block * kLanes;
+        _mm512_mask_storeu_ps(y + row * sizes.outputs + at, tail(sizes.outputs - at), value);
+    }
+};
+
+template <int Bits, int Count>
+void few_rows(Product const& product, int64_t first, int64_t block)
+{
+    constexpr int kParts = 8 / Bits;
+    Sizes const& sizes = product.sizes;
+    Rows const& rows = *product.rows;
+    int64_t const group = sizes.group_inputs();
+    uint8_t const* packed = product.codes + block * sizes.block_bytes();
+    uint16_t const* scales = product.scales + block * rows.groups * kLanes;
+    __m512 y[Count];
+    for (auto& one : y)
+        one = product.start(block);
+    for (int64_t index = 0; index < rows.groups; ++index, scales += kLanes) {
+        __m512i sums[Count][2] = {};
+        for (int64_t k = index * group; k < (index + 1) * group; k += kQuad * kParts, packed += kVector) {
+            __m512i const bytes = _mm512_loadu_si512(packed);
+            for (int part = 0; part < kParts; ++part) {
+                __m512i const weights = part_of<Bits>(bytes, part);
+                for (int row = 0; row < Count; ++row) {
+                    int32_t four;
+                    std::memcpy(&four, rows.row(first + row) + k + part * kQuad, sizeof four);
+                    sums[row][part & 1] = _mm512_dpbusd_epi32(sums[row][part & 1], weights, _mm512_set1_epi32(four));
+                }
+            }
+        }
+        __m512 const scale = scales_at(scales);
+        for (int row = 0; row < Count; ++row) {
+            int64_t const at = (first + row) * rows.groups + index;
+            __m512i const shift = _mm512_set1_epi32(sizes.zero() * rows.sums[at]);
+            __m512i const sum = _mm512_sub_epi32(_mm512_add_epi32(sums[row][0], sums[row][1]), shift);
+            y[row] = add_group(y[row], sum, rows.scales[at], scale);
+        }
+    }
+    for (int row = 0; row < Count; ++row)
+        product.store(first + row, block, y[row]);
+}
+
+// A block's codes as bytes [filled / 4][16 outputs][4 inputs], `shift` taken off.
+template <int Bits>
+void unpack(Product const& product, int64_t block, int shift, uint8_t* unpacked)
+{
+    constexpr int kParts = 8 / Bits;
+    Sizes const& sizes = product.sizes;
+    uint8_t const* packed = product.codes + block * sizes.block_bytes();
+    __m512i const zero = _mm512_set1_epi8(char(shift));
+    for (int64_t k = 0; k < sizes.filled(); k += kQuad * kParts, packed += kVector) {
+        __m512i const bytes = _mm512_loadu_si512(packed);
+        for (int part = 0; part < kParts; ++part, unpacked += kVector)
+            _mm512_store_si512(unpacked, _mm512_sub_epi8(part_of<Bits>(bytes, part), zero));
+    }
+}
+
+// `Count` rows with the unpacked unsigned blocks, two at a time.
+template <int Count>
+void rows_by_vectors(Product const& product, int64_t first, int64_t begin, int64_t end, uint8_t const* unpacked)
+{
+    Sizes const& sizes = product.sizes;
+    Rows const& rows = *product.rows;
+    int64_t const group = sizes.group_inputs(), stride = sizes.filled() * kLanes;
+    for (int64_t block = begin; block < end; block += 2) {
+        int const wide = block + 1 < end ? 2 : 1;
+        uint8_t const* const one = unpacked + (block - begin) * stride;
+        uint8_t const* const two = wide == 2 ? one + stride : one;
+        __m512 y[Count][2];
+        for (int row = 0; row < Count; ++row)
+            y[row][0] = product.start(block), y[row][1] = product.start(block + wide - 1);
+        for (int64_t index = 0; index < rows.groups; ++index) {
+            __m512i sums[Count][2] = {};
+            for (int64_t k = index * group; k < (index + 1) * group; k += kQuad) {
+                __m512i const left = _mm512_load_si512(one + k * kLanes), right = _mm512_load_si512(two + k * kLanes);
+                for (int row = 0; row < Count; ++row) {
+                    int32_t four;
+                    std::memcpy(&four, rows.row(first + row) + k, sizeof four);
+                    __m512i const inputs = _mm512_set1_epi32(four);
+                    sums[row][0] = _mm512_dpbusd_epi32(sums[row][0], left, inputs);
+                    sums[row][1] = _mm512_dpbusd_epi32(sums[row][1], right, inputs);
+                }
+            }
+            uint16_t const* const scales = product.scales + (block * rows.groups + index) * kLanes;
+            __m512 const scale[2] = {scales_at(scales), scales_at(scales + (wide - 1) * rows.groups * kLanes)};
+            for (int row = 0; row < Count; ++row) {
+                int64_t const at = (first + row) * rows.groups + index;
+                __m512i const shift = _mm512_set1_epi32(sizes.zero() * rows.sums[at]);
+                for (int side = 0; side < 2; ++side)
+                    y[row][side] = add_group(
+                        y[row][side], _mm512_sub_epi32(sums[row][side], shift), rows.scales[at], scale[side]);
+            }
+        }
+        for (int row = 0; row < Count; ++row)
+            for (int side = 0; side < wide; ++side)
+                product.store(first + row, block + side, y[row][side]);
+    }
+}
+
+#define TILED __attribute__((target("amx-tile,amx-int8")))
+
+struct alignas(64) TileShapes {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {};
+    uint8_t rows[16] = {};
+};
+
+// Sums in tiles 0 and 1 by turns, rows of x in 2, weights in 3. inputs: of a tile's row.
+TILED void set_tiles(int count, int inputs)
+{
+    TileShapes shapes;
+    for (int tile : {0, 1, 2})
+        shapes.rows[tile] = uint8_t(count);
+    shapes.rows[3] = uint8_t(inputs / kQuad);
+    shapes.row_bytes[0] = shapes.row_bytes[1] = shapes.row_bytes[3] = kVector;
+    shapes.row_bytes[2] = uint16_t(inputs);
+    _tile_loadconfig(&shapes);
+}
+
+// `count` rows, at most 16, with the unpacked signed blocks.
+TILED void rows_by_tiles(
+    Product const& product, int64_t first, int count, int64_t begin, int64_t end, uint8_t const* unpacked)
+{
+    Sizes const& sizes = product.sizes;
+    Rows const& rows = *product.rows;
+    int64_t const group = sizes.group_inputs(), stride = sizes.filled() * kLanes;
+    int const width = int(group < kTileInputs ? group : kTileInputs);
+    alignas(64) int32_t sums[2][kLanes][kLanes];
+    alignas(64) float y[kLanes][kLanes];
+    for (int64_t block = begin; block < end; ++block) {
+        uint8_t const* const weights = unpacked + (block - begin) * stride;
+        for (int row = 0; row < count; ++row)
+            _mm512_store_ps(y[row], product.start(block));
+        for (int64_t index = 0; index < rows.groups; ++index) {
+            int32_t(*const here)[kLanes] = sums[index & 1];
+            if (index & 1) {
+                _tile_zero(1);
+                for (int64_t k = index * group; k < (index + 1) * group; k += width) {
+                    _tile_loadd(2, rows.row(first) + k, rows.filled);
+                    _tile_loadd(3, weights + k * kLanes, kVector);
+                    _tile_dpbssd(1, 2, 3);
+                }
+                _tile_stored(1, here, kVector);
+            } else {
+                _tile_zero(0);
+                for (int64_t k = index * group; k < (index + 1) * group; k += width) {
+                    _tile_loadd(2, rows.row(first) + k, rows.filled);
+                    _tile_loadd(3, weights + k * kLanes, kVector);
+                    _tile_dpbssd(0, 2, 3);
+                }
+                _tile_stored(0, here, kVector);
+            }
+            __m512 const scale = scales_at(product.scales + (block * rows.groups + index) * kLanes);
+            float const* row_scale = rows.scales.data() + first * rows.groups + index;
+            for (int row = 0; row < count; ++row, row_scale += rows.groups) {
+                __m512 const grown = add_group(_mm512_load_ps(y[row]), _mm512_load_si512(here[row]), *row_scale, scale);
+                _mm512_store_ps(y[row], grown);
+            }
+        }
+        for (int row = 0; row < count; ++row)
+            product.store(first + row, block, _mm512_load_ps(y[row]));
+    }
+}
+
+TILED void many_rows_by_tiles(Product const& product, int64_t begin, int64_t end, uint8_t const* unpacked)
+{
+    int64_t const count = product.rows->count, group = product.sizes.group_inputs();
+    int const width = int(group < kTileInputs ? group : kTileInputs);
+    int set = 0;
+    for (int64_t first = 0; first < count; first += kLanes) {
+        int const here = int(count - first < kLanes ? count - first : kLanes);
+        if (here != set)
+            set_tiles(set = here, width);
+        rows_by_tiles(product, first, here, begin, end, unpacked);
+    }
+    _tile_release();
+}
+
+void many_rows_by_vectors(Product const& product, int64_t begin, int64_t end, uint8_t const* unpacked)
+{
+    constexpr int kRows = 10;
+    int64_t const count = product.rows->count;
+    int64_t first = 0;
+    for (; first + kRows <= count; first += kRows)
+        rows_by_vectors<kRows>(product, first, begin, end, unpacked);
+    for (; first + 3 <= count; first += 3)
+        rows_by_vectors<3>(product, first, begin, end, unpacked);
+    for (; first < count; ++first)
+        rows_by_vectors<1>(product, first, begin, end, unpacked);
+}
+
+template <int Bits>
+void multiply_blocks(Product const& product, int64_t begin, int64_t end)
+{
+    int64_t const count = product.rows->count;
+    if (count <= kFewRows) {
+        for (int64_t block = begin; block < end; ++block) {
+            switch (count) {
+            case 1: few_rows<Bits, 1>(product, 0, block); break;
+            case 2: few_rows<Bits, 2>(product, 0, block); break;
+            case 3: few_rows<Bits, 3>(product, 0, block); break;
+            default: few_rows<Bits, 4>(product, 0, block);
+            }
+        }
+        return;
+    }
+    int64_t const stride = product.sizes.filled() * kLanes;
+    std::unique_ptr<uint8_t, void (*)(void*)> unpacked(
+        static_cast<uint8_t*>(std::aligned_alloc(kVector, size_t(stride * (end - begin)))), std::free);
+    for (int64_t block = begin; block < end; ++block)
+        unpack<Bits>(product, block, product.tiles ? product.sizes.zero() : 0, unpacked.get() + (block - begin) * stride);
+    if (product.tiles)
+        many_rows_by_tiles(product, begin, end, unpacked.get());
+    else
+        many_rows_by_vectors(product, begin, end, unpacked.get());
+}
+
+// Whether this process may use AMX tiles; Linux asks to be asked.
+bool tiles_allowed()
+{
+#ifdef WITHOUT_TILES // tests compare both ways
+    return false;
+#endif
+    if (!__builtin_cpu_supports("amx-int8") || !__builtin_cpu_supports("amx-tile"))
+        return false;
+    constexpr int kRequestPermission = 0x1023, kTileData = 18;
+    return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+
+struct Kernel {
+    ort::Api const* api;
+    Sizes sizes;
+    bool tiles;
+
+    ort::Status* compute(ort::Context* context) const
+    {
+        ort::Value const* inputs[4] = {};
+        void* contents[4] = {};
+        for (size_t index = 0; index < 4; ++index) {
+            if (auto* failed = api->input(context, index, &inputs[index]))
+                return failed;
+            if (inputs[index])
+                if (auto* failed = api->data(inputs[index], &contents[index]))
+                    return failed;
+        }
+        ort::Shape* shape = nullptr;
+        if (auto* failed = api->shape(inputs[0], &shape))
+            return failed;
+        size_t rank = 0;
+        int64_t dims[8] = {};
+        ort::Status* failed = api->rank(shape, &rank);
+        if (!failed && rank >= 1 && rank <= 8)
+            failed = api->sizes(shape, dims, rank);
+        api->release(shape);
+        if (failed)
+            return failed;
+        if (rank < 1 || rank > 8 || dims[rank - 1] != sizes.inputs)
+            return api->error("QuantizedLinear: the last dimension of x is not the layer's inputs");
+        int64_t count = 1;
+        for (size_t index = 0; index + 1 < rank; ++index)
+            count *= dims[index];
+        dims[rank - 1] = sizes.outputs;
+        ort::Value* result = nullptr;
+        void* y = nullptr;
+        if ((failed = api->output(context, 0, dims, rank, &result)) || (failed = api->data(result, &y)))
+            return failed;
+        if (count == 0)
+            return nullptr;
+        Rows rows(count, sizes);
+        auto round = [&](size_t piece) {
+            int64_t const end = std::min<int64_t>(count, int64_t(piece + 1) * kLanes);
+            for (int64_t row = int64_t(piece) * kLanes; row < end; ++row)
+                round_row(static_cast<float const*>(contents[0]) + row * sizes.inputs, sizes, rows, row);
+        };
+        if ((failed = run(context, size_t((count + kLanes - 1) / kLanes), round)))
+            return failed;
+        Product const product{sizes, static_cast<uint8_t const*>(contents[1]),
+                              static_cast<uint16_t const*>(contents[2]), static_cast<float const*>(contents[3]),
+                              static_cast<float*>(y), &rows, tiles};
+        auto multiply = [&](size_t piece) {
+            int64_t const begin = int64_t(piece) * kBlocksAtOnce;
+            int64_t const end = std::min<int64_t>(sizes.blocks(), begin + kBlocksAtOnce);
+            switch (sizes.bits) {
+            case 2: multiply_blocks<2>(product, begin, end); break;
+            case 4: multiply_blocks<4>(product, begin, end); break;
+            default: multiply_blocks<8>(product, begin, end);
+            }
+        };
+        return run(context, size_t((sizes.blocks() + kBlocksAtOnce - 1) / kBlocksAtOnce), multiply);
+    }
+
+    // Every piece of work, on the session's threads.
+    template <class Work>
+    ort::Status* run(ort::Context const* context, size_t pieces, Work& work) const
+    {
+        if (pieces == 1) {
+            work(0);
+            return nullptr;
+        }
+        return api->parallel(context, [](void* what, size_t piece) { (*static_cast<Work*>(what))(piece); }, pieces, &work);
+    }
+};
+
+ort::Status* create(ort::Op const*, ort::Api const* api, ort::Info const* info, void** made)
+{
+    int64_t bits = 0;
+    auto kernel = std::make_unique<Kernel>(Kernel{api, {}, tiles_allowed()});
+    struct { char const* name; int64_t* value; } const wanted[] = {
+        {"K", &kernel->sizes.inputs}, {"N", &kernel->sizes.outputs}, {"block_size", &kernel->sizes.group},
+        {"bits", &bits}};
+    for (auto const& one : wanted)
+        if (auto* failed = api->attribute(info, one.name, one.value))
+            return failed;
+    kernel->sizes.bits = int(bits);
+    if (bits != 2 && bits != 4 && bits != 8)
+        return api->error("QuantizedLinear: bits must be 2, 4 or 8");
+    if (int64_t const group = kernel->sizes.group; group != 0 && group != 32 && group % kTileInputs)
+        return api->error("QuantizedLinear: a group has 32 inputs or a multiple of 64");
+    *made = kernel.release();
+    return nullptr;
+}
+
+ort::Op const kOp = {
+    .version = ort::kVersion,
+    .create = nullptr,
+    .name = [](ort::Op const*) { return "QuantizedLinear"; },
+    .provider = [](ort::Op const*) -> char const* { return "CPUExecutionProvider"; },
+    .input_type = [](ort::Op const*, size_t index) -> int {
+        return index == 1 ? ort::kUint8 : index == 2 ? ort::kFloat16 : ort::kFloat;
+    },
+    .inputs = [](ort::Op const*) -> size_t { return 4; },
+    .output_type = [](ort::Op const*, size_t) -> int { return ort::kFloat; },
+    .outputs = [](ort::Op const*) -> size_t { return 1; },
+    .compute = nullptr,
+    .destroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); },
+    .input_presence = [](ort::Op const*, size_t index) -> int { return index == 3 ? ort::kOptional : ort::kRequired; },
+    .output_presence = [](ort::Op const*, size_t) -> int { return ort::kRequired; },
+    .input_memory = [](ort::Op const*, size_t) { return 0; },
+    .variadic_input_least = [](ort::Op const*) { return 1; },
+    .variadic_input_alike = [](ort::Op const*) { return 1; },
+    .variadic_output_least = [](ort::Op const*) { return 1; },
+    .variadic_output_alike = [](ort::Op const*) { return 1; },
+    .create_or_fail = create,
+    .compute_or_fail = [](void* kernel, ort::Context* context) { return static_cast<Kernel*>(kernel)->compute(context); },
+    .infer_shape = nullptr,
+    .first_version = [](ort::Op const*) { return 1; },
+    .last_version = [](ort::Op const*) { return 1; },
+    .may_inplace = nullptr,
+    .release_inplace = nullptr,
+    .aliases = nullptr,
+    .release_aliases = nullptr,
+};
+
+} // namespace
+
+extern "C" ort::Status* RegisterCustomOps(ort::Options* options, ort::ApiBase const* base)
+{
+    ort::Api const* const api = base->get(ort::kVersion);
+    static ort::Domain* domain = nullptr; // lives as long as the process: sessions refer to it
+    if (!domain) {
+        if (auto* failed = api->create_domain("vla_policy", &domain))
+            return failed;
+        if (auto* failed = api->add_op(domain, &kOp))
+            return failed;
+    }
+    return api->add_domain(options, domain);
+}
