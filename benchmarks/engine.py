@@ -82,9 +82,10 @@ class RandomTensors:
         return 1 + values if "norm" in name and name.endswith("weight") else values
 
 
-def plan_at(average_bits: float, layers: dict[str, Layer]) -> Plan:
+def plan_at(average_bits: float, layers: dict[str, Layer], activation_bits: int) -> Plan:
     """Towers, projector and head at 8 bits, the decoder at 4, its feed-forward layers from the middle out at 2."""
-    four, two, eight = map(parse_choice, ("w4a16_g128", "w2a16_g128", "w8a16"))
+    a = activation_bits
+    four, two, eight = map(parse_choice, (f"w4a{a}_g128", f"w2a{a}_g128", f"w8a{a}"))
     assignment = {name: four if "model.layers." in name else eight for name in layers}
     total = sum(layer.weights for layer in layers.values())
     depth = 1 + max(int(name.split(".")[3]) for name in layers if "model.layers." in name)
@@ -103,9 +104,9 @@ def config_of(blocks: int) -> PrismaticConfig:
     return FAMILY.config(_CONFIG | {"text_config": text}, "published shapes")
 
 
-def thinned(average_bits: float, blocks: int) -> Plan:
+def thinned(average_bits: float, blocks: int, activation_bits: int) -> Plan:
     """The full depth's plan on fewer blocks, evenly taken: their mean is that of all."""
-    full = plan_at(average_bits, layers_of(config_of(DEPTH))).assignment
+    full = plan_at(average_bits, layers_of(config_of(DEPTH)), activation_bits).assignment
     assignment = {}
     for name in layers_of(config_of(blocks)):
         parts = name.split(".")
@@ -118,6 +119,7 @@ def thinned(average_bits: float, blocks: int) -> Plan:
 def build_at(blocks: int, plan: Plan, target: Target, out: Path) -> Manifest:
     """An engine of random weights."""
     config = config_of(blocks)
+    target = target.fastest_here(set(plan.formats.values()))
     check_legal(plan, layers_of(config), target)
     with tempfile.TemporaryDirectory() as folder:
         write_tokenizer(Path(folder) / "tokenizer.json")
@@ -125,7 +127,7 @@ def build_at(blocks: int, plan: Plan, target: Target, out: Path) -> Manifest:
         return build_engine(policy, plan, target, out)
 
 
-def beside_16_bit(average_bits: float, blocks: int, repeats: int, threads: int, out: Path) -> str:
+def beside_16_bit(average_bits: float, activation_bits: int, blocks: int, repeats: int, threads: int, out: Path) -> str:
     """Both engines at `blocks` and half as many; and 16 bits at the full depth, on the straight line through both.
 
     The mixed engine is on no line: with fewer blocks the same average takes other bits per block.
@@ -134,7 +136,7 @@ def beside_16_bit(average_bits: float, blocks: int, repeats: int, threads: int, 
     depths = (blocks // 2, blocks)
     for depth in depths:
         mixed, full = out / f"mixed_{depth}", out / f"w16a16_{depth}"
-        build_at(depth, thinned(average_bits, depth), find_target("cpu"), mixed)
+        build_at(depth, thinned(average_bits, depth, activation_bits), find_target("cpu"), mixed)
         build_at(depth, uniform_plan(FULL, layers_of(config_of(depth))), find_target("cpu"), full)
         measured.append(bench(mixed, full, repeats, threads, warm_up=1))
         print(f"{depth} of {DEPTH} blocks, measured:\n{report(measured[-1])}", flush=True)
@@ -188,17 +190,17 @@ def account(manifest: Manifest) -> str:
 
 
 def decide_once(folder: Path, threads: int) -> str:
-    """Loads the engine and decides one action on a random image."""
+    """Loads the engine and decides four actions on a random image: the first finds nothing in memory yet."""
     started = time.perf_counter()
     engine = load_engine(folder, threads=threads)
     load_s = time.perf_counter() - started
     image = np.random.default_rng(0).integers(0, 256, (224, 224, 3), dtype=np.uint8)
-    decision, timings = engine.decide(Observation(image, _INSTRUCTION))
-    calls = ", ".join(f"{call} {milliseconds:.0f}" for call, milliseconds in timings.calls)
-    return (
-        f"load {load_s:.1f} s (hashes included), peak memory {peak_bytes() / 1e9:.2f} GB\n"
-        f"calls, ms: {calls}; action {timings.total_ms / 1e3:.2f} s, tokens {decision.tokens.tolist()}"
-    )
+    lines = [f"load {load_s:.1f} s (hashes included)"]
+    for what in ("cold", *["warm"] * 3):
+        decision, timings = engine.decide(Observation(image, _INSTRUCTION))
+        calls = ", ".join(f"{call} {milliseconds:.0f}" for call, milliseconds in timings.calls)
+        lines.append(f"{what}: action {timings.total_ms / 1e3:.2f} s; calls, ms: {calls}")
+    return "\n".join([*lines, f"peak memory {peak_bytes() / 1e9:.2f} GB, tokens {decision.tokens.tolist()}"])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -207,6 +209,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--target", choices=("cpu", "a100"), default="cpu")
     parser.add_argument("--out", type=Path, required=True, help="engine folder to write")
     parser.add_argument("--average-bits", type=float, default=AVERAGE_BITS, help="bits per weight (default: 3.96)")
+    parser.add_argument(
+        "--activation-bits", type=int, choices=(8, 16), help="of all layers (default: 8 on the cpu, 16 on the a100)"
+    )
     parser.add_argument("--blocks", type=int, help="decoder blocks (default: 32; 8 for --beside-16-bit)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
     parser.add_argument("--run-only", action="store_true", help="only decide one action with the engine in --out")
@@ -214,15 +219,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=3, help="actions per engine beside 16 bits (default: 3)")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
+    activation_bits = arguments.activation_bits or (8 if arguments.target == "cpu" else 16)
     if arguments.beside_16_bit:
         claim_folder(arguments.out, _BESIDE)
         bits, blocks, repeats = arguments.average_bits, arguments.blocks or 8, arguments.repeats
-        print(beside_16_bit(bits, blocks, repeats, arguments.threads, arguments.out))
+        print(beside_16_bit(bits, activation_bits, blocks, repeats, arguments.threads, arguments.out))
         return 0
     if not arguments.run_only:
         started = time.perf_counter()
         blocks = arguments.blocks or DEPTH
-        plan = thinned(arguments.average_bits, blocks)
+        plan = thinned(arguments.average_bits, blocks, activation_bits)
         manifest = build_at(blocks, plan, find_target(arguments.target), arguments.out)
         print(summary(manifest))
         print(account(manifest))
