@@ -10,8 +10,6 @@ from vla_policy.core.cli import run
 from vla_policy.core.formats import Format
 from vla_policy.core.targets import TARGETS, find_target
 
-_COST_FORMATS = ("w16a16", "w8a16_g64", "w4a16_g64", "w2a16_g64")
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one subcommand; raises VlaError for what the user can mend."""
@@ -131,8 +129,7 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
         "--formats",
         type=Format.parse,
         nargs="+",
-        default=[Format.parse(name) for name in _COST_FORMATS],
-        help=f"formats of the cost table (default: {' '.join(_COST_FORMATS)})",
+        help="formats of the cost table (default: all that the engine's backend runs)",
     )
 
 
@@ -156,7 +153,8 @@ def _bench(arguments: argparse.Namespace) -> int:
     if arguments.cost_table is not None:
         action_ms = result.reference.stages["action"].median_ms
         manifest = Manifest.load(arguments.engine)
-        table = cost_table(manifest, arguments.formats, arguments.threads, action_ms, unnorm_key=key)
+        formats = arguments.formats or find_target(manifest.target).on(manifest.backend).legal()
+        table = cost_table(manifest, formats, arguments.threads, action_ms, unnorm_key=key)
         write_json(arguments.cost_table, table)
     return 0
 

@@ -180,7 +180,7 @@ def export_graphs(
     layers: Mapping[str, Layer],
     assignment: Mapping[str, Choice],
     backend: Backend,
-    new_builder: Callable[[Path, int, int], GraphBuilder] = GraphBuilder,
+    new_builder: Callable[[Path, int], GraphBuilder] = GraphBuilder,
 ) -> Written:
     """Writes the policy's graphs in the backend's dialect, with a progress bar; see `export`."""
     total = sum(layer.weights for layer in layers.values())

@@ -103,7 +103,7 @@ def _milliseconds(backend: Backend, seen: tuple[int, int, int], fmt: Format, thr
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "layer.onnx"
         dialect = backend.dialect
-        with GraphBuilder(path, dialect.float_type, dialect.opset) as builder:
+        with GraphBuilder(path, dialect.float_type) as builder:
             builder.rename(dialect.linear(builder, "x", weights), "y")
             infos = [
                 helper.make_tensor_value_info(name, dialect.float_type, [1, tokens, size])

@@ -31,11 +31,11 @@ def export(
     dialect: Dialect,
     on_layer: Callable[[Layer], None],
     input_peaks: Mapping[str, float],
-    new_builder: Callable[[Path, int, int], GraphBuilder] = GraphBuilder,
+    new_builder: Callable[[Path, int], GraphBuilder] = GraphBuilder,
 ) -> Written:
     """Writes every graph of the policy as `<graph>.onnx` with its `.data` into `folder`; same input, same bytes.
 
-    new_builder: what writes a graph to a path, with its type of activations and its operator set.
+    new_builder: what writes a graph to a path, with its type of activations.
 
     Raises ArtefactError for a layer that is in no graph or in two.
     """
@@ -50,7 +50,7 @@ def export(
     family = find_family(config)
     graphs: dict[str, GraphSpec] = {}
     for name, write in family.graphs.items():
-        with new_builder(folder / f"{name}.onnx", dialect.float_type, dialect.opset) as builder:
+        with new_builder(folder / f"{name}.onnx", dialect.float_type) as builder:
             on_written = partial(note, name)
             context = GraphContext(
                 builder, tensors, layers, assignment, codes, dialect.linear, on_written, input_peaks, dialect.fused

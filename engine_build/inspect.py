@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+from vla_policy.core.backends.base import MEMORY_ONLY
 from vla_policy.core.manifest import Manifest
 
 _COLUMNS = ("unit", "shape", "planned", "realised", "codes B", "scales B", "loaded B", "arithmetic")
@@ -40,6 +41,9 @@ def summary(manifest: Manifest) -> str:
         f"{totals['engine_bytes']:,} bytes on disk = codes {totals['code_bytes']:,} + scales {totals['scale_bytes']:,}"
         f" + embedding, norms, biases, graph, tokenizer {totals['other_bytes']:,}",
     ]
+    unpacked = sorted({unit.realised for unit in manifest.units if unit.arithmetic.endswith(MEMORY_ONLY)})
+    if unpacked:
+        lines.append(f"note: {', '.join(unpacked)} {MEMORY_ONLY}, on this backend; w2a8, w4a8 and w8a8 save both")
     lines += [f"legalized: {change}" for change in manifest.legalized]
     lines += [f"note: {note}" for note in manifest.notes]
     return "\n".join(lines)

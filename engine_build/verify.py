@@ -145,8 +145,8 @@ def _export_again(
     built = {name: engine_folder / spec.file for name, spec in manifest.graphs.items()}
     comparers: list[GraphComparer] = []
 
-    def new_comparer(path: Path, float_type: int, opset: int) -> GraphComparer:
-        comparers.append(GraphComparer(path, float_type, opset))
+    def new_comparer(path: Path, float_type: int) -> GraphComparer:
+        comparers.append(GraphComparer(path, float_type))
         return comparers[-1]
 
     with open_checkpoint(policy_folder, manifest.config) as checkpoint:

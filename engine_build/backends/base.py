@@ -20,13 +20,12 @@ ROUNDED_ACTIVATIONS_TOLERANCE = 0.15
 
 @dataclass(frozen=True)
 class Dialect:
-    """How the one exporter writes for a backend: activation type, operator set, and the form of a linear layer.
+    """How the one exporter writes for a backend: activation type and the form of a linear layer.
 
     fused: whether norms and attention are written as ONNX Runtime's own operators.
     """
 
     float_type: int
-    opset: int
     linear: LinearWriter
     fused: bool = False
 

@@ -11,8 +11,10 @@ from onnx import TensorProto, helper, numpy_helper
 
 from vla_policy.core.errors import ArtefactError
 
-OPSET = 25  # the first with 2-bit integers
-_IR_VERSION = 13
+_OPSET = 21
+"""The first with 4-bit integers: older runtimes on robots read no later one."""
+_TWO_BIT_OPSET = 25
+_TWO_BIT_TYPES = (TensorProto.INT2, TensorProto.UINT2)
 _INLINE_BYTES = 1024
 _PAGE = 4096
 _LINE = 64
@@ -59,13 +61,11 @@ class GraphBuilder:
     """Collects nodes and tensors of one graph. Use as a context manager: the data file is closed at the end.
 
     float_type: ONNX type of the activations, TensorProto.FLOAT or FLOAT16.
-    opset: of the default domain.
     """
 
-    def __init__(self, path: Path, float_type: int = TensorProto.FLOAT, opset: int = OPSET) -> None:
+    def __init__(self, path: Path, float_type: int = TensorProto.FLOAT) -> None:
         self.path = path
         self.float_type = float_type
-        self.opset = opset
         self._nodes: list[onnx.NodeProto] = []
         self._tensors: list[onnx.TensorProto] = []
         self._constants: dict[tuple[str, tuple[int, ...], bytes], str] = {}
@@ -178,12 +178,13 @@ class GraphBuilder:
         return start
 
     def save(self, inputs: Sequence[onnx.ValueInfoProto], outputs: Sequence[onnx.ValueInfoProto]) -> None:
-        """Writes the graph file; the data file is complete from here on."""
+        """Writes the graph file, in the lowest operator set that its tensors need; the data file is complete now."""
         graph = helper.make_graph(self._nodes, self.path.stem, list(inputs), list(outputs), self._tensors)
-        opsets = [helper.make_opsetid("", self.opset)] + [
-            helper.make_opsetid(name, 1) for name in sorted(self._domains)
-        ]
-        model = helper.make_model(graph, opset_imports=opsets, ir_version=_IR_VERSION, producer_name="engine_build")
+        two_bits = any(tensor.data_type in _TWO_BIT_TYPES for tensor in self._tensors)
+        newest = helper.make_opsetid("", _TWO_BIT_OPSET if two_bits else _OPSET)
+        opsets = [newest, *(helper.make_opsetid(name, 1) for name in sorted(self._domains))]
+        version = helper.find_min_ir_version_for([newest])
+        model = helper.make_model(graph, opset_imports=opsets, ir_version=version, producer_name="engine_build")
         self._data.flush()
         self._write_graph(model.SerializeToString(deterministic=True))
 

@@ -63,10 +63,10 @@ def _unequal(there: bytes, expected: bytes) -> int:
 class GraphComparer(GraphBuilder):
     """See the module. After `save`: `differences`, and how many tensors and bytes were compared."""
 
-    def __init__(self, path: Path, float_type: int, opset: int) -> None:
+    def __init__(self, path: Path, float_type: int) -> None:
         self.differences: list[Difference] = []
         self.bytes = 0
-        super().__init__(path, float_type, opset)
+        super().__init__(path, float_type)
 
     @property
     def tensors(self) -> int:

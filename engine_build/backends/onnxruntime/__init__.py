@@ -11,7 +11,6 @@ from engine_build.backends.base import ROUNDED_ACTIVATIONS_TOLERANCE, Dialect, R
 from engine_build.backends.onnxruntime.linear import linear
 from engine_build.backends.onnxruntime.readback import read_back
 from engine_build.backends.onnxruntime.tapped import TappedSession
-from engine_build.graph.builder import OPSET
 from engine_build.graph.context import LinearWriter
 from engine_build.weights import Layer
 from vla_policy.core.backends.onnxruntime.session import open_session, session_options
@@ -29,7 +28,7 @@ class OnnxRuntime:
     compiles = False
 
     def __init__(self, write_linear: LinearWriter) -> None:
-        self.dialect = Dialect(TensorProto.FLOAT, OPSET, write_linear, fused=True)
+        self.dialect = Dialect(TensorProto.FLOAT, write_linear, fused=True)
 
     def library(self) -> Path | None:
         """That of the operators which are not ONNX Runtime's own. Raises ArtefactError where it cannot be had."""

@@ -7,7 +7,7 @@ Inside the file weights are packed and scales are float16. Which kernel runs is 
 - 2 and 8 bits with 16-bit activations, and one scale per row: MatMulNBits has no fast float32 kernel for these (ten
   times slower at one row), and fusing per-row scales would copy each of them for every 32 inputs. Codes of rank 3
   [groups, group, out] are not fused; they are dequantized at run time.
-- 8-bit activations in groups: MatMulNBits itself, at accuracy level 4.
+- 8-bit activations in groups: MatMulNBits itself, at accuracy level 4, bias inside.
 - w8a8: dynamic per-token codes and MatMulInteger, unsigned on both sides because the signed kernels saturate on
   processors without VNNI.
 """
@@ -37,7 +37,7 @@ def linear(builder: GraphBuilder, x: str, weights: LayerWeights) -> str:
     elif fmt.activation_bits == 16:
         result = builder.node("MatMul", [x, _unfused(builder, x, weights)], name)
     elif fmt.group_size:
-        result = _nbits(builder, x, weights)
+        return _nbits(builder, x, weights)
     else:
         result = _integer(builder, x, weights)
     if weights.bias is not None:
@@ -100,10 +100,12 @@ def _nbits(builder: GraphBuilder, x: str, weights: LayerWeights) -> str:
     layer, fmt = weights.layer, weights.format
     assert fmt.group_size is not None
     codes = builder.tensor(f"{layer.name}.codes", pack_nbits(weights.codes, fmt.weight_bits, fmt.group_size))
-    scales = _scales(builder, weights, weights.scales.reshape(-1))
+    inputs = [x, codes, _scales(builder, weights, weights.scales.reshape(-1))]
+    if weights.bias is not None:
+        inputs += ["", "", builder.tensor(f"{layer.name}.bias", weights.bias)]
     return builder.microsoft(
         "MatMulNBits",
-        [x, codes, scales],
+        inputs,
         layer.name,
         K=layer.inputs,
         N=layer.outputs,

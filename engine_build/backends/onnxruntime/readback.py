@@ -9,6 +9,7 @@ from onnx import TensorProto
 
 from engine_build.backends.base import Realised, canonical
 from engine_build.weights import Layer
+from vla_policy.core.backends.base import MEMORY_ONLY
 from vla_policy.core.backends.onnxruntime.session import open_session, session_options
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.formats import FULL_PRECISION, Format
@@ -105,7 +106,8 @@ def _dequantized(built: _Optimised, layer: Layer) -> Realised | None:
         return None
     fmt = Format(_BITS[built.tensors[node.input[0]].data_type], 16, _attributes(node)["block_size"])
     resident = built.bytes_of(node.input[0], f"{layer.name}.scales_float")
-    return Realised(canonical(fmt, layer.inputs), "DequantizeLinear at run time, float32 MatMul", resident)
+    arithmetic = f"DequantizeLinear at run time, float32 MatMul: {MEMORY_ONLY}"
+    return Realised(canonical(fmt, layer.inputs), arithmetic, resident)
 
 
 def _integer(built: _Optimised, layer: Layer) -> Realised | None:

@@ -23,7 +23,6 @@ from vla_policy.core.targets import Target
 HALF_TOLERANCE = 0.02
 """Activations are float16."""
 
-_OPSET = 21
 
 
 class TensorRt:
@@ -33,7 +32,7 @@ class TensorRt:
 
     def __init__(self, module: Module, linear: LinearWriter) -> None:
         self.module = module
-        self.dialect = Dialect(TensorProto.FLOAT16, _OPSET, linear)
+        self.dialect = Dialect(TensorProto.FLOAT16, linear)
 
     def version(self) -> str:
         return str(self.module.load().__version__)

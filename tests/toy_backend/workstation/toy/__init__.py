@@ -30,7 +30,7 @@ def linear(builder: GraphBuilder, x: str, weights: LayerWeights) -> str:
 
 
 class Toy:
-    dialect = Dialect(TensorProto.FLOAT, 21, linear)
+    dialect = Dialect(TensorProto.FLOAT, linear)
     compiles = True
 
     def version(self) -> str:

@@ -15,6 +15,9 @@ _ALL_KINDS: tuple[LayerKind, ...] = ("linear", "patch_embed", "head")
 ROW: None = None
 """In a rule's groups: one scale per output channel."""
 
+MEMORY_ONLY = "saves memory, not time"
+"""Ends the name of a kernel whose formats are smaller than 16 bits and no faster."""
+
 Version = tuple[int, ...]
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Collection
 from pathlib import Path
 
-from vla_policy.core.backends.base import ROW, Rule, Version
+from vla_policy.core.backends.base import MEMORY_ONLY, ROW, Rule, Version
 from vla_policy.core.backends.onnxruntime.onnx_files import external_files
 from vla_policy.core.formats import Format, Rounding
 from vla_policy.core.manifest import Manifest
@@ -11,6 +11,7 @@ from vla_policy.core.program import Session
 
 _NO_A4 = "no kernel multiplies 4-bit activations here"
 _NO_W3 = "ONNX has no 3-bit type"
+_UNPACKED = f"DequantizeLinear at run time, then float32 MatMul: {MEMORY_ONLY}"
 _LEVEL_4 = "MatMulNBits at accuracy level 4: int8 activations per token and group"
 
 
@@ -24,10 +25,10 @@ class OnnxRuntime:
     def rules(self, version: Version) -> tuple[Rule, ...]:
         return (
             Rule(16, 16, (ROW,), "bf16 in the file, float32 arithmetic"),
-            Rule(8, 16, (ROW, 32, 64, 128), "DequantizeLinear at run time, then float32 MatMul"),
+            Rule(8, 16, (ROW, 32, 64, 128), _UNPACKED),
             Rule(4, 16, (16, 32, 64, 128, 256), "MatMulNBits at accuracy level 1: float32 activations"),
-            Rule(4, 16, (ROW,), "DequantizeLinear at run time, then float32 MatMul"),
-            Rule(2, 16, (ROW, 32, 64, 128), "DequantizeLinear at run time, then float32 MatMul"),
+            Rule(4, 16, (ROW,), _UNPACKED),
+            Rule(2, 16, (ROW, 32, 64, 128), _UNPACKED),
             Rule(8, 8, (ROW,), "MatMulInteger: 8-bit codes per token and per row, int32 sums"),
             *(Rule(bits, 8, (32, 64, 128), _LEVEL_4, rounding=Rounding.GROUP) for bits in (8, 4, 2)),
         )
