@@ -56,7 +56,7 @@ _CONFIG: dict[str, Any] = {
     "pad_to_multiple_of": 64,
     "norm_stats": {"random": {"action": _ACTION}},
 }
-_INSTRUCTION = "pick up the orange juice and place it in the basket"
+INSTRUCTION = "pick up the orange juice and place it in the basket"
 
 
 class RandomTensors:
@@ -160,7 +160,7 @@ def extrapolate(depths: tuple[int, int], values: tuple[float, float]) -> float:
 
 def write_tokenizer(path: Path) -> None:
     """Whole words: enough for one prompt of a policy without meaning."""
-    words = ("<unk>", "<s>", "▁", "In:", "Out:", *_INSTRUCTION.split())
+    words = ("<unk>", "<s>", "▁", "In:", "Out:", *INSTRUCTION.split())
     tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(dict.fromkeys(words))}, "<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
@@ -197,7 +197,7 @@ def decide_once(folder: Path, threads: int) -> str:
     image = np.random.default_rng(0).integers(0, 256, (224, 224, 3), dtype=np.uint8)
     lines = [f"load {load_s:.1f} s (hashes included)"]
     for what in ("cold", *["warm"] * 3):
-        decision, timings = engine.decide(Observation(image, _INSTRUCTION))
+        decision, timings = engine.decide(Observation(image, INSTRUCTION))
         calls = ", ".join(f"{call} {milliseconds:.0f}" for call, milliseconds in timings.calls)
         lines.append(f"{what}: action {timings.total_ms / 1e3:.2f} s; calls, ms: {calls}")
     return "\n".join([*lines, f"peak memory {peak_bytes() / 1e9:.2f} GB, tokens {decision.tokens.tolist()}"])

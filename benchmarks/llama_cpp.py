@@ -1,7 +1,7 @@
 """A decoder of OpenVLA-7B's shapes beside llama.cpp's Q4_0, which is what a user would take instead.
 
     pip install xllamacpp gguf
-    python benchmarks/llama_cpp.py --out DIR
+    python -m benchmarks.llama_cpp --out DIR
 
 Random weights on both sides, one block and the head unless `--blocks` says more. Both read the same number of
 positions, then as many single tokens, by turns in one process; medians. Prints the ratios of the times and the bytes of
@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from engine import _INSTRUCTION, build_at, config_of
 
+from benchmarks.engine import INSTRUCTION, build_at, config_of
 from calibrator.quantizers import parse_choice
 from engine_build.plan import Plan
 from engine_build.weights import layers_of
@@ -146,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ours = sum(unit.code_bytes + unit.scale_bytes for unit in units)
     engine = load_engine(arguments.out / "engine", threads=arguments.threads)
     llama = LlamaCpp(arguments.out / "q4_0.gguf", arguments.threads)
-    observation = Observation(np.zeros((224, 224, 3), np.uint8), _INSTRUCTION)
+    observation = Observation(np.zeros((224, 224, 3), np.uint8), INSTRUCTION)
     positions = config.num_patches + engine.policy.inputs(observation)["input_ids"].shape[1]
     laps: list[tuple[float, float, float, float]] = []
     for turn in range(2 + arguments.repeats):
