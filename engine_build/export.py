@@ -63,7 +63,7 @@ def export(
         raise ArtefactError(f"{missing[0]}: a layer of the policy that no graph holds")
     program = family.program(config)
     check_program(graphs, program)
-    return Written(folder, graphs, program, places)
+    return Written(folder, graphs, program, places, frozenset(choice.format for choice in assignment.values()))
 
 
 def _info(spec: TensorSpec) -> "helper.ValueInfoProto":

@@ -119,10 +119,10 @@ def observation(seed: int = 0, images: int = 1) -> Observation:
     return Observation(image, "push the robot", rng.uniform(-1, 1, 3).astype(np.float32), tuple(further))
 
 
-def build_engine(folder: Path, formats: list[str], images: int = 1) -> Path:
+def build_engine(folder: Path, formats: list[str], images: int = 1, backend: str | None = None) -> Path:
     """Policy, plan (the formats in turn) and CPU engine in `folder`; returns the engine's folder."""
     policy = write_policy(folder / "policy", images=images)
     assignment = mixed_assignment(list(layers_of(PolicyConfig.load(policy))), formats)
     plan = write_plan(folder / "plan.json", sha256_policy(policy), assignment)
-    build(Request(policy, find_target("cpu"), folder / "engine", plan=plan))
+    build(Request(policy, find_target("cpu"), folder / "engine", plan=plan, backend=backend))
     return folder / "engine"

@@ -52,13 +52,14 @@ class Place:
 class Written:
     """A policy's graphs as the exporter wrote them into `folder`, and the calls that a decision makes of them.
 
-    places: of every layer.
+    places: of every layer. formats: all that its layers have.
     """
 
     folder: Path
     graphs: Mapping[str, GraphSpec]
     program: Mapping[str, Call]
     places: Mapping[str, Place]
+    formats: frozenset[Format] = frozenset()
 
 
 Seen = Callable[[str, str, np.ndarray], None]

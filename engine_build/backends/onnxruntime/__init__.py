@@ -9,10 +9,12 @@ from onnx import TensorProto
 
 from engine_build.backends.base import ROUNDED_ACTIVATIONS_TOLERANCE, Dialect, Realised, Seen, Written
 from engine_build.backends.onnxruntime.linear import linear
+from engine_build.backends.onnxruntime.probe import write_probe
 from engine_build.backends.onnxruntime.readback import read_back
 from engine_build.backends.onnxruntime.tapped import TappedSession
 from engine_build.graph.context import LinearWriter
 from engine_build.weights import Layer
+from vla_policy.core.backends.onnxruntime.probe import FILE, check_arithmetic
 from vla_policy.core.backends.onnxruntime.session import open_session, session_options
 from vla_policy.core.formats import Format
 from vla_policy.core.manifest import Manifest
@@ -38,6 +40,9 @@ class OnnxRuntime:
         return str(onnxruntime.__version__)
 
     def compile(self, written: Written, target: Target, replaced: Path) -> dict[str, GraphSpec]:
+        write_probe(written.folder, written.formats, self.dialect.linear)
+        if (written.folder / FILE).is_file():
+            check_arithmetic(written.folder, open_session(written.folder / FILE, session_options(1, self.library())))
         return dict(written.graphs)
 
     def read_back(

@@ -9,6 +9,7 @@ import numpy as np
 import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
+from vla_policy.core.backends.onnxruntime.probe import FILE, check_arithmetic
 from vla_policy.core.errors import ArtefactError, EngineError
 from vla_policy.core.manifest import Manifest
 from vla_policy.core.processor import cpu_name
@@ -80,6 +81,8 @@ class OnnxRuntimeSession:
                 f"{folder}: formats were proven with onnxruntime {manifest.backend_version}, installed is "
                 f"{ort.__version__}; install that version or build the engine again"
             )
+        if FILE in manifest.files:
+            check_arithmetic(folder, open_session(folder / FILE, session_options(threads, library)))
         self.processor = cpu_name()
         self._program, self._graphs = manifest.program, manifest.graphs
         self._sessions = {
