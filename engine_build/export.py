@@ -14,7 +14,7 @@ from engine_build.graph.builder import GraphBuilder
 from engine_build.graph.context import GraphContext
 from engine_build.weights import Layer
 from vla_policy.core.errors import ArtefactError
-from vla_policy.core.formats import Choice
+from vla_policy.core.formats import FULL_PRECISION, Choice
 from vla_policy.core.policy_config import PolicyConfig
 from vla_policy.core.program import GraphSpec, TensorSpec, check_program
 
@@ -63,7 +63,12 @@ def export(
         raise ArtefactError(f"{missing[0]}: a layer of the policy that no graph holds")
     program = family.program(config)
     check_program(graphs, program)
-    return Written(folder, graphs, program, places, frozenset(choice.format for choice in assignment.values()))
+    quantized = sorted({choice.format for choice in assignment.values()} - {FULL_PRECISION}, key=str)
+    if dialect.probe is not None and quantized:
+        file, write_probe = dialect.probe
+        with new_builder(folder / file, dialect.float_type) as builder:
+            write_probe(builder, quantized)
+    return Written(folder, graphs, program, places)
 
 
 def _info(spec: TensorSpec) -> "helper.ValueInfoProto":

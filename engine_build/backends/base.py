@@ -1,12 +1,13 @@
 """What a backend gives the build: how its graphs are written, compiled and read back, and how exactly it computes."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
+from engine_build.graph.builder import GraphBuilder
 from engine_build.graph.context import LinearWriter
 from engine_build.weights import Layer
 from vla_policy.core.formats import Format
@@ -22,12 +23,14 @@ ROUNDED_ACTIVATIONS_TOLERANCE = 0.15
 class Dialect:
     """How the one exporter writes for a backend: activation type and the form of a linear layer.
 
-    fused: whether norms and attention are written as ONNX Runtime's own operators.
+    fused: whether norms and attention are written as ONNX Runtime's own operators. probe: the name of a further file
+    and what writes it, a graph of the quantized formats that an engine has with what must come; None without one.
     """
 
     float_type: int
     linear: LinearWriter
     fused: bool = False
+    probe: tuple[str, Callable[[GraphBuilder, Sequence[Format]], None]] | None = None
 
 
 @dataclass(frozen=True)
@@ -52,14 +55,13 @@ class Place:
 class Written:
     """A policy's graphs as the exporter wrote them into `folder`, and the calls that a decision makes of them.
 
-    places: of every layer. formats: all that its layers have.
+    places: of every layer.
     """
 
     folder: Path
     graphs: Mapping[str, GraphSpec]
     program: Mapping[str, Call]
     places: Mapping[str, Place]
-    formats: frozenset[Format] = frozenset()
 
 
 Seen = Callable[[str, str, np.ndarray], None]

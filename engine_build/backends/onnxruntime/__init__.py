@@ -1,6 +1,7 @@
 """ONNX Runtime: runs the graphs as they are written; what they became is read after its optimisations."""
 
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,9 @@ class OnnxRuntime:
     compiles = False
 
     def __init__(self, write_linear: LinearWriter) -> None:
-        self.dialect = Dialect(TensorProto.FLOAT, write_linear, fused=True)
+        self.dialect = Dialect(
+            TensorProto.FLOAT, write_linear, fused=True, probe=(FILE, partial(write_probe, write_linear))
+        )
 
     def library(self) -> Path | None:
         """That of the operators which are not ONNX Runtime's own. Raises ArtefactError where it cannot be had."""
@@ -40,7 +43,6 @@ class OnnxRuntime:
         return str(onnxruntime.__version__)
 
     def compile(self, written: Written, target: Target, replaced: Path) -> dict[str, GraphSpec]:
-        write_probe(written.folder, written.formats, self.dialect.linear)
         if (written.folder / FILE).is_file():
             check_arithmetic(written.folder, open_session(written.folder / FILE, session_options(1, self.library())))
         return dict(written.graphs)

@@ -5,8 +5,7 @@ runs this graph (`core.backends.onnxruntime.probe`). Inputs are near the middle 
 them most: activations that are rounded otherwise, or not at all, or are although they must not be, are all seen.
 """
 
-from collections.abc import Collection
-from pathlib import Path
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -17,29 +16,24 @@ from calibrator.quantizers.activations import quantize_activation
 from engine_build.graph.builder import GraphBuilder
 from engine_build.graph.context import LinearWriter
 from engine_build.weights import Layer, LayerWeights
-from vla_policy.core.backends.onnxruntime.probe import ALLOWED, EXPECTED, FILE, GIVEN
+from vla_policy.core.backends.onnxruntime.probe import ALLOWED, EXPECTED, GIVEN
 from vla_policy.core.formats import FULL_PRECISION, Format
 
 _ROWS, _INPUTS, _OUTPUTS = 17, 256, 16
 _SINGLE = 2.0**-24
 
 
-def write_probe(folder: Path, formats: Collection[Format], write_linear: LinearWriter) -> None:
-    """Writes the probe of all quantized `formats` into `folder`; none where there are none."""
-    probed = sorted({fmt for fmt in formats if fmt != FULL_PRECISION}, key=str)
-    if not probed:
-        return
-    x = _between_codes()
-    with GraphBuilder(folder / FILE) as builder:
-        outputs = []
-        builder.tensor("x", x)  # an input with a value: what only depends on constants would be computed beforehand
-        builder.node("Identity", ["x"], GIVEN)
-        for fmt in probed:
-            outputs.append(builder.rename(write_linear(builder, "x", _layer(fmt)), str(fmt)))
-            for name, values in zip((EXPECTED, ALLOWED), _reference(x, fmt), strict=True):
-                outputs.append(builder.rename(builder.tensor(f"{fmt}.{name}", values), f"{fmt}:{name}"))
-        infos = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in (GIVEN, *outputs)]
-        builder.save([helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, "rows", _INPUTS])], infos)
+def write_probe(write_linear: LinearWriter, builder: GraphBuilder, formats: Sequence[Format]) -> None:
+    """Writes the probe of the quantized `formats`."""
+    x, outputs = _between_codes(), []
+    builder.tensor("x", x)  # an input with a value: what only depends on constants would be computed beforehand
+    builder.node("Identity", ["x"], GIVEN)
+    for fmt in formats:
+        outputs.append(builder.rename(write_linear(builder, "x", _layer(fmt)), str(fmt)))
+        for name, values in zip((EXPECTED, ALLOWED), _reference(x, fmt), strict=True):
+            outputs.append(builder.rename(builder.tensor(f"{fmt}.{name}", values), f"{fmt}:{name}"))
+    infos = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in (GIVEN, *outputs)]
+    builder.save([helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, "rows", _INPUTS])], infos)
 
 
 def _between_codes() -> np.ndarray:
