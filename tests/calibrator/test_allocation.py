@@ -2,22 +2,24 @@
 
 import itertools
 import json
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from tables import BY_BITS, random_table, scored, table, unit
 
+from calibrator.__main__ import _choices
 from calibrator.allocation.options import Budget, Group, LatencyTable, Option, Pin, build_groups, totals
 from calibrator.allocation.plan import Plan
 from calibrator.allocation.planning import Limits, Planner, PlanRequest, write_frontier
 from calibrator.allocation.solve import greedy_demotion, solve
-from calibrator.quantizers import parse_choice
+from calibrator.quantizers import parse_choice, parse_choices
 from calibrator.sensitivity.table import Objective
 from vla_policy.core.backends import find_backend
 from vla_policy.core.errors import ArtefactError, BudgetError
 from vla_policy.core.formats import FULL
-from vla_policy.core.targets import find_target
+from vla_policy.core.targets import find_target, no_kernel
 
 
 def brute_force(groups: list[Group], budgets: list[Budget]) -> float | None:
@@ -260,3 +262,33 @@ def test_a_plan_of_another_policy_is_refused(tmp_path: Path, policy_folder: Path
     plan = Planner.of(random_table(3, 1), request(average_bits=8.0)).plan()
     with pytest.raises(ArtefactError, match="made for the policy pppp"):
         plan.check_policy(policy_folder, "plan.json")
+
+
+def test_formats_without_a_kernel_are_marked_and_may_be_planned() -> None:
+    """As the papers' W4A4: it can be measured, and nobody is left to think that it runs."""
+    bare, real = parse_choices(("w4a4_g32", "w4a16_g64"))
+    assert set(no_kernel((bare, real), None)) == set(no_kernel((bare, real), "cpu")) == {"w4a4_g32:rtn"}
+    simulated = table([scored("layer", {bare: 0.4, FULL: 0.0})])
+    plan = Planner.of(simulated, request(average_bits=4.0)).plan()
+    assert plan.assignment["layer"] == bare and set(plan.details["no_kernel"]) == {"w4a4_g32:rtn"}
+    kept = Planner.of(simulated, request(average_bits=16.0)).plan()
+    assert kept.assignment["layer"] == FULL and kept.details["no_kernel"] == {}
+
+
+def test_a_plan_names_what_runs_in_the_place_of_what_was_measured() -> None:
+    (measured,) = parse_choices(("w2a16_g256",))
+    one = table([scored("layer", {measured: 0.4, FULL: 0.0}, inputs=512)])
+    plan = Planner.of(one, replace(request(average_bits=2.0), target="cpu")).plan()
+    (runs,) = plan.fallbacks
+    assert plan.fallbacks[runs] == measured and str(runs) == "w2a16_g128:rtn" == str(plan.assignment["layer"])
+    exact = Planner.of(one, request(average_bits=2.0)).plan()
+    assert exact.fallbacks == {} and exact.standing == "certified optimum"
+
+
+def test_a_target_says_what_is_usually_measured() -> None:
+    asked = Namespace(choices=None, target=None)
+    assert [str(one.format) for one in _choices(asked)] == ["w2a16_g64", "w4a16_g64", "w8a16_g64"]
+    asked.target = "cpu"
+    assert {str(one.format) for one in _choices(asked)} >= {"w2a16_g64", "w4a8_g64", "w8a8_g64"}
+    asked.choices = ["w16a16", "w8a8"]
+    assert FULL in _choices(asked)

@@ -33,6 +33,8 @@ def cluster() -> Any:
     with pytest.MonkeyPatch.context() as patch:
         # Workers are processes of their own: they find the tests' modules by this path only.
         patch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+        # Ray's workers are nice, and starve beside anything else on two cores.
+        patch.setenv("RAY_worker_niceness", "0")
         yield ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
         ray.shutdown()
 
