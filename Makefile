@@ -23,6 +23,7 @@ lint: build
 
 types: build
 	.venv/bin/mypy $(SOURCES)
+	.venv/bin/mypy --python-version 3.10 ros2_ws/src/vla_policy/vla_policy # Ubuntu 22.04's
 
 unit: build
 	tools/with_ros python -m pytest $(TEST_ARGS)

@@ -5,6 +5,8 @@ from PIL import Image
 
 from vla_policy.core.errors import DataError
 
+_BILINEAR, _BICUBIC = 2, 3  # as in PIL.Image.Resampling, which Pillow has from 9.1; Ubuntu 22.04 gives 9.0
+
 
 def check_image(image: np.ndarray) -> None:
     """Raises DataError unless `image` is uint8 RGB [height, width, 3]."""
@@ -18,7 +20,7 @@ def resize(image: np.ndarray, size: int) -> np.ndarray:
     check_image(image)
     if image.shape[:2] == (size, size):
         return image
-    return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC))
+    return np.asarray(Image.fromarray(image).resize((size, size), _BICUBIC))
 
 
 def rotate_180(image: np.ndarray) -> np.ndarray:
@@ -35,4 +37,4 @@ def centre_crop(image: np.ndarray, area: float = 0.9) -> np.ndarray:
     height, width = image.shape[:2]
     margin_y, margin_x = (side * (1 - area**0.5) / 2 for side in (height, width))
     box = (margin_x, margin_y, width - margin_x, height - margin_y)
-    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR, box=box))
+    return np.asarray(Image.fromarray(image).resize((width, height), _BILINEAR, box=box))

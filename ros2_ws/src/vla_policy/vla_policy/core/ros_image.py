@@ -158,7 +158,7 @@ def _png(data: memoryview) -> _Claim:
     while place + 12 <= len(data):
         length, name = struct.unpack_from(">I4s", data, place)
         end = place + 12 + length
-        if end > len(data) or zlib.crc32(data[place + 4 : end - 4]) != int.from_bytes(data[end - 4 : end]):
+        if end > len(data) or zlib.crc32(data[place + 4 : end - 4]) != int.from_bytes(data[end - 4 : end], "big"):
             raise _damaged(f"chunk {name!r} is cut or altered")
         if (name == b"IHDR") != (claim is None):
             raise _damaged(f"chunk {name!r} where {'no second' if claim else 'a first'} header belongs")
@@ -192,7 +192,7 @@ def _jpeg(data: memoryview) -> _Claim:
         if kind == _JPEG_END and claim is not None:
             _check_end(data, place)
             return claim
-        segment = data[place : place + int.from_bytes(data[place : place + 2])]
+        segment = data[place : place + int.from_bytes(data[place : place + 2], "big")]
         if kind in _JPEG_FRAMES:
             if claim is not None or len(segment) < 8:
                 raise _damaged("two frames" if claim else "its frame is cut")

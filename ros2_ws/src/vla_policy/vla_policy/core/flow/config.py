@@ -7,12 +7,14 @@ out are the published models'.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 from vla_policy.core.errors import PolicyError
 from vla_policy.core.flow.conventions import CONVENTIONS, Convention
 from vla_policy.core.flow.statistics import NORMALIZATIONS, NormalizationMode, parse_flow_statistics
 from vla_policy.core.policy_config import PolicyConfig, count, flag, mapping, refuse_unless
+
+Config = TypeVar("Config", bound="FlowConfig")  # typing.Self is newer than Ubuntu 22.04's Python
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,9 @@ class FlowConfig(PolicyConfig):
         return self.num_images * self.vision.num_patches
 
     @classmethod
-    def parsed(cls, raw: dict[str, Any], source: str, *, takes_state: bool, longest_prompt: int) -> Self:
+    def parsed(
+        cls: type[Config], raw: dict[str, Any], source: str, *, takes_state: bool, longest_prompt: int
+    ) -> Config:
         """`raw` as such a configuration; `source` names it in errors.
 
         takes_state: whether the policy takes the state other than in its prompt. longest_prompt: where `raw` tells

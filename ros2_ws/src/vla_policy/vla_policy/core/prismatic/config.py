@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, TypeVar
 
 from vla_policy.core.errors import PolicyError
 from vla_policy.core.files import read_json
@@ -27,6 +27,7 @@ from vla_policy.core.policy_config import (
 
 # Keys that change what a policy computes, in config.json or its text_config, and the values that are implemented. A key
 # that is absent or null is the published models' default, which is one of these.
+Config = TypeVar("Config", bound="PrismaticConfig")  # typing.Self is newer than Ubuntu 22.04's Python
 _SUPPORTED: dict[str, tuple[Any, ...]] = {
     "arch_specifier": ("no-align+fused-gelu-mlp", "fused-gelu-mlp"),
     "image_resize_strategy": ("resize-naive",),
@@ -139,14 +140,14 @@ class PrismaticConfig(PolicyConfig):
 
     @classmethod
     def parsed(
-        cls,
+        cls: type[Config],
         raw: dict[str, Any],
         source: str,
         normalization: Normalization,
         horizon: int = 1,
         takes_state: bool = False,
         **own: Any,
-    ) -> Self:
+    ) -> Config:
         """`raw` as such a configuration; `source` names it in errors.
 
         horizon: actions of one decision. takes_state: whether the policy takes the state other than in its prompt.
