@@ -58,6 +58,23 @@ def test_wheels_point_at_this_interpreter_after_the_rewrite(tmp_path: Path) -> N
     assert build_workspace.rewrite_include_directories(tmp_path) == 0
 
 
+def test_a_build_does_not_stumble_over_files_that_are_gone_or_packages_that_were_moved(tmp_path: Path) -> None:
+    for name in ("moved", "kept"):
+        (tmp_path / "build" / name).mkdir(parents=True)
+        (tmp_path / "build" / name / "CMakeCache.txt").write_text(
+            f"A:STRING=1\nCMAKE_HOME_DIRECTORY:INTERNAL={tmp_path / 'source' / name}\n"
+        )
+    (tmp_path / "source" / "kept").mkdir(parents=True)
+    (tmp_path / "source" / "kept" / "package.xml").touch()
+    (tmp_path / "install").mkdir()
+    dead, alive = tmp_path / "install" / "dead.launch.py", tmp_path / "install" / "package.xml"
+    dead.symlink_to(tmp_path / "source" / "dead.launch.py")
+    alive.symlink_to(tmp_path / "source" / "kept" / "package.xml")
+    build_workspace.remove_stale(tmp_path / "build", tmp_path / "install")
+    assert sorted(path.name for path in (tmp_path / "build").iterdir()) == ["kept"]
+    assert alive.exists() and not dead.is_symlink()
+
+
 def test_with_ros_says_what_to_run_first(tmp_path: Path) -> None:
     done = subprocess.run(
         [ROOT / "tools" / "with_ros", "true"],

@@ -10,6 +10,7 @@ import hashlib
 import importlib.metadata
 import os
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -20,8 +21,9 @@ import numpy
 
 ROOT = Path(__file__).resolve().parents[1]
 STAMP = ROOT / "ros2_ws" / "install" / ".built"
-_SOURCES = ("package.xml", "CMakeLists.txt", "colcon_defaults.yaml", "launch", "ros2_ws/src")
+_SOURCES = ("colcon_defaults.yaml", "launch", "ros2_ws/src")
 _PYTHON_INCLUDE = re.compile(r"[^\s\";]*/include/python3\.\d+")
+_CACHED_SOURCE = re.compile(r"^CMAKE_HOME_DIRECTORY:INTERNAL=(.*)$", re.MULTILINE)
 _NUMPY_INCLUDE = re.compile(r"[^\s\";]*/numpy/_?core/include")
 
 
@@ -40,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     STAMP.unlink(missing_ok=True)
     rewrite_include_directories(prefix)
+    remove_stale(ROOT / "ros2_ws" / "build", ROOT / "ros2_ws" / "install")
     command = [str(colcon), "--log-base", "ros2_ws/log", "build", "--symlink-install"]
     built = subprocess.run(
         [*command, "--cmake-args", "-DBUILD_TESTING=OFF", f"-DPython3_EXECUTABLE={sys.executable}"],
@@ -70,6 +73,17 @@ def rewrite_include_directories(prefix: Path) -> int:
             path.write_text(rewritten, encoding="utf-8")
             changed += 1
     return changed
+
+
+def remove_stale(build: Path, install: Path) -> None:
+    """Removes what the next build would stumble over: of a package that was moved, and links to a file that is gone."""
+    for cache in build.glob("*/CMakeCache.txt"):
+        source = _CACHED_SOURCE.search(cache.read_text(encoding="utf-8"))
+        if source is not None and not (Path(source[1]) / "package.xml").is_file():
+            shutil.rmtree(cache.parent)
+    for path in (*build.rglob("*"), *install.rglob("*")):
+        if path.is_symlink() and not path.exists():
+            path.unlink()
 
 
 def _build_environment(prefix: Path) -> dict[str, str]:

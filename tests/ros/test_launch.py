@@ -26,6 +26,7 @@ from vla_policy.nodes import parameters, replay_node
 from rcl_interfaces.srv import GetParameters  # isort: skip  # after the importorskip in tests.ros.world
 
 PACKAGE = ROOT / "ros2_ws/src/vla_policy"
+LAUNCHING = PACKAGE / "vla_policy/launching.py"
 LAUNCH_FILES = {
     path.name.removesuffix(".launch.py"): path
     for path in sorted([*(PACKAGE / "launch").glob("*.launch.py"), *(ROOT / "launch").glob("*.launch.py")])
@@ -34,7 +35,6 @@ COMMON = {"contract", "namespace", "log_level"}
 POLICY = COMMON | {"params_file", "use_sim_time", "engine_path", "enabled", "check_sources", "lossless"}
 REPLAY = COMMON | {"bag", "rate", "served", "summary", "publish_clock", "bag_namespace"}
 ARGUMENTS = {
-    "common": COMMON,
     "policy": POLICY,
     "replay": REPLAY,
     "replay_policy": POLICY | REPLAY,
@@ -153,6 +153,7 @@ def declared(path: Path) -> set[str]:
     literal = [call.args[0] for call in calls(path, "DeclareLaunchArgument") if isinstance(call.args[0], ast.Constant)]
     included = re.findall(r'"(\w+)\.launch\.py"', path.read_text())
     own = {str(name.value) for name in literal} | table(path)
+    own |= declared(LAUNCHING) if calls(path, "common_arguments") else set()
     return own.union(*(declared(LAUNCH_FILES[name]) for name in included))
 
 
@@ -165,7 +166,7 @@ def test_every_name_in_a_launch_file_exists(name: str) -> None:
     for file in re.findall(r'"([\w.]+\.(?:yaml|xml|launch\.py))"', text):
         assert (PACKAGE / "config" / file).is_file() or (PACKAGE / "launch" / file).is_file(), file
     for executable in re.findall(r'executable="(\w+)"', text):
-        assert f"{executable} = vla_policy.nodes.{executable}:main" in (PACKAGE / "setup.py").read_text()
+        assert f"{executable} = vla_policy.nodes.start:{executable}" in (PACKAGE / "setup.py").read_text()
     robot = table(ROOT / "evaluation/robot/node.py")
     known = {"replay": {*replay_node.DECLARED}, "sim_policy": robot}
     assert table(path) <= known.get(name, {*parameters.DECLARED, "use_sim_time"})

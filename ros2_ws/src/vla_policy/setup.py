@@ -29,15 +29,15 @@ setup(
         "tokenizers",
     ],
     zip_safe=True,
-    maintainer="vla-deploy maintainers",
-    maintainer_email="maintainers@vla-deploy.invalid",
+    maintainer="Seed 8b87a761 maintainers",
+    maintainer_email="maintainers@users.noreply.b-seed-8b87a761.example",
     description="Serves actions of a vision-language-action policy from camera and state topics.",
     license="Apache-2.0",
     entry_points={
         "console_scripts": [
-            "policy_node = vla_policy.nodes.policy_node:main",
-            "record_node = vla_policy.nodes.record_node:main",
-            "replay_node = vla_policy.nodes.replay_node:main",
+            "policy_node = vla_policy.nodes.start:policy_node",
+            "record_node = vla_policy.nodes.start:record_node",
+            "replay_node = vla_policy.nodes.start:replay_node",
         ],
     },
 )

@@ -5,14 +5,13 @@
 Starts publishing when every topic has a subscriber, and shuts the launch down when all frames are answered.
 """
 
-from launch.actions import DeclareLaunchArgument, IncludeLaunchDescription, Shutdown
-from launch.launch_description_sources import PythonLaunchDescriptionSource
-from launch.substitutions import LaunchConfiguration, PathJoinSubstitution
+from launch.actions import DeclareLaunchArgument, OpaqueFunction, Shutdown
+from launch.substitutions import LaunchConfiguration
 from launch_ros.actions import Node
 from launch_ros.parameter_descriptions import ParameterValue
-from launch_ros.substitutions import FindPackageShare
 
-from launch import LaunchDescription
+from launch import LaunchContext, LaunchDescription
+from vla_policy.launching import common_arguments, described, image_transport, namespace
 
 PARAMETERS = {
     "bag_namespace": (str, "", "namespace of the topics in the bag"),
@@ -24,30 +23,32 @@ PARAMETERS = {
 }
 
 
-def generate_launch_description() -> LaunchDescription:
-    share = FindPackageShare("vla_policy")
+def _node(context: LaunchContext) -> list[Node]:
     kinds = {"bag": str, "contract": str} | {name: kind for name, (kind, _, _) in PARAMETERS.items()}
-    return LaunchDescription(
-        [
-            IncludeLaunchDescription(
-                PythonLaunchDescriptionSource(PathJoinSubstitution([share, "launch", "common.launch.py"]))
-            ),
-            DeclareLaunchArgument("bag", description="rosbag2 folder, .mcap or .db3 file"),
-            *(
-                DeclareLaunchArgument(name, default_value=default, description=description)
-                for name, (_, default, description) in PARAMETERS.items()
-            ),
-            Node(
-                package="vla_policy",
-                executable="replay_node",
-                name="replay_node",
-                namespace=LaunchConfiguration("namespace"),
-                output="screen",
-                parameters=[
-                    {name: ParameterValue(LaunchConfiguration(name), value_type=kind) for name, kind in kinds.items()}
-                ],
-                arguments=["--ros-args", "--log-level", LaunchConfiguration("log_level")],
-                on_exit=Shutdown(reason="the replay has ended"),
-            ),
-        ]
+    return [
+        Node(
+            package="vla_policy",
+            executable="replay_node",
+            name="replay_node",
+            namespace=namespace(context),
+            output="screen",
+            parameters=[
+                {name: ParameterValue(LaunchConfiguration(name), value_type=kind) for name, kind in kinds.items()}
+            ],
+            arguments=["--ros-args", "--log-level", context.launch_configurations["log_level"]],
+            additional_env=image_transport(),
+            on_exit=Shutdown(reason="the replay has ended"),
+        )
+    ]
+
+
+def generate_launch_description() -> LaunchDescription:
+    return described(
+        *common_arguments(),
+        DeclareLaunchArgument("bag", description="rosbag2 folder, .mcap or .db3 file"),
+        *(
+            DeclareLaunchArgument(name, default_value=default, description=description)
+            for name, (_, default, description) in PARAMETERS.items()
+        ),
+        OpaqueFunction(function=_node),
     )
