@@ -286,7 +286,8 @@ def test_publisher_dies_and_returns(tmp_path: Path) -> None:
     world.sensors.camera = world.sensors.state = False
     publisher = [sys.executable, str(ROOT / "tests/ros/sensor_process.py")]
     try:
-        with process(node_command(fake_engine(tmp_path / "engine")), world.domain, tmp_path / "log"):
+        command = node_command(fake_engine(tmp_path / "engine"), disarm_after=0.0)  # a process may take long to start
+        with process(command, world.domain, tmp_path / "log"):
             with process(publisher, world.domain, tmp_path / "sensors.log") as sensors:
                 world.start_policy()
                 sensors.send_signal(signal.SIGKILL)

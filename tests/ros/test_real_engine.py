@@ -76,6 +76,42 @@ def test_a_built_engine_serves(world: World, material: Path, tmp_path: Path) -> 
     assert values["latch"] == "" and values["holding"] == "disabled, not_started" and values["enabled"] == "False"
 
 
+@pytest.mark.parametrize("hidden", ["onnxruntime", "tokenizers"])
+def test_a_missing_module_is_one_line_with_the_command(
+    world: World, material: Path, tmp_path: Path, hidden: str
+) -> None:
+    log = tmp_path / "log"
+    parameters = command(material / "engine", material / "contract.yaml")[3:]
+    hiding = [sys.executable, "-c", without(hidden, "policy_node"), *parameters]
+    with process(hiding, world.domain, log):
+        reason = f"configure refused: the Python package {hidden} is not installed"
+        world.wait(lambda: reason in world.diagnostics.get("summary", ""), "the refusal")
+    assert 'pip install "numpy<2" onnxruntime' in log.read_text() and "Traceback" not in log.read_text()
+
+
+@pytest.mark.parametrize("node", ["replay_node", "record_node"])
+def test_a_bag_s_node_without_its_module_is_one_line_too(tmp_path: Path, node: str) -> None:
+    log = tmp_path / "log"
+    with process([sys.executable, "-c", without("rosbags", node)], fresh_domain(), log) as child:
+        assert child.wait(60) == 2
+    assert log.read_text().startswith("error: the Python package rosbags is not installed")
+    assert log.read_text().count("\n") == 1
+
+
+def without(hidden: str, node: str) -> str:
+    """A program that starts the node where one package is not installed."""
+    return f"""
+import sys
+class Hidden:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == {hidden!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Hidden())
+from vla_policy.nodes.start import {node}
+sys.exit({node}())
+"""
+
+
 def test_an_oft_engine_serves_chunks_from_two_cameras(world: World, tmp_path: Path) -> None:
     """Frozen sensors: every chunk must be what the engine decides in this process from the same pictures."""
     policy, engine = tiny_policy_folder(tmp_path / "policy", images=2, chunk=4), tmp_path / "engine"

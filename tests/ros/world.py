@@ -111,11 +111,13 @@ class Sensors:
 class World:
     """One robot and its operator in one ROS domain. Every wait is for a condition.
 
-    rate_hz: of the sensors; None leaves it to the test to call `sense`.
+    rate_hz: of the sensors; None leaves it to the test to call `sense`. receives_commands: whether the robot listens.
     """
 
-    def __init__(self, domain: int, rate_hz: float | None = 20.0, use_sim_time: bool = False) -> None:
-        self.domain = domain
+    def __init__(
+        self, domain: int, rate_hz: float | None = 20.0, use_sim_time: bool = False, receives_commands: bool = True
+    ) -> None:
+        self.domain, self._receives_commands = domain, receives_commands
         self.sensors = Sensors()
         self.engine = self.log = Path(os.devnull)
         self.chunks: list[ActionChunk] = []
@@ -153,13 +155,15 @@ class World:
     def _subscribe_topics(self) -> None:
         node, deep = self.node, QoSProfile(depth=1000)
         node.create_subscription(ActionChunk, "action_chunk", self._collector(self.chunks.append), deep)
+        node.create_subscription(DiagnosticArray, "/diagnostics", self._collector(self._diagnose), deep)
+        if not self._receives_commands:
+            return
         node.create_subscription(
             TwistStamped, "cmd_twist", self._collector(lambda m: self.twists.append((time.monotonic(), m))), deep
         )
         node.create_subscription(
             Float64MultiArray, "gripper_command", self._collector(lambda m: self.gripper.append(m.data[0])), deep
         )
-        node.create_subscription(DiagnosticArray, "/diagnostics", self._collector(self._diagnose), deep)
 
     def _collector(self, act: Callable[[Any], None]) -> Callable[[Any], None]:
         def collect(message: Any) -> None:

@@ -27,7 +27,7 @@ class NodeParameters:
     check_sources: str
     source_wait_s: float
     output_watchdog_timeout_s: float
-    diagnostics_period_s: float
+    bond_heartbeat_period_s: float
     server: ServerSettings
 
 
@@ -56,6 +56,9 @@ DECLARED: dict[str, Declared] = {
     "output_watchdog_timeout": Declared(
         0.25, "seconds without a control step after which the hold is sent", (0.01, 60.0)
     ),
+    "bond_heartbeat_period": Declared(
+        0.0, "seconds between heartbeats to a lifecycle manager's bond; 0: no bond", (0.0, 4.0)
+    ),
     "diagnostic_updater.period": Declared(1.0, "seconds between diagnostics", (0.05, 60.0)),
 }
 
@@ -82,7 +85,7 @@ def read(node: Node) -> NodeParameters:
         check_sources=value["check_sources"],
         source_wait_s=value["source_wait"],
         output_watchdog_timeout_s=value["output_watchdog_timeout"],
-        diagnostics_period_s=value["diagnostic_updater.period"],
+        bond_heartbeat_period_s=value["bond_heartbeat_period"],
         server=ServerSettings(
             lossless=value["lossless"],
             queue_size=value["queue_size"],

@@ -17,39 +17,40 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from diagnostic_msgs.msg import DiagnosticArray
 from rcl_interfaces.msg import SetParametersResult
 from rclpy.clock import Clock, ClockType
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
 from rclpy.parameter import Parameter
-from rclpy.qos import QoSProfile
 from rclpy.timer import Timer
 from std_srvs.srv import SetBool, Trigger
 from vla_policy_interfaces.srv import SetInstruction
 
-from vla_policy.core.contract import Contract, load_contract
+from vla_policy.core.contract import GRIPPER_ACTION, Contract, load_contract
 from vla_policy.core.errors import ArtefactError, DataError, VlaError
 from vla_policy.core.files import sha256_file
 from vla_policy.core.observation import Actor, Observation
 from vla_policy.core.observe import check_contract
+from vla_policy.core.requirements import not_installed
 from vla_policy.core.safety import HoldReason
 from vla_policy.core.server import PolicyServer, ServedChunk
 from vla_policy.core.status import Latch
-from vla_policy.core.synchroniser import Dropped, DropReason
 from vla_policy.nodes import diagnostics, inputs, parameters
+from vla_policy.nodes.bond import ManagerBond, bond_class
+from vla_policy.nodes.diagnostics import ERROR, OK, WARN, Diagnostics, Report
 from vla_policy.nodes.emergency_stop import EmergencyStop
 from vla_policy.nodes.exclusive import NameLock
 from vla_policy.nodes.lifecycle import refuse_impossible_transitions
 from vla_policy.nodes.outputs import Outputs
 from vla_policy.nodes.process import run_node
 from vla_policy.nodes.run_policy import RunPolicyServer
-from vla_policy.nodes.source_check import Patience, check_sources
+from vla_policy.nodes.source_check import Patience, SourceMissing, check_sources
 from vla_policy.nodes.watchdog import OutputWatchdog
 
 _WARM_UP_DECISIONS = 3
 _EXPIRE_PERIOD_S = 0.05
 _LOOK_PERIOD_S = 0.1
-_DROP_LOG_PERIOD_S = 2.0
+_LATE_SOURCE_PERIOD_NS = 500_000_000
+_MANAGER = "unconfigured: autostart is false, so a lifecycle manager or `ros2 lifecycle set` has to configure"
 LoadEngine = Callable[[Path, str | None, int | None], Actor]
 
 
@@ -92,17 +93,22 @@ class PolicyNode(LifecycleNode):
         self._periodic: list[Timer] = []
         self._latch: Latch | None = None
         self._rivals: dict[str, str] = {}
-        self._drops_logged_s: dict[DropReason, float] = {}
+        self._bond: ManagerBond | None = None
+        self._stalled = False
+        self._awaited: tuple[str, ...] = ()
+        autostart = self.get_parameter("autostart").value
+        self._standing = Report(OK, "unconfigured") if autostart else Report(WARN, _MANAGER)
+        self._diagnostics = Diagnostics(self, self._report, lambda: self._identity.get("engine", ""))
         self._runs = RunPolicyServer(self, lambda: self._server, lambda: self._contract)
         self._emergency_stop = EmergencyStop(self, self._on_emergency_stop)
-        self._diagnostics = self.create_publisher(DiagnosticArray, "/diagnostics", QoSProfile(depth=10))
         self.create_service(SetBool, "~/enable", self._on_enable)
         self.create_service(Trigger, "~/start", self._on_start)
         self.create_service(Trigger, "~/stop", self._on_stop)
         self.create_service(Trigger, "~/reset", self._on_reset)
         self.create_service(SetInstruction, "~/set_instruction", self._on_set_instruction)
         refuse_impossible_transitions(self)
-        if self.get_parameter("autostart").value:
+        self._diagnostics.start()
+        if autostart:
             self._autostart_timer = self.create_timer(
                 0.0, self._autostart, clock=Clock(clock_type=ClockType.STEADY_TIME)
             )
@@ -110,22 +116,38 @@ class PolicyNode(LifecycleNode):
     # --- lifecycle ----------------------------------------------------------------------------------------------
 
     def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
-        """Loads and checks everything; on a mistake stays unconfigured and logs the reason."""
-        with ExitStack() as undo:
-            try:
-                self._configure(undo)
-            except VlaError as error:
-                self.get_logger().error(f"configure refused: {error}")
-                return TransitionCallbackReturn.FAILURE
-            except Exception:
-                # rclpy turns it into the state machine's error without a word.
-                self.get_logger().error(f"configure failed: {traceback.format_exc()}")
-                return TransitionCallbackReturn.ERROR
-            undo.pop_all()
-        return super().on_configure(state)
+        """Loads and checks everything; on a mistake stays unconfigured and says why."""
+        self._stand(OK, "configuring")
+        result = self._try("configure", self._configure)
+        return super().on_configure(state) if result == TransitionCallbackReturn.SUCCESS else result
+
+    def _try(self, transition: str, work: Callable[[ExitStack], None]) -> TransitionCallbackReturn:
+        """A transition's work. What it has done is undone where it fails; the caller is told no reason, so all else is.
+
+        A lifecycle manager hears of success or failure only: the reason is in the log and on /diagnostics.
+        """
+        self._awaited = ()
+        try:
+            with ExitStack() as undo:
+                work(undo)
+                undo.pop_all()
+        except (VlaError, ModuleNotFoundError) as error:
+            if isinstance(error, SourceMissing):
+                self._awaited = error.topics
+            reason = not_installed(error) if isinstance(error, ModuleNotFoundError) else error
+            self._stand(ERROR, f"{transition} refused: {reason}")
+            return TransitionCallbackReturn.FAILURE
+        except Exception as error:
+            # rclpy turns it into the state machine's error without a word.
+            self.get_logger().error(traceback.format_exc())
+            self._stand(ERROR, f"{transition} failed: {error!r}; see the log")
+            return TransitionCallbackReturn.ERROR
+        return TransitionCallbackReturn.SUCCESS
 
     def _configure(self, undo: ExitStack) -> None:
         settings = parameters.read(self)
+        if settings.bond_heartbeat_period_s > 0:
+            bond_class()  # there before anything is loaded
         lock = NameLock(self.get_fully_qualified_name(), self.context.get_domain_id())
         undo.callback(lock.release)
         contract = load_contract(settings.contract)
@@ -134,7 +156,9 @@ class PolicyNode(LifecycleNode):
         )
         check_contract(contract, actor.config, actor.unnorm_key)
         warm_up_ms = self._warm_up(actor, contract, settings.server.inference_deadline_s)
-        patience = Patience(settings.source_wait_s, self._ending)
+        patience = Patience(
+            settings.source_wait_s, self._ending, lambda topics: self._stand(WARN, f"configuring: waiting for {topics}")
+        )
         check_sources(self, contract, settings.check_sources, settings.server.lossless, patience)
         engine_id = sha256_file(Path(settings.engine_path) / "manifest.json")
         notes = _notes(actor)
@@ -143,7 +167,9 @@ class PolicyNode(LifecycleNode):
         if contract.action.gripper is not None and settings.check_sources != "none":
             name = self.resolve_topic_name(contract.action.gripper.topic)
             refusal = f"{name}: no action server {contract.action.gripper.type} within {settings.source_wait_s:g} s"
-            patience.until(lambda: outputs.gripper_ready, lambda: f"{refusal}; start the gripper's driver")
+            status = [f"{name}/_action/status"]  # what an action server publishes
+            refused = f"{refusal}; start the gripper's driver"
+            patience.until(lambda: outputs.gripper_ready, lambda: refused, lambda: status)
         self._outputs = outputs
         self._lock, self._settings, self._contract, self._actor = lock, settings, contract, actor
         self._identity = {
@@ -155,30 +181,36 @@ class PolicyNode(LifecycleNode):
             "mode": "lossless" if settings.server.lossless else "newest frame",
             "warm-up (ms)": f"{warm_up_ms:.2f}",
         }
-        self.get_logger().info(
-            f"configured: engine {engine_id[:12]}, statistics {actor.unnorm_key}, warm-up decision {warm_up_ms:.1f} ms"
+        self._stand(
+            OK,
+            f"inactive; configured: engine {engine_id[:12]}, statistics {actor.unnorm_key}, "
+            f"warm-up decision {warm_up_ms:.1f} ms",
         )
         for note in notes:
             self.get_logger().info(f"engine: {note}")
 
     def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Subscribes and begins to answer; motion waits for enable (or the parameter `enabled`)."""
+        super().on_activate(state)
+        result = self._try("activate", self._activate)
+        if result != TransitionCallbackReturn.SUCCESS:
+            super().on_deactivate(state)
+        return result
+
+    def _activate(self, undo: ExitStack) -> None:
         settings, contract, actor = self._settings, self._contract, self._actor
         assert settings is not None and contract is not None and actor is not None
-        result = super().on_activate(state)
         clock = self.get_clock()
         server = PolicyServer(
-            contract, actor, settings.server, lambda: clock.now().nanoseconds, self._on_chunk, self._on_drop
+            contract, actor, settings.server, lambda: clock.now().nanoseconds, self._on_chunk, self._diagnostics.dropped
         )
+        undo.callback(self._end_serving)
         self._server = server
         if self._latch is not None:
             server.stop(self._latch)
             self._latch = None
         if settings.instruction:
-            try:
-                server.instruct(settings.instruction)
-            except DataError as error:
-                self.get_logger().error(f"parameter instruction refused: {error}")
+            server.instruct(settings.instruction)
         self._look()
         server.enable(settings.enabled)
         server.activate()
@@ -188,26 +220,29 @@ class PolicyNode(LifecycleNode):
             self.create_timer(contract.action.control_period_ns / 1e9, self._control),
             self.create_timer(_EXPIRE_PERIOD_S, server.expire, clock=steady),
             self.create_timer(_LOOK_PERIOD_S, self._look, clock=steady),
-            self.create_timer(settings.diagnostics_period_s, self._diagnose, clock=steady),
         ]
         self._inputs = inputs.Inputs(self, contract, settings.server, server)
+        if settings.bond_heartbeat_period_s > 0:
+            self._bond = ManagerBond(self, settings.bond_heartbeat_period_s)
         self.get_logger().info(f"active, {'enabled' if settings.enabled else 'disabled: dry run'}")
-        return result
 
     def on_deactivate(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Sends the declared hold while the publishers are still active, then ends inference."""
         self._end_serving()
+        self._stand(OK, "inactive")
         return super().on_deactivate(state)
 
     def on_cleanup(self, state: LifecycleState) -> TransitionCallbackReturn:
         result = super().on_cleanup(state)
         self._release()
+        self._stand(OK, "unconfigured")
         return result
 
     def on_shutdown(self, state: LifecycleState) -> TransitionCallbackReturn:
         self._end_serving()
         result = super().on_shutdown(state)
         self._release()
+        self._stand(OK, "finalized")
         return result
 
     def on_error(self, state: LifecycleState) -> TransitionCallbackReturn:
@@ -221,19 +256,30 @@ class PolicyNode(LifecycleNode):
         with suppress(RuntimeError):  # finalized already, or stuck in a transition whose callback raised
             self.trigger_shutdown()
         self._end_serving()
+        self._diagnostics.close()
         self._runs.close()
         self._emergency_stop.close()
         self._release()
 
     def _autostart(self) -> None:
-        self.destroy_timer(self._autostart_timer)
-        if self.trigger_configure() == TransitionCallbackReturn.SUCCESS:
+        """Configures and activates, again once a camera that comes late is published; any other refusal is final."""
+        if any(self.count_publishers(topic) == 0 for topic in self._awaited):
+            return
+        if self._settings is None and self.trigger_configure() == TransitionCallbackReturn.SUCCESS:
             self.trigger_activate()
+        if self._settings is None and self._awaited:
+            self._stand(WARN, f"waiting for {', '.join(self._awaited)}; configures once published")
+            self._autostart_timer.timer_period_ns = _LATE_SOURCE_PERIOD_NS
+        else:
+            self.destroy_timer(self._autostart_timer)
 
     def _end_serving(self) -> None:
         server, self._server = self._server, None
         if server is None:
             return
+        if self._bond is not None:
+            self._bond.close()
+        self._bond = None
         if self._inputs is not None:
             self._inputs.close()
         for timer in self._periodic:
@@ -248,6 +294,7 @@ class PolicyNode(LifecycleNode):
                 self._outputs.command(halt)
         if self._watchdog is not None:
             self._watchdog.close()
+        self._watchdog = None
         if not server.deactivate():
             self.get_logger().error("the engine did not return from its decision; its thread is abandoned")
 
@@ -294,16 +341,6 @@ class PolicyNode(LifecycleNode):
             return
         outputs.chunk(chunk)
 
-    def _on_drop(self, dropped: Dropped) -> None:
-        # By reason: the frames that a broken state leaves unsynchronised must not hide why it is broken.
-        now_s = time.monotonic()
-        if now_s - self._drops_logged_s.get(dropped.reason, -_DROP_LOG_PERIOD_S) < _DROP_LOG_PERIOD_S:
-            return
-        self._drops_logged_s[dropped.reason] = now_s
-        self.get_logger().warning(
-            f"dropped {dropped.topic} at {dropped.stamp_ns} ns: {dropped.reason.value}: {dropped.detail}"
-        )
-
     def _control(self) -> None:
         server, outputs, watchdog = self._server, self._outputs, self._watchdog
         if server is None or outputs is None or watchdog is None:
@@ -313,6 +350,9 @@ class PolicyNode(LifecycleNode):
             if step.command is not None:
                 outputs.command(step.command)
         watchdog.feed()
+        if self._stalled:
+            self._stalled = False
+            self.get_logger().info("the control loop goes on")
 
     def _look(self) -> None:
         """What is wrong around the node: others that command the robot, a gripper that nobody moves."""
@@ -337,16 +377,35 @@ class PolicyNode(LifecycleNode):
         halt = None if server is None else server.last_halt()
         if halt is not None and outputs is not None:
             outputs.command(halt)
-            self.get_logger().error("control loop stands still: holding", throttle_duration_sec=_DROP_LOG_PERIOD_S)
+            if not self._stalled:
+                self._stalled = True
+                self.get_logger().error("control loop stands still: holding")
 
-    def _diagnose(self) -> None:
-        if self._server is not None and self._watchdog is not None:
-            stamp = self.get_clock().now().to_msg()
-            name = self.get_fully_qualified_name()
-            message = diagnostics.to_diagnostics(
-                name, stamp, self._identity | self._told_rivals(), self._watchdog.holds, self._server.status()
-            )
-            self._diagnostics.publish(message)
+    def _stand(self, level: bytes, state: str) -> None:
+        """What there is to say while the node does not serve, from now on."""
+        self._standing = Report(level, state)
+        self._diagnostics.tell()
+
+    def _report(self) -> Report:
+        server, watchdog, standing = self._server, self._watchdog, self._standing
+        if server is None or watchdog is None:
+            if self._latch is None:
+                return Report(standing.level, standing.state, self._identity)
+            state = f"{standing.state}; stopped until reset: {self._latch.reason}"
+            return Report(max(standing.level, WARN), state, self._identity | {"latch": self._latch.reason})
+        identity = self._identity | self._told_rivals()
+        return diagnostics.serving(identity, watchdog.holds, server.status(), self._unheard())
+
+    def _unheard(self) -> list[str]:
+        """Command topics that nobody subscribes to."""
+        contract = self._contract
+        if contract is None:
+            return []
+        action = contract.action
+        topics = [action.topic]
+        if action.gripper is not None and action.gripper.type != GRIPPER_ACTION:
+            topics.append(action.gripper.topic)
+        return [name for topic in topics if not self.count_subscribers(name := self.resolve_topic_name(topic))]
 
     def _told_rivals(self) -> dict[str, str]:
         return {f"other publishers {topic}": names for topic, names in self._rivals.items()}
@@ -363,6 +422,8 @@ class PolicyNode(LifecycleNode):
             response.message = "disabled: dry run" if not request.data else "enabled"
             if obstacle is not None:
                 response.message = f"enabled, but {obstacle}, then start"
+            elif request.data and (unheard := self._unheard()):
+                response.message = f"enabled, but nobody subscribes to {', '.join(unheard)}"
 
         return self._answer(response, act, None)
 
@@ -384,6 +445,7 @@ class PolicyNode(LifecycleNode):
         else:
             server.stop(latch)
             self._control()
+            self._diagnostics.tell()
 
     def _on_reset(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
         return self._answer(response, lambda server: server.reset(), "latch reset; start to move again")
@@ -402,6 +464,7 @@ class PolicyNode(LifecycleNode):
 
     def _answer(self, response: Any, act: Callable[[PolicyServer], str | None], done: str | None) -> Any:
         refused = "the node is not active" if self._server is None else act(self._server)
+        self._diagnostics.tell()
         response.success = refused is None
         if refused is not None or done is not None:
             response.message = refused or done

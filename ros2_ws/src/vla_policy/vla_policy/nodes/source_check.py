@@ -17,22 +17,43 @@ from vla_policy.core.ros_image import EncodedImage
 from vla_policy.nodes.inputs import Listener, Source, qos_of
 
 _POLL_S = 0.02
+_UNTOLD_S = 1.0  # a wait as short as discovery's is not worth a word
 # The middleware's word for the owner of an endpoint that it has discovered before the node.
 _UNKNOWN_NODE = "_NODE_NAME_UNKNOWN_"
 
 
+class SourceMissing(ContractError):
+    """Something that may come later is not there yet. topics: resolved names of what will have a publisher then."""
+
+    def __init__(self, message: str, topics: Sequence[str]) -> None:
+        super().__init__(message)
+        self.topics = tuple(topics)
+
+
 class Patience:
-    """Waits in small steps: inside a transition neither the graph nor a message can be waited on."""
+    """Waits in small steps: inside a transition neither the graph nor a message can be waited on.
 
-    def __init__(self, wait_s: float, ending: threading.Event) -> None:
-        self.wait_s, self._ending = wait_s, ending
-        self._deadline_s = time.monotonic() + wait_s
+    tell: is told the topics that are waited for, whenever they change.
+    """
 
-    def until(self, ready: Callable[[], bool], refusal: Callable[[], str]) -> None:
-        """Raises ContractError with the refusal when the time is up."""
+    def __init__(
+        self, wait_s: float, ending: threading.Event, tell: Callable[[str], None] = lambda topics: None
+    ) -> None:
+        self.wait_s, self._ending, self._tell = wait_s, ending, tell
+        self._begun_s = time.monotonic()
+
+    def until(
+        self, ready: Callable[[], bool], refusal: Callable[[], str], missing: Callable[[], Sequence[str]]
+    ) -> None:
+        """Raises ContractError with the refusal when the time is up, SourceMissing where only topics are `missing`."""
+        told = ""
         while not ready():
-            if time.monotonic() >= self._deadline_s:
-                raise ContractError(refusal())
+            waited_s, topics = time.monotonic() - self._begun_s, missing()
+            if waited_s >= self.wait_s:
+                raise SourceMissing(refusal(), topics) if topics else ContractError(refusal())
+            if topics and waited_s > _UNTOLD_S and told != ", ".join(topics):
+                told = ", ".join(topics)
+                self._tell(told)
             if self._ending.wait(_POLL_S):
                 raise ContractError("the process was told to end")
 
@@ -59,7 +80,11 @@ def check_sources(node: Node, contract: Contract, check: str, lossless: bool, pa
                 raise ContractError(_told(final))
             return not any(subject.complaint for subject in subjects)
 
-        patience.until(usable, lambda: _told([subject for subject in subjects if subject.complaint]))
+        def awaited() -> list[str]:
+            waiting = [subject for subject in subjects if subject.complaint]
+            return [] if any(subject.heard_wrong for subject in waiting) else [subject.topic for subject in waiting]
+
+        patience.until(usable, lambda: _told([subject for subject in subjects if subject.complaint]), awaited)
     positions = {joint for subject in subjects if subject.event for joint in subject.event.positions or ()}
     missing = [item.target for item in contract.action.dimensions if item.target not in {*positions, GRIPPER}]
     if check == "message" and contract.action.command == "joint_trajectory" and missing:
@@ -78,17 +103,20 @@ def _told(subjects: "Sequence[_Subject]") -> str:
 
 
 class _Subject:
-    """One source. complaint: what is wrong with it, empty when it is usable. final: waiting would not mend it."""
+    """One source. complaint: what is wrong with it, empty when it is usable. final: waiting would not mend it.
+
+    topic: its resolved name. heard_wrong: it is there, but what it says does not fit so far.
+    """
 
     def __init__(self, node: Node, contract: Contract, source: Source, check: str, wait_s: float) -> None:
         self._node, self._contract, self._source, self._wait_s = node, contract, source, wait_s
-        self._topic = node.resolve_topic_name(source.topic)
-        self.name = self._topic + source.key.removeprefix(source.topic)
+        self.topic = node.resolve_topic_name(source.topic)
+        self.name = self.topic + source.key.removeprefix(source.topic)
         self._wanted = check == "message"
         self._subscription: Subscription | None = None
         self.event: Event | None = None
         self.complaint, self.final = "not looked at yet", False
-        self._heard_wrong = False
+        self.heard_wrong = False
 
     def attend(self, listener: Listener, lossless: bool) -> None:
         """Subscribed as it will be, so that quality of service given by parameters counts here too."""
@@ -98,7 +126,7 @@ class _Subject:
         """Brings the complaint up to date."""
         if self.final or not self.complaint:
             return
-        publishers = self._node.get_publishers_info_by_topic(self._topic)
+        publishers = self._node.get_publishers_info_by_topic(self.topic)
         if not publishers:
             self.complaint = f"no publisher within {self._wait_s:g} s; start the driver, or check namespace and remaps"
             return
@@ -118,7 +146,7 @@ class _Subject:
                 )
                 return
         if self._wanted and self.event is None:
-            if not self._heard_wrong:
+            if not self.heard_wrong:
                 self.complaint = f"no message within {self._wait_s:g} s, though it has a publisher; check the driver"
             return
         self.complaint = ""
@@ -139,5 +167,5 @@ class _Subject:
         except DataError as error:
             # A shared topic's message may be another node's; that with the joints of this source comes in its turn.
             if self.event is None:
-                self.complaint, self._heard_wrong = str(error), True
+                self.complaint, self.heard_wrong = str(error), True
                 self.final = self._wanted and not (isinstance(self._source, StateTopic) and self._source.shared)

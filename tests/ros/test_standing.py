@@ -1,0 +1,158 @@
+"""What the policy node says of itself in every state, and how it comes up: late cameras, no manager, a bond."""
+
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.ros.world import ROOT, Sensors, World, end, fake_engine, fresh_domain, node_command, process
+
+import rclpy  # isort: skip  # after the importorskip in tests.ros.world
+from lifecycle_msgs.msg import Transition  # isort: skip
+from rclpy.executors import SingleThreadedExecutor  # isort: skip
+from rclpy.qos import QoSProfile  # isort: skip
+from sensor_msgs.msg import CompressedImage  # isort: skip
+from std_srvs.srv import SetBool  # isort: skip
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    made = World(fresh_domain())
+    yield made
+    made.close()
+
+
+def says(world: World, words: str) -> None:
+    """Waits until /diagnostics says so."""
+    world.wait(lambda: words in world.diagnostics.get("summary", ""), f"diagnostics that say {words!r}")
+
+
+def lines(log: Path, words: str) -> int:
+    return len(re.findall(re.escape(words), log.read_text()))
+
+
+def test_every_state_is_told_from_the_start_on(world: World, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with process(node_command(fake_engine(tmp_path / "engine"), autostart=False), world.domain, log) as node:
+        says(world, "unconfigured: autostart is false")
+        assert world.set_parameters(contract="/nowhere.yaml").successful
+        assert not world.change_state(Transition.TRANSITION_CONFIGURE)
+        says(world, "configure refused: /nowhere.yaml")
+        contract = str(ROOT / "ros2_ws/src/vla_policy/config/libero.yaml")
+        assert world.set_parameters(contract=contract, instruction="x" * 10_000).successful
+        assert world.change_state(Transition.TRANSITION_CONFIGURE)
+        says(world, "inactive; configured: engine")
+        assert not world.change_state(Transition.TRANSITION_ACTIVATE)
+        says(world, "activate refused: ")
+        assert world.state_label() == "inactive" and not world.chunks
+        assert world.change_state(Transition.TRANSITION_CLEANUP)
+        says(world, "unconfigured")
+        assert world.set_parameters(instruction="pick up the soup").successful
+        for transition in (Transition.TRANSITION_CONFIGURE, Transition.TRANSITION_ACTIVATE):
+            assert world.change_state(transition)
+        says(world, "holding: disabled")
+        assert world.change_state(Transition.TRANSITION_DEACTIVATE)
+        says(world, "inactive")
+        world.press_e_stop()
+        says(world, "stopped until reset: e-stop")
+        assert end(node) == 0
+    assert lines(log, "activate refused") == 1 and lines(log, "configure refused") == 1, log.read_text()
+
+
+def test_the_level_follows_the_last_period_and_each_change_is_one_line(world: World, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    command = node_command(fake_engine(tmp_path / "engine"), source_timeout=2.0, disarm_after=0.0)
+    with process(command, world.domain, log):
+        world.start_policy()
+        says(world, "serving")
+        world.sensors.image = b"no image"
+        says(world, "in the last period: undecodable")
+        world.sensors = Sensors()
+        world.wait(lambda: world.diagnostics["summary"] == "serving", "a period without a drop")
+        assert int(world.diagnostics["drops undecodable"]) > 0, "the count stays"
+        world.wait(lambda: "no more dropped for undecodable" in log.read_text(), "the line that says it is over")
+        world.sensors.camera = False
+        says(world, "held by a fault: stale_camera (camera/image_raw/compressed)")
+        world.sensors = Sensors()
+        says(world, "serving")
+    assert lines(log, ": undecodable: ") == 1 and lines(log, "held by a fault: stale_camera") == 1, log.read_text()
+
+
+def test_serving_needs_somebody_who_receives_commands(tmp_path: Path) -> None:
+    """An operator who subscribes to no command topic."""
+    world = World(fresh_domain(), receives_commands=False)
+    try:
+        with process(node_command(fake_engine(tmp_path / "engine")), world.domain, tmp_path / "log"):
+            world.wait_active()
+            world.instruct()
+            world.wait_chunks()
+            answer = world.call(SetBool, "/policy/enable", SetBool.Request(data=True))
+            assert answer.success and "nobody subscribes to /cmd_twist, /gripper_command" in answer.message
+            says(world, "commands reach nobody: no subscriber on /cmd_twist, /gripper_command")
+    finally:
+        world.close()
+
+
+def test_a_camera_that_comes_late_is_waited_for(world: World, tmp_path: Path) -> None:
+    """Under another name first, as a driver that is not up: later than configure waits."""
+    log = tmp_path / "log"
+    remap = ["-r", "camera/image_raw/compressed:=late/compressed"]
+    command = node_command(fake_engine(tmp_path / "engine"), source_wait=0.5)
+    with process([*command, *remap], world.domain, log):
+        says(world, "waiting for /late/compressed; configures once published")
+        assert world.state_label() == "unconfigured", "it answers meanwhile"
+        assert lines(log, "/late/compressed: no publisher within 0.5 s") == 1
+        world.camera = world.node.create_publisher(CompressedImage, "late/compressed", QoSProfile(depth=10))
+        world.wait_active()
+        says(world, "holding: disabled")
+
+
+def test_a_bond_without_its_package_is_refused(world: World, tmp_path: Path) -> None:
+    try:
+        import bondpy.bondpy  # noqa: F401
+    except ModuleNotFoundError:
+        command = node_command(fake_engine(tmp_path / "engine"), autostart=False, bond_heartbeat_period=0.1)
+        with process(command, world.domain, tmp_path / "log"):
+            assert not world.change_state(Transition.TRANSITION_CONFIGURE)
+            says(world, "the ROS package bondpy is not installed")
+    else:
+        pytest.skip("bondpy is installed here")
+
+
+def test_a_bond_lasts_as_long_as_the_node_is_active(world: World, tmp_path: Path) -> None:
+    """As Nav2's lifecycle manager holds it: formed on activation, ended by deactivation, formed again."""
+    bondpy = pytest.importorskip("bondpy.bondpy", reason="bondpy is in no registry; it comes with ROS")
+    events: list[str] = []
+
+    @contextmanager
+    def manager() -> Iterator[None]:
+        node = rclpy.create_node("manager", context=world.node.context)
+        executor = SingleThreadedExecutor(context=world.node.context)
+        executor.add_node(node)
+        bond = bondpy.Bond(node, "bond", "policy", lambda: events.append("broken"), lambda: events.append("formed"))
+        bond.set_heartbeat_timeout(4.0)
+        bond.set_heartbeat_period(0.1)
+        bond.start()
+        thread = threading.Thread(target=executor.spin, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            executor.shutdown()
+            thread.join()
+            bond.shutdown()
+            node.destroy_node()
+
+    command = node_command(fake_engine(tmp_path / "engine"), bond_heartbeat_period=0.1)
+    with process(command, world.domain, tmp_path / "log"):
+        with manager():
+            world.wait(lambda: events == ["formed"], "the bond")
+            assert world.change_state(Transition.TRANSITION_DEACTIVATE)
+            world.wait(lambda: events == ["formed", "broken"], "the end that was meant")
+        events.clear()
+        assert world.change_state(Transition.TRANSITION_ACTIVATE)
+        with manager():
+            world.wait(lambda: events == ["formed"], "the bond again")
