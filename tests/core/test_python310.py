@@ -14,7 +14,7 @@ from tests.core.ros_messages import png
 ROOT = Path(__file__).parents[2]
 # NumPy and Pillow as Ubuntu 22.04 has them; the others as pip gives them there.
 DISTRIBUTION = ["numpy==1.21.5", "pillow==9.0.1"]
-OTHERS = ["backports.zstd", "hypothesis", "lz4", "pytest", "pyyaml", "rosbags", "tokenizers"]
+OTHERS = ["backports.zstd", "hypothesis", "lz4", "onnxruntime", "pytest", "pyyaml", "rosbags", "tokenizers"]
 TESTS = ["actions", "chunks", "contract", "files", "image", "observe", "safety"]
 SEEN = """
 import hashlib, sys
@@ -43,17 +43,17 @@ def interpreter() -> str:
 def python() -> str:
     """An environment of that distribution's versions, kept for the next run."""
     folder = ROOT / ".build/python310"
-    made = folder / "made"
-    if not made.exists():
+    made, packages = folder / "made", repr([*DISTRIBUTION, *OTHERS])
+    if not made.exists() or made.read_text() != packages:
         shutil.rmtree(folder, ignore_errors=True)
         subprocess.run([interpreter(), "-m", "venv", str(folder)], check=True)
         pip = [str(folder / "bin/python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         # Last and alone: a package that asks for a newer NumPy must not replace the distribution's.
-        for packages in (OTHERS, ["--no-deps", "--force-reinstall", *DISTRIBUTION]):
-            done = subprocess.run([*pip, *packages], capture_output=True, text=True)
+        for wanted in (OTHERS, ["--no-deps", "--force-reinstall", *DISTRIBUTION]):
+            done = subprocess.run([*pip, *wanted], capture_output=True, text=True)
             if done.returncode != 0:
                 pytest.skip(f"pip cannot install Ubuntu 22.04's versions here: {done.stderr.strip()[-200:]}")
-        made.touch()
+        made.write_text(packages)
     return str(folder / "bin/python")
 
 
