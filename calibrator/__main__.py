@@ -13,6 +13,7 @@ from vla_policy.core.errors import BudgetError, VlaError
 from vla_policy.core.instruction import normalised
 
 if TYPE_CHECKING:
+    from calibrator.conventions.deciders import Decider
     from calibrator.data.calibration import CalibrationSet
     from vla_policy.core.formats import Choice
 
@@ -66,7 +67,9 @@ def _add_check(parser: argparse.ArgumentParser) -> None:
         "turned, mirrored or in other colours, other statistics, another order or sign. Exit code 2 where another "
         "convention fits clearly better. sensitivity does so too, and its report shows the table as a picture."
     )
-    parser.add_argument("--policy", type=Path, required=True, help="policy folder")
+    who = parser.add_mutually_exclusive_group(required=True)
+    who.add_argument("--policy", type=Path, help="policy folder")
+    who.add_argument("--engine", type=Path, help="engine folder instead, e.g. on the robot with a bag of its own")
     parser.add_argument("--calibration", type=Path, required=True, help="calibration set with recorded actions")
     parser.add_argument("--unnorm-key", help="action statistics, needed when the policy has several")
     parser.add_argument("--device", default="cpu", help="where the policy runs: cpu, cuda, cuda:1, ...")
@@ -256,13 +259,22 @@ def _conventions(args: argparse.Namespace, states: "CalibrationSet") -> str:
     """The outcome of the check in words. Raises DataError where it is refused."""
     from calibrator.conventions.check import check
     from calibrator.conventions.table import table
-    from calibrator.families import load_policy
 
-    policy = load_policy(args.policy, device=getattr(args, "device", "cpu"))
-    outcome = check(policy, args.policy, states, args.unnorm_key)
+    outcome = check(_decider(args), states, args.unnorm_key)
     if outcome.trials:
         print(table(outcome))
     return outcome.require(args.accept_conventions, "--accept-conventions").summary
+
+
+def _decider(args: argparse.Namespace) -> "Decider":
+    """The policy, or the engine that `check` was given in its place: that needs no torch."""
+    from calibrator.conventions.deciders import EngineDecider, PolicyDecider
+
+    if getattr(args, "engine", None):
+        return EngineDecider(args.engine)
+    from calibrator.families import load_policy
+
+    return PolicyDecider(load_policy(args.policy, device=getattr(args, "device", "cpu")), args.policy)
 
 
 def _check(args: argparse.Namespace) -> int:

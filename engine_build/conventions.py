@@ -4,6 +4,7 @@ from pathlib import Path
 
 from calibrator.allocation.plan import KIND, SCHEMA_VERSION
 from calibrator.conventions.check import check
+from calibrator.conventions.deciders import PolicyDecider
 from calibrator.data.calibration import load_calibration
 from calibrator.families import load_policy
 from vla_policy.core.files import read_json
@@ -19,7 +20,7 @@ def conventions_note(
     raw = read_json(plan, KIND, SCHEMA_VERSION) if plan else {}
     states = load_calibration(calibration) if calibration else None
     if states is not None and states.sha256 != raw.get("parents", {}).get("calibration_sha256"):
-        outcome = check(load_policy(policy), policy, states, unnorm_key)
+        outcome = check(PolicyDecider(load_policy(policy), policy), states, unnorm_key)
         return outcome.require(accept, "--accept-conventions").summary
     untold = "the plan does not tell" if plan else "built without a plan and without states"
     return str(raw.get("conventions", f"conventions not checked: {untold}"))

@@ -1,4 +1,4 @@
-"""The check: a policy decides recorded states as they are, and as they would be under other conventions.
+"""The check: a policy or its engine decides recorded states as they are, and as they would be under other conventions.
 
 What is tried: images turned by 180 degrees, mirrored, upside down, with red and blue exchanged, cameras in the other
 order; the state's values in the order that the statistics speak for; the policy's other statistics; the action's values
@@ -7,22 +7,22 @@ in the order, and with the signs, that fit best; the gripper in the other sense.
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 from tqdm import tqdm
 
+from calibrator.conventions.deciders import Decider
 from calibrator.conventions.fit import Recording, clearly_better, correlation, runs_the_other_way
 from calibrator.data.calibration import CalibrationSet
-from calibrator.families import Policy, TorchActor
 from vla_policy.core.errors import DataError
 from vla_policy.core.observation import Observation
+from vla_policy.core.policy_config import PolicyConfig
 
 AS_RECORDED = "as recorded"
 GRIPPER = "gripper: opposite"
-_POOR, _BATCH, _SPAN = 0.3, 8, 1e-6
+_POOR, _SPAN = 0.3, 1e-6
 STATES = 32
 """States that are tried, evenly over the set: enough for the classic mistakes, which change most actions."""
 
@@ -122,10 +122,10 @@ class Outcome:
         )
 
 
-def check(policy: Policy, folder: Path, calibration: CalibrationSet, unnorm_key: str | None) -> Outcome:
+def check(decider: Decider, calibration: CalibrationSet, unnorm_key: str | None) -> Outcome:
     """Tries the conventions on up to `STATES` states. A set without recorded actions is told as unchecked."""
-    key = policy.config.unnorm_key(unnorm_key)
-    stats = policy.config.stats(key).action
+    key = decider.config.unnorm_key(unnorm_key)
+    stats = decider.config.stats(key).action
     actions = calibration.actions
     if actions is None:
         return Outcome(0, key, unchecked="the states have no recorded actions")
@@ -134,10 +134,10 @@ def check(policy: Policy, folder: Path, calibration: CalibrationSet, unnorm_key:
         return Outcome(0, key, unchecked=text)
     told = np.flatnonzero(np.isfinite(actions).all(1))
     chosen = told[np.unique(np.linspace(0, len(told) - 1, min(STATES, len(told))).round().astype(int))]
-    runner = _Runner(policy, folder, [calibration.observation(index) for index in chosen], key)
+    runner = _Runner(decider, [calibration.observation(index) for index in chosen], key)
     recording = Recording.of(actions[chosen], np.asarray(stats.low), np.asarray(stats.high), np.asarray(stats.mask))
     opposite = np.asarray([calibration.grippers[index] == "opposite" for index in chosen])
-    decided = runner.decided(AS_RECORDED, lambda observation: observation)
+    decided = runner.decided(AS_RECORDED)
     now = recording.fit(decided, opposite)
     trials = [Trial(AS_RECORDED, "", now.error, now.correlation, now.agreement, False)]
     tried = [*_seen_otherwise(runner), *_felt_otherwise(runner), *_other_statistics(runner)]
@@ -154,31 +154,30 @@ def check(policy: Policy, folder: Path, calibration: CalibrationSet, unnorm_key:
     return Outcome(len(chosen), key, dimensions, tuple(trials))
 
 
+@dataclass(frozen=True)
 class _Runner:
-    """A policy's decisions on the same states under different conventions."""
+    """Decisions on the same states under different conventions."""
 
-    def __init__(self, policy: Policy, folder: Path, observations: list[Observation], key: str) -> None:
-        self.policy, self.folder, self.observations, self.key = policy, folder, observations, key
-        self.actor = TorchActor.of(policy, folder, key)
+    decider: Decider
+    observations: list[Observation]
+    key: str
+
+    @property
+    def config(self) -> PolicyConfig:
+        return self.decider.config
 
     def decided(
-        self, name: str, change: Callable[[Observation], Observation], actor: TorchActor | None = None
+        self, name: str, change: Callable[[Observation], Observation] = lambda one: one, key: str | None = None
     ) -> np.ndarray:
-        """float64 [N, K]: the first action of every decision. States whose inputs are alike are decided together."""
-        actor = actor or self.actor
-        inputs = [actor.robot.inputs(change(one)) for one in self.observations]
-        alike: dict[tuple[Any, ...], list[int]] = {}
-        for index, values in enumerate(inputs):
-            alike.setdefault(tuple((key, value.shape) for key, value in sorted(values.items())), []).append(index)
-        batches = [same[at : at + _BATCH] for same in alike.values() for at in range(0, len(same), _BATCH)]
-        actions: dict[int, np.ndarray] = {}
-        with tqdm(total=len(inputs), desc=f"conventions: {name}", unit="state", disable=None, leave=False) as bar:
-            for batch in batches:
-                together = self.policy.tensors([inputs[index] for index in batch])
-                for index, row in zip(batch, self.policy.decide(together, actor.decisions.size), strict=True):
-                    actions[index] = np.atleast_2d(actor.decisions.decision(row.cpu().numpy()).action)[0]
-                bar.update(len(batch))
-        return np.stack([actions[index] for index in range(len(inputs))]).astype(np.float64)
+        """float64 [N, K]: the first action of every decision. key: of other statistics."""
+        changed = [change(one) for one in self.observations]
+        found: dict[int, np.ndarray] = {}
+        bar = tqdm(total=len(changed), desc=f"conventions: {name}", unit="state", disable=None, leave=False)
+        with bar:
+            for index, action in self.decider.first_actions(changed, key or self.key):
+                found[index] = action
+                bar.update()
+        return np.stack([found[index] for index in range(len(changed))]).astype(np.float64)
 
 
 def _seen_otherwise(runner: _Runner) -> Iterator[tuple[str, str, np.ndarray]]:
@@ -190,7 +189,7 @@ def _seen_otherwise(runner: _Runner) -> Iterator[tuple[str, str, np.ndarray]]:
             return replace(one, image=image, further=tuple(further))
 
         yield name, remedy, runner.decided(name, changed)
-    if runner.policy.config.num_images > 1:
+    if runner.config.num_images > 1:
 
         def reversed_order(one: Observation) -> Observation:
             image, *further = one.images[::-1]
@@ -202,9 +201,9 @@ def _seen_otherwise(runner: _Runner) -> Iterator[tuple[str, str, np.ndarray]]:
 
 def _felt_otherwise(runner: _Runner) -> Iterator[tuple[str, str, np.ndarray]]:
     """For the order of the state's values in which their ranges are nearest to those of the policy's statistics."""
-    proprio = runner.policy.config.stats(runner.key).proprio
+    proprio = runner.config.stats(runner.key).proprio
     states = [one.state for one in runner.observations if one.state is not None]
-    if not runner.policy.config.takes_state or proprio is None or len(states) < len(runner.observations):
+    if not runner.config.takes_state or proprio is None or len(states) < len(runner.observations):
         return
     rows, low, high = np.stack(states), np.asarray(proprio.low), np.asarray(proprio.high)
     apart = np.abs(rows.min(0)[None] - low[:, None]) + np.abs(rows.max(0)[None] - high[:, None])
@@ -221,7 +220,7 @@ def _felt_otherwise(runner: _Runner) -> Iterator[tuple[str, str, np.ndarray]]:
 
 def _other_statistics(runner: _Runner) -> Iterator[tuple[str, str, np.ndarray]]:
     """For the policy's other statistics whose actions, and states where it takes any, are as many."""
-    config = runner.policy.config
+    config = runner.config
     size = config.stats(runner.key).action.dim
     names = len(config.state_names(runner.key))
     for key, stats in config.norm_stats.items():
@@ -230,8 +229,7 @@ def _other_statistics(runner: _Runner) -> Iterator[tuple[str, str, np.ndarray]]:
         if stats == config.stats(runner.key):
             continue
         name = f"statistics of {key}"
-        actor = TorchActor.of(runner.policy, runner.folder, key)
-        yield name, f"use --unnorm-key {key}", runner.decided(name, lambda one: one, actor)
+        yield name, f"use --unnorm-key {key}", runner.decided(name, key=key)
 
 
 def _other_values(decided: np.ndarray, recording: Recording) -> Iterator[tuple[str, str, np.ndarray]]:

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from calibrator.codes import KeptCodes, Source, Wanted, are_kept, check_source, write_codes
 from calibrator.conventions.check import Outcome, check
+from calibrator.conventions.deciders import PolicyDecider
 from calibrator.families import Policy, live_units
 from calibrator.families.loading import check_device, matrix_names
 from calibrator.sensitivity.cost import Macs, shown_time
@@ -238,7 +239,7 @@ class _ConventionsTask:
         return "the check of conventions"
 
     def __call__(self, sweep: Sweep) -> Outcome:
-        return check(sweep.policy, Path(self.policy), sweep.states.calibration, self.unnorm_key)
+        return check(PolicyDecider(sweep.policy, Path(self.policy)), sweep.states.calibration, self.unnorm_key)
 
 
 def _usual_threads(policy: Policy) -> int:

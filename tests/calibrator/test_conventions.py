@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -9,9 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tiny import tiny_policy_folder
 
 from calibrator.__main__ import main
 from calibrator.conventions.check import AS_RECORDED, GRIPPER, VIEWS, Outcome, check
+from calibrator.conventions.deciders import PolicyDecider
 from calibrator.conventions.fit import Fit, clearly_better
 from calibrator.data.bag import BagSource
 from calibrator.data.calibration import CalibrationSet, collect, load_calibration
@@ -19,9 +23,12 @@ from calibrator.data.episodes import EpisodeSource
 from calibrator.data.layout import RecordLayout
 from calibrator.data.records import Record
 from calibrator.families import Policy, load_policy
+from calibrator.quantizers import parse_choice
+from engine_build.build import Request, build
 from tests.fake_source import FakeSource
 from vla_policy.core.contract import load_contract
 from vla_policy.core.errors import DataError
+from vla_policy.core.targets import find_target
 
 ROOT = Path(__file__).parents[2]
 POLICY = ROOT / "demo/policies/libero_object"
@@ -81,7 +88,7 @@ def other_state(record: Record) -> Record:
 
 
 def test_what_is_right_fits_and_no_other_convention_does(policy: Policy, episodes: Path, tmp_path: Path) -> None:
-    outcome = check(policy, POLICY, states(episodes, tmp_path / "set"), None)
+    outcome = check(PolicyDecider(policy, POLICY), states(episodes, tmp_path / "set"), None)
     assert outcome.best is None and outcome.trials[0].name == AS_RECORDED
     assert outcome.trials[0].correlation > 0.9 and outcome.trials[0].agreement == 1
     assert [one["gripper"] for one in outcome.dimensions] == [False] * 6 + [True]
@@ -106,7 +113,7 @@ MISTAKES: dict[str, tuple[Change, str]] = {
 @pytest.mark.parametrize("name", MISTAKES)
 def test_each_planted_mistake_is_found_and_refused(policy: Policy, episodes: Path, tmp_path: Path, name: str) -> None:
     change, convention = MISTAKES[name]
-    outcome = check(policy, POLICY, states(episodes, tmp_path / "set", change), None)
+    outcome = check(PolicyDecider(policy, POLICY), states(episodes, tmp_path / "set", change), None)
     assert outcome.best is not None and outcome.best.name == convention
     with pytest.raises(DataError, match=f"conventions: {convention} fits clearly better .* or go on with --flag"):
         outcome.require(False, "--flag")
@@ -124,10 +131,10 @@ def test_the_wrong_statistics_are_found(policy: Policy, episodes: Path, tmp_path
     (folder / "config.json").write_text(json.dumps(raw))
     other = load_policy(folder)
     calibration = states(episodes, tmp_path / "set")
-    outcome = check(other, folder, calibration, "other")
+    outcome = check(PolicyDecider(other, folder), calibration, "other")
     assert outcome.best is not None and outcome.best.name == "statistics of libero_object"
     assert outcome.best.remedy == "use --unnorm-key libero_object"
-    assert check(other, folder, calibration, "libero_object").best is None
+    assert check(PolicyDecider(other, folder), calibration, "libero_object").best is None
 
 
 def test_commands_refuse_unless_told_otherwise(
@@ -158,13 +165,13 @@ def test_commands_refuse_unless_told_otherwise(
 
 def test_without_recorded_actions_nothing_is_claimed(policy: Policy, tmp_path: Path) -> None:
     collect([FakeSource((6, 5), state_dim=5)], tmp_path / "set", 4, seed=0)
-    outcome = check(policy, POLICY, load_calibration(tmp_path / "set"), None)
+    outcome = check(PolicyDecider(policy, POLICY), load_calibration(tmp_path / "set"), None)
     assert outcome.require(False, "--flag").summary == "conventions not checked: the states have no recorded actions"
 
 
 def test_actions_of_another_length_are_told(policy: Policy, episodes: Path, tmp_path: Path) -> None:
     calibration = states(episodes, tmp_path / "set", action(lambda values: values[:3]))
-    summary = check(policy, POLICY, calibration, None).summary
+    summary = check(PolicyDecider(policy, POLICY), calibration, None).summary
     assert summary == "conventions not checked: recorded actions have 3 values, the policy's 7"
 
 
@@ -209,6 +216,47 @@ def test_a_bag_of_the_robot_checks_its_contract(
         text = text.replace(before, after)
     (tmp_path / "contract.yaml").write_text(text)
     collect([BagSource(ROOT / "demo/bag", load_contract(tmp_path / "contract.yaml"))], tmp_path / "set", 32, seed=0)
-    outcome = check(policy, POLICY, load_calibration(tmp_path / "set"), None)
+    outcome = check(PolicyDecider(policy, POLICY), load_calibration(tmp_path / "set"), None)
     assert (outcome.best and outcome.best.name) == expected
     assert max(one.correlation for one in outcome.trials) > 0.9
+
+
+def test_cameras_in_the_other_order_are_found(tmp_path: Path) -> None:
+    """Recorded actions are a two-camera policy's own; then its images change places."""
+    policy = load_policy(tiny_policy_folder(tmp_path / "policy", images=2))
+    decider = PolicyDecider(policy, tmp_path / "policy")
+    collect([FakeSource((9, 8, 7), images=2)], tmp_path / "set", 24, seed=0)
+    right = load_calibration(tmp_path / "set")
+    seen = [right.observation(index) for index in range(len(right))]
+    own = np.stack([values for _, values in sorted(decider.first_actions(seen, "tiny"), key=lambda pair: pair[0])])
+    right = replace(right, actions=own.astype(np.float32))
+    assert check(decider, right, None).best is None
+
+    swapped = replace(
+        right,
+        images=tuple(others[0] for others in right.further),
+        further=tuple((image,) for image in right.images),
+    )
+    best = check(decider, swapped, None).best
+    assert best is not None and best.name == "cameras in reverse order"
+    # The same decisions: the recorded ones were kept as float32.
+    assert best.error < 1e-6
+
+
+def test_on_the_robot_the_engine_checks_its_own_bag_without_torch(tmp_path: Path) -> None:
+    engine = tmp_path / "engine"
+    build(Request(policy=POLICY, target=find_target("cpu"), out=engine, uniform=parse_choice("w16a16")))
+    text = CONTRACT.read_text()
+    (tmp_path / "turned.yaml").write_text(text.replace("CompressedImage\n", "CompressedImage\n    rotate_180: true\n"))
+    for name, contract in (("right", CONTRACT), ("turned", tmp_path / "turned.yaml")):
+        collect([BagSource(ROOT / "demo/bag", load_contract(contract))], tmp_path / name, 32, seed=0)
+        code = "import sys\nfrom calibrator.__main__ import main\n"
+        code += f"code = main(['check', '--engine', {str(engine)!r}, '--calibration', {str(tmp_path / name)!r}])\n"
+        code += "sys.exit(99 if 'torch' in sys.modules else code)"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240, check=False)
+        if name == "right":
+            assert done.returncode == 0, done.stderr
+            assert "no other convention fits better" in done.stdout
+        else:
+            assert done.returncode == 2, done.stderr
+            assert "images turned by 180 degrees fits clearly better" in done.stderr
