@@ -22,8 +22,9 @@ from rclpy.parameter import Parameter  # isort: skip
 from rclpy.publisher import Publisher  # isort: skip
 from rclpy.qos import QoSProfile  # isort: skip
 from sensor_msgs.msg import CompressedImage, JointState  # isort: skip
-from std_msgs.msg import Header  # isort: skip
+from std_msgs.msg import Bool, Header  # isort: skip
 from vla_policy.nodes import inputs  # isort: skip
+from vla_policy.nodes.emergency_stop import EmergencyStop  # isort: skip
 from vla_policy.nodes.source_check import Patience, check_sources  # isort: skip
 
 LOADED = load_contract(CONTRACT)
@@ -182,6 +183,31 @@ def test_inputs_that_fail_stop_the_robot(node: Node) -> None:
         heard.close()
     (latch,) = server.latches
     assert "the inputs failed (RuntimeError('a defect'))" in latch.reason
+
+
+def test_an_emergency_stop_that_fails_stops_and_hears_on(node: Node) -> None:
+    """A stop that raises stands for any defect in that thread: the next message is heard all the same."""
+    publisher = node.create_publisher(Bool, "e_stop", 10)
+    reasons: list[str] = []
+    told = threading.Semaphore(0)
+
+    def stop(reason: str) -> None:
+        reasons.append(reason)
+        told.release()
+        if len(reasons) == 1:
+            raise RuntimeError("a defect")
+
+    subject = EmergencyStop(node, stop)  # type: ignore[arg-type]  # it asks the node for names alone
+    try:
+        wait_matched(publisher)
+        publisher.publish(Bool(data=True))
+        assert told.acquire(timeout=TIMEOUT_S) and told.acquire(timeout=TIMEOUT_S)
+        assert reasons == ["e-stop", "the topic e_stop failed (RuntimeError('a defect')); see the log"]
+        publisher.publish(Bool(data=True))
+        assert told.acquire(timeout=TIMEOUT_S)
+        assert reasons[-1] == "e-stop"
+    finally:
+        subject.close()
 
 
 def test_a_parameter_that_is_no_quality_of_service_is_refused() -> None:

@@ -4,7 +4,6 @@ It is heard in a node and a thread of its own, so that neither inference nor ima
 node delays it. It stops this node's commands. It is no safety circuit: that belongs to the robot's hardware.
 """
 
-import contextlib
 import threading
 from collections.abc import Callable
 
@@ -17,11 +16,20 @@ from std_msgs.msg import Bool
 TOPIC = "e_stop"
 
 
-class EmergencyStop:
-    """Calls `stop` for every true on the topic while it exists, from its own thread."""
+_PAUSE_S = 0.1
+"""Before listening again after a failure, which may come back at once."""
 
-    def __init__(self, owner: LifecycleNode, stop: Callable[[], None]) -> None:
+
+class EmergencyStop:
+    """Calls `stop` with the reason for every true on the topic while it exists, from its own thread.
+
+    A failure of hearing is a stop, too, and is listened on after it.
+    """
+
+    def __init__(self, owner: LifecycleNode, stop: Callable[[str], None]) -> None:
         self._stop = stop
+        self._log = owner.get_logger()
+        self._closed = threading.Event()
         # The owner's remaps count here too: this topic may be one for the whole robot.
         self._node = rclpy.create_node(
             f"{owner.get_name()}_e_stop",
@@ -40,14 +48,23 @@ class EmergencyStop:
         self._thread.start()
 
     def close(self) -> None:
+        self._closed.set()
         self._executor.shutdown(timeout_sec=2.0)
         self._thread.join(2.0)
         self._node.destroy_node()
 
     def _spin(self) -> None:
-        with contextlib.suppress(ExternalShutdownException):
-            self._executor.spin()
+        while not self._closed.is_set():
+            try:
+                self._executor.spin()
+                return
+            except ExternalShutdownException:
+                return
+            except Exception as error:
+                self._log.error(f"topic {TOPIC}: {error!r}; stopped, and listening on")
+                self._stop(f"the topic {TOPIC} failed ({error!r}); see the log")
+                self._closed.wait(_PAUSE_S)
 
     def _heard(self, message: Bool) -> None:
         if message.data:
-            self._stop()
+            self._stop("e-stop")

@@ -437,9 +437,9 @@ class PolicyNode(LifecycleNode):
 
         return self._answer(response, act, "stopped until reset")
 
-    def _on_emergency_stop(self) -> None:
+    def _on_emergency_stop(self, reason: str) -> None:
         """From the e-stop's own thread. Kept while the node is not active, too: it begins with the latch."""
-        latch, server = Latch("e-stop"), self._server
+        latch, server = Latch(reason), self._server
         if server is None:
             self._latch = self._latch or latch
         else:
