@@ -5,7 +5,8 @@ then runs along: at each layer what comes is compared with the engine's input, t
 result is compared with the engine's, and the engine's goes on. So single layers are compared, and single stretches
 between two layers; nothing adds up, and no layer's rounding loosens what another is allowed.
 
-Between layers, and in layers with 16-bit activations, both compute the same products in float32. Activations of 8 bits
+Between layers, and in layers with 16-bit activations, both compute the same products, torch in float32 and the engine
+in its backend's type, which says by how much that may differ (`Backend.float_error`). Activations of 8 bits
 are rounded by the engine's rule, but a quotient may fall on the other side of .5, which moves a token's result by up to
 1 / 127.
 """
@@ -30,13 +31,12 @@ from vla_policy.core.observation import Observation
 from vla_policy.core.runner import Engine
 from vla_policy.core.verification import Largest, Layers
 
-SAME_ARITHMETIC = 1e-4
 ROUNDED_ACTIVATIONS = 0.01
 
 
-def allowed_error(fmt: Format) -> float:
+def allowed_error(fmt: Format, backend: Backend) -> float:
     """What a layer of this format may differ by from torch's on the same input."""
-    return SAME_ARITHMETIC if fmt.activation_bits == 16 else ROUNDED_ACTIVATIONS
+    return backend.float_error if fmt.activation_bits == 16 else ROUNDED_ACTIVATIONS
 
 
 def check_layers(
@@ -59,7 +59,7 @@ def check_layers(
     engine = Engine(manifest, session, policy, actor.unnorm_key)
     planned = {unit.name: Format.parse(unit.planned) for unit in manifest.units}
     largest: dict[str, Largest] = {}
-    between = Largest(0.0, "", SAME_ARITHMETIC)
+    between = Largest(0.0, "", backend.float_error)
     for state in tqdm(states, desc="layer by layer", unit="state", disable=None):
         decided = actor.act(state)
         values.clear()
@@ -68,7 +68,7 @@ def check_layers(
             actor.scores(state, decided.tokens)
         for name, (before, inside) in errors.items():
             fmt = planned[name]
-            known = largest.get(str(fmt), Largest(0.0, "", allowed_error(fmt)))
+            known = largest.get(str(fmt), Largest(0.0, "", allowed_error(fmt, backend)))
             between, largest[str(fmt)] = _larger(between, before, name), _larger(known, inside, name)
             _refuse(folder, f"{name}: what comes to it", before, between.allowed)
             _refuse(folder, f"{name}: its result ({fmt})", inside, known.allowed)

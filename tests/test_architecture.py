@@ -38,10 +38,10 @@ TENSOR_NAMES = re.compile(
 )
 _GRAPHS = [f"/engine_build/graph/{name}.py" for name in ("gemma", "llama", "siglip", "vision")]
 LAYOUTS = ("/calibrator/modules/", *_GRAPHS, "/core/flow/", "/core/prismatic/")
-# Whatever a robot has to install for the core; the GPU runtimes are imported where such an engine is loaded.
+# Whatever a robot has to install for the core; the other runtimes are imported where such an engine is loaded.
 CORE_LIBRARIES = {
     *("numpy", "PIL", "tokenizers", "onnxruntime", "yaml", "rosbags", "lz4", "backports", "compression"),
-    *("tensorrt", "tensorrt_rtx", "pycuda"),
+    *("openvino", "tensorrt", "tensorrt_rtx", "pycuda"),
 }
 WORKSTATION_LIBRARIES = {"torch", "transformers", "cvxpy", "onnx", "ray", "libero", "metaworld", "mujoco", "h5py"}
 

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-EXTRAS = "dev,ray,ros,tensorrt"
+EXTRAS = "dev,openvino,ray,ros,tensorrt"
 # Type stubs whose metadata asks for the library itself, which its vendor alone distributes.
 ALONE = ("tensorrt-stubs",)
 _DISK_BYTES = 4 * 2**30

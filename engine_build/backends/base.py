@@ -77,7 +77,8 @@ class Backend(Protocol):
     """What builds engines; its folder exports it as `BACKEND`.
 
     dialect: how graphs are written. compiles: whether engines hold something else than the written graphs, which only
-    their target runs.
+    their target runs. float_error: what the type of its activations may change in one layer of 16-bit activations, or
+    between two layers, of a token's root mean square; see `layerwise`.
     """
 
     @property
@@ -85,6 +86,9 @@ class Backend(Protocol):
 
     @property
     def compiles(self) -> bool: ...
+
+    @property
+    def float_error(self) -> float: ...
 
     def version(self) -> str:
         """Of what is installed here. Raises ArtefactError saying how to install it."""

@@ -29,6 +29,7 @@ class OnnxRuntime:
     """See the protocol. write_linear: the form of a layer."""
 
     compiles = False
+    float_error = 1e-4
 
     def __init__(self, write_linear: LinearWriter) -> None:
         self.dialect = Dialect(

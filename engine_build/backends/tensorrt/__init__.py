@@ -29,6 +29,7 @@ class TensorRt:
     """See the protocol. What TensorRT and TensorRT-RTX differ in is given: the module, and how layers are written."""
 
     compiles = True
+    float_error = HALF_TOLERANCE
 
     def __init__(self, module: Module, linear: LinearWriter) -> None:
         self.module = module

@@ -32,6 +32,7 @@ def linear(builder: GraphBuilder, x: str, weights: LayerWeights) -> str:
 class Toy:
     dialect = Dialect(TensorProto.FLOAT, linear)
     compiles = True
+    float_error = 1e-4
 
     def version(self) -> str:
         return "2.0"

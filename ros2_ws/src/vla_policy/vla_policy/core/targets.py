@@ -122,10 +122,11 @@ def _group_distance(legal: Format, wanted: Format) -> tuple[bool, float]:
 
 _ONNX_RUNTIME = Runtime("onnxruntime", (1, 31))
 _ONNX_RUNTIME_VNNI = Runtime("onnxruntime_vnni", (1, 31))
+_OPENVINO = Runtime("openvino", (2026, 4))
 _TENSORRT = Runtime("tensorrt", (10, 9))
 _TENSORRT_RTX = Runtime("tensorrt_rtx", (1, 7))
 _ALL = (
-    Target("cpu", "x86-64 or Arm processor, ONNX Runtime", (_ONNX_RUNTIME, _ONNX_RUNTIME_VNNI), None),
+    Target("cpu", "x86-64 or Arm processor", (_ONNX_RUNTIME, _ONNX_RUNTIME_VNNI, _OPENVINO), None),
     Target("a100", "NVIDIA A100; built anywhere, or on the device", (_TENSORRT_RTX, _TENSORRT), (8, 0)),
     Target("orin", "NVIDIA Jetson AGX Orin; built on the device", (_TENSORRT,), (8, 7)),
     Target("thor", "NVIDIA Jetson AGX Thor; built on the device", (_TENSORRT,), (11, 0)),

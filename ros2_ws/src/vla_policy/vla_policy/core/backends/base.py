@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
+from vla_policy.core.errors import ArtefactError
 from vla_policy.core.formats import Format, Rounding
 from vla_policy.core.manifest import Manifest
 from vla_policy.core.program import Session
@@ -82,3 +83,12 @@ class Backend(Protocol):
 def parse_version(text: str) -> Version:
     """The leading numbers of e.g. `10.13.0` or `1.31.1+cpu`."""
     return tuple(int(number) for number in re.findall(r"\d+", re.split(r"[^\d.]", text)[0]))
+
+
+def check_version(folder: Path, manifest: Manifest, package: str, installed: str) -> None:
+    """Raises ArtefactError unless major and minor version are those with which the engine's formats were proven."""
+    if manifest.backend_version.split(".")[:2] != installed.split(".")[:2]:
+        raise ArtefactError(
+            f"{folder}: formats were proven with {package} {manifest.backend_version}, installed is {installed}; "
+            "install that version or build the engine again"
+        )

@@ -9,6 +9,7 @@ import numpy as np
 import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
+from vla_policy.core.backends.base import check_version
 from vla_policy.core.backends.onnxruntime.probe import FILE, check_arithmetic
 from vla_policy.core.errors import ArtefactError, EngineError
 from vla_policy.core.manifest import Manifest
@@ -76,11 +77,7 @@ class OnnxRuntimeSession:
     def __init__(
         self, folder: Path, manifest: Manifest, threads: int | None = None, library: Path | None = None
     ) -> None:
-        if _minor(manifest.backend_version) != _minor(ort.__version__):
-            raise ArtefactError(
-                f"{folder}: formats were proven with onnxruntime {manifest.backend_version}, installed is "
-                f"{ort.__version__}; install that version or build the engine again"
-            )
+        check_version(folder, manifest, "onnxruntime", ort.__version__)
         if FILE in manifest.files:
             check_arithmetic(folder, open_session(folder / FILE, session_options(threads, library)))
         self.processor = cpu_name()
@@ -103,7 +100,3 @@ class OnnxRuntimeSession:
         with _running():
             results = self._sessions[graph].run_with_ort_values(names, values)
         return {name: value if name in keep else value.numpy() for name, value in zip(names, results, strict=True)}
-
-
-def _minor(version: str) -> tuple[str, ...]:
-    return tuple(version.split(".")[:2])

@@ -1,0 +1,56 @@
+"""OpenVINO on the CPU: packed weights, multiplied as they are decoded. Groups are counted in inputs.
+
+The type of activations is a setting of a whole engine: float32 here.
+"""
+
+from collections.abc import Collection
+from pathlib import Path
+
+from vla_policy.core.backends.base import ROW, Rule, Version
+from vla_policy.core.backends.onnxruntime.onnx_files import external_files
+from vla_policy.core.formats import Format
+from vla_policy.core.manifest import Manifest
+from vla_policy.core.program import Session
+
+_NO_INT8 = "OpenVINO rounds activations for all layers of an engine or for none; ONNX Runtime has this format"
+_NO_INT4 = "no kernel multiplies 4-bit activations here"
+_NO_W3 = "OpenVINO has no 3-bit type"
+GROUPS = (ROW, 32, 64, 128, 256)
+
+
+class OpenVino:
+    """See the protocol. precision: of activations, as OpenVINO's INFERENCE_PRECISION_HINT."""
+
+    fuses_groups = False
+    refused = (
+        *((f"w{bits}a8", _NO_INT8) for bits in (8, 4, 2)),
+        *((f"w{bits}a4", _NO_INT4) for bits in (4, 2)),
+        ("w3a16", _NO_W3),
+        ("w3a8", _NO_W3),
+    )
+
+    def __init__(self, name: str, precision: str) -> None:
+        self.name, self.precision = name, precision
+
+    def rules(self, version: Version) -> tuple[Rule, ...]:
+        wide = "float32" if self.precision == "f32" else "bfloat16"
+        packed = f"FullyConnected: codes decoded as they are multiplied, {wide} activations"
+        return (
+            Rule(16, 16, (ROW,), f"bf16 in the file, {wide} arithmetic"),
+            *(Rule(bits, 16, GROUPS, packed) for bits in (8, 4, 2)),
+        )
+
+    def is_faster_here(self, formats: Collection[Format]) -> bool:
+        """Never: it runs where it is named, since no whole engine of it was measured beside ONNX Runtime's."""
+        return False
+
+    def files_named_in(self, graph: Path) -> set[str]:
+        return external_files(graph)
+
+    def open_session(self, folder: Path, manifest: Manifest, threads: int | None) -> Session:
+        from vla_policy.core.backends.openvino.session import OpenVinoSession
+
+        return OpenVinoSession(folder, manifest, self.precision, threads)
+
+
+BACKEND = OpenVino("openvino", "f32")

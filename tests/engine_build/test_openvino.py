@@ -1,0 +1,157 @@
+"""OpenVINO: one layer in every format against float64, whole decisions against torch, and what it must not do."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import rounding
+import torch
+from choices import with_every_code
+from onnx import TensorProto, helper
+from ragged import mixed_assignment, observation, write_plan, write_policy
+
+pytest.importorskip("openvino", reason="the extra openvino is not installed")
+
+from calibrator.families import TorchActor
+from calibrator.quantizers import quantize_policy
+from engine_build.__main__ import main
+from engine_build.backends.openvino import probe as probing
+from engine_build.backends.openvino.linear import linear
+from engine_build.build import Request, build
+from engine_build.graph.builder import GraphBuilder
+from engine_build.weights import Layer, LayerWeights, layers_of
+from vla_policy.core.backends.openvino import graphs
+from vla_policy.core.errors import ArtefactError
+from vla_policy.core.files import sha256_policy
+from vla_policy.core.formats import Format
+from vla_policy.core.manifest import Manifest
+from vla_policy.core.policy_config import PolicyConfig
+from vla_policy.core.runner import load_engine
+from vla_policy.core.targets import find_target
+
+INPUTS, OUTPUTS = 150, 40
+ROWS = (1, 7, 290)
+LAYER = Layer("stack.layer", "linear", "stack.layer", OUTPUTS, INPUTS, bias=True)
+CPU = find_target("cpu")
+MIXED = ["w2a16_g32", "w4a16_g32", "w8a16_g32", "w16a16", "w2a16", "w8a16"]
+
+
+def write_layer(path: Path, fmt: Format) -> tuple[np.ndarray, np.ndarray]:
+    """A graph of one random layer; its values float64 [out, in] and its bias."""
+    generator = torch.Generator().manual_seed(5)
+    weight = (torch.randn(OUTPUTS, INPUTS, generator=generator) / INPUTS**0.5).to(torch.bfloat16)
+    bias = torch.randn(OUTPUTS, generator=generator).numpy()
+    if fmt.weight_bits == 16:
+        weights, values = LayerWeights(LAYER, fmt, None, weight, bias), weight.double()
+    else:
+        quantized = with_every_code(weight, fmt)
+        weights, values = LayerWeights(LAYER, fmt, quantized, None, bias), quantized.dequantize().double()
+    with GraphBuilder(path) as builder:
+        builder.rename(linear(builder, "x", weights), "y")
+        ends = [
+            helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, "tokens", size])
+            for name, size in (("x", INPUTS), ("y", OUTPUTS))
+        ]
+        builder.save(ends[:1], ends[1:])
+    return values.numpy(), bias
+
+
+@pytest.mark.parametrize("fmt", CPU.on("openvino").legal(), ids=str)
+def test_a_layer_is_float64_s_product_and_stays_packed(fmt: Format, tmp_path: Path) -> None:
+    values, bias = write_layer(tmp_path / "layer.onnx", fmt)
+    ready = graphs.compiled(tmp_path / "layer.onnx", "f32", 1)
+    running = ready.layers[LAYER.name]
+    assert (running.weight_bits, running.activations) == (fmt.weight_bits, "f32")
+    for rows in ROWS:
+        x = np.random.default_rng(6).standard_normal((1, rows, INPUTS), np.float32)
+        (y,) = ready.model({"x": x}).values()
+        # Codes are multiplied by their scales inside the sum or after it.
+        allowed = rounding.of_products(x, values, bias, further=2)
+        assert (np.abs(y - (x.astype(np.float64) @ values.T + bias)) <= allowed).all(), rows
+
+
+def test_a_mixed_engine_is_built_verified_and_decides_as_torch(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    policy = write_policy(tmp_path / "policy")
+    config = PolicyConfig.load(policy)
+    assignment = mixed_assignment(list(layers_of(config)), MIXED)
+    plan = write_plan(tmp_path / "plan.json", sha256_policy(policy), assignment)
+    folder, again = tmp_path / "engine", tmp_path / "again"
+    for out in (folder, again):
+        build(Request(policy, CPU, out, plan=plan, backend="openvino"))
+    for path in folder.iterdir():
+        assert path.read_bytes() == (again / path.name).read_bytes(), path.name
+    assert main(["verify", str(folder), "--policy", str(policy), "--samples", "2"]) == 0
+    assert "are exactly what policy and plan give" in capsys.readouterr().out
+
+    actor, engine = TorchActor.load(policy), load_engine(folder, threads=1)
+    quantize_policy(actor.policy, assignment)
+    for seed in range(3):
+        seen = observation(seed)
+        decision = actor.act(seen)
+        expected, got = actor.scores(seen, decision.tokens), engine.scores(seen, decision)
+        np.testing.assert_allclose(got, expected, atol=rounding.NETWORK * np.abs(expected).max())
+        rounding.assert_clear(expected)
+        np.testing.assert_array_equal(engine.act(seen).tokens, decision.tokens)
+
+
+def test_the_probe_finds_activations_that_are_rounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the setting that OpenVINO would choose by itself the description of the graph stays as it is."""
+    fmt, real = Format(4, 16, 32), graphs.settings
+    probing.probe(fmt, INPUTS, "f32", tmp_path)
+
+    def rounds(precision: str, threads: int | None) -> dict[str, object]:
+        return real(precision, threads) | {"DYNAMIC_QUANTIZATION_GROUP_SIZE": 32}
+
+    monkeypatch.setattr(graphs, "settings", rounds)
+    if graphs.compiled(tmp_path / f"{fmt}_{INPUTS}.onnx", "f32").layers["probe"].activations != "f32":
+        pytest.skip("this processor shows it")
+    with pytest.raises(ArtefactError, match=r"w4a16_g32 with 150 inputs: OpenVINO .* is off by .* allowed in f32"):
+        probing.probe(fmt, INPUTS, "f32", tmp_path)
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("openvino")
+    policy = write_policy(folder / "policy")
+    command = ["build", "--policy", str(policy), "--uniform", "w4a16_g32", "--backend", "openvino"]
+    assert main([*command, "--out", str(folder / "engine")]) == 0
+    return folder / "engine"
+
+
+def test_another_version_is_refused(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vla_policy.core.backends.openvino.session.version", lambda: "2027.1.0")
+    with pytest.raises(ArtefactError, match=r"proven with openvino 2026\.\d.*, installed is 2027\.1\.0"):
+        load_engine(engine)
+
+
+def test_a_robot_without_openvino_is_told_what_to_install(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(ArtefactError, match=r"backend openvino is not installed .*; pip install 'openvino>=2026"):
+        load_engine(engine)
+
+
+def test_a_processor_that_unpacks_weights_is_refused(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = graphs._running
+    monkeypatch.setattr(graphs, "_running", lambda node: replace(real(node), weights="f32", group=None))
+    with pytest.raises(ArtefactError, match=r"would be unpacked to f32, proven was w4a16_g32 on .*build the engine on"):
+        load_engine(engine)
+
+
+def test_a_damaged_graph_is_one_line(engine: Path, tmp_path: Path) -> None:
+    path = tmp_path / "vision.onnx"
+    path.write_bytes((engine / "vision.onnx").read_bytes()[:1000])
+    with pytest.raises(ArtefactError, match=r"vision\.onnx: OpenVINO 2026.* cannot load it \(.*\); build it again"):
+        graphs.compiled(path, "f32")
+
+
+def test_units_and_calls_are_kept_apart(engine: Path) -> None:
+    """Two decisions in turns give what each gives alone: nothing kept is overwritten while it is needed."""
+    loaded = load_engine(engine, threads=1)
+    alone = [loaded.act(observation(seed)).tokens for seed in range(2)]
+    for seed in (0, 1, 0, 1):
+        np.testing.assert_array_equal(loaded.act(observation(seed)).tokens, alone[seed])
+    assert {unit.realised for unit in Manifest.load(engine).units} == {"w4a16_g32", "w4a16"}
