@@ -61,7 +61,7 @@ def write_layer(path: Path, fmt: Format) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("fmt", CPU.on("openvino").legal(), ids=str)
 def test_a_layer_is_float64_s_product_and_stays_packed(fmt: Format, tmp_path: Path) -> None:
     values, bias = write_layer(tmp_path / "layer.onnx", fmt)
-    ready = graphs.compiled(tmp_path / "layer.onnx", "f32", 1)
+    ready = graphs.compiled(tmp_path / "layer.onnx", 1)
     running = ready.layers[LAYER.name]
     assert (running.weight_bits, running.activations) == (fmt.weight_bits, "f32")
     for rows in ROWS:
@@ -101,16 +101,16 @@ def test_a_mixed_engine_is_built_verified_and_decides_as_torch(
 def test_the_probe_finds_activations_that_are_rounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the setting that OpenVINO would choose by itself the description of the graph stays as it is."""
     fmt, real = Format(4, 16, 32), graphs.settings
-    probing.probe(fmt, INPUTS, "f32", tmp_path)
+    probing.probe(fmt, INPUTS, tmp_path)
 
-    def rounds(precision: str, threads: int | None) -> dict[str, object]:
-        return real(precision, threads) | {"DYNAMIC_QUANTIZATION_GROUP_SIZE": 32}
+    def rounds(threads: int | None) -> dict[str, object]:
+        return real(threads) | {"DYNAMIC_QUANTIZATION_GROUP_SIZE": 32}
 
     monkeypatch.setattr(graphs, "settings", rounds)
-    if graphs.compiled(tmp_path / f"{fmt}_{INPUTS}.onnx", "f32").layers["probe"].activations != "f32":
+    if graphs.compiled(tmp_path / f"{fmt}_{INPUTS}.onnx").layers["probe"].activations != "f32":
         pytest.skip("this processor shows it")
-    with pytest.raises(ArtefactError, match=r"w4a16_g32 with 150 inputs: OpenVINO .* is off by .* allowed in f32"):
-        probing.probe(fmt, INPUTS, "f32", tmp_path)
+    with pytest.raises(ArtefactError, match=r"w4a16_g32 with 150 inputs: OpenVINO .* is off by .* allowed is 1e-05"):
+        probing.probe(fmt, INPUTS, tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +145,7 @@ def test_a_damaged_graph_is_one_line(engine: Path, tmp_path: Path) -> None:
     path = tmp_path / "vision.onnx"
     path.write_bytes((engine / "vision.onnx").read_bytes()[:1000])
     with pytest.raises(ArtefactError, match=r"vision\.onnx: OpenVINO 2026.* cannot load it \(.*\); build it again"):
-        graphs.compiled(path, "f32")
+        graphs.compiled(path)
 
 
 def test_units_and_calls_are_kept_apart(engine: Path) -> None:

@@ -11,7 +11,7 @@ from engine_build.backends.openvino.linear import RUN, linear
 from engine_build.backends.openvino.readback import read_back
 from engine_build.backends.openvino.tapped import TappedSession
 from engine_build.weights import Layer
-from vla_policy.core.backends.openvino.graphs import check_processor, compiled, version
+from vla_policy.core.backends.openvino.graphs import compiled, version
 from vla_policy.core.formats import Format
 from vla_policy.core.manifest import Manifest
 from vla_policy.core.program import GraphSpec, Session
@@ -19,17 +19,13 @@ from vla_policy.core.targets import Target
 
 
 class OpenVino:
-    """See the protocol. precision: of activations. tolerance: of all formats; float_error: see there."""
+    """See the protocol."""
 
     compiles = False
     dialect = Dialect(TensorProto.FLOAT, linear)
-
-    def __init__(self, precision: str, tolerance: float, float_error: float) -> None:
-        self._precision, self._tolerance, self.float_error = precision, tolerance, float_error
+    float_error = 1e-4
 
     def version(self) -> str:
-        """Also raises ArtefactError on a processor that would compute in another type."""
-        check_processor(self._precision)
         return version()
 
     def compile(self, written: Written, target: Target, replaced: Path) -> dict[str, GraphSpec]:
@@ -38,26 +34,26 @@ class OpenVino:
     def read_back(
         self, written: Path, built: Path, layers: Mapping[str, Layer], planned: Mapping[str, Format], scratch: Path
     ) -> dict[str, Realised]:
-        return read_back(built, layers, self._precision, scratch)
+        return read_back(built, layers, scratch)
 
     def filling(self, fmt: Format) -> tuple[int, int]:
         return 1, fmt.group_size or RUN
 
     def tolerance(self, fmt: Format) -> float:
-        return self._tolerance
+        return self.float_error
 
     def open_tapped(
         self, folder: Path, manifest: Manifest, taps: Mapping[str, Collection[str]], seen: Seen
     ) -> Session | None:
-        return TappedSession(folder, manifest, self._precision, taps, seen)
+        return TappedSession(folder, manifest, taps, seen)
 
     def needs_input_range(self, fmt: Format) -> bool:
         """Never: activations are not rounded."""
         return False
 
     def open_layer(self, graph: Path, threads: int) -> Callable[[Mapping[str, np.ndarray]], object]:
-        request = compiled(graph, self._precision, threads).model.create_infer_request()
+        request = compiled(graph, threads).model.create_infer_request()
         return lambda feeds: request.infer(dict(feeds), share_inputs=True, share_outputs=True)
 
 
-BACKEND = OpenVino("f32", tolerance=1e-4, float_error=1e-4)
+BACKEND = OpenVino()

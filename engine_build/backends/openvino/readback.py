@@ -12,14 +12,14 @@ from vla_policy.core.errors import ArtefactError
 from vla_policy.core.formats import FULL_PRECISION, Format
 
 
-def read_back(graph: Path, layers: Mapping[str, Layer], precision: str, scratch: Path) -> dict[str, Realised]:
+def read_back(graph: Path, layers: Mapping[str, Layer], scratch: Path) -> dict[str, Realised]:
     """Compiles `graph` as the runner will and reports each of `layers`, each format and size probed once.
 
-    precision: of activations. scratch: a folder for the probes' graphs, which do not stay.
+    scratch: a folder for the probes' graphs, which do not stay.
 
     Raises ArtefactError for a layer that is not found, or whose numbers are not those of its format.
     """
-    running = compiled(graph, precision).layers
+    running = compiled(graph).layers
     if missing := [name for name in layers if name not in running]:
         raise ArtefactError(
             f"{graph}: layer {missing[0]} is not in the graph that OpenVINO {version()} runs; its format cannot be "
@@ -28,7 +28,7 @@ def read_back(graph: Path, layers: Mapping[str, Layer], precision: str, scratch:
     realised = {name: _realised(layer, running[name]) for name, layer in layers.items()}
     with tempfile.TemporaryDirectory(dir=scratch, prefix="probe.") as folder:
         for fmt, inputs in {(realised[name].format, layer.inputs) for name, layer in layers.items()}:
-            probe(fmt, inputs, precision, Path(folder))
+            probe(fmt, inputs, Path(folder))
     return realised
 
 

@@ -19,8 +19,9 @@ GROUPS = (ROW, 32, 64, 128, 256)
 
 
 class OpenVino:
-    """See the protocol. precision: of activations, as OpenVINO's INFERENCE_PRECISION_HINT."""
+    """See the protocol."""
 
+    name = "openvino"
     fuses_groups = False
     refused = (
         *((f"w{bits}a8", _NO_INT8) for bits in (8, 4, 2)),
@@ -29,14 +30,10 @@ class OpenVino:
         ("w3a8", _NO_W3),
     )
 
-    def __init__(self, name: str, precision: str) -> None:
-        self.name, self.precision = name, precision
-
     def rules(self, version: Version) -> tuple[Rule, ...]:
-        wide = "float32" if self.precision == "f32" else "bfloat16"
-        packed = f"FullyConnected: codes decoded as they are multiplied, {wide} activations"
+        packed = "FullyConnected: codes decoded as they are multiplied, float32 activations"
         return (
-            Rule(16, 16, (ROW,), f"bf16 in the file, {wide} arithmetic"),
+            Rule(16, 16, (ROW,), "bf16 in the file, float32 arithmetic"),
             *(Rule(bits, 16, GROUPS, packed) for bits in (8, 4, 2)),
         )
 
@@ -50,7 +47,7 @@ class OpenVino:
     def open_session(self, folder: Path, manifest: Manifest, threads: int | None) -> Session:
         from vla_policy.core.backends.openvino.session import OpenVinoSession
 
-        return OpenVinoSession(folder, manifest, self.precision, threads)
+        return OpenVinoSession(folder, manifest, threads)
 
 
-BACKEND = OpenVino("openvino", "f32")
+BACKEND = OpenVino()

@@ -15,7 +15,6 @@ import numpy as np
 
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.formats import FULL_PRECISION
-from vla_policy.core.processor import cpu_name
 
 if TYPE_CHECKING:
     import openvino as ov
@@ -25,6 +24,7 @@ DOMAIN, LINEAR = "vla_deploy", "Linear"
 are uint8, packed rows [out, columns], lowest bits first, and a third input has their scales, float16 [out, groups];
 attribute `columns`: inputs, filled up to whole groups with zeros. 2-bit codes are shifted by `TWO_BIT_ZERO`."""
 TWO_BIT_ZERO = 2
+ACTIVATIONS = "f32"
 _BITS = {"u2": 2, "i4": 4, "i8": 8}
 _INSTALL = "pip install 'openvino>=2026.4,<2027'"
 _DEVICE = "CPU"
@@ -43,21 +43,12 @@ def version() -> str:
     return str(module().__version__).split("-")[0]
 
 
-def check_processor(precision: str) -> None:
-    """Raises ArtefactError where this processor would compute in another type than `precision`; raises as `module`."""
-    if precision == "bf16" and "BF16" not in module().Core().get_property(_DEVICE, "OPTIMIZATION_CAPABILITIES"):
-        raise ArtefactError(
-            f"{cpu_name()} has no bfloat16 products (AMX or AVX512-BF16), in which the engine's numbers are proven; "
-            "build it with `engine_build build --backend openvino`, which computes in float32"
-        )
-
-
-def settings(precision: str, threads: int | None) -> dict[str, Any]:
-    """How graphs are compiled: activations in `precision` and never rounded to integers, one stream.
+def settings(threads: int | None) -> dict[str, Any]:
+    """How graphs are compiled: activations in `ACTIVATIONS` and never rounded to integers, one stream.
 
     Threads are not bound to cores: several processes would be to the same.
     """
-    chosen = {"INFERENCE_PRECISION_HINT": precision, "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0, "NUM_STREAMS": 1}
+    chosen = {"INFERENCE_PRECISION_HINT": ACTIVATIONS, "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0, "NUM_STREAMS": 1}
     chosen |= {"ENABLE_CPU_PINNING": False}
     return chosen | ({} if threads is None else {"INFERENCE_NUM_THREADS": threads})
 
@@ -89,7 +80,7 @@ class Compiled:
     layers: Mapping[str, Running]
 
 
-def compiled(path: Path, precision: str, threads: int | None = None, shown: Collection[str] = ()) -> Compiled:
+def compiled(path: Path, threads: int | None = None, shown: Collection[str] = ()) -> Compiled:
     """The graph at `path`. Raises ArtefactError, in one line, when OpenVINO refuses it; as `module` too.
 
     shown: names of values inside it that become outputs.
@@ -110,7 +101,7 @@ def compiled(path: Path, precision: str, threads: int | None = None, shown: Coll
         names = {alias: product.friendly_name for product in products for alias in _aliases(product)}
         if shown:
             model.add_outputs(list(shown))
-        runs = core.compile_model(model, _DEVICE, settings(precision, threads))
+        runs = core.compile_model(model, _DEVICE, settings(threads))
     except RuntimeError as error:
         reason = " ".join(str(error).split())[-300:]
         raise ArtefactError(f"{path}: OpenVINO {version()} cannot load it ({reason}); build it again") from error
