@@ -37,7 +37,8 @@ from calibrator.families import Policy, live_units
 from calibrator.families.loading import check_device, empty_policy, fill_policy, matrix_names
 from calibrator.quantizers import parse_choices
 from calibrator.sensitivity.cost import Macs
-from calibrator.sensitivity.measure import RunOptions, measure
+from calibrator.sensitivity.measure import measure
+from calibrator.sensitivity.run import RunOptions
 from calibrator.sensitivity.scores import ScoreSettings
 from calibrator.sensitivity.states import Reference
 from calibrator.sensitivity.sweep import Sweep, SweepSettings, SweepSpec, UnitLosses

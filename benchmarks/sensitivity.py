@@ -32,9 +32,10 @@ from calibrator.families import live_units
 from calibrator.quantizers import parse_choices, quantized
 from calibrator.sensitivity.evidence import BOUNDARIES, evidence_map, jensen_shannon, mass_distortion, profile
 from calibrator.sensitivity.journal import difference
-from calibrator.sensitivity.measure import RunOptions, measure
+from calibrator.sensitivity.measure import measure
 from calibrator.sensitivity.passes import Signals
 from calibrator.sensitivity.proxy import first_order
+from calibrator.sensitivity.run import RunOptions
 from calibrator.sensitivity.scores import ScoreSettings, phase_of, soft_bottleneck, temporal_score
 from calibrator.sensitivity.screening import Request, Screen, ScreenProblem, ScreenResult, ScreenSettings
 from calibrator.sensitivity.sweep import Sweep, SweepSettings, SweepSpec

@@ -285,7 +285,8 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _sensitivity(args: argparse.Namespace) -> int:
-    from calibrator.sensitivity.measure import RunOptions, measure
+    from calibrator.sensitivity.measure import measure
+    from calibrator.sensitivity.run import RunOptions
     from calibrator.sensitivity.scores import ScoreSettings
     from calibrator.sensitivity.screening import ScreenSettings
     from calibrator.sensitivity.sweep import SweepSettings, SweepSpec

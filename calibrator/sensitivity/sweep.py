@@ -214,6 +214,11 @@ class SweepSpec:
     codes: str | None = None
     sha256: tuple[str, str] | None = None
 
+    @property
+    def weight_bits(self) -> tuple[int, ...]:
+        """Of every choice."""
+        return tuple(choice.format.weight_bits for choice in self.settings.choices)
+
     def arithmetic(self) -> AbstractContextManager[None]:
         """The block that every pass of this sweep runs in."""
         return float32_products(DTYPES[self.settings.dtype])

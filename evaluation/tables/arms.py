@@ -16,7 +16,8 @@ from calibrator.data.calibration import collect
 from calibrator.data.layout import RecordLayout
 from calibrator.data.sources import open_sources
 from calibrator.quantize import QuantizeRequest, quantize
-from calibrator.sensitivity.measure import RunOptions, measure
+from calibrator.sensitivity.measure import measure
+from calibrator.sensitivity.run import RunOptions
 from calibrator.sensitivity.scores import ScoreSettings
 from calibrator.sensitivity.sweep import SweepSettings, SweepSpec
 from calibrator.sensitivity.table import Objective, Sensitivity, Signal, UnitScores

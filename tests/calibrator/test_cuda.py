@@ -10,8 +10,9 @@ from choices import CHOICES, WITH_ACTIVATIONS, rtn
 
 from calibrator.families import live_units
 from calibrator.quantizers import quantize
-from calibrator.sensitivity.measure import RunOptions, measure
+from calibrator.sensitivity.measure import measure
 from calibrator.sensitivity.proxy import first_order
+from calibrator.sensitivity.run import RunOptions
 from calibrator.sensitivity.scores import ScoreSettings
 from calibrator.sensitivity.sweep import Sweep, SweepSettings, SweepSpec
 from vla_policy.core.formats import Choice, Format

@@ -11,7 +11,8 @@ from deadly import DeadlySpec
 from naive import ATTRIBUTION, MASS
 
 from calibrator.sensitivity.executors import ATTEMPTS, LocalExecutor, RayExecutor, Task
-from calibrator.sensitivity.measure import RunOptions, measure
+from calibrator.sensitivity.measure import measure
+from calibrator.sensitivity.run import RunOptions
 from calibrator.sensitivity.scores import ScoreSettings
 from calibrator.sensitivity.sweep import Sweep, SweepSpec
 from vla_policy.core.errors import ArtefactError, PolicyError, VlaError

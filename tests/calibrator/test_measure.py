@@ -28,7 +28,8 @@ from calibrator.quantize import QuantizeRequest, quantize
 from calibrator.quantizers import parse_choice, parse_choices
 from calibrator.sensitivity.executors import LocalExecutor, Task
 from calibrator.sensitivity.journal import Journal, difference
-from calibrator.sensitivity.measure import RunOptions, journal_folder, measure
+from calibrator.sensitivity.measure import journal_folder, measure
+from calibrator.sensitivity.run import RunOptions
 from calibrator.sensitivity.scores import ScoreSettings, phase_of, soft_bottleneck
 from calibrator.sensitivity.screening import ScreenSettings
 from calibrator.sensitivity.sweep import Sweep, SweepSettings, SweepSpec, UnitLosses
@@ -211,10 +212,10 @@ def test_records_of_another_version_are_refused(
     with pytest.raises(KeyboardInterrupt):
         measure(spec, out, SCORES, replace(OPTIONS, progress=SilentBar(stop=1)))
     if what == "code":
-        monkeypatch.setattr("calibrator.sensitivity.measure.sha256_folder", lambda *_: "0" * 64)
+        monkeypatch.setattr("calibrator.sensitivity.run.sha256_folder", lambda *_: "0" * 64)
     else:
         monkeypatch.setattr(
-            "calibrator.sensitivity.measure.version", lambda name: "0.1" if name == what else version(name)
+            "calibrator.sensitivity.run.version", lambda name: "0.1" if name == what else version(name)
         )
     with pytest.raises(ArtefactError, match=rf"\(versions.{what} was .*, is now 0[.0-9]+\)"):
         measure(spec, out, SCORES, OPTIONS)

@@ -221,7 +221,7 @@ def test_a_screened_run_gives_a_table_that_allocates(
             screened_for.append(problem)
             super().__init__(problem, settings, evaluate)
 
-    monkeypatch.setattr("calibrator.sensitivity.measure.Screen", Watched)
+    monkeypatch.setattr("calibrator.sensitivity.ledger.Screen", Watched)
     out = tmp_path / "sensitivity.json"
     arguments = ["--policy", str(policy_folder), "--calibration", str(calibration_folder), "--out", str(out)]
     screened = ["--mode", "screened", "--cap", "0.4", "--choices", "w2a16_g32", "w4a16_g32", "w8a16_g32"]
