@@ -5,7 +5,8 @@
 Compiles what an engine carries, PTX for this GPU and for the A100, and lets the driver load it, as TensorRT does. Every
 kernel is checked on every shape before any is timed. Times are of CUDA graphs, as a decode step runs, over as many
 copies of the weights as the GPU's cache cannot hold; the bfloat16 product of the same shape is torch's, in the same
-run. Needs an NVIDIA GPU, its driver, nvcc, and PyTorch with CUDA.
+run. First come the bounds of every shape on an A100 and an Orin by arithmetic, which need no GPU; the rest needs an
+NVIDIA GPU, its driver, nvcc, and PyTorch with CUDA.
 """
 
 import argparse
@@ -22,7 +23,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from engine_build.backends.tensorrt.kernels import CUTS, GROUPS, Few, Kernel, Many, compile_ptx, product_kernel
+from engine_build.backends.tensorrt.kernels import CUTS, GROUPS, ROW, Few, Kernel, Many, compile_ptx, product_kernel
+from engine_build.backends.tensorrt.kernels.roofline import DECODER, PREFILL
+from engine_build.backends.tensorrt.kernels.roofline import table as roofline
 from engine_build.packing import RUN, pack_runs, pack_scales
 from vla_policy.core.backends.tensorrt.cuda_graph import CudaGraph, load_driver
 from vla_policy.core.cli import run
@@ -32,12 +35,6 @@ from vla_policy.core.outputs import check_file
 
 _KIND = "kernel-benchmark"
 A100 = (8, 0)
-PREFILL = 290
-"""Tokens of OpenVLA's prompt: BOS, 256 patches and the instruction."""
-
-OPENVLA = ((4096, 4096), (11008, 4096), (4096, 11008))
-"""Outputs and inputs of the decoder's products: attention, gate and up, down."""
-
 FAMILIES = {"W2A16": 2, "W4A8": 4}
 _HALF_ULP = 2.0**-11
 _ROTATION = 4  # times the GPU's cache
@@ -70,7 +67,7 @@ class Case:
 
 CHECKED = [
     Case(tokens, outputs, inputs, group)
-    for (outputs, inputs), tokens, group in itertools.product(OPENVLA, (1, PREFILL), (128, 64))
+    for (outputs, inputs), tokens, group in itertools.product(DECODER, (1, PREFILL), (128, 64))
 ] + [
     Case(1, 16, 128, 128),
     Case(1, 40, 1288, None),
@@ -276,8 +273,8 @@ def _sm(capability: tuple[int, int]) -> str:
 def time_products(gpu: Gpu, capability: tuple[int, int], cuts: Sequence[Few | Many]) -> list[Row]:
     """All of OpenVLA's decoder shapes, one token and a prompt."""
     rows = []
-    for (outputs, inputs), tokens in itertools.product(OPENVLA, (1, PREFILL)):
-        case = Case(tokens, outputs, inputs, GROUPS[-1])
+    for (outputs, inputs), tokens, group in itertools.product(DECODER, (1, PREFILL), (GROUPS[-1], None)):
+        case = Case(tokens, outputs, inputs, group)
         plain = _bf16_microseconds(gpu, case)
         for family, bits in FAMILIES.items():
             copies = _copies(gpu, outputs * inputs * bits // 8)
@@ -338,6 +335,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.out:
         check_file(arguments.out, _KIND)
+    print(roofline(), flush=True)
     gpu = Gpu()
     print(f"{gpu.name}, {_sm(gpu.capability)}, torch {torch.__version__}")
     kernels = [Kernel(family, cut, group) for family in FAMILIES for cut in CUTS for group in GROUPS]
@@ -348,7 +346,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = " and ".join(_sm(capability) for capability in capabilities)
     print(f"PTX for {names}: {len(CHECKED)} shapes right, errors up to {worst:.3f} of what rounding allows", flush=True)
     swept = _SWEPT if arguments.sweep else []
-    gpu.load([Kernel(family, cut, GROUPS[-1]) for family in FAMILIES for cut in swept], gpu.capability)
+    timed = itertools.product(FAMILIES, swept, (GROUPS[-1], ROW))
+    gpu.load([Kernel(family, cut, group) for family, cut, group in timed], gpu.capability)
     rows = time_products(gpu, gpu.capability, [*CUTS, *swept])
     print(table(rows))
     if arguments.out:

@@ -18,7 +18,7 @@ from pathlib import Path
 from calibrator.allocation.plan import KIND, SCHEMA_VERSION
 from demo.stages import Stage, StageResult, run_stages
 from engine_build.backends import find_backend
-from engine_build.build import check_realised, planned_bytes
+from engine_build.compiled import check_realised, planned_bytes
 from vla_policy.core import cli
 from vla_policy.core.bag import count_messages
 from vla_policy.core.contract import load_contract

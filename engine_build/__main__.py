@@ -1,4 +1,4 @@
-"""Command line: build, verify, inspect, bench."""
+"""Command line: build, verify, inspect, bench, prove."""
 
 import argparse
 import sys
@@ -25,6 +25,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_verify(commands.add_parser("verify", help="compare bytes, formats and numbers with the policy's"))
     _add_inspect(commands.add_parser("inspect", help="print what an engine holds"))
     _add_bench(commands.add_parser("bench", help="latency, memory and load time beside the 16-bit engine"))
+    _add_prove(commands.add_parser("prove", help="on the device: compile, read back, decide, compare, time, report"))
     return parser
 
 
@@ -47,6 +48,15 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
         "--calibration", type=Path, help="calibration set: its conventions are checked, w8a8 takes its scales"
     )
     _add_unnorm_key(parser, "which of the policy's statistics the calibration set's states are normalised by")
+    parser.add_argument(
+        "--golden", type=_count, default=0, metavar="N",
+        help="states, of --calibration or random, whose decisions by the policy are kept in the engine, for `prove`; "
+        "takes the memory that torch needs for the policy (default: 0)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--pack", action="store_true",
+        help="do not compile: write the packed graphs, which `prove` compiles on the device, where no policy is needed",
+    )  # fmt: skip
     parser.add_argument("--legalize", action="store_true", help="raise formats that the target lacks, and record it")
     parser.add_argument(
         "--accept-conventions", action="store_true", help="go on where another convention fits clearly better"
@@ -70,6 +80,8 @@ def _build(arguments: argparse.Namespace) -> int:
         calibration=arguments.calibration,
         unnorm_key=arguments.unnorm_key,
         accept_conventions=arguments.accept_conventions,
+        golden=arguments.golden,
+        pack=arguments.pack,
     )
     print(summary(build(request)))
     return 0
@@ -159,6 +171,31 @@ def _bench(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _add_prove(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(command=_prove)
+    parser.description = (
+        "Proves an engine on the device that shall run it; needs neither torch nor the policy. Compiles packed graphs, "
+        "reads every layer's format back, decides the golden states, compares, times both engines, writes a report. "
+        "Exit code 0: all proven; 1: something is not as it should be; 2: nothing could be begun."
+    )
+    parser.add_argument("engine", type=Path, help="engine folder, made with `build --golden`, packed or compiled")
+    parser.add_argument("--against", type=Path, required=True, help="16-bit engine of the same policy and target")
+    parser.add_argument("--target", choices=TARGETS, help="refuse engines of another target")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the report and for what is compiled")
+    parser.add_argument("--repeats", type=_positive, default=30, help="timed decisions per engine (default: 30)")
+    parser.add_argument("--threads", type=_positive, default=1, help="CPU threads per engine (default: 1)")
+
+
+def _prove(arguments: argparse.Namespace) -> int:
+    from engine_build.prove import prove
+
+    passed = prove(
+        arguments.engine, arguments.against, arguments.out, arguments.target, arguments.repeats, arguments.threads
+    )
+    print(f"{arguments.out / 'proof.md'}: {'proven' if passed else 'NOT proven'}")
+    return 0 if passed else 1
+
+
 def _add_unnorm_key(parser: argparse.ArgumentParser, what: str = "which of the policy's statistics to use") -> None:
     parser.add_argument("--unnorm-key", metavar="KEY", help=f"{what} (default: the only ones)")
 
@@ -167,6 +204,13 @@ def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not a positive number")
+    return value
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value} is negative")
     return value
 
 

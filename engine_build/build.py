@@ -11,22 +11,27 @@ from typing import Any
 import onnx
 from tqdm import tqdm
 
+from calibrator.families import TorchActor
 from calibrator.families.loading import Tensors, open_checkpoint
-from calibrator.quantizers import Codes, Computed
+from calibrator.quantizers import Codes, Computed, quantize_policy
 from calibrator.quantizers.store import Store
+from engine_build import exported
 from engine_build.backends import find_backend
-from engine_build.backends.base import Backend, Realised, Written, canonical
+from engine_build.backends.base import Backend, Layer, Written
+from engine_build.compiled import PACKED, as_packed, check_realised, compile_graphs, describe_graphs, unit_records
 from engine_build.conventions import conventions_note
 from engine_build.export import export
+from engine_build.golden import Golden
 from engine_build.graph.builder import GraphBuilder
 from engine_build.plan import Plan, check_computable, check_legal, legalize, load_plan, stored_plan, uniform_plan
 from engine_build.ranges import input_peaks
-from engine_build.weights import Layer, layers_of
+from engine_build.reference import expected_of, reference_states, source_of
+from engine_build.weights import layers_of
 from vla_policy.core.backends.base import parse_version
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.files import sha256_policy
-from vla_policy.core.formats import FULL, Choice, Format
-from vla_policy.core.manifest import ENGINE, Manifest, UnitRecord, file_records
+from vla_policy.core.formats import FULL, Choice
+from vla_policy.core.manifest import ENGINE, Manifest, file_records
 from vla_policy.core.outputs import atomic_folder, check_folder
 from vla_policy.core.policy_config import PolicyConfig
 from vla_policy.core.program import GraphSpec
@@ -39,9 +44,11 @@ class Request:
     every layer); 16 bits without any.
 
     backend: one of the target's; None for the one that `Target.fastest_here` takes.
-    calibration: states whose conventions are checked, and that fix the scales of activations where the backend needs
-    them ahead. unnorm_key: the statistics that these states are normalised by; the engine holds all.
+    calibration: states whose conventions are checked, that fix the scales of activations where the backend needs them
+    ahead, and golden states. unnorm_key: the statistics that these states are normalised by; the engine holds all.
     accept_conventions: go on where the states would fit the policy clearly better under another convention.
+    golden: number of states whose decisions by the torch policy are kept in the engine; see `engine_build.golden`.
+    pack: leave the graphs as they are, for the device that will compile them.
     """
 
     policy: Path
@@ -55,6 +62,8 @@ class Request:
     calibration: Path | None = None
     unnorm_key: str | None = None
     accept_conventions: bool = False
+    golden: int = 0
+    pack: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,27 +103,50 @@ def build(request: Request) -> Manifest:
     else:
         target = request.target.on(request.backend)
     backend = find_backend(target.backend)
-    plan = _runnable(request, plan, target.on(None, parse_version(backend.version())), layers)
+    if request.pack and not backend.compiles:
+        raise ArtefactError(f"target {target.name} with {target.backend} compiles nothing; build without --pack")
+    installed = None if request.pack else parse_version(backend.version())
+    plan = _runnable(request, plan, target.on(None, installed), layers)
     known = request.policy, request.plan, request.calibration, request.unnorm_key, request.accept_conventions
     notes = (conventions_note(*known),)
     peaks = _input_peaks(request, backend, plan)
     with open_checkpoint(request.policy, config) as checkpoint:
         policy = Policy(config, checkpoint, request.policy, policy_sha256, peaks, store or Computed(), notes)
-        return build_engine(policy, plan, target, request.out)
+        golden = _golden(request, plan, policy.codes, target) if request.golden else None
+        return build_engine(policy, plan, target, request.out, golden, request.pack)
 
 
-def build_engine(policy: Policy, plan: Plan, target: Target, out: Path) -> Manifest:
+def _golden(request: Request, plan: Plan, codes: Codes, target: Target) -> Golden:
+    """The policy's decisions of some states, in full precision and as planned."""
+    seed = 0
+    actor = TorchActor.load(request.policy, request.unnorm_key)
+    states = tuple(reference_states(actor.config, actor.unnorm_key, request.calibration, request.golden, seed))
+    full = expected_of(actor, states, "golden states, full precision")
+    quantize_policy(actor.policy, plan.assignment, codes, target.rounding)
+    same = expected_of(actor, states, "golden states, the engine's formats")
+    return Golden(source_of(request.calibration, seed), actor.unnorm_key, states, same, full)
+
+
+def build_engine(
+    policy: Policy, plan: Plan, target: Target, out: Path, golden: Golden | None = None, pack: bool = False
+) -> Manifest:
     """The part of `build` behind the checks of its inputs, for the target's first backend."""
     layers, backend = layers_of(policy.config), find_backend(target.backend)
-    version = backend.version()
+    version = "" if pack else backend.version()
     with atomic_folder(out, ENGINE) as folder:
         for name in policy.config.family.files:
             shutil.copyfile(policy.folder / name, folder / name)
+        if golden is not None:
+            golden.save(folder)
         written = export_graphs(folder, policy, layers, plan.assignment, backend)
-        graphs = backend.compile(written, target, out)
-        built = {name: folder / spec.file for name, spec in graphs.items()}
-        units = unit_records(written, built, layers, plan.assignment, backend, folder)
+        if pack:
+            graphs, became = dict(written.graphs), as_packed(written, layers, plan.formats)
+        else:
+            graphs, became = compile_graphs(written, target, out, layers, plan.formats, backend)
+        units = unit_records(written, became, layers, plan.assignment)
         check_realised(out, units, backend)
+        if backend.compiles:
+            exported.save(folder, written.places, describe_graphs(written, became))
         _keep_only(folder, written.graphs, graphs)
         files = file_records(folder)
         counted = sum(unit.code_bytes + unit.scale_bytes for unit in units)
@@ -132,14 +164,14 @@ def build_engine(policy: Policy, plan: Plan, target: Target, out: Path) -> Manif
             other_bytes=sum(record.bytes for record in files.values()) - counted,
             legalized=plan.legalized,
             input_peaks=dict(policy.input_peaks),
-            notes=(*policy.notes, *((_UNRUN,) if backend.compiles else ())),
+            notes=(*policy.notes, *((PACKED,) if pack else (_UNRUN,) if backend.compiles else ())),
             versions={"onnx": onnx.__version__, "python": platform.python_version()},
         )
         manifest.write(folder)
     return manifest
 
 
-_UNRUN = "not run where it was built: formats are proven by the codes found in the engine, speed and numbers are not"
+_UNRUN = "not run where it was built: formats are proven by what the built engine holds, speed and numbers are not"
 
 
 def _asked_for(request: Request, store: Store | None, policy_sha256: str, layers: Mapping[str, Layer]) -> Plan:
@@ -202,78 +234,3 @@ def _keep_only(folder: Path, written: Mapping[str, GraphSpec], built: Mapping[st
         if built[name].file != spec.file:
             (folder / spec.file).unlink()
             (folder / spec.file).with_suffix(".data").unlink()
-
-
-def unit_records(
-    written: Written,
-    built: Mapping[str, Path],
-    layers: Mapping[str, Layer],
-    planned: Mapping[str, Choice],
-    backend: Backend,
-    scratch: Path,
-) -> tuple[UnitRecord, ...]:
-    """What every layer became, read back.
-
-    built: by graph, the files that run. scratch: a folder for temporary files of their size.
-    """
-    realised: dict[str, Realised] = {}
-    formats = {name: choice.format for name, choice in planned.items()}
-    for graph, spec in written.graphs.items():
-        mine = {name: layer for name, layer in layers.items() if written.places[name].graph == graph}
-        realised |= backend.read_back(written.folder / spec.file, built[graph], mine, formats, scratch)
-    stored = stored_bytes(written.folder, written.graphs, layers)
-    return tuple(
-        UnitRecord(
-            name=name,
-            kind=layer.kind,
-            graph=written.places[name].graph,
-            outputs=layer.outputs,
-            inputs=layer.inputs,
-            planned=str(planned[name].format),
-            realised=str(realised[name].format),
-            arithmetic=realised[name].arithmetic,
-            code_bytes=stored[name][0],
-            scale_bytes=stored[name][1],
-            resident_bytes=realised[name].resident_bytes,
-            recipe=planned[name].recipe,
-        )
-        for name, layer in layers.items()
-    )
-
-
-def stored_bytes(
-    folder: Path, graphs: Mapping[str, GraphSpec], layers: Mapping[str, Layer]
-) -> dict[str, tuple[int, int]]:
-    """Bytes of each layer's codes (or 16-bit weights) and of its scales as written."""
-    sizes: dict[str, int] = {}
-    for spec in graphs.values():
-        model = onnx.load(str(folder / spec.file), load_external_data=False)
-        for tensor in model.graph.initializer:
-            external = {entry.key: entry.value for entry in tensor.external_data}
-            sizes[tensor.name] = int(external["length"]) if external else len(tensor.raw_data)
-    return {
-        name: (sizes.get(f"{name}.codes", sizes.get(f"{name}.weight", 0)), sizes.get(f"{name}.scales", 0))
-        for name in layers
-    }
-
-
-def check_realised(folder: Path, units: tuple[UnitRecord, ...], backend: Backend) -> None:
-    """Raises ArtefactError for a layer whose format or bytes are not the planned ones."""
-    for unit in units:
-        smallest, largest = planned_bytes(unit, backend)
-        if unit.realised != str(canonical(Format.parse(unit.planned), unit.inputs)):
-            raise ArtefactError(
-                f"{folder}: {unit.name} was planned as {unit.planned} but runs as {unit.realised} ({unit.arithmetic})"
-            )
-        if not smallest <= unit.code_bytes <= largest:
-            raise ArtefactError(
-                f"{folder}: {unit.name} takes {unit.code_bytes} bytes, planned {unit.planned} takes {smallest}"
-            )
-
-
-def planned_bytes(unit: UnitRecord, backend: Backend) -> tuple[int, int]:
-    """Bytes that the planned format needs for a unit's codes: bare, and with what the backend may fill up."""
-    fmt = Format.parse(unit.planned)
-    rows, columns = backend.filling(fmt)
-    filled = -(-unit.outputs // rows) * rows * -(-unit.inputs // columns) * columns
-    return -(-unit.weights * fmt.weight_bits // 8), -(-filled * fmt.weight_bits // 8)

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from calibrator.families import TorchActor
 from calibrator.quantizers import find_layer
 from calibrator.quantizers.activations import input_rows
-from engine_build.backends.base import Backend, Place
+from engine_build.backends.base import Backend, Place, Written, allowed_error, taps_of
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.formats import Format
 from vla_policy.core.manifest import Manifest
@@ -31,28 +31,25 @@ from vla_policy.core.observation import Observation
 from vla_policy.core.runner import Engine
 from vla_policy.core.verification import Largest, Layers
 
-ROUNDED_ACTIVATIONS = 0.01
-
-
-def allowed_error(fmt: Format, backend: Backend) -> float:
-    """What a layer of this format may differ by from torch's on the same input."""
-    return backend.float_error if fmt.activation_bits == 16 else ROUNDED_ACTIVATIONS
-
 
 def check_layers(
     folder: Path,
     manifest: Manifest,
-    places: Mapping[str, Place],
+    written: Written,
     backend: Backend,
     actor: TorchActor,
     states: Sequence[Observation],
+    scratch: Path,
 ) -> Layers | None:
     """The largest errors over all states, with `actor` quantized as the engine is; None where nothing is shown.
+
+    written: the engine's graphs as they were exported. scratch: see `Backend.open_tapped`.
 
     Raises ArtefactError naming the first layer, or the stretch before it, that differs by more than is allowed.
     """
     values = _Values()
-    session = backend.open_tapped(folder, manifest, _taps(places), values.add)
+    places = written.places
+    session = backend.open_tapped(written, manifest, taps_of(places), values.add, scratch)
     if session is None:
         return None
     policy = manifest.config.family.policy(manifest.config, folder, actor.unnorm_key)
@@ -73,14 +70,6 @@ def check_layers(
             _refuse(folder, f"{name}: what comes to it", before, between.allowed)
             _refuse(folder, f"{name}: its result ({fmt})", inside, known.allowed)
     return Layers(largest, between)
-
-
-def _taps(places: Mapping[str, Place]) -> dict[str, list[str]]:
-    """The values to be shown, each once, by graph."""
-    taps: dict[str, dict[str, None]] = {}
-    for place in places.values():
-        taps.setdefault(place.graph, {}).update({place.x: None, place.result: None})
-    return {graph: list(names) for graph, names in taps.items()}
 
 
 def _refuse(folder: Path, what: str, error: float, allowed: float) -> None:

@@ -4,12 +4,7 @@ import numpy as np
 import torch
 
 from calibrator.quantizers.packing import pack, unpack
-
-LANES, LANE_INPUTS = 16, 64
-"""Outputs and inputs that the CPU's kernels of this project take at once."""
-
-SLAB, RUN = 16, 128
-"""Outputs and inputs that a warp of the GPU's kernels takes at once; matrices are filled up to whole ones."""
+from engine_build.backends.base import LANE_INPUTS, LANES, RUN, SLAB
 
 
 def turned(matrix: np.ndarray) -> np.ndarray:

@@ -1,8 +1,8 @@
 """Proof that an engine is what its plan says, on a folder that may be read-only: nothing is written into it.
 
 Bytes: export is deterministic, so the policy is exported again as planned, and what that gives is compared with what
-the engine holds: every tensor and the graphs, as they stream by; of compiled graphs, which keep everything else in a
-form of their own, the packed codes.
+the engine holds: every tensor and the graphs, as they stream by. Of compiled graphs the hashes of all that went into
+them are compared, and what stands in them byte for byte is sought again (`engine_build.exported`).
 
 Formats: read back from what the backend makes of the graphs.
 
@@ -12,7 +12,6 @@ may differ by rounding only; each backend says how much its formats may add.
 """
 
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,27 +20,29 @@ from calibrator.families import TorchActor
 from calibrator.families.loading import open_checkpoint
 from calibrator.quantizers import Codes, Computed, quantize_policy
 from calibrator.quantizers.store import Store
+from engine_build import exported
 from engine_build.backends import find_backend
-from engine_build.backends.base import Backend, Place, Written
-from engine_build.build import Policy, check_realised, export_graphs, unit_records
+from engine_build.backends.base import Backend, Written
+from engine_build.build import Policy, export_graphs
+from engine_build.compiled import as_packed, check_realised, describe_graphs, read_back, unit_records
+from engine_build.golden import compare
 from engine_build.graph.comparer import GraphComparer
 from engine_build.layerwise import check_layers
-from engine_build.reference import compare, reference_states
+from engine_build.numbers import check_scores, reference_of
+from engine_build.reference import expected_of, reference_states, source_of
 from engine_build.weights import layers_of
 from vla_policy.core.backends.base import parse_version
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.files import sha256_file, sha256_policy
-from vla_policy.core.formats import FULL_PRECISION, Format
 from vla_policy.core.manifest import MANIFEST, Manifest, UnitRecord
 from vla_policy.core.observation import check_strays
 from vla_policy.core.policy_config import PolicyConfig
 from vla_policy.core.runner import load_engine
 from vla_policy.core.targets import find_target
-from vla_policy.core.verification import Decisions, Layers, Reference, Verification
+from vla_policy.core.verification import Reference, Verification
 
 _COMPILED = (
-    "scales, 16-bit weights, norms, embeddings, biases and the graph, which the backend may keep in a form of its own; "
-    "its files have the hashes that the build recorded"
+    "what the builder merged or keeps in a form of its own; {}; the files have the hashes that the build recorded"
 )
 
 
@@ -60,12 +61,14 @@ class States:
 
 @dataclass(frozen=True)
 class _Exported:
-    """What the policy gives again. tensors, bytes: how many were compared with the engine's."""
+    """What the policy gives again. tensors, bytes: how many were compared with the engine's. not_compared: see
+    Verification."""
 
     written: Written
     units: tuple[UnitRecord, ...]
     tensors: int
     bytes: int
+    not_compared: str = ""
 
 
 def verify(
@@ -91,20 +94,21 @@ def verify(
     _check_copies(engine_folder, manifest, policy_folder)
     codes = _codes(engine_folder, manifest, weights)
     backend = find_backend(manifest.backend)
-    with tempfile.TemporaryDirectory(prefix="verify.") as scratch:
-        exported = _export_again(engine_folder, manifest, policy_folder, codes, backend, Path(scratch))
-    _check_manifest(engine_folder, manifest, backend, exported)
     reference, parents = None, {"engine": sha256_file(engine_folder / MANIFEST), "policy": sha256}
-    if states is not None and key is not None:
-        reference = _reference(engine_folder, manifest, policy_folder, codes, states, key, exported.written.places)
-        if states.calibration is not None:
-            parents["calibration"] = load_calibration(states.calibration).sha256
+    with tempfile.TemporaryDirectory(prefix="verify.") as folder:
+        scratch = Path(folder)
+        again = _export_again(engine_folder, manifest, policy_folder, codes, backend, scratch)
+        _check_manifest(engine_folder, manifest, backend, again)
+        if states is not None and key is not None and not manifest.packed:
+            reference = _reference(engine_folder, manifest, policy_folder, codes, states, key, again.written, scratch)
+            if states.calibration is not None:
+                parents["calibration"] = load_calibration(states.calibration).sha256
     return Verification(
         engine=engine_folder.resolve().name,
         parents=parents,
-        tensors=exported.tensors,
-        bytes=exported.bytes,
-        not_compared=_COMPILED if backend.compiles else "",
+        tensors=again.tensors,
+        bytes=again.bytes,
+        not_compared=again.not_compared,
         reference=reference,
     )
 
@@ -152,15 +156,22 @@ def _export_again(
     with open_checkpoint(policy_folder, manifest.config) as checkpoint:
         parent, peaks = manifest.parents["policy"], manifest.input_peaks
         policy = Policy(manifest.config, checkpoint, policy_folder, parent, peaks, codes)
-        if backend.compiles:
+        if backend.compiles and not manifest.packed:
             written = export_graphs(scratch, policy, layers, planned, backend)
         else:
             written = export_graphs(engine_folder, policy, layers, planned, backend, new_comparer)
             _refuse_differences(engine_folder, comparers)
-    units = unit_records(written, built, layers, planned, backend, scratch)
-    if backend.compiles:
-        packed = [unit.code_bytes for unit in units if Format.parse(unit.planned) != FULL_PRECISION]
-        return _Exported(written, units, len(packed), sum(packed))
+    formats = {name: choice.format for name, choice in planned.items()}
+    if manifest.packed:
+        became = as_packed(written, layers, formats)
+    else:
+        became = read_back(written, built, layers, formats, backend, scratch)
+    units = unit_records(written, became, layers, planned)
+    if backend.compiles and not manifest.packed:
+        now = describe_graphs(written, became)
+        exported.check_same(engine_folder, exported.load(engine_folder)[1], now)
+        sizes = [tensor.bytes for graph in now.values() for tensor in graph.tensors.values()]
+        return _Exported(written, units, len(sizes), sum(sizes), _COMPILED.format(exported.summary(now)))
     tensors, count = (sum(getattr(one, what) for one in comparers) for what in ("tensors", "bytes"))
     return _Exported(written, units, tensors, count)
 
@@ -174,16 +185,16 @@ def _refuse_differences(engine_folder: Path, comparers: list[GraphComparer]) -> 
         )
 
 
-def _check_manifest(engine_folder: Path, manifest: Manifest, backend: Backend, exported: _Exported) -> None:
+def _check_manifest(engine_folder: Path, manifest: Manifest, backend: Backend, again: _Exported) -> None:
     """The manifest's graphs, calls and units are what is there, and what is there was planned."""
-    graphs = dict(exported.written.graphs)
-    if backend.compiles:
+    graphs = dict(again.written.graphs)
+    if backend.compiles and not manifest.packed:
         graphs = {name: replace(spec, file=manifest.graphs[name].file) for name, spec in graphs.items()}
     if graphs != manifest.graphs:
         raise ArtefactError(f"{engine_folder / MANIFEST}: graphs are not the engine's; build it again")
-    if dict(exported.written.program) != manifest.program:
+    if dict(again.written.program) != manifest.program:
         raise ArtefactError(f"{engine_folder / MANIFEST}: program is not the policy's; build it again")
-    for now, unit in zip(exported.units, manifest.units, strict=True):
+    for now, unit in zip(again.units, manifest.units, strict=True):
         if now != unit:
             raise ArtefactError(f"{engine_folder}: {now.name} is {now}, the manifest says {unit}; build it again")
     check_realised(engine_folder, manifest.units, backend)
@@ -196,7 +207,8 @@ def _reference(
     codes: Codes,
     states: States,
     unnorm_key: str,
-    places: Mapping[str, Place],
+    written: Written,
+    scratch: Path,
 ) -> Reference:
     """The numbers beside torch's.
 
@@ -204,53 +216,15 @@ def _reference(
     actions.
     """
     engine = load_engine(engine_folder, unnorm_key)
-    seen = reference_states(engine, states.calibration, states.samples, states.seed)
+    seen = reference_states(engine.config, unnorm_key, states.calibration, states.samples, states.seed)
     actor = TorchActor.load(policy_folder, unnorm_key)
-    full = compare(engine, actor, seen, "against full precision")
+    title = "torch, full precision"
+    full = compare(engine, expected_of(actor, seen, title), seen, "engine beside it")
     source = str(states.calibration) if states.calibration else "random images (--calibration names real states)"
     check_strays(full.stray_states, len(seen), source)
     target = find_target(manifest.target).on(manifest.backend, parse_version(manifest.backend_version))
     quantize_policy(actor.policy, {unit.name: unit.choice for unit in manifest.units}, codes, target.rounding)
-    same = compare(engine, actor, seen, "against the same formats in torch")
-    allowed, what = tolerance_of(manifest), engine.policy.scored
-    if not same.scores_error <= allowed:
-        raise ArtefactError(
-            f"{engine_folder}: {what} differ from the torch policy with the same formats by "
-            f"{same.scores_error:.2e} of their standard deviation, allowed {allowed:.0e}; build it again"
-        )
-    layers = check_layers(engine_folder, manifest, places, find_backend(manifest.backend), actor, seen)
-    return Reference(
-        processor=engine.processor,
-        states=len(seen),
-        source="calibration set" if states.calibration else f"random images, seed {states.seed}",
-        statistics=unnorm_key,
-        allowed=allowed,
-        same_formats=same,
-        full_precision=full,
-        layers=layers,
-        summary=f"{len(seen)} states; torch with the same formats: {what} differ by {same.scores_error:.1e} of their "
-        f"standard deviation (allowed {allowed:g}){_equal(same)}{_by_format(layers)}; torch in full precision: actions "
-        f"differ by up to {full.action_max_abs:.3g}{_equal(full)}{_strays(full)}",
-    )
-
-
-def _equal(decisions: Decisions) -> str:
-    return "" if decisions.equal_tokens is None else f", {decisions.equal_tokens:.1%} equal tokens"
-
-
-def _strays(decisions: Decisions) -> str:
-    states = decisions.stray_states
-    return f"; in {states} of the states it prefers a token that is no action" if states else ""
-
-
-def _by_format(layers: Layers | None) -> str:
-    if layers is None:
-        return ""
-    of = [f"{fmt} {found.error:.0e} (allowed {found.allowed:g})" for fmt, found in sorted(layers.formats.items())]
-    return f", single layers by up to {', '.join(of)}, between them {layers.between.error:.0e}"
-
-
-def tolerance_of(manifest: Manifest) -> float:
-    """Largest accepted `scores_error` of whole decisions against torch with the same formats."""
-    backend = find_backend(manifest.backend)
-    return max(backend.tolerance(Format.parse(unit.planned)) for unit in manifest.units)
+    same = compare(engine, expected_of(actor, seen, "torch, the engine's formats"), seen, "engine beside it")
+    check_scores(engine_folder, engine, same)
+    layers = check_layers(engine_folder, manifest, written, find_backend(manifest.backend), actor, seen, scratch)
+    return reference_of(engine, source_of(states.calibration, states.seed), len(seen), same, full, layers)

@@ -8,25 +8,9 @@ import torch
 from calibrator.families import live_units
 from calibrator.families.loading import Tensors, empty_policy
 from calibrator.quantizers import Codes, QuantizedWeight
-from vla_policy.core.backends.base import LayerKind
+from engine_build.backends.base import Layer
 from vla_policy.core.formats import Choice, Format
 from vla_policy.core.policy_config import PolicyConfig
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A quantizable layer as a linear map."""
-
-    name: str
-    kind: LayerKind
-    group: str
-    outputs: int
-    inputs: int
-    bias: bool
-
-    @property
-    def weights(self) -> int:
-        return self.outputs * self.inputs
 
 
 def layers_of(config: PolicyConfig) -> dict[str, Layer]:

@@ -33,9 +33,9 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def test_every_layer_is_measured_where_the_family_says(material: Path) -> None:
     table = Sensitivity.load(material / "sensitivity.json")
     assert {unit.name: (unit.stage, unit.kind, unit.macs // unit.params) for unit in table.units} == {
-        "eye": ("vision", "linear", 16),
-        "feel": ("projector", "linear", 1),
-        "bridge": ("projector", "linear", 16),
+        "eye": ("vision", "encoder", 16),
+        "feel": ("projector", "encoder", 1),
+        "bridge": ("projector", "encoder", 16),
         "body.0": ("language", "linear", 16),
         "body.1": ("language", "linear", 16),
         "hand": ("head", "head", 2),

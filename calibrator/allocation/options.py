@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from calibrator.quantizers import groups_per_row, parse_choice
 from calibrator.sensitivity.table import Objective, Sensitivity, UnitScores
+from vla_policy.core.backends.base import LayerKind
 from vla_policy.core.errors import ArtefactError, BudgetError
 from vla_policy.core.files import read_json
 from vla_policy.core.formats import FULL_PRECISION, Choice, Format
@@ -111,8 +112,8 @@ class Pin:
         return Pin(glob, parse_choice(choice))
 
 
-def offered(choices: Sequence[Choice], target: Target | None) -> dict[Choice, Choice]:
-    """What the target runs, the least precise first, and the measured choice that is its score.
+def offered(choices: Sequence[Choice], target: Target | None, kind: LayerKind) -> dict[Choice, Choice]:
+    """What the target runs on layers of a kind, the least precise first, and the measured choice that is its score.
 
     A measured format that the target lacks stands for the nearest that it runs, which loses nothing against it, unless
     that has other weight bits. What was measured itself is never scored by something else, and of several that are
@@ -122,7 +123,7 @@ def offered(choices: Sequence[Choice], target: Target | None) -> dict[Choice, Ch
         return {choice: choice for choice in choices}
     found: dict[Choice, Choice] = {}
     for measured in sorted(choices, key=lambda choice: choice.precision):
-        nearest = target.nearest(measured.format)
+        nearest = target.nearest(measured.format, kind)
         if nearest.weight_bits == measured.format.weight_bits:
             runs = Choice(nearest, measured.recipe)
             found[runs] = runs if runs in choices else measured
@@ -138,14 +139,15 @@ def build_groups(
     target: Target | None = None,
 ) -> list[Group]:
     """Every fused group with its allowed choices. Raises BudgetError for a pin that cannot hold."""
-    scored_by = offered(sensitivity.choices, target)
-    runs_as = {measured: runs for runs, measured in scored_by.items()}
+    of_kind = {kind: offered(sensitivity.choices, target, kind) for kind in {unit.kind for unit in sensitivity.units}}
     fixed = _pinned(sensitivity, pins)
     layers: dict[str, list[UnitScores]] = {}
     for unit in sensitivity.units:
         layers.setdefault(unit.group, []).append(unit)
     groups = []
     for name, units in layers.items():
+        scored_by = of_kind[units[0].kind]
+        runs_as = {measured: runs for runs, measured in scored_by.items()}
         wanted = {fixed[unit.name] for unit in units if unit.name in fixed}
         if len(wanted) > 1:
             pinned = " and ".join(sorted(map(str, wanted)))

@@ -196,7 +196,11 @@ class Planner:
         return {unit.name: by_unit[unit.name] for unit in self.sensitivity.units}
 
     def _offered(self) -> dict[Choice, Choice]:
-        return offered(self.sensitivity.choices, self.request.machine)
+        """To layers of any kind."""
+        found: dict[Choice, Choice] = {}
+        for kind in sorted({unit.kind for unit in self.sensitivity.units}):
+            found |= offered(self.sensitivity.choices, self.request.machine, kind)
+        return dict(sorted(found.items(), key=lambda item: item[0].precision))
 
     def _not_offered(self) -> list[Choice]:
         """Measured choices that no layer can have on the target."""
@@ -258,14 +262,15 @@ def _check_screened(sensitivity: Sensitivity, request: PlanRequest) -> None:
     if screened is None:
         return
     limits, wanted = request.limits, Objective(screened["alpha"], screened["beta"])
-    runs = offered(sensitivity.choices, request.machine)
+    kinds = {unit.kind for unit in sensitivity.units}
+    runs = [set(offered(sensitivity.choices, request.machine, kind)) for kind in kinds]
     asked = {
         "budgets other than the average bits it was screened for": limits
         != Limits(average_bits=limits.average_bits)
         or limits.average_bits not in screened["targets"],
         "another objective": request.objective != wanted,
         "pins": bool(request.pins),
-        "a target that runs other formats": set(runs) != set(sensitivity.choices),
+        "a target that runs other formats": any(choices != set(sensitivity.choices) for choices in runs),
     }
     for what, differs in asked.items():
         if differs:

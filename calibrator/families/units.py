@@ -33,7 +33,9 @@ class Unit:
         """What matters to the formats that a target runs."""
         if self.stage == "head":
             return "head"
-        return "patch_embed" if isinstance(self.module, nn.Conv2d) else "linear"
+        if isinstance(self.module, nn.Conv2d):
+            return "patch_embed"
+        return "linear" if self.stage == "language" else "encoder"
 
     @property
     def params(self) -> int:

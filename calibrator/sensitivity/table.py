@@ -15,6 +15,7 @@ from calibrator.sensitivity.evidence import BOUNDARIES
 from calibrator.sensitivity.scores import ScoreSettings, evidence_loss, phase_of, soft_bottleneck, temporal_score
 from calibrator.sensitivity.sweep import UnitLosses
 from calibrator.tensors import save_tensors
+from vla_policy.core.backends.base import LayerKind
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.files import named_file, read_json, sha256_file
 from vla_policy.core.formats import FULL, Choice
@@ -37,7 +38,7 @@ class UnitShape:
     stage: str
     track: str
     segment: str
-    kind: str
+    kind: LayerKind
     group: str
     inputs: int
     outputs: int

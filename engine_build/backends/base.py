@@ -1,22 +1,49 @@
 """What a backend gives the build: how its graphs are written, compiled and read back, and how exactly it computes."""
 
+import importlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from engine_build.graph.builder import GraphBuilder
-from engine_build.graph.context import LinearWriter
-from engine_build.weights import Layer
+from vla_policy.core.backends.base import LayerKind
 from vla_policy.core.formats import Format
 from vla_policy.core.manifest import Manifest
 from vla_policy.core.program import Call, GraphSpec, Session
 from vla_policy.core.targets import Target
 
+if TYPE_CHECKING:  # needed to write graphs, not to compile them: a device that only does that has no torch
+    from engine_build.graph.context import LinearWriter
+
+LANES, LANE_INPUTS = 16, 64
+"""Outputs and inputs that the CPU's kernels of this project take at once."""
+
+SLAB, RUN = 16, 128
+"""Outputs and inputs that a warp of the GPU's kernels takes at once; matrices are filled up to whole ones."""
+
+ROUNDED_ACTIVATIONS = 0.01
+"""Of a single layer: a quotient on the other side of .5 moves a token's result by up to 1 / 127 of its peak."""
 ROUNDED_ACTIVATIONS_TOLERANCE = 0.15
-"""A code on the other side of .5 moves an activation by 1/127 of its token's peak, and such differences add up."""
+"""Of whole decisions, in which such differences add up."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A quantizable layer as a linear map. group: layers of one group have one input."""
+
+    name: str
+    kind: LayerKind
+    group: str
+    outputs: int
+    inputs: int
+    bias: bool
+
+    @property
+    def weights(self) -> int:
+        return self.outputs * self.inputs
 
 
 @dataclass(frozen=True)
@@ -28,7 +55,7 @@ class Dialect:
     """
 
     float_type: int
-    linear: LinearWriter
+    linear: "LinearWriter"
     fused: bool = False
     probe: tuple[str, Callable[[GraphBuilder, Sequence[Format]], None]] | None = None
 
@@ -40,6 +67,15 @@ class Realised:
     format: Format
     arithmetic: str
     resident_bytes: int
+
+
+@dataclass(frozen=True)
+class ReadBack:
+    """What a graph became. layers: each as it runs. tensors: names of those that the graph was written with and that
+    stand in what was compiled from it, byte for byte; empty where nothing is compiled."""
+
+    layers: Mapping[str, Realised]
+    tensors: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -64,6 +100,19 @@ class Written:
     places: Mapping[str, Place]
 
 
+def taps_of(places: Mapping[str, Place]) -> dict[str, list[str]]:
+    """The values to be shown, each once, by graph."""
+    taps: dict[str, dict[str, None]] = {}
+    for place in places.values():
+        taps.setdefault(place.graph, {}).update({place.x: None, place.result: None})
+    return {graph: list(names) for graph, names in taps.items()}
+
+
+def allowed_error(fmt: Format, backend: "Backend") -> float:
+    """What a layer of this format may differ by from torch's on the same input."""
+    return backend.float_error if fmt.activation_bits == 16 else ROUNDED_ACTIVATIONS
+
+
 Seen = Callable[[str, str, np.ndarray], None]
 
 
@@ -71,6 +120,16 @@ def canonical(fmt: Format, inputs: int) -> Format:
     """The format itself, or per row where one group holds all inputs: the two are the same bytes."""
     whole = fmt.group_size is not None and fmt.group_size >= inputs
     return Format(fmt.weight_bits, fmt.activation_bits, None if whole else fmt.group_size)
+
+
+def deferred(module: str, function: str) -> Callable[..., Any]:
+    """A function of a module that is imported when it is first called: what writes graphs needs torch, and a device
+    that only compiles and runs them has none."""
+
+    def call(*arguments: Any) -> Any:
+        return getattr(importlib.import_module(module), function)(*arguments)
+
+    return call
 
 
 class Backend(Protocol):
@@ -103,8 +162,8 @@ class Backend(Protocol):
 
     def read_back(
         self, written: Path, built: Path, layers: Mapping[str, Layer], planned: Mapping[str, Format], scratch: Path
-    ) -> dict[str, Realised]:
-        """What each of a graph's layers became. Raises ArtefactError for one that cannot be found.
+    ) -> ReadBack:
+        """What a graph became. Raises ArtefactError for a layer that cannot be found.
 
         written: the graph as exported. built: what runs; the same file unless the backend compiles. scratch: a folder
         for temporary files of the graph's size.
@@ -120,11 +179,19 @@ class Backend(Protocol):
         ...
 
     def open_tapped(
-        self, folder: Path, manifest: Manifest, taps: Mapping[str, Collection[str]], seen: Seen
+        self, written: Written, manifest: Manifest, taps: Mapping[str, Collection[str]], seen: Seen, scratch: Path
     ) -> Session | None:
         """A session that also shows values inside its graphs; None where the backend has no such thing.
 
-        taps: names of values, by graph. seen: told each of them at every call, under graph and name.
+        taps: names of values, by graph. seen: told each of them at every call, under graph and name, in float32.
+        scratch: a folder for files of the engine's size that the session needs.
+        """
+        ...
+
+    def stored_result(self, graph: Path, layer: Layer, fmt: Format, x: np.ndarray) -> np.ndarray:
+        """float32 [tokens, out]: what the layer's tensors in a written `graph` give for x [tokens, in], bias added.
+
+        Raises ArtefactError where that cannot be told without the policy.
         """
         ...
 

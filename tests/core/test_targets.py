@@ -1,9 +1,11 @@
 """The table of legal formats: lookups, reasons, nearest legal format."""
 
+import re
+
 import pytest
 
 from vla_policy.core.backends import backend_names, find_backend
-from vla_policy.core.backends.base import parse_version
+from vla_policy.core.backends.base import LayerKind, parse_version
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.formats import Format
 from vla_policy.core.targets import TARGETS, find_target
@@ -32,13 +34,42 @@ def test_nearest_loses_nothing_and_costs_least(wanted: str, nearest: str) -> Non
     assert str(find_target("cpu").nearest(Format.parse(wanted))) == nearest
 
 
-def test_formats_are_those_of_the_version_that_is_there() -> None:
-    """JetPack 6 stays on TensorRT 10.3, which embeds no compiled kernels."""
-    orin = find_target("orin")
-    older = orin.on("tensorrt", (10, 3))
-    assert orin.why_not(Format(2, 16, 64)) is None and older.why_not(Format(4, 16, 64)) is None
-    assert older.why_not(Format(2, 16, 64)) == "no kernel runs w2a16 on a linear layer with tensorrt 10.3"
-    assert older.nearest(Format(2, 16, 64)) == Format(4, 16, 64)
+def formats(target: str, kind: LayerKind = "linear") -> set[str]:
+    return {str(fmt) for fmt in find_target(target).legal(kind)}
+
+
+def test_formats_are_those_of_the_release() -> None:
+    """TensorRT's own are INT8 and INT4 in blocks of 64 or 128; JetPack 6's TensorRT 10.3 embeds no kernels of ours."""
+    own = {"w16a16", "w8a16", "w8a8", "w4a16_g64", "w4a16_g128"}
+    ours = {f"{bare}{group}" for bare in ("w2a16", "w4a8") for group in ("", "_g32", "_g64", "_g128")}
+    assert formats("orin-jp6") == own
+    for name in ("orin-jp7", "thor-jp7", "h100"):
+        assert formats(name) == formats(name, "head") == own | ours
+        assert formats(name, "encoder") == formats(name, "patch_embed") == own
+    rtx = {f"{bare}{group}" for bare in ("w2a16", "w4a16") for group in ("", "_g32", "_g64", "_g128")}
+    assert formats("a100") == {"w16a16", "w8a16", "w8a8"} | rtx
+
+
+@pytest.mark.parametrize(
+    ("target", "wanted", "why", "nearest"),
+    [
+        ("orin-jp6", "w2a16_g64", r"two 2-bit codes to an INT4 have one scale per tensor, .* need TensorRT 10\.9",
+         "w4a16_g64"),
+        ("orin-jp6", "w4a8_g128", r"our kernels need TensorRT 10\.9", "w4a16_g128"),
+        ("orin-jp6", "w4a16_g32", r"tensorrt 10\.3 runs w4a16 with groups of 64, groups of 128 only", "w4a16_g64"),
+        ("thor-jp7", "w4a16", r"tensorrt 11\.4\.1 runs w4a16 with groups of 64, groups of 128 only", "w4a16_g128"),
+    ],
+)  # fmt: skip
+def test_what_a_release_lacks_is_refused_with_the_reason(target: str, wanted: str, why: str, nearest: str) -> None:
+    there, fmt = find_target(target), Format.parse(wanted)
+    assert re.search(why, str(there.why_not(fmt)))
+    assert str(there.nearest(fmt)) == nearest
+
+
+def test_a_later_version_has_its_own_formats_and_an_earlier_one_is_refused() -> None:
+    assert find_target("orin-jp6").on("tensorrt", (10, 9)).why_not(Format(2, 16, 64)) is None
+    with pytest.raises(ArtefactError, match=r"has tensorrt 11\.4\.1 or later, installed is 10\.3\.0; .* orin-jp6"):
+        find_target("orin-jp7").on("tensorrt", (10, 3, 0))
 
 
 @pytest.mark.parametrize(

@@ -22,12 +22,15 @@ from engine_build.backends.tensorrt.kernels import (
     FEW,
     GROUPS,
     MANY,
+    ROW,
     Few,
     Kernel,
     Many,
     compile_ptx,
     product_kernel,
+    roofline,
 )
+from engine_build.backends.tensorrt.kernels.roofline import KINDS, MACHINES, PREFILL, bound
 from engine_build.packing import RUN, SLAB, pack_runs, pack_scales
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.formats import Format
@@ -194,7 +197,7 @@ def test_kernels_follow_from_shapes(inputs: int, group: int | None) -> None:
     words = pack_runs(np.zeros((1, inputs), np.int8), 2)
     scales = pack_scales(np.zeros((1, -(-inputs // group) if group else 1), np.float16), inputs, group)
     kernel = product_kernel(2, FEW, words.shape, scales.shape)
-    assert kernel.group == (128 if scales.shape[1] == 1 else group)
+    assert kernel.group == (ROW if scales.shape[1] == 1 else group)
 
 
 @with_nvcc
@@ -220,6 +223,20 @@ def test_ptx_is_made_for_the_gpu_that_is_asked_for(capability: tuple[int, int]) 
     assert f".target sm_{capability[0]}{capability[1]}" in ptx
     assert ".entry w4a8_few_g64(" in ptx
     assert "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32" in ptx
+
+
+def test_bounds_are_bytes_over_bandwidth_or_sums_over_peak() -> None:
+    """Computed by hand for the attention's products on an A100: 2,039 GB/s, 312 and 624 T/s."""
+    a100, _ = MACHINES
+    kinds = {kind.name: kind for kind in KINDS}
+    one = {name: bound(a100, kind, 1, 4096, 4096) for name, kind in kinds.items()}
+    assert one["bf16"].us == pytest.approx((4096 * 4096 * 2 + 2 * 4096 * 2) / 2039e3)
+    assert one["w4a8"].us == pytest.approx((4096 * 4096 / 2 + 4096 * 32 * 2 + 4096 * 3) / 2039e3)
+    assert one["bf16"].us / one["w2a16"].us == pytest.approx(16 / (2 + 16 / 128), rel=0.01)
+    many = {name: bound(a100, kind, PREFILL, 4096, 4096) for name, kind in kinds.items()}
+    assert many["w2a16"].us == many["bf16"].us == pytest.approx(2 * 290 * 4096 * 4096 / 312e6)
+    assert many["bf16"].us == 2 * many["w4a8"].us
+    assert roofline.table().count("AGX Orin") == 10
 
 
 def architecture(cubin: bytes) -> int:

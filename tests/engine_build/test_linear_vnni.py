@@ -95,7 +95,7 @@ def test_every_format_at_any_number_of_rows(
         )
         assert np.array_equal(run(path, x[:rows], lib=without_tiles), y[:rows]), "vectors and tiles differ"
     found = find_backend(TARGET.backend).read_back(path, path, {weights.layer.name: weights.layer}, {}, tmp_path)
-    assert found[weights.layer.name].format == canonical(fmt, inputs)
+    assert found.layers[weights.layer.name].format == canonical(fmt, inputs)
 
 
 @needs_vnni

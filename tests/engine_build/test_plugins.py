@@ -21,7 +21,7 @@ from engine_build.backends import find_backend
 from engine_build.backends.tensorrt import plugins
 from engine_build.backends.tensorrt.kernels import Kernel
 from engine_build.backends.tensorrt.linear_plugin import linear
-from engine_build.build import planned_bytes
+from engine_build.compiled import planned_bytes
 from engine_build.graph.builder import GraphBuilder
 from engine_build.weights import Layer, LayerWeights
 from vla_policy.core.errors import ArtefactError
@@ -30,7 +30,8 @@ from vla_policy.core.manifest import UnitRecord
 from vla_policy.core.targets import find_target
 
 INPUTS, OUTPUTS = 150, 40
-FORMATS = [fmt for fmt in find_target("orin").legal() if (fmt.weight_bits, fmt.activation_bits) in ((2, 16), (4, 8))]
+ORIN = find_target("orin-jp7")
+FORMATS = [fmt for fmt in ORIN.legal() if (fmt.weight_bits, fmt.activation_bits) in ((2, 16), (4, 8))]
 TENSORRT = {"float16": "FP16", "float32": "FP32", "int32": "INT32"}
 
 
@@ -97,7 +98,7 @@ class Machine:
 
 def write(path: Path, all_weights: list[LayerWeights]) -> None:
     """The layers' sum over one input."""
-    with GraphBuilder(path, TensorProto.FLOAT16, 21) as builder:
+    with GraphBuilder(path, TensorProto.FLOAT16) as builder:
         result = linear(builder, "x", all_weights[0])
         for weights in all_weights[1:]:
             result = builder.add(result, linear(builder, "x", weights))

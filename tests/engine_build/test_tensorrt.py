@@ -17,15 +17,16 @@ from ragged import observation, write_plan
 
 from calibrator.data.calibration import collect, load_calibration
 from calibrator.data.records import Record, SourceIndex, Trajectory
+from calibrator.families.loading import open_checkpoint
 from calibrator.quantizers import Computed, quantize
 from calibrator.quantizers.packing import pack
+from engine_build import exported
 from engine_build.backends import find_backend
-from engine_build.backends.base import Written
+from engine_build.backends.base import ReadBack, Written
 from engine_build.backends.onnxruntime.linear import linear as linear_onnxruntime
 from engine_build.backends.tensorrt.builder import call_shapes
 from engine_build.backends.tensorrt.linear import linear
-from engine_build.backends.tensorrt.readback import read_back
-from engine_build.build import Request, build
+from engine_build.build import Policy, Request, build, export_graphs
 from engine_build.graph.builder import GraphBuilder
 from engine_build.graph.context import GraphContext
 from engine_build.plan import Plan, check_legal, legalize, uniform_plan
@@ -41,7 +42,7 @@ from vla_policy.core.prismatic.pixels import preprocess
 from vla_policy.core.program import profiles
 from vla_policy.core.targets import find_target
 
-A100 = find_target("a100")
+A100, ORIN = find_target("a100"), find_target("orin-jp7")
 INPUTS, OUTPUTS = 150, 40
 INPUT_PEAK = 3.0
 LAYER = Layer("stack.layer", "linear", "stack.layer", OUTPUTS, INPUTS, bias=True)
@@ -70,7 +71,7 @@ def write_graph(path: Path, fmt: Format) -> tuple[torch.Tensor, np.ndarray]:
     bias = torch.randn(OUTPUTS, generator=generator).half().float().numpy()
     quantized = with_every_code(weight, fmt) if fmt.weight_bits < 16 else None
     weights = LayerWeights(LAYER, fmt, quantized, None if quantized else weight, bias, INPUT_PEAK)
-    with GraphBuilder(path, TensorProto.FLOAT16, 21) as builder:
+    with GraphBuilder(path, TensorProto.FLOAT16) as builder:
         builder.rename(linear(builder, "x", weights), "y")
         x, y = (
             helper.make_tensor_value_info(name, TensorProto.FLOAT16, [1, "tokens", size])
@@ -101,7 +102,7 @@ def test_an_odd_row_of_two_bit_codes_is_paired(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(5)
     quantized = quantize(torch.randn(6, 7, generator=generator), rtn(Format(2, 16)))
     layer = Layer("odd", "linear", "odd", 6, 7, bias=False)
-    with GraphBuilder(tmp_path / "odd.onnx", TensorProto.FLOAT16, 21) as builder:
+    with GraphBuilder(tmp_path / "odd.onnx", TensorProto.FLOAT16) as builder:
         builder.rename(linear(builder, "x", LayerWeights(layer, Format(2, 16), quantized, None, None)), "y")
         sizes = {"x": 7, "y": 6}
         infos = [helper.make_tensor_value_info(key, TensorProto.FLOAT16, [1, 7, size]) for key, size in sizes.items()]
@@ -116,7 +117,7 @@ def test_weights_that_float16_cannot_hold_are_refused(tmp_path: Path) -> None:
     rows = torch.tensor([[1e5, 1.0]])
     message = r"large.weight: holds numbers that are not finite in float16"
     with (
-        GraphBuilder(tmp_path / "large.onnx", TensorProto.FLOAT16, 21) as builder,
+        GraphBuilder(tmp_path / "large.onnx", TensorProto.FLOAT16) as builder,
         pytest.raises(ArtefactError, match=message),
     ):
         linear(builder, "x", LayerWeights(layer, Format(16, 16), None, rows, None))
@@ -134,7 +135,7 @@ def test_codes_whose_weights_float16_cannot_hold_are_refused(tmp_path: Path) -> 
         with GraphBuilder(tmp_path / f"{float_type}.onnx", float_type) as builder:
             plan = {"large": rtn(Format(4, 16, 32))}
             context = GraphContext(
-                builder, OneWeight(), {"large": layer}, plan, Computed(), write, lambda *layer: None, {}
+                builder, OneWeight(), {"large": layer}, plan, Computed(), write, lambda *layer: None, {}, False
             )
             if float_type == TensorProto.FLOAT:
                 context.linear("x", "large")
@@ -151,8 +152,9 @@ def test_codes_are_found_wherever_they_stand_and_missed_when_altered(fmt: Format
     codes = tensors["stack.layer.codes"].raw_data
     noise = np.random.default_rng(0).bytes(4 * 37)
     engine.write_bytes(noise + codes + noise)
-    found = read_back(graph, engine, {LAYER.name: LAYER}, {LAYER.name: fmt})[LAYER.name]
-    assert found.format == fmt
+    found = read_back(graph, engine, {LAYER.name: LAYER}, {LAYER.name: fmt})
+    assert found.layers[LAYER.name].format == fmt
+    assert found.tensors == {f"{LAYER.name}.codes"}
     engine.write_bytes(noise + codes[:-1] + bytes([codes[-1] ^ 0x10]) + noise)
     with pytest.raises(ArtefactError, match=r"codes of 1 layers are not in the engine, e.g. stack.layer, planned"):
         read_back(graph, engine, {LAYER.name: LAYER}, {LAYER.name: fmt})
@@ -162,7 +164,7 @@ def test_layers_of_one_input_are_found_side_by_side(tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
     codes = {name: rng.integers(-8, 8, (24, 32)).astype(np.int8) for name in "qkv"}
     layers = {name: Layer(name, "linear", "qkv", 32, 24, bias=False) for name in codes}
-    with GraphBuilder(tmp_path / "rows.onnx", TensorProto.FLOAT16, 21) as builder:
+    with GraphBuilder(tmp_path / "rows.onnx", TensorProto.FLOAT16) as builder:
         for name, values in codes.items():
             builder.raw(f"{name}.codes", TensorProto.INT4, values.shape, pack(values, 4))
         builder.save([], [])
@@ -170,11 +172,44 @@ def test_layers_of_one_input_are_found_side_by_side(tmp_path: Path) -> None:
     beside = np.hstack(list(codes.values()))
     engine.write_bytes(bytes(20) + pack(beside, 4))
     found = read_back(tmp_path / "rows.onnx", engine, layers, planned)
-    assert {realised.format for realised in found.values()} == {Format(4, 16)}
+    assert {realised.format for realised in found.layers.values()} == {Format(4, 16)}
     beside[23, 95] ^= 1
     engine.write_bytes(bytes(20) + pack(beside, 4))
     with pytest.raises(ArtefactError, match=r"codes of 1 layers are not in the engine, e.g. v, planned"):
         read_back(tmp_path / "rows.onnx", engine, layers, planned)
+
+
+def rehash(engine: Path, manifest: Manifest) -> None:
+    replace(manifest, files=file_records(engine)).write(engine)
+
+
+def export_again(manifest: Manifest, policy: Path, folder: Path) -> Path:
+    folder.mkdir()
+    config, planned = manifest.config, {unit.name: unit.choice for unit in manifest.units}
+    with open_checkpoint(policy, config) as checkpoint:
+        source = Policy(config, checkpoint, policy, manifest.parents["policy"])
+        export_graphs(folder, source, layers_of(config), planned, find_backend(manifest.backend))
+    return folder
+
+
+def stored(graph: Path, name: str) -> np.ndarray:
+    (tensor,) = (one for one in onnx.load(str(graph)).graph.initializer if one.name == name)
+    return np.frombuffer(tensor.raw_data, np.uint8).reshape(tensor.dims[0], -1)
+
+
+def alter(engine: Path, tensor: np.ndarray) -> bytes:
+    """Flips one bit of a tensor wherever it stands, as it is or, of float16, transposed; returns what stood there."""
+    before = engine.read_bytes()
+    turned = np.ascontiguousarray(tensor.view(np.uint16).T).tobytes()
+    changed = bytearray(before)
+    for content in {tensor.tobytes(), turned}:
+        place = before.find(content)
+        while place >= 0:
+            changed[place + len(content) // 2] ^= 1
+            place = before.find(content, place + 1)
+    assert changed != before
+    engine.write_bytes(changed)
+    return before
 
 
 def test_an_a100_engine_is_built_without_a_gpu(workshop: Path, tmp_path: Path) -> None:
@@ -184,20 +219,42 @@ def test_an_a100_engine_is_built_without_a_gpu(workshop: Path, tmp_path: Path) -
     assert Manifest.load(tmp_path / "engine") == manifest
     assert sorted(path.name for path in (tmp_path / "engine").iterdir()) == [
         "decoder.engine",
+        "exported.json",
         "manifest.json",
         "tokenizer.json",
         "vision.engine",
     ]
     assert {unit.planned for unit in manifest.units} >= {"w2a16_g32", "w4a16_g32", "w16a16"}
     assert any("w8a16_g32 -> w8a16 " in change for change in manifest.legalized)
-    assert "not run where it was built" in manifest.notes[0]
+    assert "not run where it was built" in manifest.notes[-1]
     found = verify(tmp_path / "engine", workshop / "policy", None)
-    packed = [unit for unit in manifest.units if unit.planned != "w16a16"]
-    assert (found.tensors, found.bytes) == (len(packed), sum(unit.code_bytes for unit in packed))
-    assert "scales, 16-bit weights" in found.not_compared and not found.ran_on_target
+    _, graphs = exported.load(tmp_path / "engine")
+    tensors = {name: tensor for graph in graphs.values() for name, tensor in graph.tensors.items()}
+    every = [tensor for graph in graphs.values() for tensor in graph.tensors.values()]
+    assert (found.tensors, found.bytes) == (len(every), sum(tensor.bytes for tensor in every))
+    assert found.not_compared.startswith("what the builder merged") and not found.ran_on_target
+    # All codes, and nearly all of the rest: norms, scales, biases, embeddings and 16-bit weights.
+    stand = {name for name, tensor in tensors.items() if tensor.found}
+    assert stand >= {f"{unit.name}.codes" for unit in manifest.units if unit.planned != "w16a16"}
+    assert stand >= {f"{unit.name}.weight" for unit in manifest.units if unit.planned == "w16a16"}
+    assert sum(tensor.bytes for tensor in every if tensor.found) > 0.98 * found.bytes
+    written = export_again(manifest, workshop / "policy", tmp_path / "written")
+    for name in (
+        "vision_backbone.featurizer.blocks.0.norm1.weight",
+        "language_model.model.embed_tokens.weight",
+        next(name for name in sorted(stand) if name.startswith("vision") and name.endswith("proj.weight")),
+        next(name for name in sorted(stand) if name.endswith(".scales")),
+    ):
+        graph = next(graph for graph, spec in graphs.items() if name in spec.tensors)
+        path = tmp_path / "engine" / f"{graph}.engine"
+        content = alter(path, stored(written / f"{graph}.onnx", name))
+        rehash(tmp_path / "engine", manifest)
+        with pytest.raises(ArtefactError, match=rf"engine: {name} of graph {graph}: not as policy and plan give them"):
+            verify(tmp_path / "engine", workshop / "policy", None)
+        path.write_bytes(content)
     engine = tmp_path / "engine" / "decoder.engine"
     engine.write_bytes(bytes(engine.stat().st_size))
-    replace(manifest, files=file_records(tmp_path / "engine")).write(tmp_path / "engine")
+    rehash(tmp_path / "engine", manifest)
     with pytest.raises(ArtefactError, match="are not in the engine"):
         verify(tmp_path / "engine", workshop / "policy", None)
 
@@ -255,13 +312,17 @@ def test_a_backend_that_is_not_installed_is_named(workshop: Path, tmp_path: Path
     try:
         find_backend("tensorrt").version()
     except ArtefactError as error:
-        assert "install TensorRT 10.x on the device" in str(error)
+        assert "install TensorRT on the device" in str(error)
     else:
         pytest.skip("TensorRT is installed here")
-    request = Request(workshop / "policy", find_target("orin"), tmp_path / "engine", uniform=rtn(Format(16, 16)))
+    request = Request(workshop / "policy", ORIN, tmp_path / "engine", uniform=rtn(Format(16, 16)))
     with pytest.raises(ArtefactError, match="backend tensorrt is not installed"):
         build(request)
     assert list(tmp_path.iterdir()) == []
+
+
+def read_back(graph: Path, engine: Path, layers: dict[str, Layer], planned: dict[str, Format]) -> ReadBack:
+    return find_backend("tensorrt_rtx").read_back(graph, engine, layers, planned, graph.parent)
 
 
 def record_of(engine: Path) -> dict[str, Any]:
@@ -272,12 +333,13 @@ def record_of(engine: Path) -> dict[str, Any]:
 
 @pytest.mark.usefixtures("device")
 def test_on_the_device_the_timing_cache_is_kept_and_hashed(workshop: Path, tmp_path: Path) -> None:
-    request = Request(workshop / "policy", find_target("orin"), tmp_path / "engine", uniform=rtn(Format(8, 16)))
+    request = Request(workshop / "policy", ORIN, tmp_path / "engine", uniform=rtn(Format(8, 16)))
     first = build(request)
-    assert (first.target, first.backend, first.backend_version) == ("orin", "tensorrt", "10.13.0")
+    assert (first.target, first.backend, first.backend_version) == ("orin-jp7", "tensorrt", "11.4.1")
     vision, decoder = (record_of(tmp_path / "engine" / f"{name}.engine") for name in ("vision", "decoder"))
-    assert vision == {"profiles": 0, "flags": 2, "cache": "", "plugins": []}
-    assert decoder == {"profiles": 2, "flags": 2, "cache": "+", "plugins": []}
+    assert len(vision.pop("layers")) + len(decoder.pop("layers")) > len(first.units)
+    assert vision == {"profiles": 0, "flags": 2, "cache": "", "plugins": [], "debug": []}
+    assert decoder == {"profiles": 2, "flags": 2, "cache": "+", "plugins": [], "debug": []}
     assert (tmp_path / "engine" / "timing.cache").read_bytes() == b"++"
     assert "timing.cache" in first.files
     build(request)
@@ -287,18 +349,25 @@ def test_on_the_device_the_timing_cache_is_kept_and_hashed(workshop: Path, tmp_p
         build(request)
 
 
+def plugin_format(layer: Layer) -> Format:
+    """Of the decoder's layers; the vision towers' take none."""
+    if layer.kind in ("encoder", "patch_embed"):
+        return Format(8, 16)
+    return Format(2, 16, 32) if "mlp" in layer.name else Format(4, 8, 32)
+
+
 @pytest.mark.usefixtures("device")
 def test_plugin_formats_are_in_the_engine_byte_for_byte(workshop: Path, tmp_path: Path) -> None:
     layers = layers_of(Manifest.load(workshop / "engine").config)
-    assignment = {name: rtn(Format(2, 16, 32) if "mlp" in name else Format(4, 8, 32)) for name in layers}
+    assignment = {name: rtn(plugin_format(layer)) for name, layer in layers.items()}
     plan = write_plan(tmp_path / "plan.json", sha256_policy(workshop / "policy"), assignment)
-    request = Request(workshop / "policy", find_target("orin"), tmp_path / "engine", plan=plan)
+    request = Request(workshop / "policy", ORIN, tmp_path / "engine", plan=plan)
     manifest = build(request)
     names = ["quantize_rows", "w2a16", "w4a8"]
     assert record_of(tmp_path / "engine" / "decoder.engine")["plugins"] == names
     assert {unit.realised for unit in manifest.units} >= {"w2a16_g32", "w4a8_g32"}
-    assert all(unit.arithmetic.endswith("by plugin") for unit in manifest.units)
-    assert verify(tmp_path / "engine", workshop / "policy", None).tensors == len(manifest.units)
+    assert all(unit.arithmetic.endswith("by plugin") == (unit.realised != "w8a16") for unit in manifest.units)
+    assert verify(tmp_path / "engine", workshop / "policy", None).tensors > len(manifest.units)
 
 
 def test_plugin_formats_need_the_backend_that_takes_plugins() -> None:
@@ -306,7 +375,9 @@ def test_plugin_formats_need_the_backend_that_takes_plugins() -> None:
     why = "tensorrt_rtx has no kernel for w4a8 and takes none of ours; build with --backend tensorrt"
     assert A100.why_not(wanted) == why
     assert A100.on("tensorrt").why_not(wanted) is None
-    assert find_target("orin").why_not(wanted) is None
+    assert ORIN.why_not(wanted) is None
+    why = "no kernel runs w4a8 on layers of kind encoder with tensorrt 11.4.1"
+    assert ORIN.why_not(wanted, "encoder") == why
 
 
 @pytest.mark.usefixtures("device")
@@ -314,18 +385,18 @@ def test_a_crash_of_the_builder_is_one_line_and_leaves_nothing(
     workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "path" / "tensorrt").mkdir(parents=True)
-    crash = "import os, signal\n__version__ = '10.13.0'\ndef Builder(logger): os.kill(os.getpid(), signal.SIGSEGV)\n"
+    crash = "import os, signal\n__version__ = '11.4.1'\ndef Builder(logger): os.kill(os.getpid(), signal.SIGSEGV)\n"
     crash += "class ILogger: ERROR = 1\n"
     (tmp_path / "path" / "tensorrt" / "__init__.py").write_text(crash)
     monkeypatch.syspath_prepend(str(tmp_path / "path"))
     (tmp_path / "out").mkdir()
-    request = Request(workshop / "policy", find_target("orin"), tmp_path / "out" / "engine", uniform=rtn(Format(8, 16)))
+    request = Request(workshop / "policy", ORIN, tmp_path / "out" / "engine", uniform=rtn(Format(8, 16)))
     with pytest.raises(ArtefactError, match=r"vision.onnx: tensorrt crashed while building \(Segmentation fault\)"):
         build(request)
     assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_a_backend_of_another_target_is_refused(workshop: Path, tmp_path: Path) -> None:
-    request = Request(workshop / "policy", find_target("orin"), tmp_path / "engine", backend="tensorrt_rtx")
-    with pytest.raises(ArtefactError, match="target orin cannot run backend tensorrt_rtx; choose tensorrt"):
+    request = Request(workshop / "policy", ORIN, tmp_path / "engine", backend="tensorrt_rtx")
+    with pytest.raises(ArtefactError, match="target orin-jp7 cannot run backend tensorrt_rtx; choose tensorrt"):
         build(request)

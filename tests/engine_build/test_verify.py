@@ -16,10 +16,11 @@ from rounding import NETWORK
 
 from engine_build.__main__ import main
 from engine_build.backends import find_backend
-from engine_build.build import planned_bytes
+from engine_build.compiled import planned_bytes
 from engine_build.graph.builder import GraphBuilder
 from engine_build.graph.context import LinearWriter
-from engine_build.verify import States, tolerance_of, verify
+from engine_build.numbers import tolerance_of
+from engine_build.verify import States, verify
 from engine_build.weights import LayerWeights
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.files import sha256_file, sha256_policy

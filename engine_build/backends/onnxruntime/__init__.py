@@ -3,20 +3,26 @@
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
 from onnx import TensorProto
 
-from engine_build.backends.base import ROUNDED_ACTIVATIONS_TOLERANCE, Dialect, Realised, Seen, Written
-from engine_build.backends.onnxruntime.linear import linear
-from engine_build.backends.onnxruntime.probe import write_probe
+from engine_build.backends.base import (
+    ROUNDED_ACTIVATIONS_TOLERANCE,
+    Dialect,
+    Layer,
+    ReadBack,
+    Seen,
+    Written,
+    deferred,
+)
 from engine_build.backends.onnxruntime.readback import read_back
 from engine_build.backends.onnxruntime.tapped import TappedSession
-from engine_build.graph.context import LinearWriter
-from engine_build.weights import Layer
 from vla_policy.core.backends.onnxruntime.probe import FILE, check_arithmetic
 from vla_policy.core.backends.onnxruntime.session import open_session, session_options
+from vla_policy.core.errors import ArtefactError
 from vla_policy.core.formats import Format
 from vla_policy.core.manifest import Manifest
 from vla_policy.core.program import GraphSpec, Session
@@ -31,10 +37,9 @@ class OnnxRuntime:
     compiles = False
     float_error = 1e-4
 
-    def __init__(self, write_linear: LinearWriter) -> None:
-        self.dialect = Dialect(
-            TensorProto.FLOAT, write_linear, fused=True, probe=(FILE, partial(write_probe, write_linear))
-        )
+    def __init__(self, write_linear: Callable[..., Any]) -> None:
+        write_probe = partial(deferred("engine_build.backends.onnxruntime.probe", "write_probe"), write_linear)
+        self.dialect = Dialect(TensorProto.FLOAT, write_linear, fused=True, probe=(FILE, write_probe))
 
     def library(self) -> Path | None:
         """That of the operators which are not ONNX Runtime's own. Raises ArtefactError where it cannot be had."""
@@ -50,8 +55,8 @@ class OnnxRuntime:
 
     def read_back(
         self, written: Path, built: Path, layers: Mapping[str, Layer], planned: Mapping[str, Format], scratch: Path
-    ) -> dict[str, Realised]:
-        return read_back(built, layers, scratch, self.library())
+    ) -> ReadBack:
+        return ReadBack(read_back(built, layers, scratch, self.library()))
 
     def filling(self, fmt: Format) -> tuple[int, int]:
         return 1, fmt.group_size or 1
@@ -60,9 +65,12 @@ class OnnxRuntime:
         return ROUNDED_ACTIVATIONS_TOLERANCE if fmt.activation_bits < 16 else EXACT_TOLERANCE
 
     def open_tapped(
-        self, folder: Path, manifest: Manifest, taps: Mapping[str, Collection[str]], seen: Seen
+        self, written: Written, manifest: Manifest, taps: Mapping[str, Collection[str]], seen: Seen, scratch: Path
     ) -> Session | None:
-        return TappedSession(folder, manifest, taps, seen, self.library())
+        return TappedSession(written.folder, manifest, taps, seen, self.library())
+
+    def stored_result(self, graph: Path, layer: Layer, fmt: Format, x: np.ndarray) -> np.ndarray:
+        raise ArtefactError(f"{layer.name}: not computed apart; `verify` compares layers beside the policy's")
 
     def needs_input_range(self, fmt: Format) -> bool:
         """Never: scales of activations are found per token while it runs."""
@@ -73,4 +81,4 @@ class OnnxRuntime:
         return lambda feeds: session.run(None, dict(feeds))
 
 
-BACKEND = OnnxRuntime(linear)
+BACKEND = OnnxRuntime(deferred("engine_build.backends.onnxruntime.linear", "linear"))

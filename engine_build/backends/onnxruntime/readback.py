@@ -7,8 +7,7 @@ from pathlib import Path
 import onnx
 from onnx import TensorProto
 
-from engine_build.backends.base import Realised, canonical
-from engine_build.weights import Layer
+from engine_build.backends.base import Layer, Realised, canonical
 from vla_policy.core.backends.base import MEMORY_ONLY
 from vla_policy.core.backends.onnxruntime.session import open_session, session_options
 from vla_policy.core.errors import ArtefactError

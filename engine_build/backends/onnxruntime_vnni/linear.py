@@ -2,10 +2,18 @@
 
 import numpy as np
 
+from engine_build.backends.onnxruntime.linear import linear as portable_linear
 from engine_build.graph.builder import GraphBuilder
 from engine_build.packing import pack_lane_scales, pack_lanes
 from engine_build.weights import LayerWeights
+from vla_policy.core.backends.onnxruntime_vnni import runs_here
 from vla_policy.core.backends.onnxruntime_vnni.library import DOMAIN
+
+
+def linear(builder: GraphBuilder, x: str, weights: LayerWeights) -> str:
+    """x [1, tokens, in] -> [1, tokens, out], weights and arithmetic in the layer's format, bias added."""
+    write = quantized_linear if runs_here(weights.format) else portable_linear
+    return write(builder, x, weights)
 
 
 def quantized_linear(builder: GraphBuilder, x: str, weights: LayerWeights) -> str:

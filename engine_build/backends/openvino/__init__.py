@@ -6,12 +6,10 @@ from pathlib import Path
 import numpy as np
 from onnx import TensorProto
 
-from engine_build.backends.base import Dialect, Realised, Seen, Written
-from engine_build.backends.openvino.linear import RUN, linear
-from engine_build.backends.openvino.readback import read_back
+from engine_build.backends.base import Dialect, Layer, ReadBack, Seen, Written, deferred
 from engine_build.backends.openvino.tapped import TappedSession
-from engine_build.weights import Layer
 from vla_policy.core.backends.openvino.graphs import compiled, version
+from vla_policy.core.errors import ArtefactError
 from vla_policy.core.formats import Format
 from vla_policy.core.manifest import Manifest
 from vla_policy.core.program import GraphSpec, Session
@@ -22,7 +20,7 @@ class OpenVino:
     """See the protocol."""
 
     compiles = False
-    dialect = Dialect(TensorProto.FLOAT, linear)
+    dialect = Dialect(TensorProto.FLOAT, deferred("engine_build.backends.openvino.linear", "linear"))
     float_error = 1e-4
 
     def version(self) -> str:
@@ -33,19 +31,26 @@ class OpenVino:
 
     def read_back(
         self, written: Path, built: Path, layers: Mapping[str, Layer], planned: Mapping[str, Format], scratch: Path
-    ) -> dict[str, Realised]:
-        return read_back(built, layers, scratch)
+    ) -> ReadBack:
+        from engine_build.backends.openvino.readback import read_back
+
+        return ReadBack(read_back(built, layers, scratch))
 
     def filling(self, fmt: Format) -> tuple[int, int]:
+        from engine_build.backends.openvino.linear import RUN
+
         return 1, fmt.group_size or RUN
 
     def tolerance(self, fmt: Format) -> float:
         return self.float_error
 
     def open_tapped(
-        self, folder: Path, manifest: Manifest, taps: Mapping[str, Collection[str]], seen: Seen
+        self, written: Written, manifest: Manifest, taps: Mapping[str, Collection[str]], seen: Seen, scratch: Path
     ) -> Session | None:
-        return TappedSession(folder, manifest, taps, seen)
+        return TappedSession(written.folder, manifest, taps, seen)
+
+    def stored_result(self, graph: Path, layer: Layer, fmt: Format, x: np.ndarray) -> np.ndarray:
+        raise ArtefactError(f"{layer.name}: not computed apart; `verify` compares layers beside the policy's")
 
     def needs_input_range(self, fmt: Format) -> bool:
         """Never: activations are not rounded."""

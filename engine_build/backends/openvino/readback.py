@@ -4,9 +4,8 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from engine_build.backends.base import Realised, canonical
+from engine_build.backends.base import Layer, Realised, canonical
 from engine_build.backends.openvino.probe import probe
-from engine_build.weights import Layer
 from vla_policy.core.backends.openvino.graphs import Running, compiled, version
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.formats import FULL_PRECISION, Format

@@ -1,37 +1,50 @@
-"""TensorRT, on the device that runs the engine; formats that it lacks run by plugins of this package."""
+"""TensorRT, on the device that runs the engine; formats that it lacks run by plugins of this package.
+
+Compiling, reading back and running need neither torch nor the policy: a Jetson has neither.
+"""
 
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from onnx import TensorProto
 
-from engine_build.backends.base import ROUNDED_ACTIVATIONS_TOLERANCE, Dialect, Realised, Seen, Written
-from engine_build.backends.tensorrt.builder import Module, build_engines
-from engine_build.backends.tensorrt.linear import has_fixed_scale
-from engine_build.backends.tensorrt.linear_plugin import is_plugin, linear
-from engine_build.backends.tensorrt.readback import read_back
-from engine_build.graph.context import LinearWriter
-from engine_build.packing import RUN, SLAB
-from engine_build.weights import Layer
+from engine_build.backends.base import (
+    ROUNDED_ACTIVATIONS_TOLERANCE,
+    RUN,
+    SLAB,
+    Dialect,
+    Layer,
+    ReadBack,
+    Seen,
+    Written,
+    deferred,
+)
+from engine_build.backends.tensorrt import inspector, readback
+from engine_build.backends.tensorrt.builder import Module, build_engines, inspect
+from engine_build.backends.tensorrt.stored import StoredGraph
 from vla_policy.core.errors import ArtefactError
-from vla_policy.core.formats import Format
+from vla_policy.core.formats import FULL_PRECISION, Format
 from vla_policy.core.manifest import Manifest
 from vla_policy.core.program import GraphSpec, Session
-from vla_policy.core.targets import Target
+from vla_policy.core.targets import Target, find_target
 
 HALF_TOLERANCE = 0.02
-"""Activations are float16."""
-
+"""Of whole decisions: activations are float16."""
+HALF_ARITHMETIC = 0.005
+"""Of a single layer, and of what lies between two: float16 rounds to 2^-11 of a value, 0.0005, where it is dequantized,
+where it is summed up and at every step of what is not a layer, of which there are some ten in a row, most of them small
+against what they are added to."""
 
 
 class TensorRt:
     """See the protocol. What TensorRT and TensorRT-RTX differ in is given: the module, and how layers are written."""
 
     compiles = True
-    float_error = HALF_TOLERANCE
+    float_error = HALF_ARITHMETIC
 
-    def __init__(self, module: Module, linear: LinearWriter) -> None:
+    def __init__(self, module: Module, linear: Callable[..., Any]) -> None:
         self.module = module
         self.dialect = Dialect(TensorProto.FLOAT16, linear)
 
@@ -43,8 +56,16 @@ class TensorRt:
 
     def read_back(
         self, written: Path, built: Path, layers: Mapping[str, Layer], planned: Mapping[str, Format], scratch: Path
-    ) -> dict[str, Realised]:
-        return read_back(written, built, layers, planned)
+    ) -> ReadBack:
+        """By the engine's bytes."""
+        packed, found = readback.packed_layers(written, layers), readback.find_tensors(written, built, layers, True)
+        readback.check_found(built, packed, found, planned)
+        how = {name: "found in the engine" if name in packed else _unpacked(name, found) for name in layers}
+        realised = {
+            name: readback.realised(layer, planned[name] if name in packed else FULL_PRECISION, False, how[name])
+            for name, layer in layers.items()
+        }
+        return ReadBack(realised, found)
 
     def filling(self, fmt: Format) -> tuple[int, int]:
         """Whole groups, and pairs where two 2-bit codes share an INT4."""
@@ -54,10 +75,16 @@ class TensorRt:
         return ROUNDED_ACTIVATIONS_TOLERANCE if fmt.activation_bits < 16 else HALF_TOLERANCE
 
     def open_tapped(
-        self, folder: Path, manifest: Manifest, taps: Mapping[str, Collection[str]], seen: Seen
+        self, written: Written, manifest: Manifest, taps: Mapping[str, Collection[str]], seen: Seen, scratch: Path
     ) -> Session | None:
-        """None: an engine gives the outputs that it was built with."""
-        return None
+        """On engines that are built for it from the same graphs, with the values marked as debug tensors."""
+        from engine_build.backends.tensorrt.tapped import open_tapped
+
+        target = find_target(manifest.target).on(manifest.backend)
+        return open_tapped(self.module, target, written, manifest, taps, seen, scratch)
+
+    def stored_result(self, graph: Path, layer: Layer, fmt: Format, x: np.ndarray) -> np.ndarray:
+        return StoredGraph.of(graph).result(layer, fmt, x)
 
     def needs_input_range(self, fmt: Format) -> bool:
         return has_fixed_scale(fmt)
@@ -66,12 +93,52 @@ class TensorRt:
         raise ArtefactError(f"layers are not measured with {self.module.name}; name a CPU engine")
 
 
+def has_fixed_scale(fmt: Format) -> bool:
+    """Whether TensorRT rounds the activations of such a layer with a scale that is known when the engine is built."""
+    return fmt == Format(8, 8)
+
+
+def _unpacked(name: str, found: Collection[str]) -> str:
+    return "found in the engine" if f"{name}.weight" in found else "as built"
+
+
 class WithPlugins(TensorRt):
-    """TensorRT itself, whose plugins take codes in slabs and runs."""
+    """TensorRT itself, whose plugins take codes in slabs and runs, and which must be asked what it made of the others:
+    it may interleave codes as a kernel wants them."""
 
     def filling(self, fmt: Format) -> tuple[int, int]:
         return (SLAB, RUN) if is_plugin(fmt) else super().filling(fmt)
 
+    def read_back(
+        self, written: Path, built: Path, layers: Mapping[str, Layer], planned: Mapping[str, Format], scratch: Path
+    ) -> ReadBack:
+        """Codes of plugins by the engine's bytes, all else by TensorRT's engine inspector."""
+        packed, found = readback.packed_layers(written, layers), readback.find_tensors(written, built, layers, False)
+        plugins = {name for name, plugin in packed.items() if plugin}
+        readback.check_found(built, plugins, found, planned)
+        told = inspector.parse(inspect(self.module, built), built)
+        realised = {}
+        for name, layer in layers.items():
+            if name in plugins:
+                realised[name] = readback.realised(layer, planned[name], True, "found in the engine")
+                continue
+            bits = inspector.bits_of(told, frozenset((name, f"{name}.dequantized", f"{name}.input_rounded")))
+            if bits is None:
+                raise ArtefactError(f"{built}: TensorRT's inspector names no layer that {name} went into")
+            kept = name in packed and planned[name].weight_bits in bits
+            how = f"by TensorRT's inspector ({_widths(bits)})"
+            realised[name] = readback.realised(layer, planned[name] if kept else FULL_PRECISION, False, how)
+        return ReadBack(realised, found)
 
-_INSTALL = "install TensorRT 10.x on the device (JetPack brings it)"
-BACKEND = WithPlugins(Module("tensorrt", _INSTALL, ahead=False), linear)
+
+def is_plugin(fmt: Format) -> bool:
+    """Whether a layer of this format becomes a plugin."""
+    return (fmt.weight_bits, fmt.activation_bits) in ((2, 16), (4, 8))
+
+
+def _widths(bits: Collection[int]) -> str:
+    return " and ".join(f"INT{width}" for width in sorted(bits)) or "no integers"
+
+
+_INSTALL = "install TensorRT on the device (JetPack brings it)"
+BACKEND = WithPlugins(Module("tensorrt", _INSTALL, ahead=False), deferred(f"{__name__}.linear_plugin", "linear"))

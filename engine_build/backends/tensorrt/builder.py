@@ -4,22 +4,20 @@ The two modules have one API; where they differ, TensorRT-RTX names the GPU and 
 network is strongly typed: precision is what the graph says, and no builder flag changes it. A graph gets an
 optimisation profile for each call that a decision makes of it, on one copy of the weights.
 
-Each graph is built in a process of its own: TensorRT is native code that may crash, and gives its memory back there.
+Each graph is built in a process of its own.
 """
 
 import importlib
-import multiprocessing
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import onnx
 
 from engine_build.backends.base import Written
+from engine_build.backends.tensorrt.apart import apart
 from engine_build.backends.tensorrt.kernels import NAMESPACE
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.manifest import Manifest
@@ -59,10 +57,19 @@ class Module:
         return module
 
 
-def build_engines(module: Module, target: Target, written: Written, replaced: Path) -> dict[str, GraphSpec]:
+def build_engines(
+    module: Module,
+    target: Target,
+    written: Written,
+    replaced: Path,
+    shown: Mapping[str, Collection[str]] | None = None,
+) -> dict[str, GraphSpec]:
     """Builds `<graph>.engine` beside every graph. Raises ArtefactError with TensorRT's own words on failure.
 
     A timing cache found in the folder `replaced` is used, and the updated one written beside the engines.
+
+    shown: names of values, by graph, that the engines shall show while they run. Nothing is fused across such a value,
+    so this is no engine to serve with: each of its layers computes what the network says, by kernels of its own choice.
     """
     folder = written.folder
     if not module.ahead and (replaced / TIMING_CACHE).is_file():
@@ -71,7 +78,8 @@ def build_engines(module: Module, target: Target, written: Written, replaced: Pa
     for name, spec in written.graphs.items():
         engine = f"{name}.engine"
         shapes = tuple(call_shapes(name, call, written) for call in profiles(name, written.graphs, written.program))
-        _build_apart(_Job(module, target, folder / spec.file, folder / engine, shapes))
+        values = tuple((shown or {}).get(name, ()))
+        _build_apart(_Job(module, target, folder / spec.file, folder / engine, shapes, values))
         built[name] = replace(spec, file=engine)
     return built
 
@@ -79,7 +87,8 @@ def build_engines(module: Module, target: Target, written: Written, replaced: Pa
 def _former_timing_cache(replaced: Path) -> bytes:
     """Of the engine that is to be replaced. Raises ArtefactError where it is not the one that was built there."""
     try:
-        return Manifest.load(replaced).read_file(replaced, TIMING_CACHE)
+        with Manifest.load(replaced).mapped_file(replaced, TIMING_CACHE) as content:
+            return bytes(content)
     except ArtefactError as error:
         raise ArtefactError(f"{error}; or delete {TIMING_CACHE} there, to build without it") from error
 
@@ -112,39 +121,32 @@ class _Job:
     graph: Path
     engine: Path
     profiles: tuple[Profile, ...]
+    shown: tuple[str, ...]
 
 
 def _build_apart(job: _Job) -> None:
     """Builds in a new process. Raises ArtefactError with TensorRT's words, or saying how the process ended."""
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_serve, args=(theirs, job), daemon=True)
-    process.start()
-    theirs.close()
-    try:
-        failure = ours.recv()
-    except EOFError as error:
-        process.join()
-        code = process.exitcode or 0
-        how = signal.strsignal(-code) if code < 0 else f"exit status {code}"
-        raise ArtefactError(
-            f"{job.graph.name}: {job.module.name} crashed while building ({how}); check free memory, or plan other "
-            "formats"
-        ) from error
-    finally:
-        process.terminate()
-        process.join()
-    if failure is not None:
-        raise failure
+    what = f"{job.graph.name}: {job.module.name} crashed while building"
+    apart(what, "check free memory, or plan other formats", _build, job)
 
 
-def _serve(pipe: Connection, job: _Job) -> None:
-    """Sends None when the engine is written, or the error."""
-    try:
-        _build(job)
-        pipe.send(None)
-    except ArtefactError as error:
-        pipe.send(error)
+def inspect(module: Module, engine: Path) -> str:
+    """What TensorRT's engine inspector tells of an engine, as JSON; needs the engine's GPU, and raises as a build."""
+    what = f"{engine.name}: {module.name} crashed while it was inspected"
+    information: str = apart(what, "check free memory", _inspect, module, engine)
+    return information
+
+
+def _inspect(kind: Module, engine: Path) -> str:
+    if TYPE_CHECKING:
+        import tensorrt as module
+    else:
+        module = kind.load()
+    with _logged(kind, engine) as (logger, fail):
+        built = module.Runtime(logger).deserialize_cuda_engine(engine.read_bytes())
+        if built is None:
+            fail("cannot load what it has built")
+        return str(built.create_engine_inspector().get_engine_information(module.LayerInformationFormat.JSON))
 
 
 def _build(job: _Job) -> None:
@@ -157,12 +159,14 @@ def _build(job: _Job) -> None:
 
         assert job.target.compute_capability is not None
         plugins.register(job.target.compute_capability)
-    with _logged(job) as (logger, fail):
+    with _logged(job.module, job.graph) as (logger, fail):
         builder = module.Builder(logger)
         network = builder.create_network(1 << int(module.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
         parser = module.OnnxParser(network, logger)
         if not parser.parse_from_file(str(job.graph)):
             fail("; ".join(parser.get_error(index).desc() for index in range(parser.num_errors)))
+        for name in _mark(network, job.shown):
+            fail(f"has no value {name} to show")
         config = builder.create_builder_config()
         config.profiling_verbosity = module.ProfilingVerbosity.DETAILED
         for shapes in job.profiles:
@@ -181,6 +185,18 @@ def _build(job: _Job) -> None:
         if cache is not None:
             cache_file.write_bytes(cache.serialize())
         job.engine.write_bytes(plan)
+
+
+def _mark(network: "trt.INetworkDefinition", names: Collection[str]) -> Iterator[str]:
+    """Marks values as debug tensors; yields those that are not there. An input shows itself to whoever feeds it."""
+    outputs: dict[str, trt.ITensor] = {}
+    for index in range(network.num_layers if names else 0):
+        layer = network.get_layer(index)
+        outputs |= {layer.get_output(place).name: layer.get_output(place) for place in range(layer.num_outputs)}
+    inputs = {network.get_input(index).name for index in range(network.num_inputs)}
+    for name in names:
+        if name not in inputs and not (name in outputs and network.mark_debug(outputs[name])):
+            yield name
 
 
 def _timing_cache(config: "trt.IBuilderConfig", path: Path) -> "trt.ITimingCache":
@@ -210,12 +226,12 @@ def _name_gpu(module: Any, config: Any, target: Target) -> None:
 
 
 @contextmanager
-def _logged(job: _Job) -> Iterator[tuple["trt.ILogger", Callable[[str], NoReturn]]]:
+def _logged(kind: Module, path: Path) -> Iterator[tuple["trt.ILogger", Callable[[str], NoReturn]]]:
     """TensorRT reports through a logger; its errors become one line of ours."""
     if TYPE_CHECKING:
         import tensorrt as module
     else:
-        module = job.module.load()
+        module = kind.load()
     errors: list[str] = []
 
     class Logger(module.ILogger):
@@ -227,7 +243,7 @@ def _logged(job: _Job) -> Iterator[tuple["trt.ILogger", Callable[[str], NoReturn
                 errors.append(" ".join(msg.split()))
 
     def fail(what: str) -> NoReturn:
-        where = f"{job.graph}: {job.module.name} {module.__version__}"
+        where = f"{path}: {kind.name} {module.__version__}"
         raise ArtefactError(f"{where}: {what}: {'; '.join(errors[:_LOGGED]) or 'no reason given'}")
 
     yield Logger(), fail

@@ -6,7 +6,8 @@
   the CPU use one scale per token at run time, which TensorRT has no integer kernel for.)
 - w4a16: INT4 codes in blocks along the inputs, or one scale per channel as a single block.
 - w2a16: TensorRT has no 2-bit type. Two codes share one INT4, v = 4 high + (low + 2), and are split in the network:
-  high = floor(v / 4), low = v - 4 high - 2. The engine holds 2 bits per weight; the split costs time at every run.
+  high = floor(v / 4), low = v - 4 high - 2. The engine holds 2 bits per weight; the split costs time at every run. The
+  INT4 has one scale, 1, per tensor, which is legal in TensorRT-RTX only: TensorRT has blocks of 64 or 128.
 
 Blocks must be whole, so a ragged last group is filled up with zero codes, and the input with zeros.
 """
@@ -15,15 +16,10 @@ import numpy as np
 from onnx import TensorProto
 
 from calibrator.quantizers.packing import pack
+from engine_build.backends.tensorrt import has_fixed_scale
 from engine_build.graph.builder import GraphBuilder
 from engine_build.packing import pad_groups, turned
 from engine_build.weights import LayerWeights
-from vla_policy.core.formats import Format
-
-
-def has_fixed_scale(fmt: Format) -> bool:
-    """Whether TensorRT rounds the activations of such a layer with a scale that is known when the engine is built."""
-    return fmt == Format(8, 8)
 
 
 def linear(builder: GraphBuilder, x: str, weights: LayerWeights) -> str:

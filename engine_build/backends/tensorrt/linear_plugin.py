@@ -9,19 +9,15 @@ packing. Activations are float16.
 
 import functools
 
+from engine_build.backends.base import SLAB
+from engine_build.backends.tensorrt import is_plugin
 from engine_build.backends.tensorrt import linear as plain
 from engine_build.backends.tensorrt.kernels import NAMESPACE
 from engine_build.graph.builder import GraphBuilder
-from engine_build.packing import SLAB, pack_runs, pack_scales
+from engine_build.packing import pack_runs, pack_scales
 from engine_build.weights import LayerWeights
-from vla_policy.core.formats import Format
 
 _ALIGNED = 8  # inputs: tokens of float16 that start at whole 16 bytes
-
-
-def is_plugin(fmt: Format) -> bool:
-    """Whether a layer of this format becomes a plugin."""
-    return (fmt.weight_bits, fmt.activation_bits) in ((2, 16), (4, 8))
 
 
 def linear(builder: GraphBuilder, x: str, weights: LayerWeights) -> str:

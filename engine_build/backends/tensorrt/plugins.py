@@ -10,8 +10,8 @@ Written against the documented interface of `tensorrt.plugin`, which has not run
 import functools
 from typing import Any
 
+from engine_build.backends.base import RUN
 from engine_build.backends.tensorrt.kernels import CUTS, NAMESPACE, Kernel, compile_ptx, product_kernel
-from engine_build.packing import RUN
 from vla_policy.core.errors import ArtefactError
 
 _TACTICS = dict(enumerate(CUTS, start=1))

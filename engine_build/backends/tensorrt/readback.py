@@ -1,10 +1,11 @@
-"""Which format each layer of a TensorRT engine has, without a GPU: its packed codes, found in the engine's bytes.
+"""What a TensorRT engine holds, without a GPU: the tensors of its graph, found in the engine's bytes.
 
-An engine can be opened, and TensorRT's inspector asked, only where its GPU is. But weights lie in the serialized engine
-as they were given or, if TensorRT knows them as codes, transposed; layers of one input may lie side by side, row for
-row. So a layer whose N-bit codes stand there, byte for byte, was built with N bits. 16-bit weights may be merged or
-re-ordered by the builder; for those the absence of the policy's tensors proves nothing, and they are reported as built,
-not as found.
+An engine can be opened, and TensorRT's inspector asked, only where its GPU is. But weights lie in TensorRT-RTX's
+engines as they were given or, where TensorRT multiplies by them, transposed; those of layers of one input may lie side
+by side, row for row. So a layer whose N-bit codes stand there, byte for byte, was built with N bits, and a 16-bit
+weight, norm, scale or embedding that stands there is the exported one. What the builder merged with something else
+(two biases, a scale with a constant) is not found and not claimed. TensorRT itself may interleave what it multiplies by
+as a kernel wants it: there only the codes of plugins, which it does not understand, are sure to be found.
 """
 
 import mmap
@@ -17,46 +18,68 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
-from calibrator.quantizers.packing import pack, unpack
-from engine_build.backends.base import Realised, canonical
-from engine_build.packing import transpose, turned
-from engine_build.weights import Layer
+from engine_build.backends.base import Layer, Realised, canonical
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.formats import FULL_PRECISION, Format
 
 _WORD = 8
 _ALIGNMENT = 4  # seen: whole lines, after a header of 4 n bytes
 _CHUNK = 1 << 26
-_HEAD = 64
-_BITS: dict[int, int] = {TensorProto.INT4: 4, TensorProto.INT8: 8}
+_HEAD = 64  # bytes; what is shorter could stand anywhere by chance,
+_DISTINCT = 4  # and so could as few different bytes as zeros or ones have; codes have to be found
+# Types that are sought, and the bits of those whose matrices TensorRT may turn.
+_TURNED: dict[int, int] = {TensorProto.INT4: 4, TensorProto.INT8: 8, TensorProto.FLOAT16: 16}
+_SOUGHT = (*_TURNED, TensorProto.INT32, TensorProto.FLOAT, TensorProto.BFLOAT16)
 
 
 @dataclass(frozen=True)
 class _Needle:
-    """How one layer's codes begin in one of the two orders. neighbours: bytes of a row with all layers of its input."""
+    """By what one tensor is recognised in one of the two orders. head: bytes of it, `offset` behind its first.
+    neighbours: bytes of a row with all layers of its input."""
 
-    layer: str
+    tensor: str
     turned: bool
+    offset: int
     head: bytes
     neighbours: int
 
 
-def read_back(
-    graph: Path, engine: Path, layers: Mapping[str, Layer], planned: Mapping[str, Format]
-) -> dict[str, Realised]:
-    """The format of each of `layers` in `engine`, built from `graph`. Raises ArtefactError for codes not found."""
-    tensors = {tensor.name: tensor for tensor in onnx.load(str(graph), load_external_data=False).graph.initializer}
-    quantized = {name for name in layers if f"{name}.codes" in tensors}
+def find_tensors(graph: Path, engine: Path, layers: Mapping[str, Layer], turned: bool) -> frozenset[str]:
+    """The tensors of `graph` that stand in `engine` byte for byte. turned: transposed, too."""
+    tensors = {
+        tensor.name: tensor
+        for tensor in onnx.load(str(graph), load_external_data=False).graph.initializer
+        if tensor.data_type in _SOUGHT and stored_length(tensor) >= _HEAD
+    }
     with open(engine, "rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        found = _search(content, graph, tensors, {name: layers[name] for name in sorted(quantized)})
-    missing = sorted(quantized - found)
+        return frozenset(_search(content, graph, tensors, layers, turned))
+
+
+def packed_layers(graph: Path, layers: Mapping[str, Layer]) -> dict[str, bool]:
+    """The layers that are stored as codes, and of each whether a plugin takes them."""
+    tensors = {tensor.name: tensor for tensor in onnx.load(str(graph), load_external_data=False).graph.initializer}
+    codes = {name: tensors[f"{name}.codes"] for name in layers if f"{name}.codes" in tensors}
+    return {name: tensor.data_type == TensorProto.INT32 for name, tensor in codes.items()}
+
+
+def check_found(engine: Path, names: Collection[str], found: Collection[str], planned: Mapping[str, Format]) -> None:
+    """Raises ArtefactError unless the codes of all the layers `names` were found."""
+    missing = sorted(name for name in names if f"{name}.codes" not in found)
     if missing:
         raise ArtefactError(
             f"{engine}: codes of {len(missing)} layers are not in the engine, e.g. {missing[0]}, planned "
             f"{planned[missing[0]]}; the builder has changed their format"
         )
-    plugins = {name for name in quantized if tensors[f"{name}.codes"].data_type not in _BITS}
-    return {name: _realised(layer, planned[name], name in found, name in plugins) for name, layer in layers.items()}
+
+
+def realised(layer: Layer, planned: Format, plugin: bool, how: str) -> Realised:
+    """A layer as it runs, of which `how` says in words by what that is known."""
+    if planned == FULL_PRECISION:
+        return Realised(FULL_PRECISION, f"float16 MatMul, {how}", layer.weights * 2)
+    codes, activations = _arithmetic(planned, plugin)
+    return Realised(
+        canonical(planned, layer.inputs), f"{codes} {how}; {activations}", layer.weights * planned.weight_bits // 8
+    )
 
 
 def _arithmetic(planned: Format, plugin: bool) -> tuple[str, str]:
@@ -68,33 +91,34 @@ def _arithmetic(planned: Format, plugin: bool) -> tuple[str, str]:
     return codes, "float16 activations" if planned.activation_bits == 16 else "INT8 activations of fixed scale, by Q/DQ"
 
 
-def _realised(layer: Layer, planned: Format, found: bool, plugin: bool) -> Realised:
-    if not found:
-        return Realised(FULL_PRECISION, "float16 MatMul, as built", layer.weights * 2)
-    codes, activations = _arithmetic(planned, plugin)
-    arithmetic = f"{codes} found in the engine; {activations}"
-    return Realised(canonical(planned, layer.inputs), arithmetic, layer.weights * planned.weight_bits // 8)
-
-
 def _search(
-    content: mmap.mmap, graph: Path, tensors: Mapping[str, onnx.TensorProto], layers: Mapping[str, Layer]
+    content: mmap.mmap,
+    graph: Path,
+    tensors: Mapping[str, onnx.TensorProto],
+    layers: Mapping[str, Layer],
+    turned: bool,
 ) -> set[str]:
-    """The layers whose codes stand in `content`, at any multiple of four bytes."""
-    columns: Counter[str] = Counter()
-    for layer in layers.values():
-        columns[layer.group] += tensors[f"{layer.name}.codes"].dims[1]
+    """The tensors that stand in `content`, at any multiple of four bytes."""
+    inputs = {f"{layer.name}.{part}": (layer.group, part) for layer in layers.values() for part in ("codes", "weight")}
+    columns: Counter[tuple[str, str]] = Counter()
+    for name, tensor in tensors.items():
+        if name in inputs:
+            columns[inputs[name]] += tensor.dims[-1]
     needles: dict[int, list[_Needle]] = {}
-    for name, layer in layers.items():
-        tensor = tensors[f"{name}.codes"]
-        neighbours = columns[layer.group] * _BITS.get(tensor.data_type, 0) // 8
-        for turn in (False, True) if tensor.data_type in _BITS else (False,):
-            head = _head(graph, tensor, turn)
-            needles.setdefault(int.from_bytes(head[:_WORD], "little"), []).append(_Needle(name, turn, head, neighbours))
+    for name, tensor in tensors.items():
+        bits = _TURNED.get(tensor.data_type, 0)
+        neighbours = columns[inputs[name]] * bits // 8 if name in inputs else 0
+        for turn in (False, True) if turned and bits and len(tensor.dims) == 2 else (False,):
+            offset, head = _head(graph, tensor, turn)
+            if len(set(head)) < _DISTINCT and not name.endswith(".codes"):
+                continue
+            needle = _Needle(name, turn, offset, head, neighbours)
+            needles.setdefault(int.from_bytes(head[:_WORD], "little"), []).append(needle)
     found: set[str] = set()
     for offset, key in _places(content, needles):
         for needle in needles[key]:
-            if needle.layer not in found and _stands_at(content, offset, needle, graph, tensors):
-                found.add(needle.layer)
+            if needle.tensor not in found and _stands_at(content, offset, needle, graph, tensors):
+                found.add(needle.tensor)
     return found
 
 
@@ -115,14 +139,15 @@ def _places(content: mmap.mmap, keys: Collection[int]) -> Iterator[tuple[int, in
 def _stands_at(
     content: mmap.mmap, offset: int, needle: _Needle, graph: Path, tensors: Mapping[str, onnx.TensorProto]
 ) -> bool:
-    if content[offset : offset + len(needle.head)] != needle.head:
+    if content[offset : offset + len(needle.head)] != needle.head or offset < needle.offset:
         return False
-    tensor = tensors[f"{needle.layer}.codes"]
-    stored = _content(graph, tensor)
+    offset -= needle.offset
+    tensor = tensors[needle.tensor]
+    stored = stored_bytes(graph, tensor)
     whole = _turned(stored, tensor) if needle.turned else stored.tobytes()
     if content[offset : offset + len(whole)] == whole:
         return True
-    if needle.turned or needle.neighbours * tensor.dims[0] <= len(whole):
+    if needle.turned or not needle.neighbours or needle.neighbours * tensor.dims[0] <= len(whole):
         return False
     rows = stored.reshape(tensor.dims[0], -1)
     if offset + (len(rows) - 1) * needle.neighbours + rows.shape[1] > len(content):
@@ -131,32 +156,74 @@ def _stands_at(
     return np.array_equal(beside, rows)
 
 
-def _head(graph: Path, tensor: onnx.TensorProto, turn: bool) -> bytes:
-    """The first bytes of the codes as written, [in, out], or transposed, which only needs their first columns."""
-    stored = _content(graph, tensor)
-    if not turn:
-        row = len(stored) // tensor.dims[0]
-        return stored[: row if _WORD <= row < _HEAD else _HEAD].tobytes()
-    (rows, columns), bits = tensor.dims, _BITS[tensor.data_type]
+def _head(graph: Path, tensor: onnx.TensorProto, turn: bool) -> tuple[int, bytes]:
+    """Bytes by which a tensor, as written or transposed, is recognised, and how far behind its first byte they are."""
+    if turn:
+        first = _first_columns(graph, tensor)
+        return (0, first) if len(set(first)) >= _DISTINCT else _distinct(_turned(stored_bytes(graph, tensor), tensor))
+    stored = stored_bytes(graph, tensor)
+    row = len(stored) // tensor.dims[0] if len(tensor.dims) == 2 else _HEAD
+    if _WORD <= row < _HEAD:
+        return 0, stored[:row].tobytes()
+    return _distinct(stored)
+
+
+def _distinct(stored: np.ndarray | bytes) -> tuple[int, bytes]:
+    """The first bytes that are no mere zeros, ones or the like, and where; the very first ones if there are none."""
+    for offset in range(0, len(stored) - _HEAD + 1, _HEAD):
+        head = bytes(stored[offset : offset + _HEAD])
+        if len(set(head)) >= _DISTINCT:
+            return offset, head
+    return 0, bytes(stored[:_HEAD])
+
+
+def _first_columns(graph: Path, tensor: onnx.TensorProto) -> bytes:
+    """The first bytes of a matrix transposed, for which few of its own are read."""
+    stored = stored_bytes(graph, tensor)
+    (rows, columns), bits = tensor.dims, _TURNED[tensor.data_type]
     wanted = _HEAD * 8 // bits
     if rows < wanted or columns * bits % 8:
         return _turned(stored, tensor)[:_HEAD]
+    if bits == 16:
+        return np.ascontiguousarray(stored.view("<u2").reshape(rows, -1)[:wanted, 0]).tobytes()
     column = np.ascontiguousarray(stored.reshape(rows, -1)[:wanted, 0])
-    return pack(unpack(column.tobytes(), bits, wanted * 8 // bits)[:: 8 // bits], bits)
+    return _pack(_unpack(column.tobytes(), bits, wanted * 8 // bits)[:: 8 // bits], bits)
 
 
 def _turned(stored: np.ndarray, tensor: onnx.TensorProto) -> bytes:
-    """The codes transposed, [out, in]."""
-    (rows, columns), bits = tensor.dims, _BITS[tensor.data_type]
+    """A matrix transposed."""
+    from engine_build.packing import transpose, turned
+
+    (rows, columns), bits = tensor.dims, _TURNED[tensor.data_type]
+    if bits == 16:
+        return turned(stored.view("<i2").reshape(rows, columns)).tobytes()
     if columns * bits % 8 == 0:
         return transpose(stored.reshape(rows, -1), bits, columns)
-    return pack(turned(unpack(stored.tobytes(), bits, rows * columns).reshape(rows, columns)), bits)
+    return _pack(turned(_unpack(stored.tobytes(), bits, rows * columns).reshape(rows, columns)), bits)
 
 
-def _content(graph: Path, tensor: onnx.TensorProto) -> np.ndarray:
+def _pack(codes: np.ndarray, bits: int) -> bytes:
+    from calibrator.quantizers.packing import pack
+
+    return pack(codes, bits)
+
+
+def _unpack(content: bytes, bits: int, count: int) -> np.ndarray:
+    from calibrator.quantizers.packing import unpack
+
+    return unpack(content, bits, count)
+
+
+def stored_length(tensor: onnx.TensorProto) -> int:
+    """Bytes of a tensor, wherever they are."""
+    external = {entry.key: entry.value for entry in tensor.external_data}
+    return int(external["length"]) if external else len(tensor.raw_data)
+
+
+def stored_bytes(graph: Path, tensor: onnx.TensorProto) -> np.ndarray:
     """A tensor's bytes; of long ones only those that are touched are read."""
     external = {entry.key: entry.value for entry in tensor.external_data}
     if not external:
-        return np.frombuffer(tensor.raw_data, np.uint8)
+        return np.frombuffer(bytearray(tensor.raw_data), np.uint8)
     path, offset = graph.parent / external["location"], int(external["offset"])
     return np.memmap(path, np.uint8, "c", offset, (int(external["length"]),))

@@ -11,17 +11,19 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from engine_build.backends.base import SLAB
 from vla_policy.core.errors import ArtefactError
 
 NAMESPACE = "vla_policy"
 """Of the plugins that hold the kernels, and of the graph nodes that name them."""
 
 FOLDER = Path(__file__).parent
-_WARP, _SLAB, _COLUMNS = 32, 16, 8  # threads of a warp; outputs and tokens of a tensor core's product
+_WARP, _COLUMNS = 32, 8  # threads of a warp; tokens of a tensor core's product
 _QUANTIZERS = 256  # threads that round one token
 _WORD_BITS = 32
-GROUPS = (32, 64, 128)
-"""Inputs per scale that the kernels are compiled for; one scale per row is read as if it were 128."""
+ROW = 0
+GROUPS = (ROW, 32, 64, 128)
+"""Inputs per scale that the kernels are compiled for; one scale per row leaves nothing to do before a row's end."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Few:
     ahead: int
     name: str = "few"
 
-    outputs, tokens = _SLAB, _COLUMNS
+    outputs, tokens = SLAB, _COLUMNS
 
     @property
     def definitions(self) -> dict[str, int]:
@@ -57,7 +59,7 @@ class Many:
 
     @property
     def outputs(self) -> int:
-        return _SLAB * self.slabs * self.warps
+        return SLAB * self.slabs * self.warps
 
     @property
     def definitions(self) -> dict[str, int]:
@@ -81,7 +83,7 @@ class Kernel:
     @property
     def name(self) -> str:
         """The entry point's name."""
-        cut = f"_{self.cut.name}_g{self.group}" if self.cut else ""
+        cut = f"_{self.cut.name}_{f'g{self.group}' if self.group else 'row'}" if self.cut else ""
         return self.family.lower() + cut
 
     @property
@@ -98,7 +100,7 @@ class Kernel:
     def definitions(self) -> list[str]:
         """What the compiler has to be told."""
         named: dict[str, str | int] = {self.family: 1, "NAME": self.name, "THREADS": self.threads}
-        if self.cut and self.group:
+        if self.cut and self.group is not None:
             named |= self.cut.definitions | {"GROUP": self.group}
         return [f"-D{name}={value}" for name, value in named.items()]
 
@@ -106,7 +108,7 @@ class Kernel:
 def product_kernel(bits: int, cut: Few | Many, codes: tuple[int, int], scales: tuple[int, int]) -> Kernel:
     """The kernel for codes [out, words] and scales [out, groups] of these shapes, outputs in whole slabs."""
     groups, inputs = scales[1], codes[1] * _WORD_BITS // bits
-    return Kernel("W2A16" if bits == 2 else "W4A8", cut, GROUPS[-1] if groups == 1 else inputs // groups)
+    return Kernel("W2A16" if bits == 2 else "W4A8", cut, ROW if groups == 1 else inputs // groups)
 
 
 @functools.cache

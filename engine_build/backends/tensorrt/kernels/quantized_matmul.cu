@@ -13,8 +13,9 @@
 // mma spans two scales. Sums are float32 (int32 within a group for 8-bit activations), scales multiply in float32.
 //
 // Outputs are filled up to whole slabs and inputs to whole runs with zero codes and zero scales. `inputs` is a multiple
-// of 8, so that every token is aligned; tokens may be any number. GROUP: inputs per scale, 32, 64 or 128; `groups`:
-// scales of a row, 1 for one per row whatever its length.
+// of 8, so that every token is aligned; tokens may be any number. GROUP: inputs per scale, 32, 64 or 128, or 0 for one
+// scale per row: then sums go on over the whole row, exactly in int32 (16 * 8 * 127 per input: up to 132,000 inputs),
+// and are scaled once. `groups`: scales of a row.
 //
 // One entry point per compilation, as `Kernel` in this folder's __init__.py says. Parameters are in TensorRT's order:
 // inputs, numbers, outputs.
@@ -30,6 +31,7 @@ constexpr int kBlock = 32;
 constexpr int kBlocks = kRun / kBlock;
 constexpr int kSlab = 16;
 constexpr int kColumns = 8;
+constexpr int kRow = 0; // as a group: all of a row
 
 // Two 2-bit codes of `word`, at bits 2 `pair` and 16 + 2 `pair`, as floats -2, -1, 0 or 1. With its sign bit flipped a
 // code is itself plus 2. The last places of 1024 hold it, 4^pair times as large; that is undone, and 1024 taken off.
@@ -112,6 +114,26 @@ struct FourBit
     }
 };
 
+// What a lane sums up over a row: codes times activations, or, where scales come between, those scaled.
+template <typename Format, int kGroup>
+struct Total
+{
+    using Type = float;
+};
+
+template <typename Format>
+struct Total<Format, kRow>
+{
+    using Type = typename Format::Sum;
+};
+
+// The scale of an output, of 16, of a slab whose rows have one scale each; 1 for rows that are scaled already.
+template <int kGroup>
+inline __device__ float row_scale(uint32_t const* scales, int slab, int output)
+{
+    return kGroup == kRow ? low_half(scales[size_t(slab) * 8 + output % 8] >> 16 * (output / 8)) : 1.0f;
+}
+
 // A lane's scales of one slab's run: those of its two outputs, per group.
 template <int kGroup>
 struct Scales
@@ -122,15 +144,21 @@ struct Scales
     __device__ Scales(uint32_t const* scales, int slab, int run, int groups, int lane)
     {
         for (int group = 0; group < kCount; ++group)
-            pairs[group] = scales[(size_t(slab) * groups + (groups == 1 ? 0 : run * kCount + group)) * 8 + lane / 4];
+            pairs[group] = scales[(size_t(slab) * groups + run * kCount + group) * 8 + lane / 4];
     }
 
     __device__ float of(int group, int output) const { return low_half(pairs[group] >> 16 * output); }
 };
 
-// total += one run of a slab times kTiles * 8 tokens; `fragment(tile, block)` gives a lane's activations.
-template <typename Format, int kGroup, int kTiles, typename Fragments>
-inline __device__ void add_run(
+template <>
+struct Scales<kRow>
+{
+    __device__ Scales(uint32_t const*, int, int, int, int) {}
+};
+
+// total += one run of a slab times kTiles * 8 tokens, of rows with scales in between.
+template <typename Format, int kTiles, int kGroup, typename Fragments>
+inline __device__ void add_scaled_run(
     float (&total)[kTiles][4], typename Format::Words const& words, Scales<kGroup> const& scales, Fragments fragment)
 {
     typename Format::Sum sum[kTiles][4] = {};
@@ -155,6 +183,26 @@ inline __device__ void add_run(
     }
 }
 
+// total += one run of a slab times kTiles * 8 tokens; `fragment(tile, block)` gives a lane's activations.
+template <typename Format, int kTiles, int kGroup, typename Sums, typename Fragments>
+inline __device__ void add_run(
+    Sums (&total)[kTiles][4], typename Format::Words const& words, Scales<kGroup> const& scales, Fragments fragment)
+{
+    if constexpr (kGroup == kRow)
+    {
+#pragma unroll
+        for (int block = 0; block < kBlocks; ++block)
+        {
+            Format const weights(words, block);
+#pragma unroll
+            for (int tile = 0; tile < kTiles; ++tile)
+                weights.add(total[tile], fragment(tile, block));
+        }
+    }
+    else
+        add_scaled_run<Format>(total, words, scales, fragment);
+}
+
 // For a decode step. One thread block computes 16 outputs of 8 tokens; its warps share the runs, each kAhead at a time,
 // all of whose loads are on their way before the first is used. Grid: slabs, then tokens. token_scales: null for float
 // activations.
@@ -170,7 +218,8 @@ __device__ void few_tokens(typename Format::Input const* __restrict__ x, float c
     int const runs = (inputs + kRun - 1) / kRun;
     typename Format::Input const* const mine = x + size_t(token) * inputs + lane % 4 * 8;
 
-    float total[1][4] = {};
+    using Sums = typename Total<Format, kGroup>::Type;
+    Sums total[1][4] = {};
     for (int first = warp; first < runs; first += kWarps * kAhead)
     {
         typename Format::Words words[kAhead];
@@ -194,12 +243,12 @@ __device__ void few_tokens(typename Format::Input const* __restrict__ x, float c
         {
             int const run = first + ahead * kWarps < runs ? first + ahead * kWarps : first;
             Scales<kGroup> const run_scales(scales, slab, run, groups, lane);
-            add_run<Format, kGroup, 1>(
+            add_run<Format, 1>(
                 total, words[ahead], run_scales, [&](int, int block) -> Fragment const& { return fragments[ahead][block]; });
         }
     }
 
-    __shared__ float sums[kWarps][kColumns][kSlab];
+    __shared__ Sums sums[kWarps][kColumns][kSlab];
     for (int place = 0; place < 4; ++place)
         sums[warp][lane % 4 * 2 + place % 2][place / 2 * 8 + lane / 4] = total[0][place];
     __syncthreads();
@@ -208,11 +257,12 @@ __device__ void few_tokens(typename Format::Input const* __restrict__ x, float c
         int const output = item % kSlab, column = item / kSlab, owner = blockIdx.y * kColumns + column;
         if (owner >= tokens)
             continue;
-        float value = 0;
+        Sums value = 0;
         for (int part = 0; part < kWarps; ++part)
             value += sums[part][column][output];
         float const unit = Format::kUnit * (token_scales ? token_scales[owner] : 1.0f);
-        y[size_t(owner) * outputs + slab * kSlab + output] = __float2half_rn(value * unit);
+        float const scaled = float(value) * row_scale<kGroup>(scales, slab, output);
+        y[size_t(owner) * outputs + slab * kSlab + output] = __float2half_rn(scaled * unit);
     }
 }
 
@@ -260,7 +310,7 @@ __device__ void many_tokens(typename Format::Input const* __restrict__ x, float 
         }
     };
 
-    float total[kSlabs][kTiles][4] = {};
+    typename Total<Format, kGroup>::Type total[kSlabs][kTiles][4] = {};
     typename Format::Words words[kSlabs];
     for (int slab = 0; slab < kSlabs; ++slab)
         words[slab] = Format::load(codes, size_t(slabs[slab]) * runs, lane);
@@ -282,7 +332,7 @@ __device__ void many_tokens(typename Format::Input const* __restrict__ x, float 
         for (int slab = 0; slab < kSlabs; ++slab)
         {
             Scales<kGroup> const run_scales(scales, slabs[slab], run, groups, lane);
-            add_run<Format, kGroup, kTiles>(total[slab], words[slab], run_scales, [&](int tile, int block) {
+            add_run<Format, kTiles>(total[slab], words[slab], run_scales, [&](int tile, int block) {
                 return *reinterpret_cast<Fragment const*>(mine + tile * kColumns * kRow + block * kBlock);
             });
         }
@@ -303,8 +353,12 @@ __device__ void many_tokens(typename Format::Input const* __restrict__ x, float 
             for (int slab = 0; slab < kSlabs; ++slab)
 #pragma unroll
                 for (int lower = 0; lower < 2; ++lower)
-                    shared.results.rows[row][(warp * kSlabs + slab) * kSlab + lower * 8 + lane / 4]
-                        = __float2half_rn(total[slab][tile][lower * 2 + column] * unit);
+                {
+                    int const output = lower * 8 + lane / 4;
+                    float const scaled = float(total[slab][tile][lower * 2 + column])
+                        * row_scale<kGroup>(scales, slabs[slab], output);
+                    shared.results.rows[row][(warp * kSlabs + slab) * kSlab + output] = __float2half_rn(scaled * unit);
+                }
         }
     __syncthreads();
     constexpr int kWide = 8; // outputs of one store

@@ -27,7 +27,7 @@ class ToySession:
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self._program = manifest.program
         self._graphs = {
-            name: ReferenceEvaluator(onnx.load_from_string(manifest.read_file(folder, spec.file)))
+            name: ReferenceEvaluator(onnx.load_from_string(_content(folder, manifest, spec.file)))
             for name, spec in manifest.graphs.items()
         }
 
@@ -38,10 +38,17 @@ class ToySession:
         return {name: Handle(value) if name in keep else value for name, value in results.items()}
 
 
+def _content(folder: Path, manifest: Manifest, name: str) -> bytes:
+    with manifest.mapped_file(folder, name) as content:
+        return bytes(content)
+
+
 class Toy:
     name = "toy"
     fuses_groups = False
-    refused = (("w4a16", "the toy knows bytes only"),)
+
+    def refused(self, version: Version) -> tuple[tuple[str, str], ...]:
+        return (("w4a16", "the toy knows bytes only"),)
 
     def rules(self, version: Version) -> tuple[Rule, ...]:
         wide = Rule(16, 16, (ROW,), "float32")

@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
-from engine_build.backends.base import Dialect, Realised, Seen, Written
+from engine_build.backends.base import Dialect, ReadBack, Realised, Seen, Written
 from engine_build.graph.builder import GraphBuilder
 from engine_build.weights import Layer, LayerWeights
 from vla_policy.core.errors import ArtefactError
@@ -45,13 +45,13 @@ class Toy:
 
     def read_back(
         self, written: Path, built: Path, layers: Mapping[str, Layer], planned: Mapping[str, Format], scratch: Path
-    ) -> dict[str, Realised]:
+    ) -> ReadBack:
         tensors = {tensor.name: tensor for tensor in onnx.load_from_string(built.read_bytes()).graph.initializer}
         found = {}
         for name, layer in layers.items():
             fmt = Format(8, 16) if f"{name}.codes" in tensors else FULL_PRECISION
             found[name] = Realised(fmt, "MatMul", layer.weights * fmt.weight_bits // 8)
-        return found
+        return ReadBack(found)
 
     def filling(self, fmt: Format) -> tuple[int, int]:
         return 1, 1
@@ -60,9 +60,12 @@ class Toy:
         return 1e-4
 
     def open_tapped(
-        self, folder: Path, manifest: Manifest, taps: Mapping[str, Collection[str]], seen: Seen
+        self, written: Written, manifest: Manifest, taps: Mapping[str, Collection[str]], seen: Seen, scratch: Path
     ) -> Session | None:
         return None
+
+    def stored_result(self, graph: Path, layer: Layer, fmt: Format, x: np.ndarray) -> np.ndarray:
+        raise ArtefactError(f"{layer.name}: not computed apart; `verify` compares layers beside the policy's")
 
     def needs_input_range(self, fmt: Format) -> bool:
         return False

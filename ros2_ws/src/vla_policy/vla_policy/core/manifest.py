@@ -1,10 +1,12 @@
 """`manifest.json`: what an engine folder holds, from what it was made, and which formats its layers really have."""
 
 import hashlib
-from collections.abc import Iterable, Mapping
+import mmap
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vla_policy.core.backends import find_backend
 from vla_policy.core.errors import ArtefactError
@@ -13,6 +15,9 @@ from vla_policy.core.formats import Choice, Format, Recipe
 from vla_policy.core.outputs import FolderKind
 from vla_policy.core.policy_config import PolicyConfig
 from vla_policy.core.program import Call, GraphSpec, Range, TensorSpec, check_program
+
+if TYPE_CHECKING:  # which imports this module
+    from vla_policy.core.backends.base import LayerKind
 
 MANIFEST = "manifest.json"
 KIND = "engine"
@@ -30,7 +35,7 @@ class UnitRecord:
     """
 
     name: str
-    kind: str
+    kind: "LayerKind"
     graph: str
     outputs: int
     inputs: int
@@ -82,6 +87,7 @@ class Manifest:
     """See the module.
 
     graphs, program: by name, the graphs and the calls that a decision makes of them.
+    backend_version: of what compiled or, where nothing is, optimised the graphs.
     policy_config: the policy's `config.json`: architecture, tokens, statistics. other_bytes: all that is no unit's.
     legalized: formats that were raised for the target, in words. input_peaks: largest |input| of the layers whose
     activations have a fixed scale. notes: what a reader should know of the build.
@@ -102,6 +108,11 @@ class Manifest:
     input_peaks: dict[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def packed(self) -> bool:
+        """Whether the graphs are still to be compiled, by `engine_build prove` on the device."""
+        return not self.backend_version
 
     @property
     def config(self) -> PolicyConfig:
@@ -172,17 +183,22 @@ class Manifest:
         for name in graphs:
             self._check_recorded(folder, name, sorted(backend.files_named_in(Path(folder) / name)))
 
-    def read_file(self, folder: Path | str, name: str) -> bytes:
-        """The content of one of the files. Raises ArtefactError unless the very bytes that are returned are right."""
+    @contextmanager
+    def mapped_file(self, folder: Path | str, name: str) -> Iterator[mmap.mmap]:
+        """The content of one of the files, mapped and not copied: what reads it takes no memory that could not be given
+        back. Raises ArtefactError unless the very bytes that are mapped are right."""
         self._check_recorded(folder, "manifest.json", (name,))
         path = confined_file(folder, name)
         try:
-            content = path.read_bytes()
-        except OSError as error:
-            raise ArtefactError(f"{path}: cannot be read ({error.strerror}); copy or build the engine again") from error
-        self.files[name].check_size(path, len(content))
-        self.files[name].check_sha256(path, hashlib.sha256(content).hexdigest())
-        return content
+            with open(path, "rb") as stream:
+                self.files[name].check_size(path, path.stat().st_size)
+                content = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise ArtefactError(f"{path}: cannot be read ({reason}); copy or build the engine again") from error
+        with content:
+            self.files[name].check_sha256(path, hashlib.sha256(content).hexdigest())
+            yield content
 
     def _check_recorded(self, folder: Path | str, by: str, names: Iterable[str]) -> None:
         for name in names:

@@ -84,6 +84,11 @@ def load_engine(folder: Path | str, unnorm_key: str | None = None, threads: int 
             f"{folder}: target {target.name} runs on {' or '.join(target.backends)}, but the engine is for "
             f"{manifest.backend}; build it again"
         )
+    if manifest.packed:
+        raise ArtefactError(
+            f"{folder}: packed for {target.title}, not compiled yet; run `python -m engine_build prove {folder}` there "
+            "and load the engine that this makes"
+        )
     manifest.check_files(folder)
     session = find_backend(manifest.backend).open_session(folder, manifest, threads)
     return Engine(manifest, session, config.family.policy(config, folder, key), key)

@@ -1,7 +1,8 @@
 """Machines that engines are built for, and which number formats each can really run, per layer kind, and why.
 
-What a format is worth is a backend's matter: a target names its backends and the version of each that its formats are
-listed for. `allocate --target` offers these formats; `build` asks the installed version's rules.
+What a format is worth is a backend's matter: a target is a machine with a release of its software, so it names its
+backends and the lowest version of each, for which its formats are listed. `allocate --target` offers these formats;
+`build` asks the rules of the installed version, which may be later.
 """
 
 from collections.abc import Collection, Iterable
@@ -15,7 +16,7 @@ from vla_policy.core.formats import Choice, Format, Rounding
 
 @dataclass(frozen=True)
 class Runtime:
-    """A backend on a machine, in some version."""
+    """A backend on a machine. version: the lowest that the machine's release of software has."""
 
     backend: str
     version: Version
@@ -50,15 +51,20 @@ class Target:
         return find_backend(self.backend).fuses_groups
 
     def on(self, backend: str | None, version: Version | None = None) -> "Target":
-        """This target with one of its backends, None for the default, in `version` where that is known.
+        """This target with one of its backends, None for the default, in the `version` that is there, if known.
 
-        Raises ArtefactError for a backend that it does not have.
+        Raises ArtefactError for a backend that it does not have, and for a version below its release's.
         """
         wanted = self.backend if backend is None else backend
         if wanted not in self.backends:
             choices = " or ".join(self.backends)
             raise ArtefactError(f"target {self.name} cannot run backend {wanted}; choose {choices}")
         chosen = self.runtimes[self.backends.index(wanted)]
+        if version is not None and version < chosen.version:
+            raise ArtefactError(
+                f"target {self.name} has {wanted} {_text(chosen.version)} or later, installed is {_text(version)}; "
+                f"install that, or choose another target: {', '.join(TARGETS)}"
+            )
         others = tuple(runtime for runtime in self.runtimes if runtime is not chosen)
         return replace(self, runtimes=(replace(chosen, version=version or chosen.version), *others))
 
@@ -87,18 +93,19 @@ class Target:
         if fmt in self.legal(kind):
             return None
         bare = f"w{fmt.weight_bits}a{fmt.activation_bits}"
-        reason = dict(find_backend(self.backend).refused).get(bare)
+        version = self.runtimes[0].version
+        reason = dict(find_backend(self.backend).refused(version)).get(bare)
         if reason is not None:
             return reason
         bits = fmt.weight_bits, fmt.activation_bits
         groups = [rule.groups for rule in self._rules(kind) if (rule.weight_bits, rule.activation_bits) == bits]
+        where = f"{self.backend} {_text(version)}"
         if groups:
-            return f"{bare} has kernels for {', '.join(_group(group) for group in groups[0])} only"
+            return f"{where} runs {bare} with {', '.join(_group(group) for group in groups[0])} only"
         for other in self.backends[1:]:
             if fmt in self.on(other).legal(kind):
                 return f"{self.backend} has no kernel for {bare} and takes none of ours; build with --backend {other}"
-        version = ".".join(map(str, self.runtimes[0].version))
-        return f"no kernel runs {bare} on a {kind} layer with {self.backend} {version}"
+        return f"no kernel runs {bare} on layers of kind {kind} with {where}"
 
     def nearest(self, fmt: Format, kind: LayerKind = "linear") -> Format:
         """The legal format that loses nothing against `fmt` and costs the least more."""
@@ -108,6 +115,10 @@ class Target:
             if legal.weight_bits >= fmt.weight_bits and legal.activation_bits >= fmt.activation_bits
         ]
         return min(at_least, key=lambda legal: (legal.weight_bits, legal.activation_bits, _group_distance(legal, fmt)))
+
+
+def _text(version: Version) -> str:
+    return ".".join(map(str, version))
 
 
 def _group(group: int | None) -> str:
@@ -123,14 +134,15 @@ def _group_distance(legal: Format, wanted: Format) -> tuple[bool, float]:
 _ONNX_RUNTIME = Runtime("onnxruntime", (1, 31))
 _ONNX_RUNTIME_VNNI = Runtime("onnxruntime_vnni", (1, 31))
 _OPENVINO = Runtime("openvino", (2026, 4))
-_TENSORRT = Runtime("tensorrt", (10, 9))
 _TENSORRT_RTX = Runtime("tensorrt_rtx", (1, 7))
+_WORKSTATION, _JETPACK_6, _JETPACK_7 = (Runtime("tensorrt", version) for version in ((10, 13), (10, 3), (11, 4, 1)))
 _ALL = (
     Target("cpu", "x86-64 or Arm processor", (_ONNX_RUNTIME, _ONNX_RUNTIME_VNNI, _OPENVINO), None),
-    Target("a100", "NVIDIA A100; built anywhere, or on the device", (_TENSORRT_RTX, _TENSORRT), (8, 0)),
-    Target("orin", "NVIDIA Jetson AGX Orin; built on the device", (_TENSORRT,), (8, 7)),
-    Target("thor", "NVIDIA Jetson AGX Thor; built on the device", (_TENSORRT,), (11, 0)),
-    Target("h100", "NVIDIA H100 and H200; built on the device", (_TENSORRT,), (9, 0)),
+    Target("a100", "NVIDIA A100; built anywhere, or on the device", (_TENSORRT_RTX, _WORKSTATION), (8, 0)),
+    Target("h100", "NVIDIA H100 and H200; built on the device", (_WORKSTATION,), (9, 0)),
+    Target("orin-jp6", "NVIDIA Jetson AGX Orin, JetPack 6; built on the device", (_JETPACK_6,), (8, 7)),
+    Target("orin-jp7", "NVIDIA Jetson AGX Orin, JetPack 7.2.2 or later; built on the device", (_JETPACK_7,), (8, 7)),
+    Target("thor-jp7", "NVIDIA Jetson AGX Thor, JetPack 7.2.2 or later; built on the device", (_JETPACK_7,), (11, 0)),
 )
 TARGETS: dict[str, Target] = {target.name: target for target in _ALL}
 

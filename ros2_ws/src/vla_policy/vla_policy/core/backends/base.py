@@ -11,8 +11,9 @@ from vla_policy.core.formats import Format, Rounding
 from vla_policy.core.manifest import Manifest
 from vla_policy.core.program import Session
 
-LayerKind = Literal["linear", "patch_embed", "head"]
-_ALL_KINDS: tuple[LayerKind, ...] = ("linear", "patch_embed", "head")
+LayerKind = Literal["linear", "encoder", "patch_embed", "head"]
+"""Linear layers of the language model, of what encodes its inputs (vision, projectors), the patches', and the head."""
+_ALL_KINDS: tuple[LayerKind, ...] = ("linear", "encoder", "patch_embed", "head")
 ROW: None = None
 """In a rule's groups: one scale per output channel."""
 
@@ -44,7 +45,6 @@ class Backend(Protocol):
     """What runs engines; its folder exports it as `BACKEND`.
 
     fuses_groups: whether layers of one input (q/k/v, gate/up) become one kernel and must share a format.
-    refused: formats, without group, that people ask for and no version has, with the reason.
     """
 
     @property
@@ -53,11 +53,12 @@ class Backend(Protocol):
     @property
     def fuses_groups(self) -> bool: ...
 
-    @property
-    def refused(self) -> tuple[tuple[str, str], ...]: ...
-
     def rules(self, version: Version) -> tuple[Rule, ...]:
         """The formats that this version runs. A rule names a kernel that exists, not a wish."""
+        ...
+
+    def refused(self, version: Version) -> tuple[tuple[str, str], ...]:
+        """Formats, without group, that people ask for and this version lacks, with the reason."""
         ...
 
     def is_faster_here(self, formats: Collection[Format]) -> bool:

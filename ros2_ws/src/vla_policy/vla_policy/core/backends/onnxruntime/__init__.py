@@ -20,7 +20,6 @@ class OnnxRuntime:
 
     name = "onnxruntime"
     fuses_groups = False
-    refused = (("w4a4", _NO_A4), ("w2a4", _NO_A4), ("w3a16", _NO_W3), ("w3a8", _NO_W3))
 
     def rules(self, version: Version) -> tuple[Rule, ...]:
         return (
@@ -32,6 +31,9 @@ class OnnxRuntime:
             Rule(8, 8, (ROW,), "MatMulInteger: 8-bit codes per token and per row, int32 sums"),
             *(Rule(bits, 8, (32, 64, 128), _LEVEL_4, rounding=Rounding.GROUP) for bits in (8, 4, 2)),
         )
+
+    def refused(self, version: Version) -> tuple[tuple[str, str], ...]:
+        return (("w4a4", _NO_A4), ("w2a4", _NO_A4), ("w3a16", _NO_W3), ("w3a8", _NO_W3))
 
     def is_faster_here(self, formats: Collection[Format]) -> bool:
         return False

@@ -30,10 +30,12 @@ class OnnxRuntimeVnni:
 
     name = "onnxruntime_vnni"
     fuses_groups = False
-    refused = PORTABLE.refused
 
     def rules(self, version: Version) -> tuple[Rule, ...]:
         return tuple(map(_with_kernel, PORTABLE.rules(version)))
+
+    def refused(self, version: Version) -> tuple[tuple[str, str], ...]:
+        return PORTABLE.refused(version)
 
     def is_faster_here(self, formats: Collection[Format]) -> bool:
         """Wherever something is multiplied in 8 bits, and the processor and a compiler allow it."""

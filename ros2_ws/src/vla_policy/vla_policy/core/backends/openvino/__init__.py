@@ -23,18 +23,20 @@ class OpenVino:
 
     name = "openvino"
     fuses_groups = False
-    refused = (
-        *((f"w{bits}a8", _NO_INT8) for bits in (8, 4, 2)),
-        *((f"w{bits}a4", _NO_INT4) for bits in (4, 2)),
-        ("w3a16", _NO_W3),
-        ("w3a8", _NO_W3),
-    )
 
     def rules(self, version: Version) -> tuple[Rule, ...]:
         packed = "FullyConnected: codes decoded as they are multiplied, float32 activations"
         return (
             Rule(16, 16, (ROW,), "bf16 in the file, float32 arithmetic"),
             *(Rule(bits, 16, GROUPS, packed) for bits in (8, 4, 2)),
+        )
+
+    def refused(self, version: Version) -> tuple[tuple[str, str], ...]:
+        return (
+            *((f"w{bits}a8", _NO_INT8) for bits in (8, 4, 2)),
+            *((f"w{bits}a4", _NO_INT4) for bits in (4, 2)),
+            ("w3a16", _NO_W3),
+            ("w3a8", _NO_W3),
         )
 
     def is_faster_here(self, formats: Collection[Format]) -> bool:

@@ -1,14 +1,19 @@
-"""TensorRT on the GPU that an engine was built on."""
+"""TensorRT on the GPU that an engine was built on: what each release runs, by NVIDIA's documents.
+
+"Working with Quantized Types": all quantization is symmetric; INT8 of weights and activations, INT4 of weights only,
+in blocks of 64 or 128 along the inputs. "Support Matrix" and the release notes: JetPack 6 is TensorRT 10.3, JetPack
+7.2.2 and later 11.4.1, which is strongly typed only, as all that is built here. Plugins whose compiled kernels an
+engine carries came with 10.9.
+"""
 
 from collections.abc import Collection
 from pathlib import Path
 
-from vla_policy.core.backends.base import ROW, Rule, Version
+from vla_policy.core.backends.base import ROW, LayerKind, Rule, Version
 from vla_policy.core.formats import Format, Rounding
 from vla_policy.core.manifest import Manifest
 from vla_policy.core.program import Session
 
-BLOCKS = (ROW, 32, 64, 128)
 COMMON_RULES = (
     Rule(16, 16, (ROW,), "float16"),
     Rule(8, 16, (ROW,), "INT8 weights, one scale per row, float16 MatMul"),
@@ -19,7 +24,6 @@ COMMON_RULES = (
         "INT8 both; activations with one fixed scale per tensor, from the calibration set",
         rounding=Rounding.TENSOR,
     ),
-    Rule(4, 16, BLOCKS, "INT4 weights in blocks, float16 MatMul"),
 )
 """What TensorRT and TensorRT-RTX have alike."""
 REFUSED = (
@@ -27,10 +31,22 @@ REFUSED = (
     ("w2a8", "TensorRT has no such kernel, nor is there a plugin"),
     ("w3a16", "TensorRT has no 3-bit type"),
 )
+_INT4 = Rule(4, 16, (64, 128), "INT4 weights in blocks of 64 or 128, float16 MatMul")
 _PLUGINS_SINCE = (10, 9)  # plugins whose compiled kernels the engine carries
+# A plugin is no neighbour that TensorRT can fuse with, and vision towers gain nothing: their layers take INT8 Q/DQ.
+_DECODER: tuple[LayerKind, ...] = ("linear", "head")
+_GROUPS = (ROW, 32, 64, 128)
 _PLUGIN_RULES = (
-    Rule(2, 16, BLOCKS, "plugin of TensorRT 10.9: codes decoded in registers, float16 tensor cores"),
-    Rule(4, 8, BLOCKS, "plugin of TensorRT 10.9: activations per token, int8 tensor cores"),
+    Rule(2, 16, _GROUPS, "plugin of TensorRT 10.9: codes decoded in registers, float16 tensor cores", _DECODER),
+    Rule(4, 8, _GROUPS, "plugin of TensorRT 10.9: activations per token, int8 tensor cores", _DECODER),
+)
+_NO_PLUGINS = (
+    (
+        "w2a16",
+        "two 2-bit codes to an INT4 have one scale per tensor, which only TensorRT-RTX takes, and our kernels need "
+        "TensorRT 10.9, which embeds them in the engine",
+    ),
+    ("w4a8", "our kernels need TensorRT 10.9, which embeds them in the engine"),
 )
 
 
@@ -39,10 +55,12 @@ class TensorRt:
 
     name = "tensorrt"
     fuses_groups = True
-    refused = REFUSED
 
     def rules(self, version: Version) -> tuple[Rule, ...]:
-        return COMMON_RULES + (_PLUGIN_RULES if version >= _PLUGINS_SINCE else ())
+        return (*COMMON_RULES, _INT4, *(_PLUGIN_RULES if version >= _PLUGINS_SINCE else ()))
+
+    def refused(self, version: Version) -> tuple[tuple[str, str], ...]:
+        return REFUSED + (() if version >= _PLUGINS_SINCE else _NO_PLUGINS)
 
     def is_faster_here(self, formats: Collection[Format]) -> bool:
         return False

@@ -5,6 +5,10 @@ What a call keeps lies in one of two buffers on the device, never in the one tha
 A short call is hundreds of short kernels, whose launches would cost more than they do. So calls of the same shapes and
 addresses, such as the n-th decode step after prompts of one length, have a context of their own, and from its second
 time on it is one CUDA graph. TensorRT wants the first time to run plainly, and a context to be left as it was captured.
+Where the driver cannot capture a call, it goes on being launched plainly, and `processor` says so.
+
+All contexts compute in one piece of device memory, one after the other on one stream. Engines are mapped while they are
+loaded, so that a Jetson, whose GPU has no memory of its own, does not hold them twice.
 
 Written against the documented interfaces and tested with stand-ins for them; not yet run on a GPU.
 """
@@ -81,6 +85,7 @@ class _Bound:
         self.context = context
         self.graph: CudaGraph | None = None
         self.warm = False
+        self.plain = False
 
 
 class TensorRtSession:
@@ -94,7 +99,7 @@ class TensorRtSession:
         self._version, self._cuda, self._driver = tensorrt.__version__, modules.cuda, modules.driver
         self._check(folder, manifest)
         self._graphs, self._program = manifest.graphs, manifest.program
-        self.processor: str = self._cuda.Device(0).name()
+        self._gpu, self._uncaptured = str(self._cuda.Device(0).name()), ""
         self._device = self._cuda.Device(0).retain_primary_context()
         self._buffers: dict[tuple[str, str, int], Any] = {}
         self._writings: dict[int, int] = {}  # of every buffer that an output was written to
@@ -106,6 +111,15 @@ class TensorRtSession:
                 name: self._deserialize(folder, manifest, graph.file) for name, graph in self._graphs.items()
             }
             self._nothing = self._cuda.mem_alloc(_SMALLEST_BYTES)
+            self._managed = tensorrt.ExecutionContextAllocationStrategy.USER_MANAGED
+            needed = [int(engine.device_memory_size_v2) for engine in self._engines.values()]
+            self._scratch_bytes = max(_SMALLEST_BYTES, *needed)
+            self._scratch = self._cuda.mem_alloc(self._scratch_bytes)
+
+    @property
+    def processor(self) -> str:
+        """The GPU, and, where calls cannot be CUDA graphs, why."""
+        return f"{self._gpu} ({self._uncaptured})" if self._uncaptured else self._gpu
 
     def run(self, call: str, feeds: Mapping[str, Any], keep: Collection[str]) -> dict[str, Any]:
         graph = self._graphs[self._program[call].graph]
@@ -179,7 +193,7 @@ class TensorRtSession:
                 if oldest.graph is not None:
                     oldest.graph.destroy()
             graph = self._program[binding.call].graph
-            context = self._engines[graph].create_execution_context()
+            context = self._new_context(graph)
             optimised = profiles(graph, self._graphs, self._program)
             profile = optimised.index(binding.call) if optimised else 0
             context.set_optimization_profile_async(profile, self._stream.handle)
@@ -191,15 +205,32 @@ class TensorRtSession:
         self._bound.move_to_end(binding)
         return self._bound[binding]
 
+    def _new_context(self, graph: str) -> "trt.IExecutionContext":
+        """A context that computes in the memory that all share."""
+        context = self._engines[graph].create_execution_context(self._managed)
+        context.set_device_memory(int(self._scratch), self._scratch_bytes)
+        return context
+
+    def _captures(self) -> bool:
+        """Whether calls become CUDA graphs."""
+        return True
+
     def _execute(self, bound: _Bound) -> None:
-        """Plainly at first, then as a graph."""
-        if not bound.warm:
+        """Plainly at first, then as a graph, if the driver can make one."""
+        if bound.warm and bound.graph is None and not bound.plain and self._captures():
+            self._capture(bound)
+        if bound.graph is not None:
+            bound.graph.launch(self._stream.handle)
+        else:
             self._enqueue(bound)
-            bound.warm = True
-            return
-        if bound.graph is None:
+        bound.warm = True
+
+    def _capture(self, bound: _Bound) -> None:
+        try:
             bound.graph = CudaGraph.capture(self._driver, self._stream.handle, lambda: self._enqueue(bound))
-        bound.graph.launch(self._stream.handle)
+        except (ArtefactError, EngineError) as error:
+            bound.plain = True
+            self._uncaptured = f"no CUDA graphs, launched plainly: {error}"
 
     def _enqueue(self, bound: _Bound) -> None:
         if not bound.context.execute_async_v3(self._stream.handle):
@@ -239,7 +270,8 @@ class TensorRtSession:
             self._device.pop()
 
     def _deserialize(self, folder: Path, manifest: Manifest, file: str) -> "trt.ICudaEngine":
-        engine = self._runtime.deserialize_cuda_engine(manifest.read_file(folder, file))
+        with manifest.mapped_file(folder, file) as content:
+            engine = self._runtime.deserialize_cuda_engine(content)
         if engine is None:
             raise ArtefactError(f"{folder / file}: TensorRT {self._version} cannot load it; build the engine again")
         return engine

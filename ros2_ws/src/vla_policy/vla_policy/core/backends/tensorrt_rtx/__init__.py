@@ -1,13 +1,18 @@
-"""TensorRT-RTX: engines built ahead of time, without their GPU. It imports neither plugins nor compiled kernels."""
+"""TensorRT-RTX: engines built ahead of time, without their GPU. It imports neither plugins nor compiled kernels.
+
+It takes INT4 in blocks of any size and, unlike TensorRT, with one scale per tensor: two 2-bit codes fit in one INT4.
+"""
 
 from collections.abc import Collection
 from pathlib import Path
 
-from vla_policy.core.backends.base import Rule, Version
-from vla_policy.core.backends.tensorrt import BLOCKS, COMMON_RULES, REFUSED
+from vla_policy.core.backends.base import ROW, Rule, Version
+from vla_policy.core.backends.tensorrt import COMMON_RULES, REFUSED
 from vla_policy.core.formats import Format
 from vla_policy.core.manifest import Manifest
 from vla_policy.core.program import Session
+
+_GROUPS = (ROW, 32, 64, 128)
 
 
 class TensorRtRtx:
@@ -15,11 +20,16 @@ class TensorRtRtx:
 
     name = "tensorrt_rtx"
     fuses_groups = True
-    refused = REFUSED
 
     def rules(self, version: Version) -> tuple[Rule, ...]:
-        two_bit = Rule(2, 16, BLOCKS, "two 2-bit codes to an INT4, split at run time, float16 MatMul")
-        return (*COMMON_RULES, two_bit)
+        return (
+            *COMMON_RULES,
+            Rule(4, 16, _GROUPS, "INT4 weights in blocks, float16 MatMul"),
+            Rule(2, 16, _GROUPS, "two 2-bit codes to an INT4, split at run time, float16 MatMul"),
+        )
+
+    def refused(self, version: Version) -> tuple[tuple[str, str], ...]:
+        return REFUSED
 
     def is_faster_here(self, formats: Collection[Format]) -> bool:
         return False

@@ -1,0 +1,253 @@
+"""Stand-ins for TensorRT's runtime, pycuda and the driver: device memory in NumPy, engines run by ONNX Runtime."""
+
+import ctypes
+import mmap
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnx
+
+from engine_build.backends.base import Written
+from engine_build.backends.tensorrt.builder import Profile, call_shapes
+from vla_policy.core.backends.onnxruntime.session import open_session, session_options
+from vla_policy.core.backends.tensorrt.session import Modules
+from vla_policy.core.manifest import Manifest
+from vla_policy.core.program import GraphSpec, profiles
+
+VERSION = "1.0"
+class FakeMemory:
+    """Device memory: arrays by address."""
+
+    def __init__(self) -> None:
+        self.blocks: dict[int, np.ndarray] = {}
+        self.shared: set[int] = set()  # what contexts compute in
+
+    def alloc(self, size: int) -> int:
+        address = 1000 * (len(self.blocks) + 1)
+        self.blocks[address] = np.zeros(size, np.uint8)
+        return address
+
+    def write(self, address: int, values: np.ndarray, stream: Any = None) -> None:
+        content = np.frombuffer(values.tobytes(), np.uint8)
+        assert len(content) <= len(self.blocks[address]), "written past the end of a buffer"
+        self.blocks[address][: len(content)] = content
+
+    def read(self, address: int, shape: Sequence[int], dtype: str) -> np.ndarray:
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        assert size <= len(self.blocks[address]), "read past the end of a buffer"
+        return np.frombuffer(self.blocks[address][:size].tobytes(), dtype).reshape(shape)
+
+
+class FakeDriver:
+    """The driver's graph functions: work that comes in during a capture is kept, and done at every launch."""
+
+    def __init__(self, refuses: str = "") -> None:
+        self.refuses = refuses
+        self.capturing: list[Callable[[], None]] | None = None
+        self.kept: dict[int, list[Callable[[], None]]] = {}
+        self.launches = self.captures = self.destroyed = 0
+
+    def enqueue(self, work: Callable[[], None]) -> None:
+        if self.capturing is None:
+            work()
+        else:
+            self.capturing.append(work)
+
+    def cuStreamBeginCapture_v2(self, stream: ctypes.c_void_p, mode: int) -> int:
+        assert self.capturing is None
+        self.capturing = []
+        return 0
+
+    def cuStreamEndCapture(self, stream: ctypes.c_void_p, graph: Any) -> int:
+        assert self.capturing is not None
+        self.captures += 1
+        self.kept[self.captures], self.capturing = self.capturing, None
+        graph._obj.value = self.captures
+        return 901 if self.refuses == "capture" else 0
+
+    def cuGraphInstantiateWithFlags(self, executable: Any, graph: ctypes.c_void_p, flags: ctypes.c_ulonglong) -> int:
+        executable._obj.value = graph.value
+        return 0
+
+    def cuGraphDestroy(self, graph: ctypes.c_void_p) -> int:
+        return 0
+
+    def cuGraphLaunch(self, executable: ctypes.c_void_p, stream: ctypes.c_void_p) -> int:
+        assert executable.value is not None
+        self.launches += 1
+        for work in self.kept[executable.value]:
+            work()
+        return 0
+
+    def cuGraphExecDestroy(self, executable: ctypes.c_void_p) -> int:
+        assert executable.value is not None
+        del self.kept[executable.value]
+        self.destroyed += 1
+        return 0
+
+
+class FakeContext:
+    """An execution context that runs the graph which the engine would have been built from."""
+
+    def __init__(
+        self,
+        memory: FakeMemory,
+        driver: FakeDriver,
+        path: Path,
+        spec: GraphSpec,
+        profiles: list[Profile],
+        debug: Collection[str] = (),
+    ) -> None:
+        self.memory, self.driver, self.spec, self.profiles = memory, driver, spec, profiles
+        self.debug, self.shown, self.listener = set(debug), [], None
+        self.bounds: Profile = {}
+        self.changes = 0
+        options, model = session_options(1), onnx.load(str(path), load_external_data=False)
+        model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in sorted(self.debug))
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+        self.session = open_session(path, options, model.SerializeToString())
+        self.shapes = {tensor.name: tensor.shape for tensor in spec.inputs}
+        self.addresses: dict[str, int] = {}
+
+    def set_device_memory(self, memory: int, size: int) -> None:
+        assert len(self.memory.blocks[memory]) == size == FakeEngine.device_memory_size_v2
+        self.memory.shared.add(memory)
+
+    def set_optimization_profile_async(self, profile: int, stream: int) -> None:
+        self.bounds = self.profiles[profile] if self.profiles else {}
+
+    def set_input_shape(self, name: str, shape: Sequence[int]) -> None:
+        self.changes += 1
+        smallest, _, largest = self.bounds.get(name, (shape,) * 3)
+        assert all(low <= size <= high for low, size, high in zip(smallest, shape, largest, strict=True))
+        self.shapes[name] = tuple(shape)
+
+    def get_tensor_shape(self, name: str) -> Sequence[int]:
+        """TensorRT infers it; here the graph is run on zeros."""
+        names = [tensor.name for tensor in self.spec.outputs]
+        zeros = {tensor.name: np.zeros(self.shapes[tensor.name], tensor.dtype) for tensor in self.spec.inputs}
+        return dict(zip(names, self.session.run(names, zeros), strict=True))[name].shape
+
+    def set_tensor_address(self, name: str, address: int) -> None:
+        self.changes += 1
+        self.addresses[name] = address
+
+    def set_tensor_debug_state(self, name: str, flag: bool) -> bool:
+        assert flag and name in self.debug, f"{name} was not marked when the engine was built"
+        self.shown.append(name)
+        return True
+
+    def set_debug_listener(self, listener: Any) -> bool:
+        self.listener = listener
+        return True
+
+    def execute_async_v3(self, stream: int) -> bool:
+        seen = self.changes
+
+        def work() -> None:
+            assert self.changes == seen, "a context must stay as it was captured"
+            self.run()
+
+        self.driver.enqueue(work)
+        return True
+
+    def run(self) -> None:
+        feeds = {
+            tensor.name: self.memory.read(self.addresses[tensor.name], self.shapes[tensor.name], tensor.dtype)
+            for tensor in self.spec.inputs
+        }
+        names = [tensor.name for tensor in self.spec.outputs]
+        read = {self.addresses[name] for name in feeds if feeds[name].size}
+        assert not read & {self.addresses[name] for name in names}, "a run must not write what it reads"
+        told = self.session.run([*names, *self.shown], feeds)
+        for name, values in zip(names, told, strict=False):
+            self.memory.write(self.addresses[name], values)
+        for name, values in zip(self.shown, told[len(names) :], strict=True):
+            address = self.memory.alloc(values.nbytes)
+            self.memory.write(address, values)
+            assert self.listener.process_debug_tensor(address, None, values.dtype, values.shape, name, 1)
+
+
+class FakeEngine:
+    """A deserialized engine. alive: its contexts."""
+
+    device_memory_size_v2 = 4096
+
+    def __init__(
+        self,
+        memory: FakeMemory,
+        driver: FakeDriver,
+        path: Path,
+        spec: GraphSpec,
+        profiles: list[Profile],
+        debug: Collection[str],
+    ) -> None:
+        self.arguments = (memory, driver, path, spec, profiles, debug)
+
+    def create_execution_context(self, strategy: str) -> FakeContext:
+        assert strategy == "user managed"
+        return FakeContext(*self.arguments)
+
+
+def fake_modules(
+    folder: Path,
+    manifest: Manifest,
+    capability: tuple[int, int],
+    refuses: str = "",
+    debug: Mapping[str, Collection[str]] | None = None,
+) -> Modules:
+    """Stand-ins for `tensorrt`, `pycuda.driver` and the driver; the graphs' bytes name the engine.
+
+    debug: by graph, the values that the engines were built to show.
+    """
+    memory, driver = FakeMemory(), FakeDriver(refuses)
+    context = SimpleNamespace(push=lambda: None, pop=lambda: None)
+    device = SimpleNamespace(
+        retain_primary_context=lambda: context, compute_capability=lambda: capability, name=lambda: "NVIDIA stand-in"
+    )
+    written = Written(folder, manifest.graphs, manifest.program, {})
+    engines = {
+        (folder / spec.file).read_bytes(): (
+            folder / spec.file,
+            spec,
+            [call_shapes(name, call, written) for call in profiles(name, manifest.graphs, manifest.program)],
+            (debug or {}).get(name, ()),
+        )
+        for name, spec in manifest.graphs.items()
+    }
+
+    def deserialize(content: mmap.mmap) -> FakeEngine | None:
+        assert isinstance(content, mmap.mmap), "the file is mapped, not read"
+        return FakeEngine(memory, driver, *engines[bytes(content)]) if bytes(content) in engines else None
+
+    def download(values: np.ndarray, address: int, stream: Any) -> None:
+        values[...] = memory.read(address, values.shape, values.dtype.name)
+
+    cuda = SimpleNamespace(
+        Device=lambda index: device,
+        Stream=lambda: SimpleNamespace(handle=1, synchronize=lambda: None),
+        mem_alloc=memory.alloc,
+        memcpy_htod_async=memory.write,
+        memcpy_dtoh_async=download,
+        memcpy_dtoh=lambda values, address: download(values, address, None),
+    )
+
+    class FakeLogger:
+        ERROR = 1
+
+        def __init__(self, severity: int) -> None:
+            self.severity = severity
+
+    runtime = SimpleNamespace(deserialize_cuda_engine=deserialize)
+    tensorrt = SimpleNamespace(
+        __version__=VERSION,
+        Logger=FakeLogger,
+        Runtime=lambda logger: runtime,
+        IDebugListener=type("IDebugListener", (), {}),
+        nptype=lambda dtype: dtype,
+        ExecutionContextAllocationStrategy=SimpleNamespace(USER_MANAGED="user managed"),
+    )
+    return Modules(tensorrt, cuda, driver)
