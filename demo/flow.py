@@ -5,7 +5,6 @@ instruction that was not carried out nothing is known, so only its first row cou
 noises and times, which share its pass through the prefix. The readouts of `demo.train` teach where to look.
 """
 
-import argparse
 import json
 import shutil
 import time
@@ -26,7 +25,7 @@ from calibrator.modules.gemma import rotation
 from demo.batches import Answers, augmented, frame_weights, patch_shares
 from demo.dataset import Demonstrations, load_demonstrations, percentiles
 from demo.recipe import FlowRecipe
-from demo.train import Readouts, Run, advance_to_end
+from demo.train import Readouts, Run, advance_to_end, training_parser
 from vla_policy.core import cli
 from vla_policy.core.families.pi05 import FAMILY, scaling_of
 from vla_policy.core.files import claim_folder, sha256_policy
@@ -318,26 +317,7 @@ def write(run: Run, out: Path, work: Path, record: dict[str, Any]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m demo.flow", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--data", type=Path, nargs="+", required=True, help="folders with episode files")
-    parser.add_argument("--out", type=Path, required=True, help="policy folder to write; OUT.work holds the checkpoint")
-    parser.add_argument("--key", required=True, help="name of the statistics in norm_stats, e.g. libero_object")
-    parser.add_argument(
-        "--steps-per-action", type=int, required=True, help="simulator steps for which an action is held"
-    )
-    parser.add_argument("--initial", type=Path, metavar="POLICY_DIR", help="policy to start from instead of afresh")
-    parser.add_argument("--samples", type=int, default=FlowRecipe.samples, help="images seen in all")
-    parser.add_argument(
-        "--set",
-        nargs="+",
-        default=[],
-        metavar="NAME=VALUE",
-        help=f"further settings, by default {', '.join(f'{k}={v}' for k, v in asdict(FlowRecipe()).items())}",
-    )
-    parser.add_argument("--seed", type=int, default=FlowRecipe.seed)
-    given = parser.parse_args(argv)
+    given = training_parser("python -m demo.flow", __doc__, FlowRecipe()).parse_args(argv)
     recipe = FlowRecipe(samples=given.samples, seed=given.seed).but(given.set)
     train(given.data, given.out, given.key, given.steps_per_action, recipe, given.initial)
     return 0

@@ -361,9 +361,10 @@ def advance_to_end(run: Run, batches: Callable[[int], Any]) -> dict[str, float]:
     return means()
 
 
-def main(argv: list[str] | None = None) -> int:
+def training_parser(prog: str, description: str | None, usual: Recipe) -> argparse.ArgumentParser:
+    """The options that every training has. usual: whose settings are the defaults."""
     parser = argparse.ArgumentParser(
-        prog="python -m demo.train", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        prog=prog, description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--data", type=Path, nargs="+", required=True, help="folders with episode files")
     parser.add_argument("--out", type=Path, required=True, help="policy folder to write; OUT.work holds the checkpoint")
@@ -372,16 +373,21 @@ def main(argv: list[str] | None = None) -> int:
         "--steps-per-action", type=int, required=True, help="simulator steps for which an action is held"
     )
     parser.add_argument("--initial", type=Path, metavar="POLICY_DIR", help="policy to start from instead of afresh")
-    parser.add_argument("--samples", type=int, default=Recipe.samples, help="images seen in all")
-    parser.add_argument("--device", type=torch.device, default=_CPU, help="cpu or cuda")
+    parser.add_argument("--samples", type=int, default=usual.samples, help="images seen in all")
     parser.add_argument(
         "--set",
         nargs="+",
         default=[],
         metavar="NAME=VALUE",
-        help=f"further settings, by default {', '.join(f'{k}={v}' for k, v in asdict(Recipe()).items())}",
+        help=f"further settings, by default {', '.join(f'{k}={v}' for k, v in asdict(usual).items())}",
     )
-    parser.add_argument("--seed", type=int, default=Recipe.seed)
+    parser.add_argument("--seed", type=int, default=usual.seed)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = training_parser("python -m demo.train", __doc__, Recipe())
+    parser.add_argument("--device", type=torch.device, default=_CPU, help="cpu or cuda")
     arguments = parser.parse_args(argv)
     if arguments.device.type == "cuda" and not torch.cuda.is_available():
         raise DataError("--device cuda: torch sees no GPU here")

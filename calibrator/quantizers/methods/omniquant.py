@@ -13,12 +13,11 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from calibrator.quantizers.base import LayerStatistics
 from calibrator.quantizers.methods.rtn import levels
-from calibrator.quantizers.weights import QuantizedWeight, groups_per_row, half
-from vla_policy.core.errors import ArtefactError, PolicyError
+from calibrator.quantizers.weights import QuantizedWeight, by_groups, half
+from vla_policy.core.errors import ArtefactError
 from vla_policy.core.formats import Format, Parameter
 
 _START = 4.0
@@ -38,45 +37,44 @@ class LearnedClipping:
         steps, rate = int(parameters["steps"]), float(parameters["learning_rate"])
         if steps < 1 or not rate > 0:
             raise ArtefactError(f"omniquant: steps={steps}, learning_rate={rate:g}: expected at least 1, and above 0")
-        rows, limits = weight.detach().flatten(1).float(), levels(fmt.weight_bits)
-        outputs, inputs = rows.shape
-        groups, size = groups_per_row(inputs, fmt), fmt.group_size or inputs
-        grouped = functional.pad(rows, (0, groups * size - inputs)).view(outputs, groups, size)
-        moment = statistics.second_moment.to(rows)
-        peak = grouped.abs().amax(-1)
-        if not bool(half(peak / limits.top).isfinite().all()):
-            raise PolicyError(f"weight of shape {list(weight.shape)}: scales in {fmt} exceed float16; keep 16 bits")
+        moment = statistics.second_moment.to(weight.device, torch.float32)
+        return by_groups(weight, fmt, lambda grouped: _learned(grouped, moment, fmt.weight_bits, steps, rate))
 
-        def rounded(scales: Tensor) -> Tensor:
-            return (grouped / scales[..., None]).round().clamp(limits.low, limits.high)
 
-        def scales_of(part: Tensor) -> Tensor:
-            return torch.where(peak > 0, half(peak * part / limits.top), torch.ones_like(peak))
+def _learned(grouped: Tensor, moment: Tensor, bits: int, steps: int, rate: float) -> tuple[Tensor, Tensor]:
+    """Codes of float32 [rows, groups, size], and the scales [rows, groups]; rows do not depend on each other."""
+    limits, inputs = levels(bits), len(moment)
+    peak = grouped.abs().amax(-1)
 
-        def lost(change: Tensor) -> Tensor:
-            return ((change @ moment) * change).sum(-1)
+    def scales_of(part: Tensor) -> Tensor:
+        return torch.where(peak > 0, half(peak * part / limits.top), torch.ones_like(peak))
 
-        best = scales_of(torch.ones_like(peak))
-        least = lost((rounded(best) * best[..., None] - grouped).flatten(1)[:, :inputs])
-        free = torch.full_like(peak, _START).requires_grad_()
-        optimizer = torch.optim.Adam([free], lr=rate)
-        with torch.enable_grad():
-            for _ in range(steps):
-                part = free.sigmoid()
-                smooth = torch.where(peak > 0, peak * part / limits.top, torch.ones_like(peak))
-                scales = smooth + (scales_of(part.detach()) - smooth).detach()
-                ratio = grouped / scales[..., None]
-                inside = ratio.clamp(limits.low, limits.high)
-                codes = inside + (inside.round() - inside).detach()
-                loss = lost((codes * scales[..., None] - grouped).flatten(1)[:, :inputs])
-                better = loss.detach() < least
-                least = torch.where(better, loss.detach(), least)
-                best = torch.where(better[:, None], scales.detach(), best)
-                optimizer.zero_grad()
-                (loss / least.clamp_min(torch.finfo(torch.float32).tiny)).sum().backward()
-                optimizer.step()
-        codes = rounded(best).to(torch.int8).view(outputs, -1)[:, :inputs].contiguous()
-        return QuantizedWeight(codes, best, fmt, tuple(weight.shape))
+    def rounded(scales: Tensor) -> Tensor:
+        return (grouped / scales[..., None]).round().clamp(limits.low, limits.high)
+
+    def lost(values: Tensor) -> Tensor:
+        change = (values - grouped).flatten(1)[:, :inputs]
+        return ((change @ moment) * change).sum(-1)
+
+    best = scales_of(torch.ones_like(peak))
+    least = lost(rounded(best) * best[..., None])
+    free = torch.full_like(peak, _START).requires_grad_()
+    optimizer = torch.optim.Adam([free], lr=rate)
+    with torch.enable_grad():
+        for _ in range(steps):
+            part = free.sigmoid()
+            smooth = torch.where(peak > 0, peak * part / limits.top, torch.ones_like(peak))
+            scales = smooth + (scales_of(part.detach()) - smooth).detach()
+            inside = (grouped / scales[..., None]).clamp(limits.low, limits.high)
+            codes = inside + (inside.round() - inside).detach()
+            loss = lost(codes * scales[..., None])
+            better = loss.detach() < least
+            least = torch.where(better, loss.detach(), least)
+            best = torch.where(better[:, None], scales.detach(), best)
+            optimizer.zero_grad()
+            (loss / least.clamp_min(torch.finfo(torch.float32).tiny)).sum().backward()
+            optimizer.step()
+    return rounded(best), best
 
 
 QUANTIZER = LearnedClipping()
