@@ -380,6 +380,8 @@ def _allocate(args: argparse.Namespace) -> int:
         print(f"note: {plan.target} has no kernel for {measured}; such layers run as {runs}, scored by {measured}")
     for choice, reason in plan.details["no_kernel"].items():
         print(f"note: {choice} has no kernel ({reason}); no engine can be built from this plan")
+    for choice, rules in plan.details["other_rounding"].items():
+        print(f"note: activations of {choice}: {rules}; measure with --target {plan.target}")
     if below := plan.details["below_floor"]:
         floor = f"{sensitivity.noise_floor:.2g}"
         print(f"note: {len(below)} layers' scores are not above the noise floor, {floor}: their order says nothing")

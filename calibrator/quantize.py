@@ -1,6 +1,6 @@
 """From a policy and what its layers shall be to a store of codes, layer by layer; see `calibrator.codes`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,15 +54,18 @@ def quantize(request: QuantizeRequest) -> Store:
 def _identity(request: QuantizeRequest, units: Sequence[Unit], states: CalibrationSet | None) -> Identity:
     sha256, names = sha256_policy(request.policy), [unit.name for unit in units]
     parents = {"policy": sha256} | ({"calibration": states.sha256} if states else {})
+    target: str | None = None
+    peaks: Mapping[str, float] = {}
     if request.plan is not None:
         planned = Assignment.load(request.plan, sha256, names)
         choices, parents["plan"] = planned.choices, planned.sha256
+        target, peaks = planned.target, planned.input_peaks
     else:
         assert request.uniform is not None
         choices = dict.fromkeys(names, request.uniform)
     if request.method is not None:
         choices = {unit: _by(choice, request.method) for unit, choice in choices.items()}
-    return Identity(choices, parents)
+    return Identity(choices, parents, target, peaks)
 
 
 def _by(choice: Choice, method: str) -> Choice:

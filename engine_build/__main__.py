@@ -45,7 +45,9 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", type=Path, required=True, help="engine folder to write; replaced when complete")
     parser.add_argument(
-        "--calibration", type=Path, help="calibration set: its conventions are checked, w8a8 takes its scales"
+        "--calibration",
+        type=Path,
+        help="calibration set: its conventions are checked, TensorRT's w8a8 takes its scales unless the plan has them",
     )
     _add_unnorm_key(parser, "which of the policy's statistics the calibration set's states are normalised by")
     parser.add_argument(

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from calibrator.families import TorchActor
 from calibrator.families.loading import Tensors, open_checkpoint
-from calibrator.quantizers import Codes, Computed, quantize_policy
+from calibrator.quantizers import Codes, Computed, InputScales, quantize_policy
 from calibrator.quantizers.store import Store
 from engine_build import exported
 from engine_build.backends import find_backend
@@ -45,7 +45,8 @@ class Request:
 
     backend: one of the target's; None for the one that `Target.fastest_here` takes.
     calibration: states whose conventions are checked, that fix the scales of activations where the backend needs them
-    ahead, and golden states. unnorm_key: the statistics that these states are normalised by; the engine holds all.
+    ahead and the plan has none, and golden states. unnorm_key: the statistics that these states are normalised by; the
+    engine holds all.
     accept_conventions: go on where the states would fit the policy clearly better under another convention.
     golden: number of states whose decisions by the torch policy are kept in the engine; see `engine_build.golden`.
     pack: leave the graphs as they are, for the device that will compile them.
@@ -112,17 +113,17 @@ def build(request: Request) -> Manifest:
     peaks = _input_peaks(request, backend, plan)
     with open_checkpoint(request.policy, config) as checkpoint:
         policy = Policy(config, checkpoint, request.policy, policy_sha256, peaks, store or Computed(), notes)
-        golden = _golden(request, plan, policy.codes, target) if request.golden else None
+        golden = _golden(request, plan, policy.codes, InputScales(target, peaks)) if request.golden else None
         return build_engine(policy, plan, target, request.out, golden, request.pack)
 
 
-def _golden(request: Request, plan: Plan, codes: Codes, target: Target) -> Golden:
+def _golden(request: Request, plan: Plan, codes: Codes, scales: InputScales) -> Golden:
     """The policy's decisions of some states, in full precision and as planned."""
     seed = 0
     actor = TorchActor.load(request.policy, request.unnorm_key)
     states = tuple(reference_states(actor.config, actor.unnorm_key, request.calibration, request.golden, seed))
     full = expected_of(actor, states, "golden states, full precision")
-    quantize_policy(actor.policy, plan.assignment, codes, target.rounding)
+    quantize_policy(actor.policy, plan.assignment, codes, scales)
     same = expected_of(actor, states, "golden states, the engine's formats")
     return Golden(source_of(request.calibration, seed), actor.unnorm_key, states, same, full)
 
@@ -194,16 +195,19 @@ def _runnable(request: Request, plan: Plan, target: Target, layers: Mapping[str,
 
 
 def _input_peaks(request: Request, backend: Backend, plan: Plan) -> dict[str, float]:
-    """Largest inputs of the layers whose activations the backend rounds with a fixed scale."""
+    """Largest inputs of the layers whose activations the backend rounds with a fixed scale: those that were scored,
+    where the plan has them."""
     names = [name for name, fmt in plan.formats.items() if backend.needs_input_range(fmt)]
-    if not names:
-        return {}
+    known = {name: plan.input_peaks[name] for name in names if name in plan.input_peaks}
+    unknown = [name for name in names if name not in known]
+    if not unknown:
+        return known
     if request.calibration is None:
         raise ArtefactError(
-            f"plan: {len(names)} layers have 8-bit activations, e.g. {names[0]}, for which "
+            f"plan: {len(unknown)} layers have 8-bit activations, e.g. {unknown[0]}, for which "
             "the backend needs fixed scales; name states to take them from with --calibration"
         )
-    return input_peaks(request.policy, request.calibration, names, request.unnorm_key)
+    return known | input_peaks(request.policy, request.calibration, unknown, request.unnorm_key)
 
 
 def export_graphs(

@@ -15,10 +15,12 @@ from vla_policy.core.targets import Target
 
 @dataclass(frozen=True)
 class Plan:
-    """A choice per layer. parents: sha256 of the files that it comes from, by kind; none for a uniform plan."""
+    """A choice per layer. parents: sha256 of the files that it comes from, by kind; none for a uniform plan.
+    input_peaks: largest |input| of layers with a fixed scale, as it was scored."""
 
     assignment: dict[str, Choice]
     parents: Mapping[str, str] = field(default_factory=dict)
+    input_peaks: Mapping[str, float] = field(default_factory=dict)
     legalized: tuple[str, ...] = ()
 
     @property
@@ -29,14 +31,14 @@ class Plan:
 def load_plan(path: Path, policy_sha256: str, layers: Mapping[str, Layer]) -> Plan:
     """The plan in `path`, made for exactly this policy and naming exactly its layers; else ArtefactError."""
     planned = Assignment.load(path, policy_sha256, list(layers))
-    return Plan(dict(planned.choices), {"plan": planned.sha256})
+    return Plan(dict(planned.choices), {"plan": planned.sha256}, planned.input_peaks)
 
 
 def stored_plan(store: Store, policy_sha256: str, layers: Mapping[str, Layer]) -> Plan:
     """What the weights in a store are, made for exactly this policy; else ArtefactError."""
     choices, parents = store.choices_of(policy_sha256, layers), store.identity.parents
     of_plan = {"plan": parents["plan"]} if "plan" in parents else {}
-    return Plan(choices, of_plan | {"weights": store.sha256})
+    return Plan(choices, of_plan | {"weights": store.sha256}, store.identity.input_peaks)
 
 
 def check_computable(plan: Plan, command: str) -> None:
@@ -88,7 +90,7 @@ def legalize(plan: Plan, layers: Mapping[str, Layer], target: Target) -> Plan:
             reason = target.why_not(planned, layers[name].kind) or "fused with layers of the same input"
             changes.append(f"{name}: {planned} -> {fmt} ({reason})")
     raised = {name: Choice(fmt, _recipe(plan.assignment[name], fmt)) for name, fmt in legal.items()}
-    return Plan(raised, plan.parents, tuple(changes))
+    return Plan(raised, plan.parents, plan.input_peaks, tuple(changes))
 
 
 def _recipe(choice: Choice, fmt: Format) -> Recipe | None:

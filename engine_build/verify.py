@@ -18,7 +18,7 @@ from pathlib import Path
 from calibrator.data.calibration import load_calibration
 from calibrator.families import TorchActor
 from calibrator.families.loading import open_checkpoint
-from calibrator.quantizers import Codes, Computed, quantize_policy
+from calibrator.quantizers import Codes, Computed, InputScales, quantize_policy
 from calibrator.quantizers.store import Store
 from engine_build import exported
 from engine_build.backends import find_backend
@@ -223,7 +223,8 @@ def _reference(
     source = str(states.calibration) if states.calibration else "random images (--calibration names real states)"
     check_strays(full.stray_states, len(seen), source)
     target = find_target(manifest.target).on(manifest.backend, parse_version(manifest.backend_version))
-    quantize_policy(actor.policy, {unit.name: unit.choice for unit in manifest.units}, codes, target.rounding)
+    choices = {unit.name: unit.choice for unit in manifest.units}
+    quantize_policy(actor.policy, choices, codes, InputScales(target, manifest.input_peaks))
     same = compare(engine, expected_of(actor, seen, "torch, the engine's formats"), seen, "engine beside it")
     check_scores(engine_folder, engine, same)
     layers = check_layers(engine_folder, manifest, written, find_backend(manifest.backend), actor, seen, scratch)

@@ -10,9 +10,10 @@ from vla_policy.core.files import sha256_file, sha256_folder, sha256_policy
 from vla_policy.core.formats import FULL, FULL_PRECISION, Choice
 from vla_policy.core.observation import Actor
 from vla_policy.core.policy_config import PolicyConfig
+from vla_policy.core.targets import find_target
 
 if TYPE_CHECKING:
-    from calibrator.quantizers import Codes
+    from calibrator.quantizers import Codes, InputScales
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class ActorSpec:
         from calibrator.quantizers import groups_per_row
 
         units = live_units(empty_policy(self.config()))
-        choices, _ = self._rounded([unit.name for unit in units])
+        choices, _, _ = self._rounded([unit.name for unit in units])
         bits = 0
         for unit in units:
             fmt, outputs = choices.get(unit.name, FULL).format, len(unit.module.weight)
@@ -105,14 +106,21 @@ class ActorSpec:
         quantize_policy(actor.policy, *self._rounded([unit.name for unit in live_units(actor.policy)]))
         return actor
 
-    def _rounded(self, layers: Sequence[str]) -> tuple[Mapping[str, Choice], "Codes | None"]:
-        """What the layers become, and who has their codes; None where they are computed."""
+    def _rounded(self, layers: Sequence[str]) -> tuple[Mapping[str, Choice], "Codes | None", "InputScales"]:
+        """What the layers become, who has their codes, None where they are computed, and how a plan's target rounds
+        their inputs."""
         from calibrator.allocation.plan import Assignment
+        from calibrator.quantizers import InputScales
         from calibrator.quantizers.store import Store
+
+        def scales(target: str | None, peaks: Mapping[str, float]) -> InputScales:
+            return InputScales(find_target(target) if target else None, peaks)
 
         if self.weights is not None:
             store = Store.open(self.weights)
-            return store.choices_of(sha256_policy(self.folder), layers), store
+            inputs = scales(store.identity.target, store.identity.input_peaks)
+            return store.choices_of(sha256_policy(self.folder), layers), store, inputs
         if self.plan is not None:
-            return Assignment.load(self.plan, sha256_policy(self.folder), layers).choices, None
-        return {} if self.uniform is None else dict.fromkeys(layers, self.uniform), None
+            planned = Assignment.load(self.plan, sha256_policy(self.folder), layers)
+            return planned.choices, None, scales(planned.target, planned.input_peaks)
+        return {} if self.uniform is None else dict.fromkeys(layers, self.uniform), None, InputScales()

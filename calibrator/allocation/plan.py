@@ -36,7 +36,8 @@ class Plan:
     target runs them in the place of others, the measured ones that are their scores. objective, bound, gap: of Mix-QVLA
     Eq. (14a); the gap is (objective - bound) / objective, 0 for a certified optimum. average_bits: over the weights of
     the planned layers. bitops: per action. latency_ms: from the target's table, None without one. details: every other
-    entry of the file.
+    entry of the file. input_peaks: largest |input|, as scored, of layers whose input the target rounds with a fixed
+    scale.
     """
 
     assignment: Mapping[str, Choice]
@@ -53,6 +54,7 @@ class Plan:
     latency_ms: float | None
     target: str | None
     scored_by: Mapping[Choice, Choice] = field(default_factory=dict)
+    input_peaks: Mapping[str, float] = field(default_factory=dict)
     details: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -89,6 +91,7 @@ class Plan:
                 {"choice": choice.to_json(), "measured": measured.to_json()}
                 for choice, measured in self.scored_by.items()
             ],
+            "input_peaks": dict(self.input_peaks),
             "policy_sha256": self.policy_sha256,
             "alpha": self.alpha,
             "beta": self.beta,
@@ -122,6 +125,7 @@ class Plan:
                 scored_by={
                     Choice.from_json(entry["choice"]): Choice.from_json(entry["measured"]) for entry in raw["scored_by"]
                 },
+                input_peaks=raw.get("input_peaks", {}),
                 **{name: raw[name] for name in _PLAIN},
             )
         except KeyError as error:
@@ -144,9 +148,11 @@ _PLAIN = ("alpha", "beta", "objective", "bound", "gap", "solver", "average_bits"
 
 @dataclass(frozen=True)
 class Assignment:
-    """The part of a plan that weights and engines are made from. sha256: of the plan's file."""
+    """The part of a plan that weights and engines are made from. target, input_peaks: see Plan. sha256: of its file."""
 
     choices: Mapping[str, Choice]
+    target: str | None
+    input_peaks: Mapping[str, float]
     sha256: str
 
     @staticmethod
@@ -162,7 +168,8 @@ class Assignment:
         choices = _assignment(path, raw)
         _refuse(path, "unknown units", set(choices) - set(layers), "they are not layers of this policy")
         _refuse(path, "missing units", set(layers) - set(choices), "every live layer needs a format")
-        return Assignment({name: choices[name] for name in layers}, sha256_file(path))
+        ordered = {name: choices[name] for name in layers}
+        return Assignment(ordered, raw.get("target"), raw.get("input_peaks", {}), sha256_file(path))
 
 
 def _refuse(path: Path, what: str, names: set[str], why: str) -> None:

@@ -25,7 +25,7 @@ from calibrator.allocation.solve import Solution, Solver, feasible_range, greedy
 from calibrator.sensitivity.table import Objective, Sensitivity
 from vla_policy.core.errors import BudgetError
 from vla_policy.core.files import write_json
-from vla_policy.core.formats import FULL, Choice
+from vla_policy.core.formats import FULL, Choice, Rounding
 from vla_policy.core.targets import Target, find_target, no_kernel
 
 FRONTIER = "frontier"
@@ -164,6 +164,7 @@ class Planner:
             "latency_budget_ms": limits.latency_ms,
             "screened": None if self.sensitivity.screened is None else dict(self.sensitivity.screened),
             "no_kernel": self._no_kernel(solution),
+            "other_rounding": self._other_rounding(solution),
             "below_floor": self._below_floor(solution),
             "feasible": self.ranges(budgets),
             "greedy": None if greedy is None else _comparison(greedy, solution),
@@ -171,6 +172,7 @@ class Planner:
         fixed_ms = request.latency.fixed_ms if request.latency else None
         return Plan(
             assignment=self._assignment(solution),
+            input_peaks=self._input_peaks(solution),
             policy_sha256=self.sensitivity.policy_sha256,
             alpha=request.objective.alpha,
             beta=request.objective.beta,
@@ -210,6 +212,28 @@ class Planner:
     def _no_kernel(self, solution: Solution) -> dict[str, str]:
         """Choices of the plan that no engine can have, and why."""
         return no_kernel(dict.fromkeys(self._assignment(solution).values()), self.request.target)
+
+    def _other_rounding(self, solution: Solution) -> dict[str, str]:
+        """Choices of the plan whose activations the target rounds by another rule than they were scored by."""
+        scored_by, there = self._offered(), self.request.machine
+        if there is None:
+            return {}
+        found = {}
+        for choice in dict.fromkeys(self._assignment(solution).values()):
+            scored, runs = self.sensitivity.rounding(scored_by[choice].format), there.rounding(choice.format)
+            if runs is not None and runs is not scored:
+                found[str(choice)] = f"scored {scored.value}, {there.name} rounds {runs.value}"
+        return found
+
+    def _input_peaks(self, solution: Solution) -> dict[str, float]:
+        """Of layers whose input the target rounds with a fixed scale, as far as the table knows them."""
+        there, peaks = self.request.machine, self.sensitivity.input_peaks
+        fixed = {
+            name
+            for name, choice in self._assignment(solution).items()
+            if there is not None and there.rounding(choice.format) is Rounding.TENSOR
+        }
+        return {name: peak for name, peak in peaks.items() if name in fixed}
 
     def _below_floor(self, solution: Solution) -> list[str]:
         """Layers whose planned score is not above the noise floor, full precision aside: nothing was seen there."""

@@ -1,7 +1,8 @@
 """What the inputs of layers look like over a calibration set: ranges of activations, and what rounding methods ask."""
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -41,6 +42,25 @@ def input_statistics(
     if useless:
         raise ArtefactError(f"{source}: inputs of {useless[0]} are zero or not finite; collect other states")
     return statistics
+
+
+@contextmanager
+def watched_peaks(policy: nn.Module, peaks: MutableMapping[str, float]) -> Iterator[None]:
+    """Inside the block the largest |input| of every layer that is named in `peaks` is kept there."""
+    found: dict[str, Tensor] = {}
+
+    def watch(name: str, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        largest = arguments[0].detach().abs().amax().float()
+        found[name] = torch.maximum(found.get(name, largest), largest)
+
+    handles = [find_layer(policy, name).register_forward_pre_hook(partial(watch, name)) for name in peaks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name, largest in found.items():
+        peaks[name] = max(peaks[name], float(largest))
 
 
 def portions(items: Sequence[T], layer: Callable[[T], nn.Linear | nn.Conv2d]) -> Iterator[list[T]]:

@@ -3,6 +3,7 @@
 A rounding method is one module in `methods`; nothing else has to know of it.
 """
 
+from calibrator.quantizers.activations import InputScale, InputScales
 from calibrator.quantizers.apply import find_layer, quantize_policy, quantized
 from calibrator.quantizers.base import Codes, LayerStatistics, WeightQuantizer
 from calibrator.quantizers.choices import find_method, parse_choice, parse_choices, parse_recipe
@@ -12,6 +13,8 @@ from calibrator.quantizers.weights import QuantizedWeight, groups_per_row
 __all__ = [
     "Codes",
     "Computed",
+    "InputScale",
+    "InputScales",
     "LayerStatistics",
     "QuantizedWeight",
     "WeightQuantizer",

@@ -1,18 +1,70 @@
-"""Activations as engines round them while they run, from the largest magnitude of a token or of a group of its inputs.
+"""Activations as engines round them: by the largest magnitude of a token or of a group of its inputs while they run, or
+by that of a calibration set.
 
 Per token, and per token and group, differ in more than the number of scales: ONNX Runtime's kernels, which round per
 group, multiply by top / peak where the others divide by peak / top. So a value near the middle of two codes may get the
-other one, and both are written here as they are there.
+other one, and all are written here as they are there. A fixed scale is a number that is stored in the engine, in
+float16; beyond it values are clipped, and all codes of two's complement are used.
 
 Rounding has no useful derivative, so its gradient is taken as 1 (straight-through).
 """
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from calibrator.quantizers.methods.rtn import levels
-from vla_policy.core.errors import PolicyError
+from calibrator.quantizers.weights import code_range, half
+from vla_policy.core.errors import ArtefactError, PolicyError
 from vla_policy.core.formats import FULL_PRECISION, Format, Rounding
+from vla_policy.core.targets import Target
+
+
+@dataclass(frozen=True)
+class InputScale:
+    """Which values of a layer's input share a scale. step: the scale itself where it is fixed."""
+
+    rounding: Rounding = Rounding.TOKEN
+    step: float | None = None
+
+
+PER_TOKEN = InputScale()
+
+
+@dataclass(frozen=True)
+class InputScales:
+    """How a machine rounds the inputs of a policy's layers.
+
+    target: the machine; None rounds per token. peaks: largest |input| over a calibration set, by layer; of all that get
+    a fixed scale.
+    """
+
+    target: Target | None = None
+    peaks: Mapping[str, float] = field(default_factory=dict)
+
+    def of(self, unit: str, fmt: Format) -> InputScale:
+        """Of one layer. Raises ArtefactError for a fixed scale that does not follow from `peaks`."""
+        rounding = self.target.rounding(fmt) if self.target else None
+        if self.target is None or rounding is not Rounding.TENSOR:
+            return InputScale(rounding or Rounding.TOKEN)
+        peak = self.peaks.get(unit)
+        if peak is None:
+            raise ArtefactError(
+                f"{unit} in {fmt}: {self.target.name} rounds its input with one fixed scale, and its largest value is "
+                "not known; measure and allocate again with --target, or build with --calibration"
+            )
+        return InputScale(rounding, fixed_step(unit, peak, fmt))
+
+
+def fixed_step(unit: str, peak: float, fmt: Format) -> float:
+    """The fixed scale of a layer's inputs up to `peak`, a positive float16 number. Raises ArtefactError where there is
+    none."""
+    step = float(half(torch.tensor(peak / levels(fmt.activation_bits).top)))
+    if not (peak > 0 and step < float("inf")):
+        raise ArtefactError(f"{unit} in {fmt}: inputs up to {peak:g} have no scale in float16; collect other states")
+    return step
 
 
 def quantize_activation(x: Tensor, bits: int, group: int | None = None) -> Tensor:
@@ -23,7 +75,10 @@ def quantize_activation(x: Tensor, bits: int, group: int | None = None) -> Tenso
     The gradient with respect to `x` passes unchanged (straight-through estimator).
     """
     values = x.detach().float()
-    rounded = _per_token(values, bits) if group is None else _per_group(values, bits, group)
+    return _passing(x, _per_token(values, bits) if group is None else _per_group(values, bits, group))
+
+
+def _passing(x: Tensor, rounded: Tensor) -> Tensor:
     return x + (rounded.to(x.dtype) - x).detach()
 
 
@@ -45,18 +100,25 @@ def _per_group(values: Tensor, bits: int, group: int) -> Tensor:
     return (codes * (peak / limits.top)).flatten(-2)[..., :features]
 
 
-def quantize_input(module: nn.Module, x: Tensor, fmt: Format, rounding: Rounding = Rounding.TOKEN) -> Tensor:
-    """A layer's input as its engine sees it: per token for a linear layer, per patch for a patch convolution.
+def _fixed(values: Tensor, bits: int, step: float) -> Tensor:
+    """As ONNX's QuantizeLinear and DequantizeLinear, of which TensorRT makes an INT8 product."""
+    steps = torch.full_like(values[..., :1], step)  # a number would become its reciprocal
+    return (values / steps).round_().clamp_(*code_range(bits)).mul_(steps)
 
-    rounding: which values share a scale; a fixed one is taken as one per token.
-    """
-    if fmt.activation_bits >= FULL_PRECISION.activation_bits:
+
+def quantize_input(module: nn.Module, x: Tensor, fmt: Format, scale: InputScale = PER_TOKEN) -> Tensor:
+    """A layer's input as its engine sees it: per token for a linear layer, per patch for a patch convolution, or by a
+    fixed scale."""
+    bits = fmt.activation_bits
+    if bits >= FULL_PRECISION.activation_bits:
         return x
-    group = fmt.group_size if rounding is Rounding.GROUP else None
+    if scale.step is not None:
+        return _passing(x, _fixed(x.detach().float(), bits, scale.step))
+    group = fmt.group_size if scale.rounding is Rounding.GROUP else None
     if not isinstance(module, nn.Conv2d):
-        return quantize_activation(x, fmt.activation_bits, group)
+        return quantize_activation(x, bits, group)
     patches = _patches(module, x)
-    tokens = quantize_activation(patches.flatten(3), fmt.activation_bits, group).view(patches.shape)
+    tokens = quantize_activation(patches.flatten(3), bits, group).view(patches.shape)
     return tokens.permute(0, 3, 1, 4, 2, 5).reshape(x.shape)
 
 

@@ -6,11 +6,11 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from calibrator.quantizers.activations import quantize_input
+from calibrator.quantizers.activations import PER_TOKEN, InputScale, InputScales, quantize_input
 from calibrator.quantizers.base import Codes
 from calibrator.quantizers.compute import Computed
 from vla_policy.core.errors import PolicyError
-from vla_policy.core.formats import FULL_PRECISION, Choice, Format, Rounding
+from vla_policy.core.formats import FULL_PRECISION, Choice
 
 
 def computes_in(policy: nn.Module) -> torch.dtype:
@@ -29,7 +29,7 @@ def find_layer(policy: nn.Module, unit: str) -> nn.Linear | nn.Conv2d:
     return module
 
 
-def _apply(policy: nn.Module, unit: str, choice: Choice, codes: Codes, rounding: Rounding) -> Callable[[], None]:
+def _apply(policy: nn.Module, unit: str, choice: Choice, codes: Codes, scale: InputScale) -> Callable[[], None]:
     """Puts one layer into its choice; returns what takes that back, bit for bit."""
     module = find_layer(policy, unit)
     original, fmt = module.weight.data, choice.format
@@ -38,7 +38,7 @@ def _apply(policy: nn.Module, unit: str, choice: Choice, codes: Codes, rounding:
     hook = None
     if fmt.activation_bits < FULL_PRECISION.activation_bits:
         hook = module.register_forward_pre_hook(
-            lambda layer, args: (quantize_input(layer, args[0], fmt, rounding), *args[1:])
+            lambda layer, args: (quantize_input(layer, args[0], fmt, scale), *args[1:])
         )
 
     def restore() -> None:
@@ -55,14 +55,14 @@ def quantized(
     unit: str,
     choice: Choice,
     codes: Codes | None = None,
-    rounding: Rounding = Rounding.TOKEN,
+    scale: InputScale = PER_TOKEN,
 ) -> Iterator[None]:
     """Runs the block with one layer in `choice` and everything else as it was; restored bit for bit, even on errors.
 
     Weights of 16 bits are left alone, and so are activations of 16 bits. codes: computed unless somebody has them.
-    rounding: of activations below 16 bits, `Target.rounding` of a machine.
+    scale: of activations below 16 bits.
     """
-    restore = _apply(policy, unit, choice, codes or Computed(), rounding)
+    restore = _apply(policy, unit, choice, codes or Computed(), scale)
     try:
         yield
     finally:
@@ -73,11 +73,12 @@ def quantize_policy(
     policy: nn.Module,
     assignment: Mapping[str, Choice],
     codes: Codes | None = None,
-    rounding: Callable[[Format], Rounding | None] = lambda fmt: None,
+    scales: InputScales | None = None,
 ) -> None:
     """Quantizes the named layers for good, in place; the simulated twin of the engine that the plan gives.
 
-    rounding: of activations in a format, e.g. a `Target.rounding`; None where it has none to say: per token.
+    scales: of activations below 16 bits, None for per token. Raises ArtefactError for a fixed one that is not known.
     """
+    found = scales or InputScales()
     for unit, choice in assignment.items():
-        _apply(policy, unit, choice, codes or Computed(), rounding(choice.format) or Rounding.TOKEN)
+        _apply(policy, unit, choice, codes or Computed(), found.of(unit, choice.format))

@@ -6,7 +6,7 @@ by layer; until `files` stand in its index, it is unfinished.
 """
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +30,18 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True)
 class Identity:
-    """What the codes depend on. parents: sha256 of the policy and, where there are any, plan and calibration set."""
+    """What the codes depend on. parents: sha256 of the policy and, where there are any, plan and calibration set.
+    target, input_peaks: of the plan, see `allocation.plan.Plan`."""
 
     choices: Mapping[str, Choice]
     parents: Mapping[str, str]
+    target: str | None = None
+    input_peaks: Mapping[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         choices = {unit: choice.to_json() for unit, choice in self.choices.items()}
-        return {"schema_version": SCHEMA_VERSION, "parents": dict(self.parents), "layers": choices}
+        inputs = {"target": self.target, "input_peaks": dict(self.input_peaks)}
+        return {"schema_version": SCHEMA_VERSION, "parents": dict(self.parents), "layers": choices, **inputs}
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,9 @@ class Store:
             raise ArtefactError(f"{folder}: is unfinished; call `calibrator quantize` again, which continues it")
         try:
             choices = {unit: Choice.from_json(entry) for unit, entry in raw["layers"].items()}
-            return Store(folder, Identity(choices, dict(raw["parents"])), dict(raw["files"]), sha256_file(path))
+            inputs = raw.get("target"), raw.get("input_peaks", {})
+            identity = Identity(choices, dict(raw["parents"]), *inputs)
+            return Store(folder, identity, dict(raw["files"]), sha256_file(path))
         except (KeyError, TypeError, AttributeError) as error:
             raise ArtefactError(f"{path}: entry {error} is missing or malformed; quantize again") from error
 

@@ -75,6 +75,7 @@ def write(
             "conventions": conventions.to_json(),
             "unmeasured": [shape.name for shape in run.shapes if shape.name not in names],
             "unquantized_params": all_params(run.policy) - sum(unit.params for unit in units),
+            "input_peaks": {unit.name: ref.peaks[unit.name] for unit in units},
             "stray_states": int(np.count_nonzero(ref.strays)),
             "noise_floor": {"omega": floor, "samples": list(run.floor_samples)},
             "below_floor": below_floor(units, choices, floor),

@@ -31,6 +31,7 @@ _SIGNATURE, _REFERENCE, _RECORDS, _CODES = "signature.json", "reference.safetens
 _PARTS = (_REFERENCE, f"{_RECORDS}*", f"{_CODES}/*/layers/*.safetensors")
 _FOLDER = FolderKind(_KIND, _SIGNATURE, _PARTS)
 _LOSSES, _FIRST_ORDER = "losses", "first_order"
+_MEAN, _PEAK = "mean.", "peak."
 _TABLE = (
     "CREATE TABLE IF NOT EXISTS {} (unit TEXT, choice TEXT, state INTEGER, numbers BLOB, "
     "PRIMARY KEY (unit, choice, state)) WITHOUT ROWID"
@@ -167,8 +168,9 @@ class Journal:
 
     def write_reference(self, ref: Reference) -> None:
         with atomic_path(self.folder / _REFERENCE, None) as temporary:
-            means = {f"mean.{name}": mean for name, mean in ref.means.items()}
-            save_tensors(temporary, {"decided": ref.decided, "strays": ref.strays} | means, _KIND)
+            means = {f"{_MEAN}{name}": mean for name, mean in ref.means.items()}
+            peaks = {f"{_PEAK}{name}": np.asarray(peak) for name, peak in ref.peaks.items()}
+            save_tensors(temporary, {"decided": ref.decided, "strays": ref.strays} | means | peaks, _KIND)
 
     def read_reference(self) -> Reference | None:
         """The reference of the earlier start, or None when it had not got that far."""
@@ -179,8 +181,12 @@ class Journal:
             tensors = load_file(path)
         except (SafetensorError, OSError) as error:
             raise ArtefactError(f"{path}: damaged or truncated ({error}); delete it and resume") from error
-        means = {name.removeprefix("mean."): value for name, value in tensors.items() if name.startswith("mean.")}
-        return Reference(tensors["decided"], means, tensors["strays"])
+        means, peaks = (
+            {name.removeprefix(kind): value for name, value in tensors.items() if name.startswith(kind)}
+            for kind in (_MEAN, _PEAK)
+        )
+        largest = {name: float(peak) for name, peak in peaks.items()}
+        return Reference(tensors["decided"], means, tensors["strays"], largest)
 
     def discard(self) -> None:
         """Removes the journal."""

@@ -34,9 +34,7 @@ from calibrator.sensitivity.table import (
 )
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.files import read_json, sha256_policy
-from vla_policy.core.formats import Rounding
 from vla_policy.core.outputs import check_file
-from vla_policy.core.targets import find_target
 
 _SMALL_PARAMS = 100_000_000
 _FEW_STATES = 3
@@ -79,7 +77,6 @@ def measure(spec: SweepSpec, out: Path, scores: ScoreSettings, options: RunOptio
         spec = replace(spec, codes=str(journal.codes), sha256=sha256)
         run = Run(spec, scores, options, identity, policy, states, shapes, chosen, started_s)
         _warn_of_phases(run)
-        _warn_of_fixed_scales(run)
         _keep_codes(run, journal)
         with _executor(run) as executor:
             result = _measure(run, out, executor, journal)
@@ -173,17 +170,6 @@ def _finished(out: Path, identity: dict[str, Any]) -> Sensitivity | None:
             f"{out}: was measured with other inputs ({changed}); choose another --out, or replace it with --no-resume"
         )
     return Sensitivity.load(out)
-
-
-def _warn_of_fixed_scales(run: Run) -> None:
-    """What is scored is what runs, but for one rule that is not simulated."""
-    target = find_target(run.spec.settings.target) if run.spec.settings.target else None
-    for choice in run.spec.settings.choices:
-        if target is not None and target.rounding(choice.format) is Rounding.TENSOR:
-            run.options.say(
-                f"note: {target.name} rounds the activations of {choice} with one fixed scale per tensor; it is "
-                "measured with one per token, so its scores are too good"
-            )
 
 
 @contextmanager

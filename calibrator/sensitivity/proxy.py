@@ -149,7 +149,7 @@ class _Layer:
         weight = self.module.weight.float()
         coded = weight if choice.recipe is None else sweep.codes.of(self.unit, weight, choice).dequantize()
         change = coded - weight
-        rounded = quantize_input(self.module, self.x, choice.format, sweep.rounding(self.unit, choice))
+        rounded = quantize_input(self.module, self.x, choice.format, sweep.scale(self.unit, choice))
         # Q(W)Q(x) - Wx = (Q(W) - W)Q(x) + W(Q(x) - x): differences first, or they drown in rounding.
         moved = self._apply(rounded, change)
         if rounded is not self.x:

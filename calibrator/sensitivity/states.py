@@ -10,7 +10,8 @@ import numpy as np
 from torch import Tensor
 
 from calibrator.data.calibration import CalibrationSet
-from calibrator.families import Inputs, Policy, find_family
+from calibrator.data.statistics import watched_peaks
+from calibrator.families import Inputs, Policy, find_family, live_units
 from calibrator.modules.chain import PROMPT, Chain
 from calibrator.sensitivity.passes import Batch, Trunk
 from vla_policy.core.errors import DataError
@@ -22,12 +23,14 @@ class Reference:
     """The full-precision decision and statistics, computed once and kept fixed.
 
     decided: y* of Mix-QVLA Eq. (2), [N, D] in the form of the family's decisions. means: float32 [channels] per
-    boundary, Eq. (3). strays: bool [N], the states in which the policy prefers something else than an action.
+    boundary, Eq. (3). strays: bool [N], the states in which the policy prefers something else than an action. peaks: by
+    layer, the largest |input| while the policy decides, from which a fixed scale follows.
     """
 
     decided: np.ndarray
     means: dict[str, np.ndarray]
     strays: np.ndarray
+    peaks: dict[str, float]
 
 
 class States:
@@ -95,9 +98,11 @@ def reference(policy: Policy, states: States, chain: Chain, done: Callable[[int]
     strays = np.zeros(len(states), bool)
     sums: dict[str, Tensor] = {}
     counts: Counter[str] = Counter()
+    peaks = {unit.name: 0.0 for unit in live_units(policy)}
     for samples in states.split(range(len(states)), alike=True):
         inputs = states.inputs(policy, samples)
-        chosen = policy.decide(inputs, states.decisions.size)
+        with watched_peaks(policy, peaks):
+            chosen = policy.decide(inputs, states.decisions.size)
         decided |= zip(samples, chosen.cpu().numpy(), strict=True)
         trunk = Trunk(chain, Batch(samples, inputs, chosen, states.decisions), differentiable=False)
         strays[list(samples)] = states.decisions.strays(trunk.values[chain.output]).cpu().numpy()
@@ -111,4 +116,4 @@ def reference(policy: Policy, states: States, chain: Chain, done: Callable[[int]
     check_strays(int(strays.sum()), len(states), "calibration set")
     rows = np.stack([decided[index] for index in range(len(states))])
     means = {name: (sums[name] / counts[name]).float().cpu().numpy() for name in chain.boundaries}
-    return Reference(rows, means, strays)
+    return Reference(rows, means, strays, peaks)

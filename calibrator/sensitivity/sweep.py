@@ -14,7 +14,7 @@ from torch import Tensor
 from calibrator.codes import KeptCodes
 from calibrator.data.calibration import load_calibration
 from calibrator.families import Policy, empty_policy, live_units, load_policy
-from calibrator.quantizers import Codes, Computed, quantized
+from calibrator.quantizers import Codes, Computed, InputScale, InputScales, quantized
 from calibrator.sensitivity.arithmetic import float32_products
 from calibrator.sensitivity.evidence import (
     BOUNDARIES,
@@ -31,7 +31,7 @@ from calibrator.sensitivity.scores import check_finite
 from calibrator.sensitivity.states import Reference, States, reference
 from vla_policy.core.errors import ArtefactError, DataError, PolicyError
 from vla_policy.core.files import sha256_policy
-from vla_policy.core.formats import FULL, Choice, Rounding
+from vla_policy.core.formats import FULL, Choice
 from vla_policy.core.policy_config import PolicyConfig
 from vla_policy.core.targets import find_target
 
@@ -128,7 +128,7 @@ class Sweep:
         self.units = {unit.name: unit for unit in live_units(policy)}
         device = next(policy.parameters()).device
         self.means = {name: torch.from_numpy(mean).to(device) for name, mean in ref.means.items()}
-        self._target = find_target(settings.target) if settings.target else None
+        self._scales = InputScales(find_target(settings.target) if settings.target else None, ref.peaks)
         self._last: tuple[tuple[int, ...], _FullPrecision] | None = None
 
     def evaluate(self, unit: str, choices: tuple[Choice, ...], samples: tuple[int, ...]) -> UnitLosses:
@@ -165,12 +165,11 @@ class Sweep:
         """
         if choice == FULL:
             return reordered(self.policy, unit)
-        return quantized(self.policy, unit, choice, self.codes, self.rounding(unit, choice))
+        return quantized(self.policy, unit, choice, self.codes, self.scale(unit, choice))
 
-    def rounding(self, unit: str, choice: Choice) -> Rounding:
-        """How activations are rounded."""
-        asked = self._target.rounding(choice.format, self.units[unit].kind) if self._target else None
-        return asked or Rounding.TOKEN
+    def scale(self, unit: str, choice: Choice) -> InputScale:
+        """How a layer's input is rounded."""
+        return self._scales.of(unit, choice.format)
 
     def evidence(self, measured: Signals, boundary: str) -> Tensor:
         """E of Eq. (4) at one boundary, float32 [B, tokens, channels]."""

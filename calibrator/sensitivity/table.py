@@ -18,8 +18,9 @@ from calibrator.tensors import save_tensors
 from vla_policy.core.backends.base import LayerKind
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.files import named_file, read_json, sha256_file
-from vla_policy.core.formats import FULL, Choice
+from vla_policy.core.formats import FULL, Choice, Format, Rounding
 from vla_policy.core.outputs import atomic_path
+from vla_policy.core.targets import find_target
 
 KIND = "sensitivity"
 SCHEMA_VERSION = 3
@@ -216,6 +217,17 @@ class Sensitivity:
     @property
     def policy_sha256(self) -> str:
         return str(self.meta["policy"]["sha256"])
+
+    @property
+    def input_peaks(self) -> Mapping[str, float]:
+        """Largest |input| over the calibration set, by layer; fixed scales of activations follow from it."""
+        peaks: Mapping[str, float] = self.meta.get("input_peaks", {})
+        return peaks
+
+    def rounding(self, fmt: Format) -> Rounding:
+        """How activations in a format were rounded: as on the machine that was named, or per token."""
+        name: str | None = self.meta.get("target")
+        return (find_target(name).rounding(fmt) if name else None) or Rounding.TOKEN
 
     @property
     def screened(self) -> Mapping[str, Any] | None:

@@ -11,7 +11,7 @@ from tables import BY_BITS, random_table, scored, table, unit
 
 from calibrator.__main__ import _choices
 from calibrator.allocation.options import Budget, Group, LatencyTable, Option, Pin, build_groups, totals
-from calibrator.allocation.plan import Plan
+from calibrator.allocation.plan import Assignment, Plan
 from calibrator.allocation.planning import Limits, Planner, PlanRequest, write_frontier
 from calibrator.allocation.solve import greedy_demotion, solve
 from calibrator.quantizers import parse_choice, parse_choices
@@ -283,6 +283,28 @@ def test_a_plan_names_what_runs_in_the_place_of_what_was_measured() -> None:
     assert plan.fallbacks[runs] == measured and str(runs) == "w2a16_g128:rtn" == str(plan.assignment["layer"])
     exact = Planner.of(one, request(average_bits=2.0)).plan()
     assert exact.fallbacks == {} and exact.standing == "certified optimum"
+
+
+def test_a_plan_keeps_the_fixed_scales_that_were_scored_and_says_what_was_scored_otherwise(tmp_path: Path) -> None:
+    eight = parse_choice("w8a8")
+    layers = [scored(name, {eight: 0.1, FULL: 0.0}) for name in ("a", "b")]
+    plain = table(layers)
+    peaks = {"input_peaks": {"a": 3.0, "b": 5.0}}
+    fixed = replace(plain, meta={**plain.meta, **peaks, "target": "orin-jp6"})
+    asked = replace(request(average_bits=12.0), target="orin-jp6", pins=(Pin("a", eight), Pin("b", FULL)))
+    plan = Planner.of(fixed, asked).plan()
+    assert plan.input_peaks == {"a": 3.0} and plan.details["other_rounding"] == {}
+    plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == plan
+    read = Assignment.load(tmp_path / "plan.json", plain.policy_sha256, ["a", "b"])
+    assert (read.target, read.input_peaks) == ("orin-jp6", {"a": 3.0})
+    token = Planner.of(replace(plain, meta={**plain.meta, **peaks}), asked).plan()
+    rules = "scored per token, orin-jp6 rounds per tensor, fixed"
+    assert token.details["other_rounding"] == {"w8a8:rtn": rules} and token.input_peaks == {"a": 3.0}
+    on_cpu = Planner.of(fixed, replace(asked, target="cpu")).plan()
+    assert on_cpu.details["other_rounding"] == {"w8a8:rtn": "scored per tensor, fixed, cpu rounds per token"}
+    assert on_cpu.input_peaks == {}
+    assert Planner.of(fixed, replace(asked, target=None)).plan().input_peaks == {}
 
 
 def test_a_target_says_what_is_usually_measured() -> None:

@@ -9,11 +9,20 @@ from choices import rtn
 from rounding import SINGLE, of_products
 from torch import nn
 
-from calibrator.quantizers import find_layer, parse_choice, quantize, quantize_policy, quantized
-from calibrator.quantizers.activations import input_rows, quantize_activation
+from calibrator.quantizers import (
+    InputScale,
+    InputScales,
+    find_layer,
+    parse_choice,
+    quantize,
+    quantize_policy,
+    quantized,
+)
+from calibrator.quantizers.activations import input_rows, quantize_activation, quantize_input
 from calibrator.quantizers.weights import code_range
 from vla_policy.core.errors import ArtefactError, PolicyError
-from vla_policy.core.formats import FULL, Choice, Format, Recipe
+from vla_policy.core.formats import FULL, Choice, Format, Recipe, Rounding
+from vla_policy.core.targets import find_target
 
 TOP = {2: 2, 3: 3, 4: 7, 8: 127}
 RANGE = {2: (-2, 1), 3: (-3, 3), 4: (-7, 7), 8: (-127, 127)}
@@ -78,6 +87,38 @@ def test_activations_are_rounded_per_token_and_pass_gradients(bits: int) -> None
     torch.testing.assert_close(y.detach(), expected, rtol=4 * SINGLE, atol=4 * SINGLE)
     (gradient,) = torch.autograd.grad((y * torch.arange(16.0)).sum(), x)
     assert torch.equal(gradient, torch.arange(16.0).expand(2, 5, 16))
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(16, 4), nn.Conv2d(4, 4, 2, stride=2)])
+def test_a_fixed_scale_is_the_engine_s_number_for_every_value(layer: nn.Module) -> None:
+    """ONNX's QuantizeLinear in NumPy: ties to even, what lies beyond the scale clipped to all of two's complement."""
+    fmt, target = Format.parse("w8a8"), find_target("orin-jp7")
+    peak = 3.7
+    scale = InputScales(target, {"layer": peak}).of("layer", fmt)
+    step = np.float16(np.float32(peak / 127)).astype(np.float32)
+    assert scale == InputScale(Rounding.TENSOR, float(step))
+    x = torch.randn(2, 4, 6, 16, generator=torch.Generator().manual_seed(3)) * 2
+    x[0, 0, 0, :4] = torch.tensor([2.5, 3.5, -128.0, 127.0]) * float(step)
+    x.requires_grad_()
+    got = quantize_input(layer, x, fmt, scale)
+    expected = np.clip(np.rint(x.detach().numpy() / step), -128, 127) * step
+    assert expected.min() == -128 * step and expected.max() == 127 * step, "both ends are clipped to"
+    np.testing.assert_allclose(got.detach().numpy(), expected, rtol=4 * SINGLE, atol=4 * SINGLE)
+    np.testing.assert_array_equal(np.rint(got.detach().numpy()[0, 0, 0, :4] / step), [2, 4, -128, 127])
+    (gradient,) = torch.autograd.grad(got.sum(), x)
+    assert torch.equal(gradient, torch.ones_like(x))
+
+
+def test_fixed_scales_that_are_not_known_are_refused_by_the_layer() -> None:
+    fmt, scales = Format.parse("w8a8"), InputScales(find_target("orin-jp7"), {"zero": 0.0, "huge": 1e8})
+    with pytest.raises(ArtefactError, match=r"^other in w8a8: orin-jp7 rounds its input with one fixed scale, and"):
+        scales.of("other", fmt)
+    for unit, peak in (("zero", "0"), ("huge", r"1e\+08")):
+        with pytest.raises(ArtefactError, match=rf"^{unit} in w8a8: inputs up to {peak} have no scale in float16"):
+            scales.of(unit, fmt)
+    assert scales.of("other", Format.parse("w4a8_g64")) == InputScale(), "our kernel rounds per token"
+    assert InputScales().of("other", fmt) == InputScale()
+    assert InputScales(find_target("cpu")).of("other", Format.parse("w8a8_g64")) == InputScale(Rounding.GROUP)
 
 
 def test_patches_of_a_convolution_are_its_tokens() -> None:

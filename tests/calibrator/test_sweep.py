@@ -9,7 +9,7 @@ import pytest
 import torch
 from choices import CHOICES, W2, W4, W8
 from naive import ATTRIBUTION, MASS, naive_losses
-from rounding import NETWORK
+from rounding import NETWORK, SINGLE
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -18,7 +18,8 @@ from calibrator.families.openvla import OpenVLA, TokenDecisions
 from calibrator.families.openvla_oft.model import OpenVLAOFT
 from calibrator.modules.chain import PAD
 from calibrator.modules.prismatic import Prismatic
-from calibrator.quantizers import QuantizedWeight, parse_choice, quantize, quantized
+from calibrator.quantizers import InputScale, QuantizedWeight, parse_choice, parse_choices, quantize, quantized
+from calibrator.quantizers.activations import input_rows
 from calibrator.sensitivity.evidence import BOUNDARIES
 from calibrator.sensitivity.passes import Signals, Trunk, signals
 from calibrator.sensitivity.sweep import Sweep, SweepSettings, SweepSpec
@@ -308,10 +309,44 @@ def test_activations_are_rounded_as_the_targets_kernel_does(
     sweep = replace(spec, settings=SweepSettings((parsed,), target=target)).open()
     found = sweep.evaluate(unit, (parsed,), (0, 1))
     trunk, full = sweep.full_precision((0,))
-    with quantized(sweep.policy, unit, parsed, rounding=rounding):
+    with quantized(sweep.policy, unit, parsed, scale=InputScale(rounding)):
         changed = signals(trunk, sweep.units[unit].segment)
     expected = float((changed.objective - full.objective)[0])
     assert found.likelihood[0, 0] == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("unit", [UNITS[0], UNITS[4], UNITS[6]])
+def test_a_fixed_scale_is_that_of_the_calibration_states(spec: SweepSpec, unit: str) -> None:
+    """TensorRT's w8a8 in NumPy: the step from inputs that are watched here while every state is decided by itself, the
+    product of integers, and what the sweep's layer gives in both passes."""
+    (choice,) = parse_choices(("w8a8",))
+    sweep = replace(spec, settings=SweepSettings((choice,), target="orin-jp7")).open()
+    layer, seen = sweep.units[unit].module, list[np.ndarray]()
+    handle = layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].numpy()))
+    for index in range(len(sweep.states)):
+        sweep.policy.decide(sweep.states.inputs(sweep.policy, (index,)), sweep.states.decisions.size)
+    handle.remove()
+    peak = max(np.abs(x).max() for x in seen)
+    # Alone or in a batch, the same sums in another order.
+    assert sweep.reference.peaks[unit] == pytest.approx(peak, rel=1e-5)
+    step = np.float16(sweep.reference.peaks[unit] / 127).astype(np.float32)
+    weight = layer.weight.detach().numpy().reshape(len(layer.weight), -1)
+    peaks = np.abs(weight).max(1, keepdims=True)
+    rows = np.where(peaks > 0, np.float16(peaks / np.float32(127)), 1).astype(np.float32)
+    codes = np.clip(np.rint(weight / rows), -127, 127)
+    x = seen[0] * np.float32(1.5)  # so that some values are clipped
+    flat = x if x.ndim == 3 else input_rows(layer, torch.from_numpy(x)).view(len(x), -1, weight.shape[1]).numpy()
+    inputs = np.clip(np.rint(flat / step), -128, 127)
+    expected = (inputs @ codes.T.astype(np.float64)) * (rows[:, 0] * step)
+    expected += 0 if layer.bias is None else layer.bias.detach().numpy()
+    with sweep.changed(unit, choice), torch.no_grad():
+        found = layer(torch.from_numpy(x)).numpy()
+    found = found if x.ndim == 3 else found.reshape(*found.shape[:2], -1).transpose(0, 2, 1)
+    size = np.abs(inputs * step) @ np.abs(codes * rows).T
+    np.testing.assert_array_less(np.abs(found - expected), flat.shape[-1] * SINGLE * (size + np.abs(expected)) + 1e-9)
+    per_token = replace(spec, settings=SweepSettings((choice,))).open()
+    fixed, free = (one.evaluate(unit, (choice,), (0, 1)) for one in (sweep, per_token))
+    assert not np.array_equal(fixed.mass, free.mass), "the rule matters"
 
 
 def test_unknown_blocks_are_refused(spec: SweepSpec) -> None:

@@ -7,7 +7,7 @@ import pytest
 from vla_policy.core.backends import backend_names, find_backend
 from vla_policy.core.backends.base import LayerKind, parse_version
 from vla_policy.core.errors import ArtefactError
-from vla_policy.core.formats import Format
+from vla_policy.core.formats import Format, Rounding
 from vla_policy.core.targets import TARGETS, find_target
 
 
@@ -17,6 +17,16 @@ def test_every_target_runs_16_bits_and_its_own_formats(target) -> None:  # type:
     for fmt in target.legal():
         assert target.why_not(fmt) is None
         assert target.nearest(fmt) == fmt
+
+
+@pytest.mark.parametrize("backend", backend_names())
+def test_a_format_s_activations_are_rounded_by_one_rule_whatever_the_layer(backend: str) -> None:
+    found: dict[Format, set[Rounding]] = {}
+    for version in ((1, 31), (10, 3), (10, 13), (11, 4, 1), (2026, 4)):
+        for rule in find_backend(backend).rules(version):
+            for fmt in rule.formats():
+                found.setdefault(fmt, set()).add(rule.rounding)
+    assert all(len(rules) == 1 for rules in found.values())
 
 
 def test_reasons_say_what_is_lacking() -> None:

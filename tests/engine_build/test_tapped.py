@@ -13,7 +13,7 @@ from ragged import mixed_assignment, write_policy
 
 from calibrator.families import TorchActor
 from calibrator.families.loading import open_checkpoint
-from calibrator.quantizers import Computed, quantize_policy
+from calibrator.quantizers import Computed, InputScales, quantize_policy
 from calibrator.quantizers.activations import quantize_activation
 from engine_build.backends import find_backend
 from engine_build.backends.base import Layer, Seen, Written, taps_of
@@ -62,7 +62,7 @@ class Shop:
         self.actor = TorchActor.load(policy)
         self.states = reference_states(config, self.actor.unnorm_key, None, 2, 0)
         full = expected_of(self.actor, self.states, "full")
-        quantize_policy(self.actor.policy, plan, Computed(), find_target("orin-jp7").rounding)
+        quantize_policy(self.actor.policy, plan, Computed(), InputScales(find_target("orin-jp7")))
         same = expected_of(self.actor, self.states, "same")
         self.golden = Golden("random", self.actor.unnorm_key, tuple(self.states), same, full)
 

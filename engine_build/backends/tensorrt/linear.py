@@ -2,8 +2,8 @@
 
 - 16 bits: float16 weights.
 - w8a16: INT8 codes, one scale per output channel.
-- w8a8: the same weights; activations as INT8 with one fixed scale per tensor, largest input / 127. (The calibrator and
-  the CPU use one scale per token at run time, which TensorRT has no integer kernel for.)
+- w8a8: the same weights; activations as INT8 with one fixed scale per tensor, largest input / 127. (A CPU has one per
+  token at run time, for which TensorRT has no integer kernel.)
 - w4a16: INT4 codes in blocks along the inputs, or one scale per channel as a single block.
 - w2a16: TensorRT has no 2-bit type. Two codes share one INT4, v = 4 high + (low + 2), and are split in the network:
   high = floor(v / 4), low = v - 4 high - 2. The engine holds 2 bits per weight; the split costs time at every run. The
@@ -15,6 +15,7 @@ Blocks must be whole, so a ragged last group is filled up with zero codes, and t
 import numpy as np
 from onnx import TensorProto
 
+from calibrator.quantizers.activations import fixed_step
 from calibrator.quantizers.packing import pack
 from engine_build.backends.tensorrt import has_fixed_scale
 from engine_build.graph.builder import GraphBuilder
@@ -48,7 +49,8 @@ def with_bias(builder: GraphBuilder, result: str, weights: LayerWeights) -> str:
 def _rounded(builder: GraphBuilder, x: str, weights: LayerWeights) -> str:
     """Q/DQ of the input, which TensorRT joins with the weight's DQ into an INT8 product."""
     assert weights.input_peak is not None
-    scale, name = builder.scalar(weights.input_peak / 127), weights.layer.name
+    name = weights.layer.name
+    scale = builder.scalar(fixed_step(name, weights.input_peak, weights.format))
     codes = builder.node("QuantizeLinear", [x, scale, builder.constant(0, np.int8)], f"{name}.input_codes")
     return builder.node("DequantizeLinear", [codes, scale, builder.constant(0, np.int8)], f"{name}.input_rounded")
 

@@ -79,14 +79,17 @@ class Target:
         formats = [fmt for rule in self._rules(kind) for fmt in rule.formats()]
         return tuple(sorted(formats, key=lambda fmt: fmt.precision, reverse=True))
 
-    def rounding(self, fmt: Format, kind: LayerKind = "linear") -> Rounding | None:
-        """How its kernel rounds activations; None where it does not, or where no kernel runs the format."""
-        found = next((rule for rule in self._rules(kind) if fmt in rule.formats()), None)
+    def rounding(self, fmt: Format) -> Rounding | None:
+        """How its kernels round activations; None where they do not, or where no kernel runs the format."""
+        found = next((rule for rule in self._all_rules if fmt in rule.formats()), None)
         return None if found is None or fmt.activation_bits >= 16 else found.rounding
 
+    @property
+    def _all_rules(self) -> tuple[Rule, ...]:
+        return find_backend(self.backend).rules(self.runtimes[0].version)
+
     def _rules(self, kind: LayerKind) -> list[Rule]:
-        rules = find_backend(self.backend).rules(self.runtimes[0].version)
-        return [rule for rule in rules if kind in rule.kinds]
+        return [rule for rule in self._all_rules if kind in rule.kinds]
 
     def why_not(self, fmt: Format, kind: LayerKind = "linear") -> str | None:
         """Why `fmt` cannot be had for a layer of this kind, or None if it can."""
