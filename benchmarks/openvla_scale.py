@@ -4,6 +4,8 @@
     python benchmarks/openvla_scale.py --checkpoint /data/random-7b --out scale.json    # made if it is not there
     python benchmarks/openvla_scale.py --checkpoint openvla-7b --out scale.json         # the published one
     python benchmarks/openvla_scale.py --out scale.json --decoder-layers 2 --tower-depth 3   # a trial
+    python benchmarks/openvla_scale.py --device cuda --out scale.json --layers 426 --batches 25 --batch-sizes 4 \\
+        --choices w2a16_g128 w4a16_g128 w8a16_g128      # the whole sweep: every layer, three choices, 100 states
 
 Times and memory do not depend on the weights' values. Without --checkpoint they are drawn in the device's memory;
 a checkpoint folder that does not exist is filled with them (15 GB), and on a CPU its weights stay in the page cache,

@@ -48,7 +48,9 @@ def _add_collect(parser: argparse.ArgumentParser) -> None:
         help="rosbag2 recordings, LeRobot (v3.0, v2.1) or RLDS data sets, LIBERO HDF5, folders of demo.collect",
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of the calibration set")
-    parser.add_argument("--samples", type=int, default=32, help="number of states")
+    parser.add_argument(
+        "--samples", type=int, default=32, help="number of states; 32 give each of sensitivity's 5 phases some 6"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the choice")
     parser.add_argument("--contract", type=Path, help="topic contract (YAML), needed for bags; it is their layout")
     parser.add_argument("--namespace", default="", help="ROS namespace of the bag's relative topics")

@@ -65,9 +65,11 @@ class Usage:
 
 
 class Executor(Protocol):
-    """Carries out work in any order and yields each result as soon as it is there. usage: of the hungriest process."""
+    """Carries out work in any order and yields each result as soon as it is there. usage: of the hungriest process.
+    workers: how many carry it out at the same time."""
 
     usage: Usage | None
+    workers: int
 
     def reference(self, done: Callable[[int], None]) -> Reference:
         """The full-precision reference; `done` hears of the states that are done."""
@@ -85,6 +87,7 @@ class LocalExecutor:
         self.spec = spec
         self._sweep: Sweep | None = None
         self.usage: Usage | None = None
+        self.workers = 1
 
     def reference(self, done: Callable[[int], None]) -> Reference:
         return self._open(None, done).reference
@@ -153,13 +156,15 @@ class RayExecutor:
                 raise VlaError(f"Ray cluster {address!r} cannot be reached ({error}); check --ray-address") from error
         self._cpus = cpus_per_task
         self._gpus = 1 if spec.device.startswith("cuda") else 0
-        if self._gpus > self._ray.cluster_resources().get("GPU", 0):
+        there = self._ray.cluster_resources()
+        if self._gpus > there.get("GPU", 0):
             self.close()
             raise VlaError(f"--device {spec.device}: the Ray cluster has no GPU; use --device cpu")
         # A worker on a GPU has one to itself; Ray shows it only that one, whatever its number here.
         spec = replace(spec, device="cuda") if self._gpus else spec
         self._spec, self._key = self._ray.put(spec), key
         self.usage: Usage | None = None
+        self.workers = max(1, int(there.get("GPU", 0) if self._gpus else there.get("CPU", 1) // cpus_per_task))
 
     def reference(self, done: Callable[[int], None]) -> Reference:
         (ref,) = self._carry_out([_reference_of], None)

@@ -1,8 +1,8 @@
 """Finished evaluations on disk: a killed sweep continues where it was, and never with other inputs.
 
-The folder holds `signature.json`, `reference.safetensors`, codes that are worth keeping, and `records.sqlite` with one
-record per layer, choice and state, so that whatever was evaluated counts for any batch size, number of choices, layers
-or mode. The database is locked while a run is open: two runs never write one result.
+The folder holds `signature.json`, `reference.safetensors`, `conventions.json`, codes that are worth keeping, and
+`records.sqlite` with one record per layer, choice and state, so that whatever was evaluated counts for any batch size,
+number of choices, layers or mode. The database is locked while a run is open: two runs never write one result.
 """
 
 import hashlib
@@ -16,19 +16,21 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from calibrator.conventions.check import Outcome
 from calibrator.sensitivity.evidence import BOUNDARIES
 from calibrator.sensitivity.proxy import FirstOrder
 from calibrator.sensitivity.states import Reference
 from calibrator.sensitivity.sweep import UnitLosses
 from calibrator.tensors import save_tensors
 from vla_policy.core.errors import ArtefactError
-from vla_policy.core.files import claim_folder
+from vla_policy.core.files import claim_folder, read_json, write_json
 from vla_policy.core.formats import Choice
 from vla_policy.core.outputs import FolderKind, atomic_path, remove_folder
 
 _KIND = "sweep-journal"
 _SIGNATURE, _REFERENCE, _RECORDS, _CODES = "signature.json", "reference.safetensors", "records.sqlite", "codes"
-_PARTS = (_REFERENCE, f"{_RECORDS}*", f"{_CODES}/*/layers/*.safetensors")
+_CONVENTIONS = "conventions.json"
+_PARTS = (_REFERENCE, _CONVENTIONS, f"{_RECORDS}*", f"{_CODES}/*/layers/*.safetensors")
 _FOLDER = FolderKind(_KIND, _SIGNATURE, _PARTS)
 _LOSSES, _FIRST_ORDER = "losses", "first_order"
 _MEAN, _PEAK = "mean.", "peak."
@@ -187,6 +189,14 @@ class Journal:
         )
         largest = {name: float(peak) for name, peak in peaks.items()}
         return Reference(tensors["decided"], means, tensors["strays"], largest)
+
+    def write_conventions(self, outcome: Outcome) -> None:
+        write_json(self.folder / _CONVENTIONS, {"schema_version": 1, "kind": _KIND, **outcome.to_json()})
+
+    def read_conventions(self) -> Outcome | None:
+        """What the check found at the earlier start, or None when it had not got that far."""
+        path = self.folder / _CONVENTIONS
+        return Outcome.from_json(read_json(path, _KIND, 1)) if path.is_file() else None
 
     def discard(self) -> None:
         """Removes the journal."""

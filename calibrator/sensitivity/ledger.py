@@ -86,39 +86,48 @@ class Ledger:
         batches = [replace(task, samples=batch) for task in tasks for batch in self._run.states.split(task.samples)]
         places = {batch.samples: place for place, batch in reversed(list(enumerate(batches)))}
         batches.sort(key=lambda batch: places[batch.samples])
-        before, spent = time.monotonic(), []
+        before, ended = time.monotonic(), list[tuple[float, float]]()
         for losses in self._executor.run(batches, self._ref):
             self._journal.write(losses)
             bar.update(self._share(losses))
-            spent.append(time.monotonic() - before)
-            if len(spent) == 2 and not self._estimated:
-                self._say_estimate(batches, spent)
+            if not self._estimated:
+                ended.append((time.monotonic() - before, self._macs.evaluation[losses.unit] * len(losses.samples)))
+                self._estimated = self._say_estimate(batches, ended)
 
     def _share(self, item: Task | UnitLosses) -> float:
         """What an item weighs on the progress bar, in mean evaluations of a layer in a choice on a state."""
         mean = sum(self._macs.evaluation[name] for name in self._run.names) / len(self._run.names)
         return self._macs.evaluation[item.unit] * len(item.choices) * len(item.samples) / mean
 
-    def _say_estimate(self, batches: Sequence[Task], spent: Sequence[float]) -> None:
-        """From the first two evaluations, of which the first pays for the pass that all share."""
-        self._estimated = True
-        macs = [self._macs.evaluation[batch.unit] * len(batch.samples) for batch in batches]
-        if len(batches) < 3 or self._run.options.executor != "local":
-            return
-        rate = macs[1] / (spent[1] - spent[0])
-        shared = max(spent[0] - macs[0] / rate, 0.0)
-        seconds = sum(macs) / rate + shared * len({batch.samples for batch in batches})
+    def _say_estimate(self, batches: Sequence[Task], ended: Sequence[tuple[float, float]]) -> bool:
+        """Whether there is something to say, from the evaluations that have ended: seconds and multiply-accumulates.
+
+        Each worker's first one pays for the pass that all share; when one more than there are workers have ended, as
+        many as there are workers were carried out since the first.
+        """
+        workers = self._executor.workers
+        if len(ended) <= workers or len(batches) <= 2 * workers:
+            return False
+        (first, its_macs), *later = ended
+        rate = sum(macs for _, macs in later) / max(later[-1][0] - first, 1e-9)
+        shared = max(first - its_macs * workers / rate, 0.0)
+        macs = sum(self._macs.evaluation[batch.unit] * len(batch.samples) for batch in batches)
+        seconds = macs / rate + shared * len({batch.samples for batch in batches})
         usage = self._executor.usage
+        each = " in each worker" if workers > 1 else ""
         self._run.options.say(
             f"estimated from the first layer: {shown_time(seconds)} for "
-            f"{sum(len(batch.samples) for batch in batches)} evaluations, {usage.shown if usage else 'memory unknown'} "
-            f"(no layer needs more); less: {self._shorter}"
+            f"{sum(len(batch.samples) for batch in batches)} evaluations, {usage.shown if usage else 'memory unknown'}"
+            f"{each} (no layer needs more); less: {self._shorter}"
         )
+        return True
 
     @property
     def _shorter(self) -> str:
-        screened = "" if self._run.options.screen else "--mode screened (a tenth of the evaluations), "
-        return f"{screened}fewer states or choices, --executor ray, a GPU; a larger --batch-size if memory allows"
+        options = self._run.options
+        screened = "" if options.screen else "--mode screened (a tenth of the evaluations), "
+        machines = "more machines" if options.executor == "ray" else "--executor ray"
+        return f"{screened}fewer states or choices, {machines}, a GPU; a larger --batch-size if memory allows"
 
 
 def exact(run: Run, ledger: Ledger, proxies: Sequence[FirstOrder] | None) -> Measured:

@@ -77,8 +77,8 @@ def measure(spec: SweepSpec, out: Path, scores: ScoreSettings, options: RunOptio
         spec = replace(spec, codes=str(journal.codes), sha256=sha256)
         run = Run(spec, scores, options, identity, policy, states, shapes, chosen, started_s)
         _warn_of_phases(run)
-        _keep_codes(run, journal)
         with _executor(run) as executor:
+            _keep_codes(run, journal)
             result = _measure(run, out, executor, journal)
         journal.discard()
     return result
@@ -90,7 +90,10 @@ def _measure(run: Run, out: Path, executor: Executor, journal: Journal) -> Sensi
         with run.options.progress(total=len(run.states), desc="full precision", unit="state") as bar:
             ref = executor.reference(bar.update)
         journal.write_reference(ref)
-    (found,) = executor.run([_ConventionsTask(run.spec.policy, run.spec.settings.unnorm_key)], ref)
+    found = journal.read_conventions()
+    if found is None:
+        (found,) = executor.run([_ConventionsTask(run.spec.policy, run.spec.settings.unnorm_key)], ref)
+        journal.write_conventions(found)
     conventions = found.require(run.options.accept_conventions, "--accept-conventions")
     ledger = Ledger(run, executor, journal, ref)
     proxies = first_order(run, executor, journal, ref) if run.options.estimates else None

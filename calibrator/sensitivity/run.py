@@ -23,7 +23,7 @@ from vla_policy.core.files import sha256_folder
 
 _FLOOR_SAMPLES = 2
 # What numbers come from, beside settings and libraries.
-_CODE = ("data", "families", "modules", "quantizers", "sensitivity")
+_CODE = ("conventions", "data", "families", "modules", "quantizers", "sensitivity")
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,8 @@ class SweepSettings:
     def __post_init__(self) -> None:
         if not 0 < self.epsilon < 1:
             raise PolicyError(f"epsilon {self.epsilon}: expected a small number above 0, e.g. {EPSILON}")
+        if self.target is not None:
+            find_target(self.target)
         if not self.choices or len(set(self.choices)) != len(self.choices) or FULL in self.choices:
             raise PolicyError(
                 f"choices {' '.join(map(str, self.choices))}: expected at least one, each once; {FULL} is the reference"

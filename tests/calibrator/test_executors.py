@@ -91,13 +91,17 @@ def test_a_driver_without_weights_measures_what_a_local_run_does(
     cluster: Any, spec: SweepSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same table, while this process never loads the policy."""
-    options = RunOptions(unit_globs=("projector.fc1",), first_order=True)
+    said: list[str] = []
+    options = RunOptions(unit_globs=("projector.*",), first_order=True, say=said.append)
     local = measure(spec, tmp_path / "local.json", ScoreSettings(bins=2), options)
     monkeypatch.setattr(SweepSpec, "load_policy", lambda self: pytest.fail("weights are read by the driver"))
     far = measure(spec, tmp_path / "far.json", ScoreSettings(bins=2), replace(options, executor="ray"))
     for choice, value in local.units[0].omega.items():
         assert far.units[0].omega[choice] == pytest.approx(value, rel=5e-3, abs=3e-5)
     assert far.units[0].action_proxy[W2] == pytest.approx(local.units[0].action_proxy[W2], rel=1e-3)
+    here, there = (text for text in said if text.startswith("estimated from the first layer: "))
+    assert "GB of memory (no layer needs more); less: --mode screened" in here and "--executor ray" in here
+    assert "GB of memory in each worker" in there and "more machines" in there
 
 
 def test_a_cluster_without_a_gpu_is_refused(cluster: Any, spec: SweepSpec) -> None:

@@ -277,6 +277,8 @@ def test_what_can_be_refused_is_refused_before_weights_are_read(
         raise AssertionError("weights are read")
 
     monkeypatch.setattr(SweepSpec, "load_policy", never)
+    with pytest.raises(ArtefactError, match="target 'toaster' is unknown"):
+        SweepSettings(CHOICES, target="toaster")
     wrong = [
         (replace(spec, settings=replace(spec.settings, unnorm_key="bridge")), OPTIONS, "bridge"),
         (replace(spec, settings=replace(spec.settings, language_block=9)), OPTIONS, "blocks 0 to 1"),
@@ -304,6 +306,20 @@ def test_first_order_scores_are_there_when_asked_for_and_survive_a_stop(spec: Sw
     result = measure(spec, out, SCORES, options)
     assert all(item.action_proxy[W2] > item.action_proxy[W8] > 0 for item in result.units)
     Planner.of(result, by_proxy).plan()
+
+
+def test_the_check_of_conventions_is_not_repeated(
+    spec: SweepSpec, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that was stopped behind it goes on with its outcome, and with the reference's fixed scales."""
+    out = tmp_path / "sensitivity.json"
+    with pytest.raises(KeyboardInterrupt):
+        measure(spec, out, SCORES, replace(OPTIONS, progress=SilentBar(stop=8 + 4)))
+    monkeypatch.setattr("calibrator.sensitivity.measure.check", lambda *_: pytest.fail("checked again"))
+    monkeypatch.setattr("calibrator.sensitivity.sweep.reference", lambda *_: pytest.fail("decided again"))
+    result, whole = measure(spec, out, SCORES, OPTIONS), Sensitivity.load(finished)
+    assert result.meta["conventions"] == whole.meta["conventions"]
+    assert result.input_peaks == whole.input_peaks and all(peak > 0 for peak in result.input_peaks.values())
 
 
 def test_codes_that_are_scored_are_those_that_are_packed(
