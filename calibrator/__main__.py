@@ -32,7 +32,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_check(commands.add_parser("check", help="are states as the policy knows them?", formatter_class=formatter))
     _add_allocate(commands.add_parser("allocate", help="scores + budget -> bit plan", formatter_class=formatter))
     _add_transform(
-        commands.add_parser("transform", help="policy -> equal policy, easier to round", formatter_class=formatter)
+        commands.add_parser("transform", help="policy -> policy that is easier to round", formatter_class=formatter)
     )
     _add_quantize(commands.add_parser("quantize", help="policy + bit plan -> codes", formatter_class=formatter))
     for name, (_, text) in _ELSEWHERE.items():
@@ -203,7 +203,7 @@ def _add_transform(parser: argparse.ArgumentParser) -> None:
         "--method",
         metavar="RECIPE",
         default="smoothquant",
-        help="e.g. 'smoothquant(strength=0.7)' or 'awq(bits=3,group=64)'",
+        help="e.g. 'smoothquant(strength=0.7)', 'awq(bits=3,group=64)' or, for pi0.5, 'quantvla(weight_bits=4)'",
     )
     parser.add_argument("--unnorm-key", help="statistics of the calibration set's states, if the policy has several")
     parser.add_argument("--out", type=Path, required=True, help="policy folder to write")
@@ -412,8 +412,7 @@ def _transform(args: argparse.Namespace) -> int:
     from calibrator.transform import TransformRequest, transform
 
     request = TransformRequest(args.policy, args.calibration, args.out, args.method, args.unnorm_key)
-    folded = transform(request)
-    print(f"{args.out}: {args.method} folded into {folded} norms and layers; the policy computes the same in 16 bits")
+    print(f"{args.out}: {args.method}: {transform(request)}")
     return 0
 
 

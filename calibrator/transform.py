@@ -1,14 +1,11 @@
-"""From a policy and a calibration set to an equivalent policy folder whose layers are easier to round."""
+"""From a policy and a calibration set to a policy folder that is easier to round, or rounds to something better."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 from calibrator.data.calibration import load_calibration
-from calibrator.data.statistics import input_statistics, portions
 from calibrator.families import TorchActor, save_policy
-from calibrator.transforms import find_transform, fold, folds_of, parse_transform
+from calibrator.transforms import find_transform, parse_transform
 from vla_policy.core.files import sha256_policy
 from vla_policy.core.outputs import check_folder
 from vla_policy.core.policy_config import POLICY
@@ -29,24 +26,19 @@ class TransformRequest:
     unnorm_key: str | None = None
 
 
-def transform(request: TransformRequest) -> int:
-    """Writes the policy folder `request.out`; returns how many norms and layers took factors.
+def transform(request: TransformRequest) -> str:
+    """Writes the policy folder `request.out`; returns what was done, for people.
 
-    Raises ArtefactError for a method that does not exist and for states that show nothing of a layer's input.
+    Raises ArtefactError for a method that does not exist and for states that do not suffice, PolicyError for a policy
+    that the method is not for.
     """
     check_folder(request.out, POLICY, [request.policy, request.calibration])
     recipe = parse_transform(request.method)
     states = load_calibration(request.calibration)
     actor = TorchActor.load(request.policy, request.unnorm_key)
-    method, parameters = find_transform(recipe.method), dict(recipe.parameters)
-    folds = folds_of(actor.policy, method.after_layers)
-    for share in portions(folds, lambda one: one.layers[one.first]):
-        names = [one.first for one in share]
-        # What is folded leaves the inputs of all other folds as they are.
-        found = input_statistics(actor, states, names, str(request.calibration), method.needs_second_moments)
-        for one in tqdm(share, desc=recipe.method, unit="fold", disable=None):
-            fold(one, method, {**method.defaults, **parameters}, found[one.first])
+    method = find_transform(recipe.method)
+    done = method.apply(actor, states, {**method.defaults, **dict(recipe.parameters)}, str(request.calibration))
     parents = {"policy": sha256_policy(request.policy), "calibration": states.sha256}
-    history = [*actor.config.raw.get(TRANSFORMS, []), {"recipe": recipe.to_json(), "parents": parents}]
-    save_policy(actor.policy, request.out, request.policy, {TRANSFORMS: history})
-    return len(folds)
+    step = {"recipe": recipe.to_json(), "parents": parents, "done": done}
+    save_policy(actor.policy, request.out, request.policy, {TRANSFORMS: [*actor.config.raw.get(TRANSFORMS, []), step]})
+    return done

@@ -20,20 +20,23 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from calibrator.families.loading import load_policy, save_policy
+from calibrator.families.openvla import OpenVLA
 from calibrator.families.pi05 import Pi05
 from calibrator.modules.gemma import rotation
 from demo.batches import Answers, augmented, frame_weights, patch_shares
 from demo.dataset import Demonstrations, load_demonstrations, percentiles
 from demo.recipe import FlowRecipe
 from demo.train import Readouts, Run, advance_to_end, training_parser
+from demo.transplant import transplant
 from vla_policy.core import cli
+from vla_policy.core.errors import DataError, PolicyError
 from vla_policy.core.families.pi05 import FAMILY, scaling_of
 from vla_policy.core.files import claim_folder, sha256_policy
 from vla_policy.core.flow.config import FlowConfig
 from vla_policy.core.flow.noise import NOISE, draw_bank
 from vla_policy.core.flow.prompt import FlowPrompt
 from vla_policy.core.outputs import FolderKind, check_folder
-from vla_policy.core.policy_config import POLICY
+from vla_policy.core.policy_config import POLICY, ProprioStats
 
 _WORK = FolderKind("training", "training.json")
 _STATE_NAMES = ["x", "y", "z", "gripper_width", "gripper_velocity"]
@@ -41,6 +44,8 @@ _SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>"]
 _BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 _WORDS = 1024
 _MASKED = -2.3819763e38
+_FITTED = 256
+"""Images that the projector is fitted on."""
 
 
 def save_tokenizer(instructions: Sequence[str], path: Path) -> Tokenizer:
@@ -64,8 +69,10 @@ def save_tokenizer(instructions: Sequence[str], path: Path) -> Tokenizer:
     return tokenizer
 
 
-def policy_config(data: Demonstrations, recipe: FlowRecipe, key: str, steps_per_action: int) -> FlowConfig:
-    """The config.json of the policy to train, with statistics of `data`."""
+def policy_config(
+    data: Demonstrations, recipe: FlowRecipe, key: str, steps_per_action: int, proprio: ProprioStats | None = None
+) -> FlowConfig:
+    """The config.json of the policy to train, with statistics of `data`. proprio: the state's where they are known."""
 
     def statistics(values: Tensor) -> dict[str, list[float]]:
         low, high = percentiles(values)
@@ -73,11 +80,14 @@ def policy_config(data: Demonstrations, recipe: FlowRecipe, key: str, steps_per_
         array = values.double()
         return {"q01": low, "q99": high, "mean": array.mean(0).tolist(), "std": array.std(0).tolist()}
 
-    heads = {
+    state = statistics(data.states)
+    if proprio is not None:
+        state |= {"q01": list(proprio.low), "q99": list(proprio.high)}
+    decoder = {
         "num_hidden_layers": recipe.layers,
-        "num_attention_heads": recipe.width // 48,
-        "num_key_value_heads": 1,
-        "head_dim": 64,
+        "num_attention_heads": recipe.width // 32,
+        "num_key_value_heads": recipe.width // 32,
+        "head_dim": 32,
     }
     raw: dict[str, Any] = {
         "model_type": "pi05",
@@ -91,8 +101,8 @@ def policy_config(data: Demonstrations, recipe: FlowRecipe, key: str, steps_per_
             "num_attention_heads": recipe.width // 32,
             "intermediate_size": 4 * recipe.width,
         },
-        "text_config": {"hidden_size": recipe.width, "intermediate_size": 3 * recipe.width, **heads},
-        "expert_config": {"hidden_size": recipe.expert_width, "intermediate_size": 3 * recipe.expert_width, **heads},
+        "text_config": _decoder(recipe.width, decoder),
+        "expert_config": _decoder(recipe.expert_width, decoder),
         "vocab_size": _WORDS,
         "chunk_size": recipe.horizon,
         "n_action_steps": recipe.executed,
@@ -104,13 +114,17 @@ def policy_config(data: Demonstrations, recipe: FlowRecipe, key: str, steps_per_
         "norm_stats": {
             key: {
                 "action": statistics(data.actions),
-                "proprio": {"names": _STATE_NAMES, **statistics(data.states)},
+                "proprio": {"names": _STATE_NAMES, **state},
                 "num_trajectories": data.episodes,
                 "num_transitions": len(data),
             }
         },
     }
     return FAMILY.config(raw, "config.json")
+
+
+def _decoder(width: int, shared: dict[str, int]) -> dict[str, int]:
+    return {"hidden_size": width, "intermediate_size": 8 * width // 3, **shared}
 
 
 @torch.no_grad()
@@ -221,9 +235,7 @@ def chunks_of(data: Demonstrations, horizon: int) -> tuple[Tensor, Tensor]:
     return chunks, known
 
 
-def loss(
-    policy: Pi05, readouts: Readouts, batch: FlowBatch, recipe: FlowRecipe
-) -> tuple[Tensor, dict[str, Tensor]]:
+def loss(policy: Pi05, readouts: Readouts, batch: FlowBatch, recipe: FlowRecipe) -> tuple[Tensor, dict[str, Tensor]]:
     """The squared error of the velocity, noise minus actions, over the known rows, plus the auxiliary errors."""
     patches = policy.project(policy.vision(batch.pixels))
     x = policy.embed(patches[batch.image], batch.ids)
@@ -262,20 +274,29 @@ def train(
     steps_per_action: int,
     recipe: FlowRecipe,
     initial: Path | None = None,
+    start: Path | None = None,
 ) -> None:
     """Trains on all episodes in `data_folders` and writes the policy folder `out`; resumes from `out`.work.
 
-    initial: a policy whose weights, statistics and tokenizer training starts from.
+    initial: a policy whose weights, statistics and tokenizer training starts from. start: an OpenVLA policy of
+    `demo.train` that training starts from instead (`demo.transplant`).
     """
     work = out.with_name(out.name + ".work")
-    check_folder(out, POLICY, [*data_folders, initial])
-    claim_folder(work, _WORK, inputs=[*data_folders, initial])
+    check_folder(out, POLICY, [*data_folders, initial, start])
+    claim_folder(work, _WORK, inputs=[*data_folders, initial, start])
     data = load_demonstrations(data_folders)
     torch.manual_seed(recipe.seed)
+    source = None if start is None else load_policy(start)
+    if source is not None and not isinstance(source, OpenVLA):
+        raise PolicyError(f"{start}: a policy of the family {source.config.raw['model_type']!r}; expected 'openvla'")
     if initial is None:
         tokenizer = save_tokenizer(data.instructions, work / "tokenizer.json")
-        policy = Pi05(policy_config(data, recipe, key, steps_per_action))
+        proprio = None if source is None else source.config.stats(key).proprio
+        policy = Pi05(policy_config(data, recipe, key, steps_per_action, proprio))
         initialise(policy, tokenizer)
+        if source is not None and start is not None:
+            shown = data.images[torch.linspace(0, len(data) - 1, _FITTED).long()]
+            transplant(source, start / "tokenizer.json", policy, tokenizer, shown.permute(0, 3, 1, 2) / 127.5 - 1)
     else:
         trained = load_policy(initial)
         shutil.copyfile(initial / "tokenizer.json", work / "tokenizer.json")
@@ -302,6 +323,7 @@ def train(
         "seconds": round(time.monotonic() - started),
         "steps_in_these_seconds": run.step - first,
         "initial": None if initial is None else sha256_policy(initial),
+        "start": None if start is None else sha256_policy(start),
         "final": final,
     }
     write(run, out, work, record)
@@ -317,9 +339,18 @@ def write(run: Run, out: Path, work: Path, record: dict[str, Any]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    given = training_parser("python -m demo.flow", __doc__, FlowRecipe()).parse_args(argv)
+    parser = training_parser("python -m demo.flow", __doc__, FlowRecipe())
+    parser.add_argument(
+        "--start",
+        type=Path,
+        metavar="OPENVLA_DIR",
+        help="policy of demo.train whose tower and decoder training takes over",
+    )
+    given = parser.parse_args(argv)
+    if given.start is not None and given.initial is not None:
+        raise DataError("--start and --initial: each says what training begins with; give one")
     recipe = FlowRecipe(samples=given.samples, seed=given.seed).but(given.set)
-    train(given.data, given.out, given.key, given.steps_per_action, recipe, given.initial)
+    train(given.data, given.out, given.key, given.steps_per_action, recipe, given.initial, given.start)
     return 0
 
 

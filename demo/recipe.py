@@ -64,8 +64,7 @@ class FlowRecipe(Recipe):
     horizon: int = 4
     executed: int = 1
     draws: int = 3
-    expert_width: int = 128
+    expert_width: int = 192
     denoising_steps: int = 10
     batch: int = 64
     alternatives: int = 48
-    layers: int = 4

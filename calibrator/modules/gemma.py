@@ -95,11 +95,19 @@ class Attention(nn.Module):
 
         mask: [B, 1, 1, T'], added to the scores, where it is not None.
         """
+        query = self._queries(x, turn)
+        mixed = functional.scaled_dot_product_attention(query, key, value, mask)
+        return self.o_proj(mixed.reshape(len(x), -1, x.shape[1], self.spec.head_dim).transpose(1, 2).flatten(2))
+
+    def logits(self, x: Tensor, turn: Tensor, key: Tensor) -> Tensor:
+        """What the softmax is taken of, without a mask: [B, heads, T, T']."""
+        products = self._queries(x, turn) @ key.mT * self.spec.head_dim**-0.5
+        return products.unflatten(2, (-1, x.shape[1])).flatten(1, 2)
+
+    def _queries(self, x: Tensor, turn: Tensor) -> Tensor:
+        """[B, kv heads, heads of one T, d]: heads that share keys are further positions of one, nothing is repeated."""
         query = rotated(self._heads(self.q_proj(x)), turn)
-        # Heads that share keys are further positions of one head: nothing is repeated.
-        together = query.unflatten(1, (self.spec.num_key_value_heads, -1)).flatten(2, 3)
-        mixed = functional.scaled_dot_product_attention(together, key, value, mask).reshape(query.shape)
-        return self.o_proj(mixed.transpose(1, 2).flatten(2))
+        return query.unflatten(1, (self.spec.num_key_value_heads, -1)).flatten(2, 3)
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(2, (-1, self.spec.head_dim)).transpose(1, 2)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from calibrator.modules.chain import DECIDED, PAD, Chain
+from calibrator.modules.gemma import Attention
 from calibrator.quantizers.apply import computes_in
 from vla_policy.core.policy_config import PolicyConfig
 
@@ -33,6 +34,10 @@ class Policy(nn.Module):
         Raises PolicyError where there is no such block.
         """
         raise NotImplementedError
+
+    def action_attention(self) -> Mapping[str, Attention]:
+        """By path, the attention of a part that makes actions and nothing else; none where the language model does."""
+        return {}
 
     def decide(self, inputs: Inputs, size: int) -> Tensor:
         """The decision that the policy takes by itself, [B, size] in the form of its family's `Decisions`."""

@@ -1,6 +1,16 @@
-"""Equivalent policies that are easier to round: what a layer's input loses in range, its weights gain, and back."""
+"""Changes of a policy before it is rounded: equivalent forms that are easier to round, and corrections of what rounding
+does."""
 
-from calibrator.transforms.base import ChannelScaling, find_transform, parse_transform, transform_names
-from calibrator.transforms.fold import Fold, fold, folds_of
+from calibrator.transforms.base import Transform, find_transform, parse_transform, transform_names
+from calibrator.transforms.fold import ChannelScaling, Fold, fold, folds_of
 
-__all__ = ["ChannelScaling", "Fold", "find_transform", "fold", "folds_of", "parse_transform", "transform_names"]
+__all__ = [
+    "ChannelScaling",
+    "Fold",
+    "Transform",
+    "find_transform",
+    "fold",
+    "folds_of",
+    "parse_transform",
+    "transform_names",
+]

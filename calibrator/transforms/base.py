@@ -1,11 +1,11 @@
-"""What a transform is: a factor per input channel of layers that read one output, chosen by a method."""
+"""What a transform is: a method that changes a policy's weights before they are rounded."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Protocol
 
-from torch import Tensor
-
-from calibrator.quantizers import LayerStatistics, parse_recipe
+from calibrator.data.calibration import CalibrationSet
+from calibrator.families import TorchActor
+from calibrator.quantizers import parse_recipe
 from vla_policy.core import registry
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.formats import Parameter, Recipe
@@ -13,12 +13,10 @@ from vla_policy.core.formats import Parameter, Recipe
 _METHODS = "calibrator.transforms.methods"
 
 
-class ChannelScaling(Protocol):
+class Transform(Protocol):
     """A method: `TRANSFORM` of a module in `calibrator.transforms.methods`, called as the module.
 
-    version: goes up whenever some policy gets other factors than before. defaults: every parameter's usual value.
-    needs_second_moments: whether it looks at E[x x^T]. after_layers: whether it also scales what follows a layer, and
-    not a norm alone.
+    version: goes up whenever some policy becomes another than before. defaults: every parameter's usual value.
     """
 
     @property
@@ -27,25 +25,15 @@ class ChannelScaling(Protocol):
     @property
     def defaults(self) -> Mapping[str, Parameter]: ...
 
-    @property
-    def needs_second_moments(self) -> bool: ...
+    def apply(
+        self, actor: TorchActor, states: CalibrationSet, parameters: Mapping[str, Parameter], source: str
+    ) -> str:
+        """Changes the actor's policy in place; returns what was done, for people.
 
-    @property
-    def after_layers(self) -> bool: ...
-
-    def factors(
-        self, statistics: LayerStatistics, weights: Sequence[Tensor], parameters: Mapping[str, Parameter]
-    ) -> Tensor:
-        """float32 [in], above zero: what the input's channels are divided by and the weights' columns multiplied with.
-
-        statistics: of the input that all layers share. weights: [out, in] of each.
+        parameters: all of `defaults`, some with other values. source: what the states are called in messages. Raises
+        ArtefactError for states that do not suffice, PolicyError for a policy that it is not for.
         """
         ...
-
-
-def exact(factors: Tensor) -> Tensor:
-    """The nearest powers of two: multiplication by them is exact in every floating-point format."""
-    return factors.log2().round().exp2()
 
 
 def transform_names() -> tuple[str, ...]:
@@ -53,9 +41,9 @@ def transform_names() -> tuple[str, ...]:
     return registry.names(_METHODS, modules=True)
 
 
-def find_transform(name: str) -> ChannelScaling:
+def find_transform(name: str) -> Transform:
     """The transform called `name`. Raises ArtefactError naming the choices."""
-    found: ChannelScaling | None = registry.find(_METHODS, name, "TRANSFORM", modules=True)
+    found: Transform | None = registry.find(_METHODS, name, "TRANSFORM", modules=True)
     if found is None:
         raise ArtefactError(f"transform {name!r} is unknown; choose one of: {', '.join(transform_names())}")
     return found

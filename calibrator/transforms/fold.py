@@ -5,17 +5,58 @@ two is exact in every floating-point format, so the folded policy computes the s
 stored in bfloat16: what a transform changes is what rounding does to it, and nothing else.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
-from calibrator.families import Policy
+from calibrator.data.calibration import CalibrationSet
+from calibrator.data.statistics import input_statistics, portions
+from calibrator.families import Policy, TorchActor
 from calibrator.quantizers import LayerStatistics
-from calibrator.transforms.base import ChannelScaling, exact
 from vla_policy.core.errors import ArtefactError, PolicyError
 from vla_policy.core.formats import Parameter
+
+
+class ChannelScaling(ABC):
+    """A transform that leaves the policy what it is: a factor per input channel of layers that read one output.
+
+    needs_second_moments: whether it looks at E[x x^T]. after_layers: whether it also scales what follows a layer, and
+    not a norm alone.
+    """
+
+    needs_second_moments: bool
+    after_layers: bool
+
+    @abstractmethod
+    def factors(
+        self, statistics: LayerStatistics, weights: Sequence[Tensor], parameters: Mapping[str, Parameter]
+    ) -> Tensor:
+        """float32 [in], above zero: what the input's channels are divided by and the weights' columns multiplied with.
+
+        statistics: of the input that all layers share. weights: [out, in] of each.
+        """
+
+    def apply(
+        self, actor: TorchActor, states: CalibrationSet, parameters: Mapping[str, Parameter], source: str
+    ) -> str:
+        """See `Transform`."""
+        folds = folds_of(actor.policy, self.after_layers)
+        for share in portions(folds, lambda one: one.layers[one.first]):
+            names = [one.first for one in share]
+            # What is folded leaves the inputs of all other folds as they are.
+            found = input_statistics(actor, states, names, source, self.needs_second_moments)
+            for one in tqdm(share, desc="transform", unit="fold", disable=None):
+                fold(one, self, parameters, found[one.first])
+        return f"folded into {len(folds)} norms and layers; the policy computes the same in 16 bits"
+
+
+def exact(factors: Tensor) -> Tensor:
+    """The nearest powers of two: multiplication by them is exact in every floating-point format."""
+    return factors.log2().round().exp2()
 
 
 @dataclass(frozen=True)

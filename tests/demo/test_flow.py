@@ -7,13 +7,21 @@ import pytest
 import torch
 from torch import nn
 
-from calibrator.families import TorchActor
+from calibrator.families import TorchActor, load_policy
+from calibrator.families.openvla import OpenVLA
+from calibrator.families.pi05 import Pi05
 from demo.dataset import Demonstrations, load_demonstrations
 from demo.flow import FlowBatches, chunks_of, policy_config, save_tokenizer, train
 from demo.recipe import FlowRecipe
+from demo.transplant import transplant
+from vla_policy.core.errors import PolicyError
+from vla_policy.core.families.pi05 import scaling_of
+from vla_policy.core.flow.prompt import FlowPrompt
 from vla_policy.core.observation import Observation
+from vla_policy.core.prismatic.prompt import PromptTokenizer
 
-EPISODES = Path("demo/episodes/libero_object")
+EPISODES, POLICY = Path("demo/episodes/libero_object"), Path("demo/policies/libero_object")
+KEY = "libero_object"
 RECIPE = FlowRecipe(
     samples=8, batch=4, alternatives=2, draws=2, warmup_steps=2, width=96, expert_width=32, layers=2, horizon=3,
     image_size=112, patch_size=28,
@@ -69,3 +77,52 @@ def test_a_run_continues_and_its_policy_decides(tmp_path: Path, monkeypatch: pyt
     assert first.shape == (3, 7) and np.isfinite(first).all() and actors[0].config.executed == 1
     # The learning rate falls by the steps that are planned, so the halves differ a little from the whole.
     assert np.abs(first - second).max() < 0.1
+
+
+@torch.no_grad()
+def test_a_policy_begins_with_what_another_knows(tmp_path: Path) -> None:
+    """On the other's own sequence, read from left to right as it reads it, the prefix makes the other's hidden states;
+    its tower's patches come close to the other's two towers', and the prompt's words and bins are the other's."""
+    data, recipe = load_demonstrations([EPISODES]), FlowRecipe()
+    source = load_policy(POLICY)
+    assert isinstance(source, OpenVLA)
+    tokenizer = save_tokenizer(data.instructions, tmp_path / "tokenizer.json")
+    policy = Pi05(policy_config(data, recipe, KEY, 4, source.config.stats(KEY).proprio))
+    pixels = data.images[::20].permute(0, 3, 1, 2) / 127.5 - 1
+    transplant(source, POLICY / "tokenizer.json", policy, tokenizer, pixels[1:])
+
+    means, deviations = (
+        torch.tensor([v for tower in source.config.towers for v in getattr(tower, name)])[:, None, None]
+        for name in ("mean", "std")
+    )
+    wanted = source.patches(((pixels + 1) / 2).repeat(1, 2, 1, 1).sub(means).div(deviations))
+    found = policy.project(policy.vision(pixels))
+    # The one tower of the two, through one layer in place of three: 5 % of the variance is what it does not tell.
+    assert float((found[0] - wanted[0]).square().mean() / wanted.var()) < 0.1
+
+    # Centres of pi0.5's bins, which lie elsewhere than OpenVLA's.
+    normalised = (np.array([20, 77, 128, 200, 250]) + 0.5) / 128 - 1
+    proprio = source.config.stats(KEY).proprio
+    assert proprio is not None
+    low, high = np.array(proprio.low), np.array(proprio.high)
+    state = low + (normalised + 1) / 2 * (high - low)
+    ids = PromptTokenizer(POLICY, source.config, KEY).encode("pick up the butter", state)
+    sequence = source.embed(torch.from_numpy(ids)[None], wanted[:1])
+    later = torch.full((sequence.shape[1],) * 2, -torch.inf).triu(1)
+    entering, _ = policy.read(sequence, later[None, None])
+    states = source.decoder(inputs_embeds=sequence, output_hidden_states=True).hidden_states
+    for own, its in zip(entering, states, strict=False):
+        # SiLU is met by GELU's approximation.
+        assert float((own - its).norm() / its.norm()) < 3e-3
+
+    mine = scaling_of(policy.config.stats(KEY).proprio, policy.config).normalised(state)
+    prompt = FlowPrompt(tmp_path / "tokenizer.json", policy.config).encode("pick up the butter", mine)
+    words = policy.embed(found[:1, :0], torch.from_numpy(prompt)[None])[0]
+    bins = source.decoder.embed_tokens(torch.from_numpy(ids[-6:-1]))
+    torch.testing.assert_close(words[-8:-3], bins, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(words[-1], source.decoder.embed_tokens(torch.tensor(ids[-1])), rtol=1e-5, atol=1e-6)
+
+
+def test_a_start_of_another_size_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(PolicyError, match=r"--start: text_config.hidden_size is 192 there, 96 here"):
+        train([EPISODES], tmp_path / "policy", KEY, 4, RECIPE, start=POLICY)

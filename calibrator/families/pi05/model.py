@@ -1,13 +1,13 @@
 """pi0.5: SigLIP and a Gemma prefix, and a Gemma expert that turns noise into an action chunk in N steps."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from calibrator.families.pi05.time import EXPERT, modulations
 from calibrator.modules.chain import PROMPT, Chain, Layers, Runs, Segment
-from calibrator.modules.gemma import FUSED, ExpertStack, GemmaStack, Modulation, rotation
+from calibrator.modules.gemma import FUSED, Attention, ExpertStack, GemmaStack, Modulation, rotation
 from calibrator.modules.policy import Inputs, Policy
 from calibrator.modules.siglip import SiglipModel, SiglipTower
 from vla_policy.core.errors import PolicyError
@@ -142,6 +142,10 @@ class Pi05(Policy):
     def _moved(self, x: Tensor, states: Tensor) -> Tensor:
         """One step along the velocity that is read from `states`."""
         return x - self.action_out_proj(states) / self.config.num_inference_steps
+
+    def action_attention(self) -> Mapping[str, Attention]:
+        named = self.expert.named_modules(prefix=EXPERT)
+        return {path: module for path, module in named if isinstance(module, Attention)}
 
     @torch.no_grad()
     def decide(self, inputs: Inputs, size: int) -> Tensor:

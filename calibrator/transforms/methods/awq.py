@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from calibrator.quantizers import LayerStatistics, parse_choice, quantize
-from calibrator.transforms.base import exact
+from calibrator.transforms.fold import ChannelScaling, exact
 from vla_policy.core.formats import Format, Parameter
 
 _GRID = 20
@@ -26,7 +26,7 @@ _LEAST = 1e-4
 
 
 @dataclass(frozen=True)
-class Awq:
+class Awq(ChannelScaling):
     """See the module. bits, group: of the weights that the scales are for; group 0 is one scale per output."""
 
     version: int = 1

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from calibrator.quantizers import LayerStatistics
+from calibrator.transforms.fold import ChannelScaling
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.formats import Parameter
 
@@ -21,7 +22,7 @@ _LEAST = 1e-5
 
 
 @dataclass(frozen=True)
-class SmoothQuant:
+class SmoothQuant(ChannelScaling):
     """See the module. strength: the paper's alpha, in [0, 1]."""
 
     version: int = 1
