@@ -17,6 +17,7 @@ from calibrator.families import TorchActor, Unit
 from calibrator.families.loading import open_checkpoint
 from calibrator.quantizers import Computed, LayerStatistics, QuantizedWeight, needs_statistics
 from calibrator.quantizers.choices import USUAL_METHOD
+from calibrator.quantizers.rows import Part
 from calibrator.quantizers.store import layer_path, read_layer, write_layer
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.formats import Choice
@@ -35,15 +36,25 @@ class Source:
 
 @dataclass(frozen=True)
 class Wanted:
-    """Codes of one layer in a choice below 16 bits, and the store's folder that they go to."""
+    """Codes of one layer, or of one part of it, in a choice below 16 bits, and the store's folder that they go to."""
 
     unit: Unit
     choice: Choice
     folder: Path
+    part: Part | None = None
+
+    @property
+    def name(self) -> str:
+        return self.part.name if self.part else self.unit.name
 
     @property
     def missing(self) -> bool:
-        return not layer_path(self.folder, self.unit.name).is_file()
+        return not layer_path(self.folder, self.name).is_file()
+
+    @property
+    def params(self) -> int:
+        """Number of weights."""
+        return len(self.part.rows) * self.unit.module.weight[0].numel() if self.part else self.unit.params
 
 
 def check_source(source: Source, wanted: Sequence[Wanted]) -> None:
@@ -51,7 +62,7 @@ def check_source(source: Source, wanted: Sequence[Wanted]) -> None:
     asking = [one for one in wanted if needs_statistics(one.choice.recipe)]
     if asking and source.calibration is None:
         raise ArtefactError(
-            f"{asking[0].unit.name} in {asking[0].choice} needs inputs to look at; name states with --calibration"
+            f"{asking[0].name} in {asking[0].choice} needs inputs to look at; name states with --calibration"
         )
 
 
@@ -61,14 +72,15 @@ def write_codes(source: Source, wanted: Sequence[Wanted]) -> None:
     if not missing:
         return
     bar: tqdm[Any] = tqdm(
-        total=sum(one.unit.params for one in missing), desc="quantizing", unit="weight", unit_scale=True, disable=None
+        total=sum(one.params for one in missing), desc="quantizing", unit="weight", unit_scale=True, disable=None
     )
     with open_checkpoint(source.policy, PolicyConfig.load(source.policy)) as tensors, bar:
         for share, statistics in _shares(source, missing):
             for one in share:
                 weight = tensors.tensor(f"{one.unit.name}.weight")
-                write_layer(one.folder, one.unit.name, Computed(statistics).of(one.unit.name, weight, one.choice))
-                bar.update(one.unit.params)
+                weight = weight[one.part.rows] if one.part else weight
+                write_layer(one.folder, one.name, Computed(statistics).of(one.name, weight, one.choice))
+                bar.update(one.params)
 
 
 def _shares(
@@ -90,7 +102,7 @@ def _shares(
         found = input_statistics(actor, states, names, str(source.calibration), True)
         yield (
             [one for group in share for one in group],
-            {one.unit.name: found[group[0].unit.name] for group in share for one in group},
+            {one.name: found[group[0].unit.name] for group in share for one in group},
         )
 
 

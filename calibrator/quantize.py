@@ -9,6 +9,7 @@ from calibrator.codes import Source, Wanted, check_source, write_codes
 from calibrator.data.calibration import CalibrationSet, load_calibration
 from calibrator.families import Unit, empty_policy, live_units
 from calibrator.quantizers import parse_choice
+from calibrator.quantizers.rows import WHOLE
 from calibrator.quantizers.store import WEIGHTS, Identity, Store, finish
 from calibrator.sensitivity.journal import difference
 from vla_policy.core.errors import ArtefactError
@@ -43,7 +44,7 @@ def quantize(request: QuantizeRequest) -> Store:
     units = live_units(empty_policy(PolicyConfig.load(request.policy)))
     states = load_calibration(request.calibration) if request.calibration else None
     identity = _identity(request, units, states)
-    wanted = [Wanted(unit, choice, request.out) for unit in units if (choice := identity.choices[unit.name]).recipe]
+    wanted = [one for unit in units for one in _wanted(unit, identity, request.out)]
     source = Source(request.policy, request.calibration, request.unnorm_key)
     check_source(source, wanted)
     _claim(request, identity)
@@ -58,14 +59,21 @@ def _identity(request: QuantizeRequest, units: Sequence[Unit], states: Calibrati
     peaks: Mapping[str, float] = {}
     if request.plan is not None:
         planned = Assignment.load(request.plan, sha256, names)
-        choices, parents["plan"] = planned.choices, planned.sha256
+        choices, rows, parents["plan"] = planned.choices, planned.rows, planned.sha256
         target, peaks = planned.target, planned.input_peaks
     else:
         assert request.uniform is not None
-        choices = dict.fromkeys(names, request.uniform)
+        choices, rows = dict.fromkeys(names, request.uniform), WHOLE
     if request.method is not None:
         choices = {unit: _by(choice, request.method) for unit, choice in choices.items()}
-    return Identity(choices, parents, target, peaks)
+    return Identity(choices, parents, target, peaks, rows)
+
+
+def _wanted(unit: Unit, identity: Identity, folder: Path) -> list[Wanted]:
+    """Of a layer, or of its parts, what has codes."""
+    pieces = identity.rows.of(unit.name) if unit.name in identity.rows.bits else [None]
+    wanted = [Wanted(unit, identity.choices[piece.name if piece else unit.name], folder, piece) for piece in pieces]
+    return [one for one in wanted if one.choice.recipe]
 
 
 def _by(choice: Choice, method: str) -> Choice:

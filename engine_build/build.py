@@ -14,6 +14,7 @@ from tqdm import tqdm
 from calibrator.families import TorchActor
 from calibrator.families.loading import Tensors, open_checkpoint
 from calibrator.quantizers import Codes, Computed, InputScales, quantize_policy
+from calibrator.quantizers.rows import ROWS, WHOLE, RowBits
 from calibrator.quantizers.store import Store
 from engine_build import exported
 from engine_build.backends import find_backend
@@ -26,7 +27,7 @@ from engine_build.graph.builder import GraphBuilder
 from engine_build.plan import Plan, check_computable, check_legal, legalize, load_plan, stored_plan, uniform_plan
 from engine_build.ranges import input_peaks
 from engine_build.reference import expected_of, reference_states, source_of
-from engine_build.weights import layers_of
+from engine_build.weights import layers_of, split
 from vla_policy.core.backends.base import parse_version
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.files import sha256_policy
@@ -99,6 +100,7 @@ def build(request: Request) -> Manifest:
     policy_sha256 = sha256_policy(request.policy)
     store = Store.open(request.weights) if request.weights else None
     plan = _asked_for(request, store, policy_sha256, layers)
+    layers = split(layers, plan.rows)
     if request.backend is None:
         target = request.target.fastest_here(set(plan.formats.values()))
     else:
@@ -123,7 +125,7 @@ def _golden(request: Request, plan: Plan, codes: Codes, scales: InputScales) -> 
     actor = TorchActor.load(request.policy, request.unnorm_key)
     states = tuple(reference_states(actor.config, actor.unnorm_key, request.calibration, request.golden, seed))
     full = expected_of(actor, states, "golden states, full precision")
-    quantize_policy(actor.policy, plan.assignment, codes, scales)
+    quantize_policy(actor.policy, plan.assignment, codes, scales, plan.rows)
     same = expected_of(actor, states, "golden states, the engine's formats")
     return Golden(source_of(request.calibration, seed), actor.unnorm_key, states, same, full)
 
@@ -132,14 +134,17 @@ def build_engine(
     policy: Policy, plan: Plan, target: Target, out: Path, golden: Golden | None = None, pack: bool = False
 ) -> Manifest:
     """The part of `build` behind the checks of its inputs, for the target's first backend."""
-    layers, backend = layers_of(policy.config), find_backend(target.backend)
+    whole, backend = layers_of(policy.config), find_backend(target.backend)
+    layers = split(whole, plan.rows)
     version = "" if pack else backend.version()
     with atomic_folder(out, ENGINE) as folder:
         for name in policy.config.family.files:
             shutil.copyfile(policy.folder / name, folder / name)
         if golden is not None:
             golden.save(folder)
-        written = export_graphs(folder, policy, layers, plan.assignment, backend)
+        if plan.rows:
+            plan.rows.save(folder / ROWS)
+        written = export_graphs(folder, policy, whole, plan.assignment, backend, plan.rows)
         if pack:
             graphs, became = dict(written.graphs), as_packed(written, layers, plan.formats)
         else:
@@ -216,6 +221,7 @@ def export_graphs(
     layers: Mapping[str, Layer],
     assignment: Mapping[str, Choice],
     backend: Backend,
+    rows: RowBits = WHOLE,
     new_builder: Callable[[Path, int], GraphBuilder] = GraphBuilder,
 ) -> Written:
     """Writes the policy's graphs in the backend's dialect, with a progress bar; see `export`."""
@@ -228,7 +234,7 @@ def export_graphs(
     with bar:
         return export(
             folder, policy.config, policy.tensors, layers, assignment, policy.codes, backend.dialect, advance,
-            policy.input_peaks, new_builder,
+            policy.input_peaks, rows, new_builder,
         )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from onnx import TensorProto, helper
 
 from calibrator.families.loading import Tensors
 from calibrator.quantizers import Codes
+from calibrator.quantizers.rows import RowBits
 from engine_build.backends.base import Dialect, Place, Written
 from engine_build.families import find_family
 from engine_build.graph.builder import GraphBuilder
@@ -31,11 +32,13 @@ def export(
     dialect: Dialect,
     on_layer: Callable[[Layer], None],
     input_peaks: Mapping[str, float],
+    rows: RowBits,
     new_builder: Callable[[Path, int], GraphBuilder] = GraphBuilder,
 ) -> Written:
     """Writes every graph of the policy as `<graph>.onnx` with its `.data` into `folder`; same input, same bytes.
 
-    new_builder: what writes a graph to a path, with its type of activations.
+    layers: whole ones; `rows` says which of them are split, and the assignment names their parts. new_builder: what
+    writes a graph to a path, with its type of activations.
 
     Raises ArtefactError for a layer that is in no graph or in two.
     """
@@ -53,12 +56,13 @@ def export(
         with new_builder(folder / f"{name}.onnx", dialect.float_type) as builder:
             on_written = partial(note, name)
             context = GraphContext(
-                builder, tensors, layers, assignment, codes, dialect.linear, on_written, input_peaks, dialect.fused
-            )
+                builder, tensors, layers, assignment, codes, dialect.linear, on_written, input_peaks,
+                dialect.fused, rows,
+            )  # fmt: skip
             inputs, outputs = write(context, config)
             builder.save([_info(spec) for spec in inputs], [_info(spec) for spec in outputs])
         graphs[name] = GraphSpec(f"{name}.onnx", tuple(inputs), tuple(outputs))
-    missing = [name for name in layers if name not in places]
+    missing = [name for name in rows.units(layers) if name not in places]
     if missing:
         raise ArtefactError(f"{missing[0]}: a layer of the policy that no graph holds")
     program = family.program(config)

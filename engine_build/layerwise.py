@@ -23,6 +23,7 @@ from tqdm import tqdm
 from calibrator.families import TorchActor
 from calibrator.quantizers import find_layer
 from calibrator.quantizers.activations import input_rows
+from calibrator.quantizers.rows import WHOLE, RowBits
 from engine_build.backends.base import Backend, Place, Written, allowed_error, taps_of
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.formats import Format
@@ -40,10 +41,12 @@ def check_layers(
     actor: TorchActor,
     states: Sequence[Observation],
     scratch: Path,
+    rows: RowBits = WHOLE,
 ) -> Layers | None:
     """The largest errors over all states, with `actor` quantized as the engine is; None where nothing is shown.
 
-    written: the engine's graphs as they were exported. scratch: see `Backend.open_tapped`.
+    written: the engine's graphs as they were exported. scratch: see `Backend.open_tapped`. rows: of split layers, whose
+    parts are compared one by one.
 
     Raises ArtefactError naming the first layer, or the stretch before it, that differs by more than is allowed.
     """
@@ -61,7 +64,7 @@ def check_layers(
         decided = actor.act(state)
         values.clear()
         engine.scores(state, decided)
-        with _held_to(values, places, actor.policy) as errors:
+        with _held_to(values, places, actor.policy, rows) as errors:
             actor.scores(state, decided.tokens)
         for name, (before, inside) in errors.items():
             fmt = planned[name]
@@ -104,38 +107,41 @@ class _Values:
 
 @contextmanager
 def _held_to(
-    values: _Values, places: Mapping[str, Place], policy: nn.Module
+    values: _Values, places: Mapping[str, Place], policy: nn.Module, rows: RowBits
 ) -> Iterator[dict[str, tuple[float, float]]]:
     """Inside, every layer takes and gives the engine's rows; yields the errors before and in each, as they come."""
     errors: dict[str, tuple[float, float]] = {}
     before: dict[str, float] = {}
 
-    def hold(name: str, place: Place, module: nn.Linear | nn.Conv2d) -> list[torch.utils.hooks.RemovableHandle]:
+    def hold(name: str, place: Place) -> list[torch.utils.hooks.RemovableHandle]:
+        part = rows.parts.get(name)
+        module = find_layer(policy, part.layer if part else name)
+        mine = part.rows if part else torch.arange(len(module.weight))
         xs, ys = values.rows(place.graph, place.x), values.rows(place.graph, place.result)
         first = 0
 
         def enter(layer: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            rows = input_rows(layer, arguments[0])
-            x = xs[first : first + len(rows)]
-            before[name] = max(before.get(name, 0.0), _error(x, rows))
+            seen = input_rows(layer, arguments[0])
+            x = xs[first : first + len(seen)]
+            before[name] = max(before.get(name, 0.0), _error(x, seen))
             return (_like(layer, x, arguments[0]), *arguments[1:])
 
         def leave(layer: nn.Module, arguments: tuple[Tensor, ...], result: Tensor) -> Tensor:
             channels_first = isinstance(layer, nn.Conv2d)
-            rows = result.flatten(2).transpose(1, 2) if channels_first else result
+            given = result.flatten(2).transpose(1, 2) if channels_first else result
             nonlocal first
-            y = ys[first : first + rows.shape[:-1].numel()]
+            y = ys[first : first + given.shape[:-1].numel()]
             # A layer that runs step by step takes the engine's steps one after the other, and again from the first.
             first = (first + len(y)) % len(ys)
             inside = errors[name][1] if name in errors else 0.0
-            errors[name] = (before[name], max(inside, _error(y, rows.reshape(y.shape))))
-            taken = y.reshape(rows.shape)
+            errors[name] = (before[name], max(inside, _error(y, given[..., mine].reshape(y.shape))))
+            taken = given.index_copy(-1, mine, y.reshape(*given.shape[:-1], -1))
             return taken.transpose(1, 2).reshape(result.shape) if channels_first else taken
 
         # First of all hooks: the one that rounds the input is to get the engine's.
         return [module.register_forward_pre_hook(enter, prepend=True), module.register_forward_hook(leave)]
 
-    handles = [handle for name, place in places.items() for handle in hold(name, place, find_layer(policy, name))]
+    handles = [handle for name, place in places.items() for handle in hold(name, place)]
     try:
         yield errors
     finally:

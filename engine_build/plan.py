@@ -6,6 +6,7 @@ from pathlib import Path
 
 from calibrator.allocation.plan import Assignment, some_of
 from calibrator.quantizers import needs_statistics
+from calibrator.quantizers.rows import WHOLE, RowBits
 from calibrator.quantizers.store import Store
 from engine_build.weights import Layer
 from vla_policy.core.errors import ArtefactError
@@ -15,13 +16,17 @@ from vla_policy.core.targets import Target
 
 @dataclass(frozen=True)
 class Plan:
-    """A choice per layer. parents: sha256 of the files that it comes from, by kind; none for a uniform plan.
-    input_peaks: largest |input| of layers with a fixed scale, as it was scored."""
+    """A choice per layer, or per part of the layers that `rows` splits.
+
+    parents: sha256 of the files that it comes from, by kind; none for a uniform plan. input_peaks: largest |input| of
+    layers with a fixed scale, as it was scored.
+    """
 
     assignment: dict[str, Choice]
     parents: Mapping[str, str] = field(default_factory=dict)
     input_peaks: Mapping[str, float] = field(default_factory=dict)
     legalized: tuple[str, ...] = ()
+    rows: RowBits = WHOLE
 
     @property
     def formats(self) -> dict[str, Format]:
@@ -31,14 +36,14 @@ class Plan:
 def load_plan(path: Path, policy_sha256: str, layers: Mapping[str, Layer]) -> Plan:
     """The plan in `path`, made for exactly this policy and naming exactly its layers; else ArtefactError."""
     planned = Assignment.load(path, policy_sha256, list(layers))
-    return Plan(dict(planned.choices), {"plan": planned.sha256}, planned.input_peaks)
+    return Plan(dict(planned.choices), {"plan": planned.sha256}, planned.input_peaks, rows=planned.rows)
 
 
 def stored_plan(store: Store, policy_sha256: str, layers: Mapping[str, Layer]) -> Plan:
     """What the weights in a store are, made for exactly this policy; else ArtefactError."""
     choices, parents = store.choices_of(policy_sha256, layers), store.identity.parents
     of_plan = {"plan": parents["plan"]} if "plan" in parents else {}
-    return Plan(choices, of_plan | {"weights": store.sha256}, store.identity.input_peaks)
+    return Plan(choices, of_plan | {"weights": store.sha256}, store.identity.input_peaks, rows=store.identity.rows)
 
 
 def check_computable(plan: Plan, command: str) -> None:
@@ -57,7 +62,17 @@ def uniform_plan(choice: Choice, layers: Iterable[str]) -> Plan:
 
 
 def check_legal(plan: Plan, layers: Mapping[str, Layer], target: Target) -> None:
-    """Raises ArtefactError naming the layers whose format the target cannot run, and why."""
+    """Raises ArtefactError naming the layers whose format the target cannot run, and why.
+
+    layers: the plan's, of split ones the parts.
+    """
+    if plan.rows and not target.splits_layers:
+        able = [name for name in target.backends if target.on(name).splits_layers]
+        remedy = f"build with --backend {able[0]}" if able else "allocate by layers, not by output channels"
+        raise ArtefactError(
+            f"plan: {some_of(list(plan.rows.bits))} have output channels of several widths, which target {target.name} "
+            f"with {target.backend} does not run; {remedy}"
+        )
     illegal = {name: why for name, fmt in plan.formats.items() if (why := target.why_not(fmt, layers[name].kind))}
     if illegal:
         first, reason = next(iter(illegal.items()))
@@ -90,7 +105,7 @@ def legalize(plan: Plan, layers: Mapping[str, Layer], target: Target) -> Plan:
             reason = target.why_not(planned, layers[name].kind) or "fused with layers of the same input"
             changes.append(f"{name}: {planned} -> {fmt} ({reason})")
     raised = {name: Choice(fmt, _recipe(plan.assignment[name], fmt)) for name, fmt in legal.items()}
-    return Plan(raised, plan.parents, plan.input_peaks, tuple(changes))
+    return Plan(raised, plan.parents, plan.input_peaks, tuple(changes), plan.rows)
 
 
 def _recipe(choice: Choice, fmt: Format) -> Recipe | None:

@@ -19,6 +19,7 @@ from calibrator.data.calibration import load_calibration
 from calibrator.families import TorchActor
 from calibrator.families.loading import open_checkpoint
 from calibrator.quantizers import Codes, Computed, InputScales, quantize_policy
+from calibrator.quantizers.rows import ROWS, WHOLE, RowBits
 from calibrator.quantizers.store import Store
 from engine_build import exported
 from engine_build.backends import find_backend
@@ -30,7 +31,7 @@ from engine_build.graph.comparer import GraphComparer
 from engine_build.layerwise import check_layers
 from engine_build.numbers import check_scores, reference_of
 from engine_build.reference import expected_of, reference_states, source_of
-from engine_build.weights import layers_of
+from engine_build.weights import layers_of, split
 from vla_policy.core.backends.base import parse_version
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.files import sha256_file, sha256_policy
@@ -135,6 +136,11 @@ def _codes(engine_folder: Path, manifest: Manifest, weights: Path | None) -> Cod
     return store or Computed()
 
 
+def engine_rows(folder: Path, manifest: Manifest) -> RowBits:
+    """The widths of rows of an engine's split layers."""
+    return RowBits.load(folder / ROWS, manifest.files[ROWS].sha256) if ROWS in manifest.files else WHOLE
+
+
 def _export_again(
     engine_folder: Path, manifest: Manifest, policy_folder: Path, codes: Codes, backend: Backend, scratch: Path
 ) -> _Exported:
@@ -142,7 +148,8 @@ def _export_again(
 
     scratch: for files of the engine's size.
     """
-    layers = layers_of(manifest.config)
+    whole, rows = layers_of(manifest.config), engine_rows(engine_folder, manifest)
+    layers = split(whole, rows)
     planned = {unit.name: unit.choice for unit in manifest.units}
     if unknown := sorted(layers.keys() ^ planned.keys()):
         raise ArtefactError(f"{engine_folder / MANIFEST}: units are not the policy's layers, e.g. {unknown[0]}")
@@ -157,9 +164,9 @@ def _export_again(
         parent, peaks = manifest.parents["policy"], manifest.input_peaks
         policy = Policy(manifest.config, checkpoint, policy_folder, parent, peaks, codes)
         if backend.compiles and not manifest.packed:
-            written = export_graphs(scratch, policy, layers, planned, backend)
+            written = export_graphs(scratch, policy, whole, planned, backend, rows)
         else:
-            written = export_graphs(engine_folder, policy, layers, planned, backend, new_comparer)
+            written = export_graphs(engine_folder, policy, whole, planned, backend, rows, new_comparer)
             _refuse_differences(engine_folder, comparers)
     formats = {name: choice.format for name, choice in planned.items()}
     if manifest.packed:
@@ -223,9 +230,9 @@ def _reference(
     source = str(states.calibration) if states.calibration else "random images (--calibration names real states)"
     check_strays(full.stray_states, len(seen), source)
     target = find_target(manifest.target).on(manifest.backend, parse_version(manifest.backend_version))
-    choices = {unit.name: unit.choice for unit in manifest.units}
-    quantize_policy(actor.policy, choices, codes, InputScales(target, manifest.input_peaks))
+    choices, rows = {unit.name: unit.choice for unit in manifest.units}, engine_rows(engine_folder, manifest)
+    quantize_policy(actor.policy, choices, codes, InputScales(target, manifest.input_peaks), rows)
     same = compare(engine, expected_of(actor, seen, "torch, the engine's formats"), seen, "engine beside it")
     check_scores(engine_folder, engine, same)
-    layers = check_layers(engine_folder, manifest, written, find_backend(manifest.backend), actor, seen, scratch)
+    layers = check_layers(engine_folder, manifest, written, find_backend(manifest.backend), actor, seen, scratch, rows)
     return reference_of(engine, source_of(states.calibration, states.seed), len(seen), same, full, layers)

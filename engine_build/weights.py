@@ -1,6 +1,7 @@
 """A policy's layers as linear maps, and one of them ready to be written."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -8,7 +9,9 @@ import torch
 from calibrator.families import live_units
 from calibrator.families.loading import Tensors, empty_policy
 from calibrator.quantizers import Codes, QuantizedWeight
+from calibrator.quantizers.rows import Part, RowBits
 from engine_build.backends.base import Layer
+from vla_policy.core.errors import ArtefactError
 from vla_policy.core.formats import Choice, Format
 from vla_policy.core.policy_config import PolicyConfig
 
@@ -22,6 +25,27 @@ def layers_of(config: PolicyConfig) -> dict[str, Layer]:
             unit.name, unit.kind, unit.group, outputs, unit.params // outputs, unit.module.bias is not None
         )
     return layers
+
+
+def split(layers: Mapping[str, Layer], rows: RowBits) -> dict[str, Layer]:
+    """The layers in their order, with its parts in the place of each that `rows` splits.
+
+    Raises ArtefactError where `rows` has another number of output channels than a layer.
+    """
+    found: dict[str, Layer] = {}
+    for name, layer in layers.items():
+        if name not in rows.bits:
+            found[name] = layer
+            continue
+        if len(rows.bits[name]) != layer.outputs:
+            raise ArtefactError(f"{name}: rows of {len(rows.bits[name])} output channels, it has {layer.outputs}")
+        found |= {part.name: part_of(layer, part) for part in rows.of(name)}
+    return found
+
+
+def part_of(layer: Layer, part: Part) -> Layer:
+    """Some rows of a layer as a layer of their own."""
+    return replace(layer, name=part.name, outputs=len(part.rows), part=part)
 
 
 @dataclass(frozen=True)
@@ -55,11 +79,17 @@ def layer_weights(
     tensors: Tensors, layer: Layer, choice: Choice, codes: Codes, input_peak: float | None = None
 ) -> LayerWeights:
     """Reads one layer; its codes come from the calibrator: nothing is rounded here. Raises as `codes` does."""
-    weight = tensors.tensor(f"{layer.name}.weight")
-    bias = as_float32(tensors.tensor(f"{layer.name}.bias")) if layer.bias else None
+    weight = _rows(tensors, layer, "weight")
+    bias = as_float32(_rows(tensors, layer, "bias")) if layer.bias else None
     if choice.recipe is None:
         return LayerWeights(layer, choice.format, None, weight.flatten(1), bias)
     return LayerWeights(layer, choice.format, codes.of(layer.name, weight, choice), None, bias, input_peak)
+
+
+def _rows(tensors: Tensors, layer: Layer, what: str) -> torch.Tensor:
+    """A layer's tensor, of a part its rows."""
+    tensor = tensors.tensor(f"{layer.part.layer if layer.part else layer.name}.{what}")
+    return tensor[layer.part.rows] if layer.part else tensor
 
 
 def as_float32(tensor: torch.Tensor) -> np.ndarray:

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.files import sha256_file, sha256_folder, sha256_policy
-from vla_policy.core.formats import FULL, FULL_PRECISION, Choice
+from vla_policy.core.formats import FULL, Choice
 from vla_policy.core.observation import Actor
 from vla_policy.core.policy_config import PolicyConfig
 from vla_policy.core.targets import find_target
 
 if TYPE_CHECKING:
     from calibrator.quantizers import Codes, InputScales
+    from calibrator.quantizers.rows import RowBits
 
 
 @dataclass(frozen=True)
@@ -72,19 +73,22 @@ class ActorSpec:
 
             totals = Manifest.load(self.folder).totals()
             return int(totals["code_bytes"] + totals["scale_bytes"])
-        from calibrator.allocation.options import SCALE_BITS
+        from calibrator.allocation.options import PLACE_BITS, matrix_bits
         from calibrator.families import live_units
         from calibrator.families.loading import empty_policy
-        from calibrator.quantizers import groups_per_row
 
         units = live_units(empty_policy(self.config()))
-        choices, _, _ = self._rounded([unit.name for unit in units])
+        choices, _, _, rows = self._rounded([unit.name for unit in units])
         bits = 0
         for unit in units:
-            fmt, outputs = choices.get(unit.name, FULL).format, len(unit.module.weight)
-            bits += unit.params * fmt.weight_bits
-            if fmt.weight_bits < FULL_PRECISION.weight_bits:
-                bits += SCALE_BITS * outputs * groups_per_row(unit.params // outputs, fmt)
+            outputs = len(unit.module.weight)
+            inputs = unit.params // outputs
+            if unit.name in rows.bits:
+                parts = rows.of(unit.name)
+                bits += sum(matrix_bits(len(part.rows), inputs, choices[part.name].format) for part in parts)
+                bits += PLACE_BITS * outputs
+            else:
+                bits += matrix_bits(outputs, inputs, choices.get(unit.name, FULL).format)
         return bits // 8
 
     def load(self) -> Actor:
@@ -106,11 +110,14 @@ class ActorSpec:
         quantize_policy(actor.policy, *self._rounded([unit.name for unit in live_units(actor.policy)]))
         return actor
 
-    def _rounded(self, layers: Sequence[str]) -> tuple[Mapping[str, Choice], "Codes | None", "InputScales"]:
-        """What the layers become, who has their codes, None where they are computed, and how a plan's target rounds
-        their inputs."""
+    def _rounded(
+        self, layers: Sequence[str]
+    ) -> tuple[Mapping[str, Choice], "Codes | None", "InputScales", "RowBits"]:
+        """What the layers, or their parts, become, who has their codes, None where they are computed, how a plan's
+        target rounds their inputs, and the parts' rows."""
         from calibrator.allocation.plan import Assignment
         from calibrator.quantizers import InputScales
+        from calibrator.quantizers.rows import WHOLE
         from calibrator.quantizers.store import Store
 
         def scales(target: str | None, peaks: Mapping[str, float]) -> InputScales:
@@ -118,9 +125,10 @@ class ActorSpec:
 
         if self.weights is not None:
             store = Store.open(self.weights)
-            inputs = scales(store.identity.target, store.identity.input_peaks)
-            return store.choices_of(sha256_policy(self.folder), layers), store, inputs
+            held = store.identity
+            inputs = scales(held.target, held.input_peaks)
+            return store.choices_of(sha256_policy(self.folder), layers), store, inputs, held.rows
         if self.plan is not None:
             planned = Assignment.load(self.plan, sha256_policy(self.folder), layers)
-            return planned.choices, None, scales(planned.target, planned.input_peaks)
-        return {} if self.uniform is None else dict.fromkeys(layers, self.uniform), None, InputScales()
+            return planned.choices, None, scales(planned.target, planned.input_peaks), planned.rows
+        return {} if self.uniform is None else dict.fromkeys(layers, self.uniform), None, InputScales(), WHOLE

@@ -9,9 +9,11 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
+from calibrator.allocation.plan import rows_path
 from calibrator.families import save_policy
 from calibrator.families.loading import empty_policy
 from calibrator.quantizers import parse_choice
+from calibrator.quantizers.rows import WHOLE, RowBits
 from engine_build.build import Request, build
 from engine_build.weights import layers_of
 from vla_policy.core.files import sha256_policy
@@ -106,9 +108,12 @@ def mixed_assignment(names: list[str], choices: list[str]) -> dict[str, Choice]:
     return {name: parse_choice(choices[index % len(choices)]) for index, name in enumerate(names)}
 
 
-def write_plan(path: Path, policy_sha256: str, assignment: dict[str, Choice]) -> Path:
+def write_plan(path: Path, policy_sha256: str, assignment: dict[str, Choice], rows: RowBits = WHOLE) -> Path:
     entries = {name: choice.to_json() for name, choice in assignment.items()}
-    plan = {"schema_version": 2, "kind": "plan", "policy_sha256": policy_sha256, "assignment": entries}
+    plan: dict[str, Any] = {"schema_version": 2, "kind": "plan", "policy_sha256": policy_sha256, "assignment": entries}
+    if rows:
+        beside = rows_path(path)
+        plan["rows"] = {"name": beside.name, "sha256": rows.save(beside)}
     path.write_text(json.dumps(plan))
     return path
 

@@ -16,6 +16,8 @@ from vla_policy.core.formats import FULL_PRECISION, Choice, Format
 from vla_policy.core.targets import Target
 
 SCALE_BITS = 16
+PLACE_BITS = 32
+"""Of every output channel of a layer whose rows have several widths: an engine puts its result back in order."""
 CostName = Literal["code_bits", "size_bits", "bitops", "latency_ms"]
 
 
@@ -206,6 +208,12 @@ def scale_bits(unit: UnitScores, fmt: Format) -> int:
     if fmt.weight_bits >= FULL_PRECISION.weight_bits:
         return 0
     return unit.outputs * groups_per_row(unit.inputs, fmt) * SCALE_BITS
+
+
+def matrix_bits(outputs: int, inputs: int, fmt: Format) -> int:
+    """Bits of a matrix with its scales; 16-bit weights count 16."""
+    scales = 0 if fmt.weight_bits >= FULL_PRECISION.weight_bits else groups_per_row(inputs, fmt) * SCALE_BITS
+    return outputs * (inputs * fmt.weight_bits + scales)
 
 
 @dataclass(frozen=True)

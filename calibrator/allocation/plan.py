@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from calibrator.quantizers.rows import WHOLE, RowBits
 from vla_policy.core.errors import ArtefactError
-from vla_policy.core.files import read_json, sha256_file, sha256_policy, write_json
+from vla_policy.core.files import named_file, read_json, sha256_file, sha256_policy, write_json
 from vla_policy.core.formats import Choice
 
 KIND = "plan"
@@ -32,12 +33,12 @@ class PlanSize:
 class Plan:
     """`plan.json` as a type.
 
-    assignment: choice by layer name, every measured layer. scored_by: of choices that were not measured, because the
-    target runs them in the place of others, the measured ones that are their scores. objective, bound, gap: of Mix-QVLA
-    Eq. (14a); the gap is (objective - bound) / objective, 0 for a certified optimum. average_bits: over the weights of
-    the planned layers. bitops: per action. latency_ms: from the target's table, None without one. details: every other
-    entry of the file. input_peaks: largest |input|, as scored, of layers whose input the target rounds with a fixed
-    scale.
+    assignment: choice by layer name, every measured layer; of layers that `rows` splits, by part. scored_by: of choices
+    that were not measured, because the target runs them in the place of others, the measured ones that are their
+    scores. objective, bound, gap: of Mix-QVLA Eq. (14a); the gap is (objective - bound) / objective, 0 for a certified
+    optimum. average_bits: over the weights of the planned layers. bitops: per action. latency_ms: from the target's
+    table, None without one. details: every other entry of the file. input_peaks: largest |input|, as scored, of layers
+    whose input the target rounds with a fixed scale.
     """
 
     assignment: Mapping[str, Choice]
@@ -56,6 +57,7 @@ class Plan:
     scored_by: Mapping[Choice, Choice] = field(default_factory=dict)
     input_peaks: Mapping[str, float] = field(default_factory=dict)
     details: Mapping[str, Any] = field(default_factory=dict)
+    rows: RowBits = WHOLE
 
     @property
     def fallbacks(self) -> dict[Choice, Choice]:
@@ -110,8 +112,12 @@ class Plan:
         }
 
     def save(self, path: Path | str) -> None:
-        """Writes the plan, whole or not at all."""
-        write_json(path, self.to_json())
+        """Writes the plan, whole or not at all, behind the file of its split layers' rows, if there are any."""
+        split = {}
+        if self.rows:
+            beside = rows_path(Path(path))
+            split = {"rows": {"name": beside.name, "sha256": self.rows.save(beside)}}
+        write_json(path, self.to_json() | split)
 
     @staticmethod
     def load(path: Path | str) -> "Plan":
@@ -126,11 +132,12 @@ class Plan:
                     Choice.from_json(entry["choice"]): Choice.from_json(entry["measured"]) for entry in raw["scored_by"]
                 },
                 input_peaks=raw.get("input_peaks", {}),
+                rows=_rows(path, raw),
                 **{name: raw[name] for name in _PLAIN},
             )
         except KeyError as error:
             raise ArtefactError(f"{path}: entry {error} is missing; allocate again") from error
-        known = plan.to_json()
+        known = plan.to_json().keys() | {"rows"}
         return Plan(**{**plan.__dict__, "details": {key: raw[key] for key in raw if key not in known}})
 
     def check_policy(self, folder: Path | str, path: Path | str) -> None:
@@ -146,14 +153,34 @@ class Plan:
 _PLAIN = ("alpha", "beta", "objective", "bound", "gap", "solver", "average_bits", "bitops", "latency_ms", "target")
 
 
+def rows_path(plan: Path) -> Path:
+    """Where the rows of a plan's split layers are."""
+    return plan.with_name(f"{plan.stem}.rows.safetensors")
+
+
+def _rows(path: Path | str, raw: Mapping[str, Any]) -> RowBits:
+    """Raises ArtefactError for a file that is not the plan's."""
+    if raw.get("rows") is None:
+        return WHOLE
+    try:
+        name, sha256 = raw["rows"]["name"], raw["rows"]["sha256"]
+    except (KeyError, TypeError) as error:
+        raise ArtefactError(f"{path}: entry 'rows' lacks {error}; allocate again") from error
+    return RowBits.load(named_file(Path(path).parent, name), sha256)
+
+
 @dataclass(frozen=True)
 class Assignment:
-    """The part of a plan that weights and engines are made from. target, input_peaks: see Plan. sha256: of its file."""
+    """The part of a plan that weights and engines are made from. target, input_peaks: see Plan. sha256: of its file.
+
+    choices: by layer, or by part of the layers that `rows` splits.
+    """
 
     choices: Mapping[str, Choice]
     target: str | None
     input_peaks: Mapping[str, float]
     sha256: str
+    rows: RowBits = WHOLE
 
     @staticmethod
     def load(path: Path, policy_sha256: str, layers: Sequence[str]) -> "Assignment":
@@ -165,11 +192,14 @@ class Assignment:
                 f"{path}: made for the policy with sha256 {made_for[:12]}, this one has {policy_sha256[:12]}; "
                 "allocate a plan for this policy"
             )
-        choices = _assignment(path, raw)
-        _refuse(path, "unknown units", set(choices) - set(layers), "they are not layers of this policy")
-        _refuse(path, "missing units", set(layers) - set(choices), "every live layer needs a format")
-        ordered = {name: choices[name] for name in layers}
-        return Assignment(ordered, raw.get("target"), raw.get("input_peaks", {}), sha256_file(path))
+        choices, rows = _assignment(path, raw), _rows(path, raw)
+        units = rows.units(layers)
+        _refuse(path, "unknown units", set(choices) - set(units), "they are not layers of this policy")
+        _refuse(path, "unknown split layers", set(rows.bits) - set(layers), "they are not layers of this policy")
+        _refuse(path, "missing units", set(units) - set(choices), "every live layer needs a format")
+        rows.check(choices, path)
+        ordered = {name: choices[name] for name in units}
+        return Assignment(ordered, raw.get("target"), raw.get("input_peaks", {}), sha256_file(path), rows)
 
 
 def _refuse(path: Path, what: str, names: set[str], why: str) -> None:

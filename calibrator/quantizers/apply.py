@@ -1,6 +1,6 @@
 """A policy as its engine computes it: some layers' weights in codes, their inputs rounded."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -9,6 +9,7 @@ from torch import nn
 from calibrator.quantizers.activations import PER_TOKEN, InputScale, InputScales, quantize_input
 from calibrator.quantizers.base import Codes
 from calibrator.quantizers.compute import Computed
+from calibrator.quantizers.rows import WHOLE, Part, RowBits
 from vla_policy.core.errors import PolicyError
 from vla_policy.core.formats import FULL_PRECISION, Choice
 
@@ -74,11 +75,30 @@ def quantize_policy(
     assignment: Mapping[str, Choice],
     codes: Codes | None = None,
     scales: InputScales | None = None,
+    rows: RowBits = WHOLE,
 ) -> None:
     """Quantizes the named layers for good, in place; the simulated twin of the engine that the plan gives.
 
-    scales: of activations below 16 bits, None for per token. Raises ArtefactError for a fixed one that is not known.
+    scales: of activations below 16 bits, None for per token. rows: of layers of which the assignment names parts.
+    Raises ArtefactError for a fixed scale that is not known.
     """
-    found = scales or InputScales()
+    codes, found = codes or Computed(), scales or InputScales()
     for unit, choice in assignment.items():
-        _apply(policy, unit, choice, codes or Computed(), found.of(unit, choice.format))
+        if unit not in rows.parts:
+            _apply(policy, unit, choice, codes, found.of(unit, choice.format))
+    for layer in rows.bits:
+        _apply_parts(policy, layer, rows.of(layer), assignment, codes)
+
+
+def _apply_parts(
+    policy: nn.Module, layer: str, parts: Sequence[Part], assignment: Mapping[str, Choice], codes: Codes
+) -> None:
+    """Every part's rows by its own codes, and zeros where a row is absent."""
+    module = find_layer(policy, layer)
+    original = module.weight.data
+    changed = torch.zeros_like(original, dtype=computes_in(policy))
+    for part in parts:
+        rows, choice = original[part.rows], assignment[part.name]
+        found = rows if choice.recipe is None else codes.of(part.name, rows, choice).dequantize()
+        changed[part.rows] = found.to(changed.dtype)
+    module.weight.data = changed

@@ -1,8 +1,9 @@
 """Quantized weights on disk: what a layer's codes are is decided once, and packed from here.
 
 `weights.json` says what every layer is and from what the codes were made; beside it lies a safetensors file for every
-layer below 16 bits, with `codes` (packed bits, row-major) and `scales` (float16 [out, groups]). A store is filled layer
-by layer; until `files` stand in its index, it is unfinished.
+layer below 16 bits, or every part of one that is split (`calibrator.quantizers.rows`), with `codes` (packed bits,
+row-major) and `scales` (float16 [out, groups]). A store is filled layer by layer; until `files` stand in its index, it
+is unfinished.
 """
 
 from collections.abc import Collection, Mapping
@@ -17,6 +18,7 @@ from safetensors.numpy import load_file
 from torch import Tensor
 
 from calibrator.quantizers.packing import pack, unpack
+from calibrator.quantizers.rows import ROWS, WHOLE, RowBits
 from calibrator.quantizers.weights import QuantizedWeight, groups_per_row
 from calibrator.tensors import save_tensors
 from vla_policy.core.errors import ArtefactError
@@ -24,19 +26,21 @@ from vla_policy.core.files import read_json, sha256_file, write_json
 from vla_policy.core.formats import Choice
 from vla_policy.core.outputs import FolderKind, atomic_path
 
-WEIGHTS = FolderKind("weights", "weights.json", ("layers/*.safetensors",))
+WEIGHTS = FolderKind("weights", "weights.json", ("layers/*.safetensors", ROWS))
 SCHEMA_VERSION = 1
 
 
 @dataclass(frozen=True)
 class Identity:
-    """What the codes depend on. parents: sha256 of the policy and, where there are any, plan and calibration set.
-    target, input_peaks: of the plan, see `allocation.plan.Plan`."""
+    """What the codes depend on. choices: by layer, or by part of the layers that `rows` splits. parents: sha256 of the
+    policy and, where there are any, plan and calibration set. target, input_peaks: of the plan, see
+    `allocation.plan.Plan`."""
 
     choices: Mapping[str, Choice]
     parents: Mapping[str, str]
     target: str | None = None
     input_peaks: Mapping[str, float] = field(default_factory=dict)
+    rows: RowBits = WHOLE
 
     def to_json(self) -> dict[str, Any]:
         choices = {unit: choice.to_json() for unit, choice in self.choices.items()}
@@ -63,20 +67,24 @@ class Store:
         try:
             choices = {unit: Choice.from_json(entry) for unit, entry in raw["layers"].items()}
             inputs = raw.get("target"), raw.get("input_peaks", {})
-            identity = Identity(choices, dict(raw["parents"]), *inputs)
+            rows = RowBits.load(folder / ROWS, raw["rows"]) if "rows" in raw else WHOLE
+            identity = Identity(choices, dict(raw["parents"]), *inputs, rows)
             return Store(folder, identity, dict(raw["files"]), sha256_file(path))
         except (KeyError, TypeError, AttributeError) as error:
             raise ArtefactError(f"{path}: entry {error} is missing or malformed; quantize again") from error
 
     def choices_of(self, policy_sha256: str, layers: Collection[str]) -> dict[str, Choice]:
-        """What the named layers are, in their order; ArtefactError unless the store holds exactly this policy's."""
+        """What the named layers, or their parts, are, in their order; ArtefactError unless the store holds exactly this
+        policy's."""
         made_for, choices = self.identity.parents.get("policy"), self.identity.choices
-        if made_for != policy_sha256 or set(choices) != set(layers):
+        units = self.identity.rows.units(layers)
+        if made_for != policy_sha256 or set(choices) != set(units):
             raise ArtefactError(
                 f"{self.folder}: made for the policy with sha256 {str(made_for)[:12]}, this one has "
                 f"{policy_sha256[:12]}; quantize this policy"
             )
-        return {name: choices[name] for name in layers}
+        self.identity.rows.check(choices, self.folder)
+        return {name: choices[name] for name in units}
 
     def of(self, unit: str, weight: Tensor, choice: Choice) -> QuantizedWeight:
         """The codes of a layer, whose `weight` is only looked at for its shape.
@@ -127,5 +135,6 @@ def finish(folder: Path, identity: Identity) -> Store:
     """Ends a store of which every layer is written."""
     coded = [unit for unit, choice in identity.choices.items() if choice.recipe is not None]
     files = {unit: sha256_file(layer_path(folder, unit)) for unit in coded}
-    write_json(folder / WEIGHTS.index, {"kind": WEIGHTS.name, **identity.to_json(), "files": files})
+    split = {"rows": identity.rows.save(folder / ROWS)} if identity.rows else {}
+    write_json(folder / WEIGHTS.index, {"kind": WEIGHTS.name, **identity.to_json(), "files": files, **split})
     return Store.open(folder)

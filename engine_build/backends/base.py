@@ -16,6 +16,7 @@ from vla_policy.core.program import Call, GraphSpec, Session
 from vla_policy.core.targets import Target
 
 if TYPE_CHECKING:  # needed to write graphs, not to compile them: a device that only does that has no torch
+    from calibrator.quantizers.rows import Part
     from engine_build.graph.context import LinearWriter
 
 LANES, LANE_INPUTS = 16, 64
@@ -32,7 +33,10 @@ ROUNDED_ACTIVATIONS_TOLERANCE = 0.15
 
 @dataclass(frozen=True)
 class Layer:
-    """A quantizable layer as a linear map. group: layers of one group have one input."""
+    """A quantizable layer as a linear map, or one part of it. group: layers of one group have one input.
+
+    part: which rows of which layer this is (`calibrator.quantizers.rows`); None of a whole layer.
+    """
 
     name: str
     kind: LayerKind
@@ -40,6 +44,7 @@ class Layer:
     outputs: int
     inputs: int
     bias: bool
+    part: "Part | None" = None
 
     @property
     def weights(self) -> int:

@@ -46,6 +46,7 @@ def _content(folder: Path, manifest: Manifest, name: str) -> bytes:
 class Toy:
     name = "toy"
     fuses_groups = False
+    splits_layers = False
 
     def refused(self, version: Version) -> tuple[tuple[str, str], ...]:
         return (("w4a16", "the toy knows bytes only"),)

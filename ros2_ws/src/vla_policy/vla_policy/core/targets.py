@@ -50,6 +50,11 @@ class Target:
         """Whether layers of one input (q/k/v, gate/up) become one kernel and must share a format."""
         return find_backend(self.backend).fuses_groups
 
+    @property
+    def splits_layers(self) -> bool:
+        """Whether output channels of one layer may have several widths."""
+        return find_backend(self.backend).splits_layers
+
     def on(self, backend: str | None, version: Version | None = None) -> "Target":
         """This target with one of its backends, None for the default, in the `version` that is there, if known.
 

@@ -45,6 +45,7 @@ class Backend(Protocol):
     """What runs engines; its folder exports it as `BACKEND`.
 
     fuses_groups: whether layers of one input (q/k/v, gate/up) become one kernel and must share a format.
+    splits_layers: whether output channels of one layer may have several widths, each a product of its own.
     """
 
     @property
@@ -52,6 +53,9 @@ class Backend(Protocol):
 
     @property
     def fuses_groups(self) -> bool: ...
+
+    @property
+    def splits_layers(self) -> bool: ...
 
     def rules(self, version: Version) -> tuple[Rule, ...]:
         """The formats that this version runs. A rule names a kernel that exists, not a wish."""

@@ -20,6 +20,7 @@ class OnnxRuntime:
 
     name = "onnxruntime"
     fuses_groups = False
+    splits_layers = True
 
     def rules(self, version: Version) -> tuple[Rule, ...]:
         return (

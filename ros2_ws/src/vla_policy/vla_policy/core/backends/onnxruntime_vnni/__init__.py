@@ -30,6 +30,7 @@ class OnnxRuntimeVnni:
 
     name = "onnxruntime_vnni"
     fuses_groups = False
+    splits_layers = False
 
     def rules(self, version: Version) -> tuple[Rule, ...]:
         return tuple(map(_with_kernel, PORTABLE.rules(version)))

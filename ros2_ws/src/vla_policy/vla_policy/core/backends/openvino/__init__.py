@@ -23,6 +23,7 @@ class OpenVino:
 
     name = "openvino"
     fuses_groups = False
+    splits_layers = False
 
     def rules(self, version: Version) -> tuple[Rule, ...]:
         packed = "FullyConnected: codes decoded as they are multiplied, float32 activations"

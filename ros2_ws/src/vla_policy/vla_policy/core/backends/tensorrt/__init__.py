@@ -55,6 +55,7 @@ class TensorRt:
 
     name = "tensorrt"
     fuses_groups = True
+    splits_layers = False
 
     def rules(self, version: Version) -> tuple[Rule, ...]:
         return (*COMMON_RULES, _INT4, *(_PLUGIN_RULES if version >= _PLUGINS_SINCE else ()))

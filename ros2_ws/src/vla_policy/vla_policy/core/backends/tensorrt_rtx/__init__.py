@@ -20,6 +20,7 @@ class TensorRtRtx:
 
     name = "tensorrt_rtx"
     fuses_groups = True
+    splits_layers = False
 
     def rules(self, version: Version) -> tuple[Rule, ...]:
         return (
