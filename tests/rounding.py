@@ -8,8 +8,8 @@ errors nearly cancel, like steps of a random walk. There `NETWORK` lies between 
 
 import numpy as np
 
-SINGLE, HALF = 2.0**-24, 2.0**-11
-"""u of float32 and of float16."""
+SINGLE, HALF, BFLOAT16 = 2.0**-24, 2.0**-11, 2.0**-9
+"""u of float32, float16 and bfloat16."""
 
 NETWORK = 2e-5
 """Of the outputs' largest magnitude, for the small policies of these tests in float32.

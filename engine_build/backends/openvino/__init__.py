@@ -8,7 +8,8 @@ from onnx import TensorProto
 
 from engine_build.backends.base import Dialect, Layer, ReadBack, Seen, Written, deferred
 from engine_build.backends.openvino.tapped import TappedSession
-from vla_policy.core.backends.openvino.graphs import compiled, version
+from vla_policy.core.backends.openvino import Precision
+from vla_policy.core.backends.openvino.graphs import check_processor, compiled, version
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.formats import Format
 from vla_policy.core.manifest import Manifest
@@ -17,13 +18,17 @@ from vla_policy.core.targets import Target
 
 
 class OpenVino:
-    """See the protocol."""
+    """See the protocol. precision: of activations. tolerance: of all formats."""
 
     compiles = False
     dialect = Dialect(TensorProto.FLOAT, deferred("engine_build.backends.openvino.linear", "linear"))
-    float_error = 1e-4
+
+    def __init__(self, precision: Precision, tolerance: float, float_error: float) -> None:
+        self._precision, self._tolerance, self.float_error = precision, tolerance, float_error
 
     def version(self) -> str:
+        """Also raises ArtefactError on a processor that does not multiply the backend's activations."""
+        check_processor(self._precision)
         return version()
 
     def compile(self, written: Written, target: Target, replaced: Path) -> dict[str, GraphSpec]:
@@ -34,7 +39,7 @@ class OpenVino:
     ) -> ReadBack:
         from engine_build.backends.openvino.readback import read_back
 
-        return ReadBack(read_back(built, layers, scratch))
+        return ReadBack(read_back(built, layers, self._precision, scratch))
 
     def filling(self, fmt: Format) -> tuple[int, int]:
         from engine_build.backends.openvino.linear import RUN
@@ -42,12 +47,12 @@ class OpenVino:
         return 1, fmt.group_size or RUN
 
     def tolerance(self, fmt: Format) -> float:
-        return self.float_error
+        return self._tolerance
 
     def open_tapped(
         self, written: Written, manifest: Manifest, taps: Mapping[str, Collection[str]], seen: Seen, scratch: Path
     ) -> Session | None:
-        return TappedSession(written.folder, manifest, taps, seen)
+        return TappedSession(written.folder, manifest, self._precision, taps, seen)
 
     def stored_result(self, graph: Path, layer: Layer, fmt: Format, x: np.ndarray) -> np.ndarray:
         raise ArtefactError(f"{layer.name}: not computed apart; `verify` compares layers beside the policy's")
@@ -57,8 +62,8 @@ class OpenVino:
         return False
 
     def open_layer(self, graph: Path, threads: int) -> Callable[[Mapping[str, np.ndarray]], object]:
-        request = compiled(graph, threads).model.create_infer_request()
+        request = compiled(graph, self._precision, threads).model.create_infer_request()
         return lambda feeds: request.infer(dict(feeds), share_inputs=True, share_outputs=True)
 
 
-BACKEND = OpenVino()
+BACKEND = OpenVino(Precision.FLOAT32, tolerance=1e-4, float_error=1e-4)

@@ -6,19 +6,22 @@ from pathlib import Path
 
 from engine_build.backends.base import Layer, Realised, canonical
 from engine_build.backends.openvino.probe import probe
+from vla_policy.core.backends.openvino import Precision
 from vla_policy.core.backends.openvino.graphs import Running, compiled, version
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.formats import FULL_PRECISION, Format
 
 
-def read_back(graph: Path, layers: Mapping[str, Layer], scratch: Path) -> dict[str, Realised]:
+def read_back(
+    graph: Path, layers: Mapping[str, Layer], precision: Precision, scratch: Path
+) -> dict[str, Realised]:
     """Compiles `graph` as the runner will and reports each of `layers`, each format and size probed once.
 
-    scratch: a folder for the probes' graphs, which do not stay.
+    precision: of activations. scratch: a folder for the probes' graphs, which do not stay.
 
     Raises ArtefactError for a layer that is not found, or whose numbers are not those of its format.
     """
-    running = compiled(graph).layers
+    running = compiled(graph, precision).layers
     if missing := [name for name in layers if name not in running]:
         raise ArtefactError(
             f"{graph}: layer {missing[0]} is not in the graph that OpenVINO {version()} runs; its format cannot be "
@@ -27,7 +30,7 @@ def read_back(graph: Path, layers: Mapping[str, Layer], scratch: Path) -> dict[s
     realised = {name: _realised(layer, running[name]) for name, layer in layers.items()}
     with tempfile.TemporaryDirectory(dir=scratch, prefix="probe.") as folder:
         for fmt, inputs in {(realised[name].format, layer.inputs) for name, layer in layers.items()}:
-            probe(fmt, inputs, Path(folder))
+            probe(fmt, inputs, precision, Path(folder))
     return realised
 
 

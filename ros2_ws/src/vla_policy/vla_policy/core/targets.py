@@ -141,11 +141,11 @@ def _group_distance(legal: Format, wanted: Format) -> tuple[bool, float]:
 
 _ONNX_RUNTIME = Runtime("onnxruntime", (1, 31))
 _ONNX_RUNTIME_VNNI = Runtime("onnxruntime_vnni", (1, 31))
-_OPENVINO = Runtime("openvino", (2026, 4))
+_OPENVINO, _OPENVINO_BF16 = (Runtime(name, (2026, 4)) for name in ("openvino", "openvino_bf16"))
 _TENSORRT_RTX = Runtime("tensorrt_rtx", (1, 7))
 _WORKSTATION, _JETPACK_6, _JETPACK_7 = (Runtime("tensorrt", version) for version in ((10, 13), (10, 3), (11, 4, 1)))
 _ALL = (
-    Target("cpu", "x86-64 or Arm processor", (_ONNX_RUNTIME, _ONNX_RUNTIME_VNNI, _OPENVINO), None),
+    Target("cpu", "x86-64 or Arm processor", (_ONNX_RUNTIME, _ONNX_RUNTIME_VNNI, _OPENVINO, _OPENVINO_BF16), None),
     Target("a100", "NVIDIA A100; built anywhere, or on the device", (_TENSORRT_RTX, _WORKSTATION), (8, 0)),
     Target("h100", "NVIDIA H100 and H200; built on the device", (_WORKSTATION,), (9, 0)),
     Target("orin-jp6", "NVIDIA Jetson AGX Orin, JetPack 6; built on the device", (_JETPACK_6,), (8, 7)),

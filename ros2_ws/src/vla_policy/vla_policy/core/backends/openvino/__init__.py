@@ -1,9 +1,11 @@
 """OpenVINO on the CPU: packed weights, multiplied as they are decoded. Groups are counted in inputs.
 
-The type of activations is a setting of a whole engine: float32 here.
+The type of activations is a setting of a whole engine, so there are two backends: float32 here, bfloat16 in
+`openvino_bf16`.
 """
 
 from collections.abc import Collection
+from enum import Enum
 from pathlib import Path
 
 from vla_policy.core.backends.base import ROW, Rule, Version
@@ -18,17 +20,27 @@ _NO_W3 = "OpenVINO has no 3-bit type"
 GROUPS = (ROW, 32, 64, 128, 256)
 
 
-class OpenVino:
-    """See the protocol."""
+class Precision(Enum):
+    """The type of activations, and of all arithmetic between layers; sums are float32 in both."""
 
-    name = "openvino"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
+class OpenVino:
+    """See the protocol. precision: of activations."""
+
     fuses_groups = False
     splits_layers = False
 
+    def __init__(self, name: str, precision: Precision) -> None:
+        self.name, self._precision = name, precision
+
     def rules(self, version: Version) -> tuple[Rule, ...]:
-        packed = "FullyConnected: codes decoded as they are multiplied, float32 activations"
+        activations = self._precision.value
+        packed = f"FullyConnected: codes decoded as they are multiplied, {activations} activations"
         return (
-            Rule(16, 16, (ROW,), "bf16 in the file, float32 arithmetic"),
+            Rule(16, 16, (ROW,), f"bf16 in the file, {activations} arithmetic"),
             *(Rule(bits, 16, GROUPS, packed) for bits in (8, 4, 2)),
         )
 
@@ -50,7 +62,7 @@ class OpenVino:
     def open_session(self, folder: Path, manifest: Manifest, threads: int | None) -> Session:
         from vla_policy.core.backends.openvino.session import OpenVinoSession
 
-        return OpenVinoSession(folder, manifest, threads)
+        return OpenVinoSession(folder, manifest, self._precision, threads)
 
 
-BACKEND = OpenVino()
+BACKEND = OpenVino("openvino", Precision.FLOAT32)

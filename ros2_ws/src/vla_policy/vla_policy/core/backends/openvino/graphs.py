@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vla_policy.core.backends.openvino import Precision
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.formats import FULL_PRECISION
+from vla_policy.core.processor import cpu_name
 
 if TYPE_CHECKING:
     import openvino as ov
@@ -24,7 +26,10 @@ DOMAIN, LINEAR = "vla_deploy", "Linear"
 are uint8, packed rows [out, columns], lowest bits first, and a third input has their scales, float16 [out, groups];
 attribute `columns`: inputs, filled up to whole groups with zeros. 2-bit codes are shifted by `TWO_BIT_ZERO`."""
 TWO_BIT_ZERO = 2
-ACTIVATIONS = "f32"
+TYPES = {Precision.FLOAT32: "f32", Precision.BFLOAT16: "bf16"}
+"""In OpenVINO's words."""
+_BFLOAT16 = "BF16"
+"""What OpenVINO says of processors that multiply them."""
 _BITS = {"u2": 2, "i4": 4, "i8": 8}
 _INSTALL = "pip install 'openvino>=2026.4,<2027'"
 _DEVICE = "CPU"
@@ -43,12 +48,23 @@ def version() -> str:
     return str(module().__version__).split("-")[0]
 
 
-def settings(threads: int | None) -> dict[str, Any]:
-    """How graphs are compiled: activations in `ACTIVATIONS` and never rounded to integers, one stream.
+def check_processor(precision: Precision) -> None:
+    """Raises ArtefactError where this processor has no products of `precision`; as `module` too."""
+    if precision is Precision.FLOAT32:
+        return
+    if _BFLOAT16 not in module().Core().get_property(_DEVICE, "OPTIMIZATION_CAPABILITIES"):
+        raise ArtefactError(
+            f"{cpu_name()} has no bfloat16 products (AMX or AVX512-BF16), which backend openvino_bf16 needs; take "
+            "another machine, or build the engine with `engine_build build --backend openvino`, which computes in float32"
+        )
+
+
+def settings(precision: Precision, threads: int | None) -> dict[str, Any]:
+    """How graphs are compiled: activations in `precision` and never rounded to integers, one stream.
 
     Threads are not bound to cores: several processes would be to the same.
     """
-    chosen = {"INFERENCE_PRECISION_HINT": ACTIVATIONS, "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0, "NUM_STREAMS": 1}
+    chosen = {"INFERENCE_PRECISION_HINT": TYPES[precision], "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0, "NUM_STREAMS": 1}
     chosen |= {"ENABLE_CPU_PINNING": False}
     return chosen | ({} if threads is None else {"INFERENCE_NUM_THREADS": threads})
 
@@ -80,7 +96,9 @@ class Compiled:
     layers: Mapping[str, Running]
 
 
-def compiled(path: Path, threads: int | None = None, shown: Collection[str] = ()) -> Compiled:
+def compiled(
+    path: Path, precision: Precision, threads: int | None = None, shown: Collection[str] = ()
+) -> Compiled:
     """The graph at `path`. Raises ArtefactError, in one line, when OpenVINO refuses it; as `module` too.
 
     shown: names of values inside it that become outputs.
@@ -101,7 +119,7 @@ def compiled(path: Path, threads: int | None = None, shown: Collection[str] = ()
         names = {alias: product.friendly_name for product in products for alias in _aliases(product)}
         if shown:
             model.add_outputs(list(shown))
-        runs = core.compile_model(model, _DEVICE, settings(threads))
+        runs = core.compile_model(model, _DEVICE, settings(precision, threads))
     except RuntimeError as error:
         reason = " ".join(str(error).split())[-300:]
         raise ArtefactError(f"{path}: OpenVINO {version()} cannot load it ({reason}); build it again") from error
@@ -155,7 +173,10 @@ def _product(context: Any) -> Any:
     x, weights = context.get_input(0), context.get_input(1)
     bits = context.get_attribute("bits")
     if bits == 16:
-        return ops.matmul(x, ops.convert(weights, "f32"), False, True)
+        # [in, out]: gate, up and down weights that lie [out, in] OpenVINO would fuse, in float16 that does not hold all
+        # of bfloat16, and in a kernel that ends the process (SIGFPE) where sizes are no multiples of its blocks.
+        stored = weights.get_node().data.view(np.uint16).T.astype(np.uint32) << 16
+        return ops.matmul(x, ops.constant(np.ascontiguousarray(stored).view(np.float32)), False, False)
     scales = context.get_input(2).get_node().data.astype(np.float32)
     columns, (outputs, groups) = context.get_attribute("columns"), scales.shape
     kind = {2: ov.Type.u2, 4: ov.Type.i4, 8: ov.Type.i8}[bits]

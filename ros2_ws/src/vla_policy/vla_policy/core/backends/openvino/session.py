@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vla_policy.core.backends.base import check_version
-from vla_policy.core.backends.openvino.graphs import ACTIVATIONS, Running, compiled, module, version
+from vla_policy.core.backends.openvino import Precision
+from vla_policy.core.backends.openvino.graphs import TYPES, Running, check_processor, compiled, module, version
 from vla_policy.core.errors import ArtefactError, EngineError
 from vla_policy.core.formats import Format
 from vla_policy.core.manifest import Manifest
@@ -40,20 +41,23 @@ class OpenVinoSession:
         self,
         folder: Path,
         manifest: Manifest,
+        precision: Precision,
         threads: int | None = None,
         shown: Mapping[str, Collection[str]] | None = None,
     ) -> None:
         check_version(folder, manifest, "openvino", version())
+        check_processor(precision)
         self.processor = cpu_name()
         self._program = manifest.program
         self._outputs = {name: [spec.name for spec in graph.outputs] for name, graph in manifest.graphs.items()}
         self._models = {}
         for name, graph in manifest.graphs.items():
             inside = (shown or {}).get(name, ())
-            ready = compiled(folder / graph.file, threads, inside)
+            ready = compiled(folder / graph.file, precision, threads, inside)
             for unit in manifest.units:
                 if unit.graph == name:
-                    _check_layer(folder, unit.name, Format.parse(unit.realised), ready.layers.get(unit.name))
+                    realised, running = Format.parse(unit.realised), ready.layers.get(unit.name)
+                    _check_layer(folder, unit.name, realised, TYPES[precision], running)
             self._models[name] = ready.model
             self._outputs[name] += inside
         self._requests: dict[str, list[ov.InferRequest]] = {name: [] for name in self._models}
@@ -83,12 +87,12 @@ class OpenVinoSession:
         return self._requests[graph][-1]
 
 
-def _check_layer(folder: Path, name: str, realised: Format, running: Running | None) -> None:
+def _check_layer(folder: Path, name: str, realised: Format, activations: str, running: Running | None) -> None:
     """Raises ArtefactError for a layer that on this processor is not what was proven where the engine was built."""
     if running is None:
         found = "is not found in what runs"
-    elif running.activations != ACTIVATIONS:
-        found = f"would multiply {running.activations} instead of {ACTIVATIONS}"
+    elif running.activations != activations:
+        found = f"would multiply {running.activations} instead of {activations}"
     elif running.weight_bits != realised.weight_bits:
         found = f"would be unpacked to {running.weights}, proven was {realised}"
     else:
