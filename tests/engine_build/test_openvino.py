@@ -25,7 +25,7 @@ from engine_build.weights import Layer, LayerWeights, layers_of
 from vla_policy.core.backends.openvino import Precision, graphs
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.files import sha256_policy
-from vla_policy.core.formats import Format
+from vla_policy.core.formats import FULL, Format
 from vla_policy.core.manifest import Manifest
 from vla_policy.core.policy_config import PolicyConfig
 from vla_policy.core.runner import load_engine
@@ -98,7 +98,7 @@ def test_in_bfloat16_values_are_rounded_and_sums_are_not(fmt: Format, tmp_path: 
         error = np.abs(y - (x.astype(np.float64) @ values.T + bias))
         # An activation, a weight, its bias and the result are rounded once each.
         assert (error <= 4 * 1.01 * rounding.BFLOAT16 * rounding.magnitude(x, values, bias)).all(), rows
-        assert error.max() > 100 * rounding.of_products(x, values, bias).max() / INPUTS, rows
+        assert (error > rounding.of_products(x, values, bias, further=2)).any(), rows
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -107,7 +107,10 @@ def test_a_mixed_engine_is_built_verified_and_decides_as_torch(
 ) -> None:
     policy = write_policy(tmp_path / "policy")
     config = PolicyConfig.load(policy)
-    assignment = mixed_assignment(list(layers_of(config)), MIXED)
+    layers = layers_of(config)
+    # In bfloat16 OpenVINO keeps the smallest layers at 16 bits; such a plan is refused, see below.
+    small = [name for name, layer in layers.items() if backend == "openvino_bf16" and layer.weights <= 32 * 32]
+    assignment = mixed_assignment([name for name in layers if name not in small], MIXED) | dict.fromkeys(small, FULL)
     plan = write_plan(tmp_path / "plan.json", sha256_policy(policy), assignment)
     folder, again = tmp_path / "engine", tmp_path / "again"
     for out in (folder, again):
@@ -124,11 +127,55 @@ def test_a_mixed_engine_is_built_verified_and_decides_as_torch(
         seen = observation(seed)
         decision = actor.act(seen)
         expected, got = actor.scores(seen, decision.tokens), engine.scores(seen, decision)
-        print(backend, np.abs(got - expected).max() / np.abs(expected).max())
         np.testing.assert_allclose(got, expected, atol=noise * np.abs(expected).max())
         if backend == "openvino":
             rounding.assert_clear(expected)
             np.testing.assert_array_equal(engine.act(seen).tokens, decision.tokens)
+
+
+@needs_bfloat16
+def test_sixteen_bits_in_bfloat16_are_no_other_type(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Gate, up and down at 16 bits lie so that OpenVINO does not fuse them: it would multiply float16."""
+    policy, folder = write_policy(tmp_path / "policy"), tmp_path / "engine"
+    build(Request(policy, CPU, folder, uniform=FULL, backend="openvino_bf16"))
+    assert {unit.arithmetic for unit in Manifest.load(folder).units} == {
+        "FullyConnected, bf16 weights, bf16 activations"
+    }
+    assert main(["verify", str(folder), "--policy", str(policy), "--samples", "2"]) == 0
+
+
+@needs_bfloat16
+def test_a_layer_that_would_be_unpacked_is_refused_when_it_is_built(tmp_path: Path) -> None:
+    policy = write_policy(tmp_path / "policy")
+    command = ["build", "--policy", str(policy), "--uniform", "w8a16", "--backend", "openvino_bf16"]
+    with pytest.raises(
+        ArtefactError, match=r"attn\.proj was planned as w8a16 but runs as w16a16 \(FullyConnected, bf16"
+    ):
+        main([*command, "--out", str(tmp_path / "engine")])
+    assert not (tmp_path / "engine").exists()
+
+
+def test_a_processor_without_bfloat16_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    class Core:
+        def get_property(self, device: str, name: str) -> list[str]:
+            return ["FP32", "INT8"]
+
+    monkeypatch.setattr(graphs.module(), "Core", Core)
+    command = ["build", "--policy", str(write_policy(tmp_path / "policy")), "--uniform", "w4a16_g32"]
+    with pytest.raises(
+        ArtefactError, match=r"has no bfloat16 products .*; take another machine, or build .* openvino`"
+    ):
+        main([*command, "--backend", "openvino_bf16", "--out", str(tmp_path / "engine")])
+    assert not (tmp_path / "engine").exists()
+
+
+@needs_bfloat16
+def test_the_probe_tells_bfloat16_from_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fmt, real = Format(4, 16, 32), graphs.settings
+    probing.probe(fmt, INPUTS, BFLOAT16, tmp_path)
+    monkeypatch.setattr(graphs, "settings", lambda precision, threads: real(FLOAT32, threads))
+    with pytest.raises(ArtefactError, match=r"off by \d\.\de-07 of the result at 1 rows, bfloat16 gives 0\.0003 to"):
+        probing.probe(fmt, INPUTS, BFLOAT16, tmp_path)
 
 
 def test_the_probe_finds_activations_that_are_rounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,7 +189,9 @@ def test_the_probe_finds_activations_that_are_rounded(tmp_path: Path, monkeypatc
     monkeypatch.setattr(graphs, "settings", rounds)
     if graphs.compiled(tmp_path / f"{fmt}_{INPUTS}.onnx", FLOAT32).layers["probe"].activations != "f32":
         pytest.skip("this processor shows it")
-    with pytest.raises(ArtefactError, match=r"w4a16_g32 with 150 inputs: OpenVINO .* is off by .* float32 gives 0 to 1e-05"):
+    with pytest.raises(
+        ArtefactError, match=r"w4a16_g32 with 150 inputs: OpenVINO .* is off by .* float32 gives 0 to 1e-05"
+    ):
         probing.probe(fmt, INPUTS, FLOAT32, tmp_path)
 
 

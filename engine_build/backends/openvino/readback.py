@@ -12,9 +12,7 @@ from vla_policy.core.errors import ArtefactError
 from vla_policy.core.formats import FULL_PRECISION, Format
 
 
-def read_back(
-    graph: Path, layers: Mapping[str, Layer], precision: Precision, scratch: Path
-) -> dict[str, Realised]:
+def read_back(graph: Path, layers: Mapping[str, Layer], precision: Precision, scratch: Path) -> dict[str, Realised]:
     """Compiles `graph` as the runner will and reports each of `layers`, each format and size probed once.
 
     precision: of activations. scratch: a folder for the probes' graphs, which do not stay.

@@ -13,7 +13,9 @@ from vla_policy.core.manifest import Manifest
 class TappedSession(OpenVinoSession):
     """The runner's session on graphs that have further outputs. taps, seen: see `Backend.open_tapped`."""
 
-    def __init__(self, folder: Path, manifest: Manifest, precision: Precision, taps: Mapping[str, Collection[str]], seen: Seen) -> None:
+    def __init__(
+        self, folder: Path, manifest: Manifest, precision: Precision, taps: Mapping[str, Collection[str]], seen: Seen
+    ) -> None:
         self._taps, self._seen = taps, seen
         self._inside = {}
         for name, spec in manifest.graphs.items():

@@ -54,8 +54,8 @@ def check_processor(precision: Precision) -> None:
         return
     if _BFLOAT16 not in module().Core().get_property(_DEVICE, "OPTIMIZATION_CAPABILITIES"):
         raise ArtefactError(
-            f"{cpu_name()} has no bfloat16 products (AMX or AVX512-BF16), which backend openvino_bf16 needs; take "
-            "another machine, or build the engine with `engine_build build --backend openvino`, which computes in float32"
+            f"{cpu_name()} has no bfloat16 products (AMX or AVX512-BF16), which openvino_bf16 needs; take another "
+            "machine, or build the engine with `engine_build build --backend openvino`, which computes in float32"
         )
 
 
@@ -96,9 +96,7 @@ class Compiled:
     layers: Mapping[str, Running]
 
 
-def compiled(
-    path: Path, precision: Precision, threads: int | None = None, shown: Collection[str] = ()
-) -> Compiled:
+def compiled(path: Path, precision: Precision, threads: int | None = None, shown: Collection[str] = ()) -> Compiled:
     """The graph at `path`. Raises ArtefactError, in one line, when OpenVINO refuses it; as `module` too.
 
     shown: names of values inside it that become outputs.

@@ -73,9 +73,7 @@ class OpenVinoSession:
             reason = " ".join(str(error).split())[-300:]
             raise EngineError(f"OpenVINO {version()} cannot run the engine ({reason})") from error
         results = {name: request.get_tensor(name) for name in self._outputs[graph]}
-        return {
-            name: Kept(value, request) if name in keep else np.array(value.data) for name, value in results.items()
-        }
+        return {name: Kept(value, request) if name in keep else np.array(value.data) for name, value in results.items()}
 
     def _free_request(self, graph: str, feeds: Mapping[str, Any]) -> "ov.InferRequest":
         """One that owns none of the feeds: running it writes its outputs anew."""
