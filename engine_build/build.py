@@ -2,7 +2,7 @@
 
 import platform
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from calibrator.families import TorchActor
 from calibrator.families.loading import Tensors, open_checkpoint
-from calibrator.quantizers import Codes, Computed, InputScales, quantize_policy
+from calibrator.quantizers import Codes, Computed, InputScales, groups_per_row, quantize_policy
 from calibrator.quantizers.rows import ROWS, WHOLE, RowBits
 from calibrator.quantizers.store import Store
 from engine_build import exported
@@ -170,7 +170,7 @@ def build_engine(
             other_bytes=sum(record.bytes for record in files.values()) - counted,
             legalized=plan.legalized,
             input_peaks=dict(policy.input_peaks),
-            notes=(*policy.notes, *((PACKED,) if pack else (_UNRUN,) if backend.compiles else ())),
+            notes=(*policy.notes, *_left_out(layers, plan), *_how_built(backend, pack)),
             versions={"onnx": onnx.__version__, "python": platform.python_version()},
         )
         manifest.write(folder)
@@ -178,6 +178,25 @@ def build_engine(
 
 
 _UNRUN = "not run where it was built: formats are proven by what the built engine holds, speed and numbers are not"
+
+
+def _how_built(backend: Backend, pack: bool) -> tuple[str, ...]:
+    if pack:
+        return (PACKED,)
+    return (_UNRUN,) if backend.compiles else ()
+
+
+def _left_out(layers: Mapping[str, Layer], plan: Plan) -> Iterator[str]:
+    """What no decision reads, and the bytes that it would take."""
+    for name, layer in layers.items():
+        if layer.rows is not None:
+            fmt = plan.formats[name]
+            scales = 0 if fmt.weight_bits == 16 else 2 * groups_per_row(layer.inputs, fmt)
+            saved = layer.left_out * (layer.inputs * fmt.weight_bits // 8 + scales)
+            yield (
+                f"{name}: only rows {layer.rows.start} to {layer.rows.stop - 1}, which decisions read; the others, "
+                f"{layer.left_out} rows and {saved:,} bytes in {fmt}, are left out"
+            )
 
 
 def _asked_for(request: Request, store: Store | None, policy_sha256: str, layers: Mapping[str, Layer]) -> Plan:

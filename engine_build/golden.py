@@ -20,7 +20,7 @@ from vla_policy.core.runner import Engine
 from vla_policy.core.verification import Decisions
 
 GOLDEN = "golden.safetensors"
-_VERSION = "1"
+_VERSION = "2"
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Golden:
                     f"{index}.{name}.tokens": decision.tokens,
                     f"{index}.{name}.action": decision.action,
                     f"{index}.{name}.scores": expected.scores,
-                    f"{index}.{name}.stray": np.array([decision.stray, expected.stray]),
+                    f"{index}.{name}.stray": np.array([expected.stray]),
                 }
         about = {
             "version": _VERSION,
@@ -98,9 +98,8 @@ def _state(tensors: dict[str, np.ndarray], index: int, instruction: str) -> Obse
 
 
 def _expected(tensors: dict[str, np.ndarray], name: str) -> Expected:
-    engine_stray, stray = tensors[f"{name}.stray"]
-    decision = Decision(tensors[f"{name}.tokens"], tensors[f"{name}.action"], bool(engine_stray))
-    return Expected(decision, tensors[f"{name}.scores"], bool(stray))
+    decision = Decision(tensors[f"{name}.tokens"], tensors[f"{name}.action"])
+    return Expected(decision, tensors[f"{name}.scores"], bool(tensors[f"{name}.stray"][0]))
 
 
 def compare(

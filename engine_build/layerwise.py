@@ -24,7 +24,8 @@ from calibrator.families import TorchActor
 from calibrator.quantizers import find_layer
 from calibrator.quantizers.activations import input_rows
 from calibrator.quantizers.rows import WHOLE, RowBits
-from engine_build.backends.base import Backend, Place, Written, allowed_error, taps_of
+from engine_build.backends.base import Backend, Layer, Place, Written, allowed_error, taps_of
+from engine_build.weights import layers_of, split
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.formats import Format
 from vla_policy.core.manifest import Manifest
@@ -51,7 +52,7 @@ def check_layers(
     Raises ArtefactError naming the first layer, or the stretch before it, that differs by more than is allowed.
     """
     values = _Values()
-    places = written.places
+    places, layers = written.places, split(layers_of(manifest.config), rows)
     session = backend.open_tapped(written, manifest, taps_of(places), values.add, scratch)
     if session is None:
         return None
@@ -64,7 +65,7 @@ def check_layers(
         decided = actor.act(state)
         values.clear()
         engine.scores(state, decided)
-        with _held_to(values, places, actor.policy, rows) as errors:
+        with _held_to(values, places, layers, actor.policy, rows) as errors:
             actor.scores(state, decided.tokens)
         for name, (before, inside) in errors.items():
             fmt = planned[name]
@@ -107,7 +108,7 @@ class _Values:
 
 @contextmanager
 def _held_to(
-    values: _Values, places: Mapping[str, Place], policy: nn.Module, rows: RowBits
+    values: _Values, places: Mapping[str, Place], layers: Mapping[str, Layer], policy: nn.Module, rows: RowBits
 ) -> Iterator[dict[str, tuple[float, float]]]:
     """Inside, every layer takes and gives the engine's rows; yields the errors before and in each, as they come."""
     errors: dict[str, tuple[float, float]] = {}
@@ -116,7 +117,8 @@ def _held_to(
     def hold(name: str, place: Place) -> list[torch.utils.hooks.RemovableHandle]:
         part = rows.parts.get(name)
         module = find_layer(policy, part.layer if part else name)
-        mine = part.rows if part else torch.arange(len(module.weight))
+        kept = layers[name].rows or range(len(module.weight))
+        mine = part.rows if part else torch.arange(kept.start, kept.stop)
         xs, ys = values.rows(place.graph, place.x), values.rows(place.graph, place.result)
         first = 0
 

@@ -20,32 +20,38 @@ def layers_of(config: PolicyConfig) -> dict[str, Layer]:
     """Every live layer of the policy by name, in the order in which they run."""
     layers = {}
     for unit in live_units(empty_policy(config)):
-        outputs = unit.module.weight.shape[0]
+        left_out = len(unit.module.weight) - unit.outputs
         layers[unit.name] = Layer(
-            unit.name, unit.kind, unit.group, outputs, unit.params // outputs, unit.module.bias is not None
-        )
+            unit.name, unit.kind, unit.group, unit.outputs, unit.inputs, unit.module.bias is not None,
+            rows=unit.rows if left_out else None, left_out=left_out,
+        )  # fmt: skip
     return layers
 
 
 def split(layers: Mapping[str, Layer], rows: RowBits) -> dict[str, Layer]:
     """The layers in their order, with its parts in the place of each that `rows` splits.
 
-    Raises ArtefactError where `rows` has another number of output channels than a layer.
+    Raises ArtefactError where `rows` has another number of output channels than a layer, or gives bits to one that no
+    decision reads.
     """
     found: dict[str, Layer] = {}
     for name, layer in layers.items():
         if name not in rows.bits:
             found[name] = layer
             continue
-        if len(rows.bits[name]) != layer.outputs:
-            raise ArtefactError(f"{name}: rows of {len(rows.bits[name])} output channels, it has {layer.outputs}")
+        bits, outputs = rows.bits[name], layer.outputs + layer.left_out
+        if len(bits) != outputs:
+            raise ArtefactError(f"{name}: rows of {len(bits)} output channels, it has {outputs}")
+        kept = layer.rows or range(outputs)
+        if bits[: kept.start].any() or bits[kept.stop :].any():
+            raise ArtefactError(f"{name}: rows outside {kept.start} to {kept.stop - 1} have bits: decisions read none")
         found |= {part.name: part_of(layer, part) for part in rows.of(name)}
     return found
 
 
 def part_of(layer: Layer, part: Part) -> Layer:
     """Some rows of a layer as a layer of their own."""
-    return replace(layer, name=part.name, outputs=len(part.rows), part=part)
+    return replace(layer, name=part.name, outputs=len(part.rows), part=part, rows=None, left_out=0)
 
 
 @dataclass(frozen=True)
@@ -78,12 +84,18 @@ class LayerWeights:
 def layer_weights(
     tensors: Tensors, layer: Layer, choice: Choice, codes: Codes, input_peak: float | None = None
 ) -> LayerWeights:
-    """Reads one layer; its codes come from the calibrator: nothing is rounded here. Raises as `codes` does."""
+    """Reads one layer; its codes come from the calibrator: nothing is rounded here. Raises as `codes` does.
+
+    Of a layer that keeps some rows the whole weight is rounded, as it was when it was scored.
+    """
+    kept = slice(layer.rows.start, layer.rows.stop) if layer.rows else slice(None)
     weight = _rows(tensors, layer, "weight")
-    bias = as_float32(_rows(tensors, layer, "bias")) if layer.bias else None
+    bias = as_float32(_rows(tensors, layer, "bias"))[kept] if layer.bias else None
     if choice.recipe is None:
-        return LayerWeights(layer, choice.format, None, weight.flatten(1), bias)
-    return LayerWeights(layer, choice.format, codes.of(layer.name, weight, choice), None, bias, input_peak)
+        return LayerWeights(layer, choice.format, None, weight.flatten(1)[kept], bias)
+    rounded = codes.of(layer.name, weight, choice)
+    rounded = rounded.part(kept) if layer.rows else rounded
+    return LayerWeights(layer, choice.format, rounded, None, bias, input_peak)
 
 
 def _rows(tensors: Tensors, layer: Layer, what: str) -> torch.Tensor:

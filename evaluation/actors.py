@@ -81,14 +81,12 @@ class ActorSpec:
         choices, _, _, rows = self._rounded([unit.name for unit in units])
         bits = 0
         for unit in units:
-            outputs = len(unit.module.weight)
-            inputs = unit.params // outputs
             if unit.name in rows.bits:
                 parts = rows.of(unit.name)
-                bits += sum(matrix_bits(len(part.rows), inputs, choices[part.name].format) for part in parts)
-                bits += PLACE_BITS * outputs
+                bits += sum(matrix_bits(len(part.rows), unit.inputs, choices[part.name].format) for part in parts)
+                bits += PLACE_BITS * unit.outputs
             else:
-                bits += matrix_bits(outputs, inputs, choices.get(unit.name, FULL).format)
+                bits += matrix_bits(unit.outputs, unit.inputs, choices.get(unit.name, FULL).format)
         return bits // 8
 
     def load(self) -> Actor:

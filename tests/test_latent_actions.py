@@ -17,8 +17,6 @@ from calibrator.families import TorchActor
 from calibrator.sensitivity.table import Sensitivity
 from engine_build.__main__ import main as engine_build
 from engine_build.ranges import input_peaks
-from evaluation.__main__ import main as evaluation
-from tests.demo.materials import tiny_bag, tiny_contract
 from vla_policy.core import cli
 from vla_policy.core.errors import PolicyError
 from vla_policy.core.manifest import Manifest
@@ -54,8 +52,6 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     collect([FakeSource((STATES,))], folder / "calibration", count=STATES, seed=0)
     build = ["build", "--policy", str(policy), "--uniform", "w16a16", "--out", str(folder / "engine")]
     assert engine_build(build) == 0
-    tiny_contract(folder / "contract.yaml")
-    tiny_bag(folder / "bag")
     return folder
 
 
@@ -69,7 +65,6 @@ def line(arguments: list[str]) -> int:
         (calibrator, "sensitivity --policy latent --calibration calibration --out sensitivity.json", "in 4 of 4"),
         (line, "verify engine --policy latent --calibration calibration", "calibration: in 4 of 4"),
         (line, "verify engine --policy latent --samples 3", "names real states): in 3 of 3"),
-        (evaluation, "replay --bag bag --contract contract.yaml --engine engine --out replay", "engine: in 20 of 20"),
     ],
 )
 def test_it_is_refused_with_the_number_of_states(
@@ -92,12 +87,21 @@ def test_nor_are_activation_scales_taken_from_it(material: Path) -> None:
         input_peaks(material / "latent", material / "calibration", ["language_model.model.layers.0.self_attn.q_proj"])
 
 
-def test_an_engine_goes_on_choosing_among_actions(material: Path) -> None:
+def test_an_engine_chooses_among_actions_because_its_head_has_no_other_rows(material: Path) -> None:
     engine = load_engine(material / "engine", threads=1)
     decision = engine.act(load_calibration(material / "calibration").observation(0))
-    assert decision.stray and np.isfinite(decision.action).all()
-    layout = Manifest.load(material / "engine").to_json()["actions"]["tiny"]
+    assert np.isfinite(decision.action).all()
+    manifest = Manifest.load(material / "engine")
+    layout = manifest.to_json()["actions"]["tiny"]
     assert (decision.tokens >= layout["first_token"]).all() and (decision.tokens <= layout["last_token"]).all()
+    (head,) = [unit for unit in manifest.units if unit.kind == "head"]
+    config = PrismaticConfig.load(material / "latent")
+    assert isinstance(config, PrismaticConfig)
+    others = config.text.vocab_size - 256
+    assert (head.outputs, head.code_bytes) == (256, 256 * 64 * 2)
+    assert any(
+        f"{others} rows and {others * 64 * 2:,} bytes in w16a16, are left out" in note for note in manifest.notes
+    )
 
 
 def test_a_few_states_are_recorded_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

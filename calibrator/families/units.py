@@ -16,7 +16,7 @@ class Unit:
 
     group: layers of one group share a format. segment: the one of the chain that holds it. label, track: the layer and
     its part of the stage as charts name them. runs: for one decision, from the number of prompt tokens and of decided
-    values.
+    values. rows: of the weight, those that a decision reads and an engine holds.
     """
 
     name: str
@@ -27,6 +27,7 @@ class Unit:
     label: str
     track: str
     runs: Callable[[float, int], tuple[Runs, ...]]
+    rows: range
 
     @property
     def kind(self) -> LayerKind:
@@ -38,9 +39,17 @@ class Unit:
         return "linear" if self.stage == "language" else "encoder"
 
     @property
+    def outputs(self) -> int:
+        return len(self.rows)
+
+    @property
+    def inputs(self) -> int:
+        return self.module.weight.numel() // len(self.module.weight)
+
+    @property
     def params(self) -> int:
-        """Number of weights, without the bias."""
-        return self.module.weight.numel()
+        """Number of weights in `rows`, without the bias."""
+        return self.outputs * self.inputs
 
     def tokens(self, prompt_tokens: float, decided: int) -> float:
         """Rows that pass through the layer for one decision, all its runs together."""
@@ -69,6 +78,7 @@ def _units(segment: str, layers: Layers, parent: nn.Module) -> Iterator[Unit]:
                 label=_joined(layers.label, path),
                 track=layers.track,
                 runs=layers.runs,
+                rows=layers.rows or range(len(module.weight)),
             )
 
 

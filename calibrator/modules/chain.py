@@ -36,7 +36,7 @@ class Layers:
     that engines fuse because they have the same input, and what the fused layer is called; they share a format.
     after_norms: norms by their path, and the linear layers that read their output, which nothing else does.
     after_layers: the same of linear layers, where every output channel reaches the same channel of what reads it, by
-    sums and products alone.
+    sums and products alone. rows: the outputs that a decision reads; the others are in no engine. None for all.
     """
 
     path: str
@@ -47,6 +47,7 @@ class Layers:
     fused: Mapping[str, str] = field(default_factory=dict)
     after_norms: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     after_layers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    rows: range | None = None
 
 
 @dataclass(frozen=True)

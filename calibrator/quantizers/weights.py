@@ -42,6 +42,11 @@ class QuantizedWeight:
         """Bound of the magnitudes that `dequantize` gives."""
         return float(self.scales.max()) * max(int(self.codes.max()), -int(self.codes.min()))
 
+    def part(self, rows: slice) -> "QuantizedWeight":
+        """Some of the outputs."""
+        codes = self.codes[rows]
+        return QuantizedWeight(codes, self.scales[rows], self.format, (len(codes), *self.shape[1:]))
+
     def dequantize(self) -> Tensor:
         """codes * scales as float32, in the weight's own shape."""
         inputs = self.codes.shape[1]

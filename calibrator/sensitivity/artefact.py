@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from calibrator.conventions.check import Outcome
-from calibrator.families import Policy
+from calibrator.families import Policy, live_units
 from calibrator.families.loading import matrix_names
 from calibrator.sensitivity.evidence import BOUNDARIES
 from calibrator.sensitivity.executors import Executor
@@ -74,7 +74,7 @@ def write(
             "units": [unit.to_json() for unit in units],
             "conventions": conventions.to_json(),
             "unmeasured": [shape.name for shape in run.shapes if shape.name not in names],
-            "unquantized_params": all_params(run.policy) - sum(unit.params for unit in units),
+            "unquantized_params": _engine_params(run.policy) - sum(unit.params for unit in units),
             "input_peaks": {unit.name: ref.peaks[unit.name] for unit in units},
             "stray_states": int(np.count_nonzero(ref.strays)),
             "noise_floor": {"omega": floor, "samples": list(run.floor_samples)},
@@ -91,6 +91,11 @@ def write(
 
 def all_params(policy: Policy) -> int:
     return sum(parameter.numel() for parameter in policy.parameters())
+
+
+def _engine_params(policy: Policy) -> int:
+    """Without what no decision reads."""
+    return all_params(policy) - sum(unit.module.weight.numel() - unit.params for unit in live_units(policy))
 
 
 def _header(run: Run) -> dict[str, Any]:

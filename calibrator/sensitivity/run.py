@@ -64,8 +64,8 @@ def unit_shapes(policy: Policy, states: States) -> list[UnitShape]:
             segment=unit.segment,
             kind=unit.kind,
             group=unit.group,
-            inputs=unit.params // unit.module.weight.shape[0],
-            outputs=unit.module.weight.shape[0],
+            inputs=unit.inputs,
+            outputs=unit.outputs,
             macs=round(unit.params * unit.tokens(states.mean_prompt_tokens, states.decisions.size)),
         )
         for unit in live_units(policy)

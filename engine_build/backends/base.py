@@ -35,7 +35,8 @@ ROUNDED_ACTIVATIONS_TOLERANCE = 0.15
 class Layer:
     """A quantizable layer as a linear map, or one part of it. group: layers of one group have one input.
 
-    part: which rows of which layer this is (`calibrator.quantizers.rows`); None of a whole layer.
+    part: which rows of which layer this is (`calibrator.quantizers.rows`); None of a whole layer. rows: of the policy's
+    weight, where an engine does without the others, which are `left_out` in number.
     """
 
     name: str
@@ -45,6 +46,8 @@ class Layer:
     inputs: int
     bias: bool
     part: "Part | None" = None
+    rows: range | None = None
+    left_out: int = 0
 
     @property
     def weights(self) -> int:

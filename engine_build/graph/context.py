@@ -54,7 +54,8 @@ class GraphContext:
         parts = self.rows.of(name)
         columns = [self._product(x, part_of(layer, part)) for part in parts]
         order = [part.rows.numpy() for part in parts]
-        absent = np.flatnonzero(self.rows.bits[name] == 0)
+        kept = layer.rows or range(layer.outputs)
+        absent = kept.start + np.flatnonzero(self.rows.bits[name][kept.start : kept.stop] == 0)
         if len(absent):
             columns.append(self._absent(x, layer, absent))
             order.append(absent)

@@ -46,7 +46,6 @@ def _summary(answers: Answers) -> dict[str, Any]:
         "episodes": answers.episodes,
         "drops": answers.drops,
         "left_out": [asdict(item) for item in answers.left_out],
-        "stray_frames": answers.strays,
         "decisions_sha256": answers.sha256,
         "latency_ms": answers.latency_ms.tolist(),
     }

@@ -98,9 +98,6 @@ def _print(outcome: Outcome) -> None:
     print(f"{candidate.name}: {len(candidate.stamp_ns)} frames answered, drops {candidate.drops or 'none'}")
     for left_out in candidate.left_out:
         print(f"left out: {left_out}")
-    for answers in (candidate, reference):
-        if answers is not None and answers.strays:
-            print(f"{answers.name}: prefers a token that is no action in {answers.strays} frames")
     if comparison is not None and reference is not None:
         share = comparison.token_agreement
         tokens = "" if share is None else f", {100 * share:.2f} % of the tokens agree"

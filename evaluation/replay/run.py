@@ -13,7 +13,7 @@ from vla_policy.core.bag import read_frames
 from vla_policy.core.contract import Contract
 from vla_policy.core.errors import ContractError
 from vla_policy.core.left_out import LeftOut, Tally, told
-from vla_policy.core.observation import Actor, check_strays
+from vla_policy.core.observation import Actor
 from vla_policy.core.observe import check_contract
 from vla_policy.core.served import ServedAction, read_served
 from vla_policy.core.synchroniser import Dropped, Frame
@@ -41,7 +41,6 @@ class Answers:
     stamp_ns, episode, step: int64 [N]. tokens: int64 [N, H K]. actions: float64 [N, H K], un-normalised, the policy's
     units; H is 1 unless the policy decides chunks. latency_ms: float64 [N], the actor's own. left_out: messages and
     frames without an answer; refused: the images among them, reason by stamp.
-    strays: answered frames in which an engine prefers something else than an action.
     """
 
     name: str
@@ -54,7 +53,6 @@ class Answers:
     latency_ms: np.ndarray
     left_out: tuple[LeftOut, ...] = ()
     refused: dict[int, str] = field(default_factory=dict)
-    strays: int = 0
 
     @property
     def episodes(self) -> int:
@@ -88,11 +86,10 @@ class Answers:
 def answer(recording: Recording, contract: Contract, actor: Actor, name: str) -> Answers:
     """Runs the whole bag.
 
-    Raises ContractError when bag, contract and actor do not fit, or nothing can be served, and PolicyError for an
-    engine that decides something else than actions.
+    Raises ContractError when bag, contract and actor do not fit, or nothing can be served.
     """
     check_contract(contract, actor.config, actor.unnorm_key)
-    tally, strays = Tally(), 0
+    tally = Tally()
     refused: dict[int, str] = {}
     rows: list[tuple[Frame, np.ndarray, np.ndarray, float]] = []
     for frame in tqdm(_usable(recording, contract, tally, refused), desc=f"replay {name}", unit="frame"):
@@ -102,12 +99,10 @@ def answer(recording: Recording, contract: Contract, actor: Actor, name: str) ->
             refused[frame.stamp_ns] = outcome.reason.value
             continue
         decision, latency_ms = outcome
-        strays += decision.stray
         rows.append((frame, decision.tokens, decision.action, latency_ms))
     if not rows:
         reasons = f"left out: {told(tally.found)}" if tally.found else "it is empty"
         raise ContractError(f"{recording.bag}: no frame could be served by {name}; {reasons}")
-    check_strays(strays, len(rows), f"{recording.bag}: {name}")
     frames = [row[0] for row in rows]
     return Answers(
         name=name,
@@ -120,7 +115,6 @@ def answer(recording: Recording, contract: Contract, actor: Actor, name: str) ->
         latency_ms=np.asarray([row[3] for row in rows]),
         left_out=tally.found,
         refused=refused,
-        strays=strays,
     )
 
 

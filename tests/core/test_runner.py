@@ -14,7 +14,7 @@ from rounding import NETWORK
 from engine_build.verify import verify
 from vla_policy.core.errors import DataError, VlaError
 from vla_policy.core.files import sha256_file
-from vla_policy.core.observation import Observation
+from vla_policy.core.observation import Decision, Observation
 from vla_policy.core.runner import load_engine
 
 
@@ -43,10 +43,11 @@ def test_decode_steps_equal_one_longer_prefill(engine_folder: Path) -> None:
     engine = load_engine(engine_folder, threads=1)
     inputs = engine.policy.inputs(observation())
     tokens = np.array([100, 120, 140])
-    stepped = engine.policy.logits(engine.program(), inputs, tokens)
+    decided = Decision(tokens, np.zeros(3))
+    stepped = engine.policy.scores(engine.program(), inputs, decided)
     for count in range(3):
         longer = np.concatenate([inputs["input_ids"], tokens[None, :count]], axis=1)
-        whole = engine.policy.logits(engine.program(), inputs | {"input_ids": longer}, tokens[:1])[0]
+        whole = engine.policy.scores(engine.program(), inputs | {"input_ids": longer}, decided)[0]
         np.testing.assert_allclose(stepped[count], whole, atol=NETWORK * np.abs(whole).max())
 
 
@@ -54,8 +55,10 @@ def test_the_image_matters(engine_folder: Path) -> None:
     engine = load_engine(engine_folder, threads=1)
     inputs = engine.policy.inputs(observation())
     black, white = (
-        engine.policy.logits(
-            engine.program(), inputs | {"pixel_values": np.full((1, 6, 16, 16), value, np.float32)}, np.array([100])
+        engine.policy.scores(
+            engine.program(),
+            inputs | {"pixel_values": np.full((1, 6, 16, 16), value, np.float32)},
+            Decision(np.array([100]), np.zeros(3)),
         )
         for value in (-2, 2)
     )
@@ -89,7 +92,7 @@ def test_truncated_and_altered_files_are_refused(copied: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"schema_version": 99}, "expected kind 'engine' version 3, got kind 'engine' version 99"),
+        ({"schema_version": 99}, "expected kind 'engine' version 4, got kind 'engine' version 99"),
         ({"kind": "plan"}, "got kind 'plan'"),
         ({"target": "toaster"}, "target 'toaster' is unknown"),
         ({"backend": "tensorrt"}, "target cpu runs on onnxruntime or .*, but the engine is for tensorrt"),

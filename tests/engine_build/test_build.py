@@ -28,6 +28,7 @@ from vla_policy.core.files import sha256_policy
 from vla_policy.core.formats import FULL, Format
 from vla_policy.core.manifest import Manifest
 from vla_policy.core.observation import Observation
+from vla_policy.core.prismatic.config import PrismaticConfig
 from vla_policy.core.runner import load_engine
 from vla_policy.core.targets import find_target
 
@@ -43,8 +44,11 @@ def simulated(folder: Path) -> TorchActor:
 
 
 def logits(actor: TorchActor, seen: Observation, tokens: np.ndarray) -> np.ndarray:
+    """Of the action tokens, from the whole head."""
     inputs = actor.policy.tensors([actor.robot.inputs(seen)])
-    return actor.policy.output(inputs, torch.from_numpy(tokens)[None])[0].numpy()
+    assert isinstance(actor.config, PrismaticConfig)
+    last = actor.config.text.vocab_size - actor.config.pad_to_multiple_of
+    return actor.policy.output(inputs, torch.from_numpy(tokens)[None])[0, :, last - 256 : last].numpy()
 
 
 @pytest.mark.parametrize(
@@ -63,7 +67,7 @@ def test_engine_equals_the_torch_policy(formats: list[str], noise: float, tmp_pa
     for seed in range(4):
         seen = observation(seed)
         decision = actor.act(seen)
-        got = engine.policy.logits(engine.program(), engine.policy.inputs(seen), decision.tokens)
+        got = engine.scores(seen, decision)
         expected = logits(actor, seen, decision.tokens)
         np.testing.assert_allclose(got, expected, atol=noise * np.abs(expected).max())
         if noise == NETWORK:
@@ -79,7 +83,7 @@ def test_an_engine_of_two_images_equals_the_torch_policy(tmp_path: Path) -> None
     for seed in range(2):
         seen = observation(seed, images=2)
         decision = actor.act(seen)
-        got = engine.policy.logits(engine.program(), engine.policy.inputs(seen), decision.tokens)
+        got = engine.scores(seen, decision)
         expected = logits(actor, seen, decision.tokens)
         np.testing.assert_allclose(got, expected, atol=NETWORK * np.abs(expected).max())
         assert_clear(actor.scores(seen, decision.tokens))

@@ -42,14 +42,16 @@ def choice_of(bits: int, groups: str = GROUPS) -> Choice:
 
 
 def random_rows(layers: dict[str, Layer], seed: int = 0) -> RowBits:
-    """Every second layer split, with all widths in random order."""
+    """Every second layer split, with all widths in random order, in the rows that an engine has."""
     generator = np.random.default_rng(seed)
-    return RowBits(
-        {
-            name: generator.choice(WIDTHS, layer.outputs).astype(np.uint8)
-            for name, layer in list(layers.items())[::2]
-        }
-    )
+
+    def bits(layer: Layer) -> np.ndarray:
+        widths = np.zeros(layer.outputs + layer.left_out, np.uint8)
+        first = layer.rows.start if layer.rows else 0
+        widths[first : first + layer.outputs] = generator.choice(WIDTHS, layer.outputs)
+        return widths
+
+    return RowBits({name: bits(layer) for name, layer in list(layers.items())[::2]})
 
 
 @pytest.fixture(scope="module")
@@ -87,9 +89,7 @@ def test_the_engine_decides_as_the_policy_with_every_row_rounded_by_itself(place
     for seed in range(3):
         seen = observation(seed)
         decision = actor.act(seen)
-        inputs = actor.policy.tensors([actor.robot.inputs(seen)])
-        expected = actor.policy.output(inputs, torch.from_numpy(decision.tokens)[None])[0].numpy()
-        got = engine.policy.logits(engine.program(), engine.policy.inputs(seen), decision.tokens)
+        expected, got = actor.scores(seen, decision.tokens), engine.scores(seen, decision)
         np.testing.assert_allclose(got, expected, atol=NETWORK * np.abs(expected).max())
         assert_clear(actor.scores(seen, decision.tokens))
         np.testing.assert_array_equal(engine.act(seen).tokens, decision.tokens)

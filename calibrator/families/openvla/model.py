@@ -82,7 +82,10 @@ class OpenVLA(Prismatic):
             """The sequence once, then a token for each that is still to be decided."""
             return Runs(self.config.num_patches + prompt_tokens), Runs(1, decided - 1)
 
-        head = Layers("language_model.lm_head", "lm_head", "head", "head", lambda _, decided: (Runs(1, decided),))
+        head = Layers(
+            "language_model.lm_head", "lm_head", "head", "head", lambda _, decided: (Runs(1, decided),),
+            rows=self.config.action_tokens,
+        )  # fmt: skip
         return self.chain_of(
             Segment(SEQUENCE, ("projector", PROMPT, DECIDED), sequence),
             Segment("states", (self.after_decoder, DECIDED, PROMPT), states),

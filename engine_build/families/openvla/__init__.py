@@ -1,4 +1,4 @@
-"""OpenVLA's graphs: `vision`, and a decoder with a key/value cache.
+"""OpenVLA's graphs: `vision`, and a decoder with a key/value cache, whose head has the action tokens' rows alone.
 
 Prefill and decode step are one graph on one copy of the weights. The input embeddings are [first id][patches][other
 ids]: prefill passes BOS, P patches and the prompt; a decode step passes one id and no patches. Positions and the causal
@@ -26,7 +26,7 @@ def decoder(graph: GraphContext, config: PrismaticConfig) -> Tensors:
     for index in range(text.num_hidden_layers):
         x = llama.block(graph, x, seen, text, index)
     last = llama.rms_norm(graph, b.slice(x, -1, llama.LAST, 1), "language_model.model.norm.weight", text.rms_norm_eps)
-    logits = b.reshape(graph.linear(last, "language_model.lm_head"), 1, text.vocab_size)
+    logits = b.reshape(graph.linear(last, "language_model.lm_head"), 1, config.n_action_bins)
     b.rename(b.cast(logits, TensorProto.FLOAT) if b.float_type != TensorProto.FLOAT else logits, "logits")
     return _inputs(graph, config), _outputs(graph, config)
 
@@ -48,7 +48,10 @@ def _inputs(graph: GraphContext, config: PrismaticConfig) -> list[TensorSpec]:
 def _outputs(graph: GraphContext, config: PrismaticConfig) -> list[TensorSpec]:
     return [
         TensorSpec(
-            "logits", "float32", (1, config.text.vocab_size), "of the token after the last position, natural log scale"
+            "logits",
+            "float32",
+            (1, config.n_action_bins),
+            "of the action tokens after the last position, from the lowest id on, natural log scale",
         ),
         *llama.cache_specs(graph, config.text, "present", "total"),
     ]

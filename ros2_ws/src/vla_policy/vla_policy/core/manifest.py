@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # which imports this module
 MANIFEST = "manifest.json"
 KIND = "engine"
 ENGINE = FolderKind(KIND, MANIFEST, listed="files")
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 
 @dataclass(frozen=True)

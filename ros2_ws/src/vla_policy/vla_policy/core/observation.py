@@ -65,13 +65,10 @@ class Decision:
 
     A policy that decides a chunk of H control steps at once answers with H K tokens and actions [H, K]. There is no
     decision with an action that is not finite: making one raises EngineError.
-
-    stray: whether a token stands in for one that is no action, which an engine prefers; False where nobody looked.
     """
 
     tokens: np.ndarray
     action: np.ndarray
-    stray: bool = False
 
     def __post_init__(self) -> None:
         finite(self.action, "action")

@@ -13,6 +13,8 @@ from vla_policy.core.observation import finite
 from vla_policy.core.policy_config import SPAN_EPSILON, ActionStats
 from vla_policy.core.prismatic.config import PrismaticConfig
 
+LOGITS = "logits of the action tokens"
+
 
 def value_to_tokens(values: np.ndarray, token_vocab: int, bins: int) -> np.ndarray:
     """int64 ids of the bins that hold `values` in [-1, 1]; bin 1 is the vocabulary's last id, counting down."""
@@ -51,17 +53,9 @@ class ActionCodec:
         edges = np.linspace(-1.0, 1.0, self.bins)
         return (edges[:-1] + edges[1:]) / 2
 
-    def scores(self, logits: np.ndarray) -> np.ndarray:
-        """The action tokens' part [.., bins] of logits [.., vocab]. Raises EngineError unless it is finite."""
-        return finite(logits[..., self.first_token : self.last_token + 1], "logits of the action tokens")
-
     def choose(self, logits: np.ndarray) -> int:
-        """The greedy id among the action tokens, of one position's logits [vocab]; raises as `scores`."""
-        return self.first_token + int(np.argmax(self.scores(logits)))
-
-    def is_stray(self, logits: np.ndarray) -> bool:
-        """Whether of the whole vocabulary another token than an action's has the largest of logits [vocab]."""
-        return not self.first_token <= int(np.argmax(logits)) <= self.last_token
+        """The greedy id of one position's logits of the action tokens, [bins]. Raises EngineError unless finite."""
+        return self.first_token + int(np.argmax(finite(logits, LOGITS)))
 
     def tokens_to_normalised(self, tokens: np.ndarray) -> np.ndarray:
         """float64 in [-1, 1], same shape; an id outside the action range falls into the nearest bin."""

@@ -130,6 +130,11 @@ class PrismaticConfig(PolicyConfig):
         return self.text.vocab_size - self.pad_to_multiple_of
 
     @property
+    def action_tokens(self) -> range:
+        """The ids that stand for actions: the vocabulary's last."""
+        return range(self.token_vocab - self.n_action_bins, self.token_vocab)
+
+    @property
     def num_patches(self) -> int:
         """Of all images together: the positions that follow BOS."""
         return self.num_images * self.towers[0].num_patches

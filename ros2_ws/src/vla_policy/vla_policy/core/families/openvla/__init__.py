@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from vla_policy.core.errors import PolicyError
-from vla_policy.core.observation import Decision, Observation
+from vla_policy.core.observation import Decision, Observation, finite
 from vla_policy.core.policy_config import normalization_of
-from vla_policy.core.prismatic.actions import ActionCodec
+from vla_policy.core.prismatic.actions import LOGITS, ActionCodec
 from vla_policy.core.prismatic.config import PrismaticConfig, check_preprocessor
 from vla_policy.core.prismatic.describe import describe
 from vla_policy.core.prismatic.pixels import pixel_values
@@ -20,7 +20,7 @@ _OFT_KEYS = ("num_actions_chunk", "use_proprio")
 
 
 class _Decoding:
-    """The passes of one decision. logits: float32 [vocab], of the token that follows all that was read."""
+    """The passes of one decision. logits: float32 [bins], of the action tokens that may follow all that was read."""
 
     def __init__(self, program: Program, inputs: Mapping[str, np.ndarray]) -> None:
         self._program = program
@@ -54,28 +54,23 @@ class OpenVlaPolicy:
         }
 
     def decide(self, program: Program, inputs: Mapping[str, np.ndarray]) -> Decision:
-        """Restricted to the action tokens: no trained policy chooses others, and a damaged one must not."""
+        """Among the action tokens: no trained policy chooses others, and the engine's head has no other rows."""
         decoding = _Decoding(program, inputs)
-        tokens, stray = [self.codec.choose(decoding.logits)], self.codec.is_stray(decoding.logits)
+        tokens = [self.codec.choose(decoding.logits)]
         while len(tokens) < self.codec.dim:
             decoding.append(tokens[-1])
             tokens.append(self.codec.choose(decoding.logits))
-            stray |= self.codec.is_stray(decoding.logits)
         chosen = np.asarray(tokens, np.int64)
-        return Decision(chosen, self.codec.tokens_to_action(chosen), stray)
+        return Decision(chosen, self.codec.tokens_to_action(chosen))
 
     def scores(self, program: Program, inputs: Mapping[str, np.ndarray], decided: Decision) -> np.ndarray:
         """float32 [K, bins]: the action tokens' logits along the K tokens that were decided."""
-        return self.codec.scores(self.logits(program, inputs, decided.tokens))
-
-    def logits(self, program: Program, inputs: Mapping[str, np.ndarray], tokens: np.ndarray) -> np.ndarray:
-        """float32 [K, vocab] at the positions that predict `tokens` [K], which are read one after the other."""
         decoding = _Decoding(program, inputs)
         rows = [decoding.logits]
-        for token in tokens[:-1]:
+        for token in decided.tokens[:-1]:
             decoding.append(int(token))
             rows.append(decoding.logits)
-        return np.stack(rows)
+        return finite(np.stack(rows), LOGITS)
 
 
 class OpenVla:
@@ -102,8 +97,8 @@ class OpenVla:
     def description(self, config: PrismaticConfig) -> dict[str, Any]:
         tokens = {
             "bins": config.n_action_bins,
-            "first_token": config.token_vocab - config.n_action_bins,
-            "last_token": config.token_vocab - 1,
+            "first_token": config.action_tokens.start,
+            "last_token": config.action_tokens.stop - 1,
             "un_normalise": "0.5 (x + 1)(high - low) + low where mask, x elsewhere",
         }
         return describe(config, {}, tokens)
