@@ -27,7 +27,17 @@ ALLOWED = {
 }
 # Each folder may import those behind it. The calibrator's follow its pipeline, the last step first.
 FOLDERS = {
-    "calibrator": ("report", "allocation", "sensitivity", "transforms", "data", "families", "modules", "quantizers"),
+    "calibrator": (
+        "commands",
+        "report",
+        "allocation",
+        "sensitivity",
+        "transforms",
+        "data",
+        "families",
+        "modules",
+        "quantizers",
+    ),
     "engine_build": ("backends", "families", "graph"),
     "vla_policy.core": ("families", "prismatic", "backends"),
 }

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from tables import BY_BITS, random_table, scored, table, unit
 
-from calibrator.__main__ import _choices
 from calibrator.allocation.options import Budget, Group, LatencyTable, Option, Pin, build_groups, totals
 from calibrator.allocation.plan import Assignment, Plan
 from calibrator.allocation.planning import Limits, Planner, PlanRequest, write_frontier
 from calibrator.allocation.solve import greedy_demotion, solve
+from calibrator.commands.sensitivity import choices_to_measure
 from calibrator.quantizers import parse_choice, parse_choices
 from calibrator.sensitivity.table import Objective
 from vla_policy.core.backends import find_backend
@@ -309,8 +309,8 @@ def test_a_plan_keeps_the_fixed_scales_that_were_scored_and_says_what_was_scored
 
 def test_a_target_says_what_is_usually_measured() -> None:
     asked = Namespace(choices=None, target=None)
-    assert [str(one.format) for one in _choices(asked)] == ["w2a16_g64", "w4a16_g64", "w8a16_g64"]
+    assert [str(one.format) for one in choices_to_measure(asked)] == ["w2a16_g64", "w4a16_g64", "w8a16_g64"]
     asked.target = "cpu"
-    assert {str(one.format) for one in _choices(asked)} >= {"w2a16_g64", "w4a8_g64", "w8a8_g64"}
+    assert {str(one.format) for one in choices_to_measure(asked)} >= {"w2a16_g64", "w4a8_g64", "w8a8_g64"}
     asked.choices = ["w16a16", "w8a8"]
-    assert FULL in _choices(asked)
+    assert FULL in choices_to_measure(asked)
