@@ -18,7 +18,7 @@ from calibrator.quantizers.rows import ROWS, WHOLE, RowBits
 from calibrator.quantizers.store import Store
 from engine_build import exported
 from engine_build.backends import find_backend
-from engine_build.backends.base import Backend, Layer, Written
+from engine_build.backends.base import Backend, Dialect, Layer, Written
 from engine_build.compiled import PACKED, as_packed, check_realised, compile_graphs, describe_graphs, unit_records
 from engine_build.conventions import conventions_note
 from engine_build.export import export
@@ -144,7 +144,9 @@ def build_engine(
             golden.save(folder)
         if plan.rows:
             plan.rows.save(folder / ROWS)
-        written = export_graphs(folder, policy, whole, plan.assignment, backend, plan.rows)
+        written_for = target.runtimes[0].version if pack else parse_version(version)
+        dialect = backend.dialect(written_for)
+        written = export_graphs(folder, policy, whole, plan.assignment, dialect, plan.rows)
         if pack:
             graphs, became = dict(written.graphs), as_packed(written, layers, plan.formats)
         else:
@@ -160,6 +162,7 @@ def build_engine(
             target=target.name,
             backend=target.backend,
             backend_version=version,
+            written_for=".".join(map(str, written_for)),
             builder_version=metadata.version("vla-deploy"),
             graphs=graphs,
             program=dict(written.program),
@@ -239,11 +242,11 @@ def export_graphs(
     policy: Policy,
     layers: Mapping[str, Layer],
     assignment: Mapping[str, Choice],
-    backend: Backend,
+    dialect: Dialect,
     rows: RowBits = WHOLE,
     new_builder: Callable[[Path, int], GraphBuilder] = GraphBuilder,
 ) -> Written:
-    """Writes the policy's graphs in the backend's dialect, with a progress bar; see `export`."""
+    """Writes the policy's graphs in a backend's dialect, with a progress bar; see `export`."""
     total = sum(layer.weights for layer in layers.values())
     bar: tqdm[Any] = tqdm(total=total, desc="packing weights", unit="weight", unit_scale=True, disable=None)
 
@@ -252,7 +255,7 @@ def export_graphs(
 
     with bar:
         return export(
-            folder, policy.config, policy.tensors, layers, assignment, policy.codes, backend.dialect, advance,
+            folder, policy.config, policy.tensors, layers, assignment, policy.codes, dialect, advance,
             policy.input_peaks, rows, new_builder,
         )  # fmt: skip
 

@@ -23,6 +23,7 @@ from engine_build.backends import find_backend
 from engine_build.backends.base import Backend
 from engine_build.graph.builder import GraphBuilder
 from engine_build.weights import Layer, LayerWeights, layers_of
+from vla_policy.core.backends.base import parse_version
 from vla_policy.core.formats import FULL_PRECISION, Format
 from vla_policy.core.manifest import Manifest
 from vla_policy.core.policy_config import PolicyConfig
@@ -102,7 +103,7 @@ def _milliseconds(backend: Backend, seen: tuple[int, int, int], fmt: Format, thr
     weights = LayerWeights(layer, fmt, codes, rows if codes is None else None, None)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "layer.onnx"
-        dialect = backend.dialect
+        dialect = backend.dialect(parse_version(backend.version()))
         with GraphBuilder(path, dialect.float_type) as builder:
             builder.rename(dialect.linear(builder, "x", weights), "y")
             infos = [

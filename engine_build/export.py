@@ -57,7 +57,7 @@ def export(
             on_written = partial(note, name)
             context = GraphContext(
                 builder, tensors, layers, assignment, codes, dialect.linear, on_written, input_peaks,
-                dialect.fused, rows,
+                dialect.fused, rows, dialect.sequences,
             )  # fmt: skip
             inputs, outputs = write(context, config)
             builder.save([_info(spec) for spec in inputs], [_info(spec) for spec in outputs])
@@ -65,7 +65,7 @@ def export(
     missing = [name for name in rows.units(layers) if name not in places]
     if missing:
         raise ArtefactError(f"{missing[0]}: a layer of the policy that no graph holds")
-    program = family.program(config)
+    program = family.program(config, dialect.sequences)
     check_program(graphs, program)
     quantized = sorted({choice.format for choice in assignment.values()} - {FULL_PRECISION}, key=str)
     if dialect.probe is not None and quantized:

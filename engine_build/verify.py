@@ -153,6 +153,7 @@ def _export_again(
     planned = {unit.name: unit.choice for unit in manifest.units}
     if unknown := sorted(layers.keys() ^ planned.keys()):
         raise ArtefactError(f"{engine_folder / MANIFEST}: units are not the policy's layers, e.g. {unknown[0]}")
+    dialect = backend.dialect(parse_version(manifest.written_for))
     built = {name: engine_folder / spec.file for name, spec in manifest.graphs.items()}
     comparers: list[GraphComparer] = []
 
@@ -164,9 +165,9 @@ def _export_again(
         parent, peaks = manifest.parents["policy"], manifest.input_peaks
         policy = Policy(manifest.config, checkpoint, policy_folder, parent, peaks, codes)
         if backend.compiles and not manifest.packed:
-            written = export_graphs(scratch, policy, whole, planned, backend, rows)
+            written = export_graphs(scratch, policy, whole, planned, dialect, rows)
         else:
-            written = export_graphs(engine_folder, policy, whole, planned, backend, rows, new_comparer)
+            written = export_graphs(engine_folder, policy, whole, planned, dialect, rows, new_comparer)
             _refuse_differences(engine_folder, comparers)
     formats = {name: choice.format for name, choice in planned.items()}
     if manifest.packed:

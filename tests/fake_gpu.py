@@ -9,36 +9,68 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 
-from engine_build.backends.base import Written
-from engine_build.backends.tensorrt.builder import Profile, call_shapes
+from engine_build.backends.tensorrt.builder import Bounds, input_shapes
 from vla_policy.core.backends.onnxruntime.session import open_session, session_options
 from vla_policy.core.backends.tensorrt.session import Modules
 from vla_policy.core.manifest import Manifest
-from vla_policy.core.program import GraphSpec, profiles
+from vla_policy.core.program import GraphSpec, TensorSpec, profiles
 
 VERSION = "1.0"
+
+
 class FakeMemory:
-    """Device memory: arrays by address."""
+    """Device memory: blocks at addresses that are multiples of 256; any address inside one can be used."""
 
     def __init__(self) -> None:
         self.blocks: dict[int, np.ndarray] = {}
+        self.next = 1 << 20
         self.shared: set[int] = set()  # what contexts compute in
 
     def alloc(self, size: int) -> int:
-        address = 1000 * (len(self.blocks) + 1)
-        self.blocks[address] = np.zeros(size, np.uint8)
+        address = self.next
+        self.next += -(-size // 256) * 256 + 256
+        self.blocks[address] = np.full(size, 0xFF, np.uint8)  # NaN, until somebody writes
         return address
+
+    def find(self, address: int, size: int) -> np.ndarray:
+        """The bytes there, of one block."""
+        begin = max(block for block in self.blocks if block <= address)
+        found = self.blocks[begin][address - begin : address - begin + size]
+        assert len(found) == size, "past the end of a buffer"
+        return found
 
     def write(self, address: int, values: np.ndarray, stream: Any = None) -> None:
         content = np.frombuffer(values.tobytes(), np.uint8)
-        assert len(content) <= len(self.blocks[address]), "written past the end of a buffer"
-        self.blocks[address][: len(content)] = content
+        self.find(address, len(content))[:] = content
+
+    def fill(self, address: int, byte: int, size: int) -> None:
+        self.find(address, size)[:] = byte
 
     def read(self, address: int, shape: Sequence[int], dtype: str) -> np.ndarray:
         size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        assert size <= len(self.blocks[address]), "read past the end of a buffer"
-        return np.frombuffer(self.blocks[address][:size].tobytes(), dtype).reshape(shape)
+        return np.frombuffer(self.find(address, size).tobytes(), dtype).reshape(shape)
+
+
+class FakeCopy:
+    """`pycuda.driver.Memcpy2D`: rows of bytes at one distance to rows at another."""
+
+    def __init__(self, memory: FakeMemory) -> None:
+        self.memory, self.copied = memory, 0
+        self.src_pitch = self.dst_pitch = self.width_in_bytes = self.height = 0
+
+    def set_src_device(self, address: int) -> None:
+        self.source = address
+
+    def set_dst_device(self, address: int) -> None:
+        self.target = address
+
+    def __call__(self, stream: Any) -> None:
+        assert self.width_in_bytes <= min(self.src_pitch, self.dst_pitch)
+        for line in range(self.height):
+            source = self.memory.find(self.source + line * self.src_pitch, self.width_in_bytes)
+            self.memory.find(self.target + line * self.dst_pitch, self.width_in_bytes)[:] = source
 
 
 class FakeDriver:
@@ -48,10 +80,15 @@ class FakeDriver:
         self.refuses = refuses
         self.capturing: list[Callable[[], None]] | None = None
         self.kept: dict[int, list[Callable[[], None]]] = {}
-        self.launches = self.captures = self.destroyed = 0
+        self.launches = self.captures = self.destroyed = self.plain = self.synchronised = 0
+
+    def synchronize(self) -> None:
+        assert self.capturing is None
+        self.synchronised += 1
 
     def enqueue(self, work: Callable[[], None]) -> None:
         if self.capturing is None:
+            self.plain += 1
             work()
         else:
             self.capturing.append(work)
@@ -96,25 +133,25 @@ class FakeContext:
         self,
         memory: FakeMemory,
         driver: FakeDriver,
-        path: Path,
         spec: GraphSpec,
-        profiles: list[Profile],
+        profiles: list[Bounds],
+        session: ort.InferenceSession,
         debug: Collection[str] = (),
     ) -> None:
         self.memory, self.driver, self.spec, self.profiles = memory, driver, spec, profiles
         self.debug, self.shown, self.listener = set(debug), [], None
-        self.bounds: Profile = {}
+        self.bounds: Bounds = {}
         self.changes = 0
-        options, model = session_options(1), onnx.load(str(path), load_external_data=False)
-        model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in sorted(self.debug))
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
-        self.session = open_session(path, options, model.SerializeToString())
+        self.session = session
         self.shapes = {tensor.name: tensor.shape for tensor in spec.inputs}
         self.addresses: dict[str, int] = {}
 
     def set_device_memory(self, memory: int, size: int) -> None:
         assert len(self.memory.blocks[memory]) == size == FakeEngine.device_memory_size_v2
         self.memory.shared.add(memory)
+
+    def spec_of(self, name: str) -> TensorSpec:
+        return next(tensor for tensor in self.spec.inputs if tensor.name == name)
 
     def set_optimization_profile_async(self, profile: int, stream: int) -> None:
         self.bounds = self.profiles[profile] if self.profiles else {}
@@ -123,15 +160,12 @@ class FakeContext:
         self.changes += 1
         smallest, _, largest = self.bounds.get(name, (shape,) * 3)
         assert all(low <= size <= high for low, size, high in zip(smallest, shape, largest, strict=True))
+        assert all(isinstance(size, str) or size == given
+                   for size, given in zip(self.spec_of(name).shape, shape, strict=True))  # fmt: skip
         self.shapes[name] = tuple(shape)
 
-    def get_tensor_shape(self, name: str) -> Sequence[int]:
-        """TensorRT infers it; here the graph is run on zeros."""
-        names = [tensor.name for tensor in self.spec.outputs]
-        zeros = {tensor.name: np.zeros(self.shapes[tensor.name], tensor.dtype) for tensor in self.spec.inputs}
-        return dict(zip(names, self.session.run(names, zeros), strict=True))[name].shape
-
     def set_tensor_address(self, name: str, address: int) -> None:
+        assert address % 256 == 0, "TensorRT wants aligned addresses"
         self.changes += 1
         self.addresses[name] = address
 
@@ -160,8 +194,11 @@ class FakeContext:
             for tensor in self.spec.inputs
         }
         names = [tensor.name for tensor in self.spec.outputs]
-        read = {self.addresses[name] for name in feeds if feeds[name].size}
-        assert not read & {self.addresses[name] for name in names}, "a run must not write what it reads"
+        written = {self.addresses[name]: name for name in names}
+        assert len(written) == len(names), "two outputs at one place"
+        for name in feeds:  # a cache that a layer updates is the one thing that may be read and written
+            updated = written.get(self.addresses[name])
+            assert updated is None or updated.replace("present", "past") == name
         told = self.session.run([*names, *self.shown], feeds)
         for name, values in zip(names, told, strict=False):
             self.memory.write(self.addresses[name], values)
@@ -172,7 +209,7 @@ class FakeContext:
 
 
 class FakeEngine:
-    """A deserialized engine. alive: its contexts."""
+    """A deserialized engine, run by one session of ONNX Runtime."""
 
     device_memory_size_v2 = 4096
 
@@ -182,10 +219,16 @@ class FakeEngine:
         driver: FakeDriver,
         path: Path,
         spec: GraphSpec,
-        profiles: list[Profile],
+        profiles: list[Bounds],
         debug: Collection[str],
     ) -> None:
-        self.arguments = (memory, driver, path, spec, profiles, debug)
+        options, model = session_options(1), onnx.load(str(path), load_external_data=False)
+        model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in sorted(debug))
+        # ONNX Runtime's fusion of Q/DQ takes symmetric activations for unsigned ones.
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+        session = open_session(path, options, model.SerializeToString())
+        self.arguments = (memory, driver, spec, profiles, session, debug)
 
     def create_execution_context(self, strategy: str) -> FakeContext:
         assert strategy == "user managed"
@@ -208,12 +251,11 @@ def fake_modules(
     device = SimpleNamespace(
         retain_primary_context=lambda: context, compute_capability=lambda: capability, name=lambda: "NVIDIA stand-in"
     )
-    written = Written(folder, manifest.graphs, manifest.program, {})
     engines = {
         (folder / spec.file).read_bytes(): (
             folder / spec.file,
             spec,
-            [call_shapes(name, call, written) for call in profiles(name, manifest.graphs, manifest.program)],
+            [input_shapes(spec, one.sizes) for one in profiles(name, manifest.graphs, manifest.program)],
             (debug or {}).get(name, ()),
         )
         for name, spec in manifest.graphs.items()
@@ -228,9 +270,11 @@ def fake_modules(
 
     cuda = SimpleNamespace(
         Device=lambda index: device,
-        Stream=lambda: SimpleNamespace(handle=1, synchronize=lambda: None),
+        Stream=lambda: SimpleNamespace(handle=1, synchronize=driver.synchronize),
         mem_alloc=memory.alloc,
         memcpy_htod_async=memory.write,
+        memset_d8=memory.fill,
+        Memcpy2D=lambda: FakeCopy(memory),
         memcpy_dtoh_async=download,
         memcpy_dtoh=lambda values, address: download(values, address, None),
     )

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from engine_build.graph.builder import GraphBuilder
-from vla_policy.core.backends.base import LayerKind
+from vla_policy.core.backends.base import LayerKind, Version
 from vla_policy.core.formats import Format
 from vla_policy.core.manifest import Manifest
-from vla_policy.core.program import Call, GraphSpec, Session
+from vla_policy.core.program import Call, GraphSpec, Sequences, Session
 from vla_policy.core.targets import Target
 
 if TYPE_CHECKING:  # needed to write graphs, not to compile them: a device that only does that has no torch
@@ -56,7 +56,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Dialect:
-    """How the one exporter writes for a backend: activation type and the form of a linear layer.
+    """How the one exporter writes for a backend: activation type, the form of a linear layer and of a sequence.
 
     fused: whether norms and attention are written as ONNX Runtime's own operators. probe: the name of a further file
     and what writes it, a graph of the quantized formats that an engine has with what must come; None without one.
@@ -66,6 +66,7 @@ class Dialect:
     linear: "LinearWriter"
     fused: bool = False
     probe: tuple[str, Callable[[GraphBuilder, Sequence[Format]], None]] | None = None
+    sequences: Sequences = Sequences.FREE
 
 
 @dataclass(frozen=True)
@@ -143,13 +144,10 @@ def deferred(module: str, function: str) -> Callable[..., Any]:
 class Backend(Protocol):
     """What builds engines; its folder exports it as `BACKEND`.
 
-    dialect: how graphs are written. compiles: whether engines hold something else than the written graphs, which only
+    compiles: whether engines hold something else than the written graphs, which only
     their target runs. float_error: what the type of its activations may change in one layer of 16-bit activations, or
     between two layers, of a token's root mean square; see `layerwise`.
     """
-
-    @property
-    def dialect(self) -> Dialect: ...
 
     @property
     def compiles(self) -> bool: ...
@@ -159,6 +157,10 @@ class Backend(Protocol):
 
     def version(self) -> str:
         """Of what is installed here. Raises ArtefactError saying how to install it."""
+        ...
+
+    def dialect(self, version: Version) -> Dialect:
+        """How graphs are written for this version."""
         ...
 
     def compile(self, written: Written, target: Target, replaced: Path) -> dict[str, GraphSpec]:

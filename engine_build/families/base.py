@@ -5,7 +5,7 @@ from typing import Protocol, TypeVar
 
 from engine_build.graph.context import GraphContext
 from vla_policy.core.policy_config import PolicyConfig
-from vla_policy.core.program import Call, TensorSpec
+from vla_policy.core.program import Call, Sequences, TensorSpec
 
 Config = TypeVar("Config", bound=PolicyConfig, contravariant=True)
 Tensors = tuple[list[TensorSpec], list[TensorSpec]]
@@ -21,6 +21,9 @@ class Family(Protocol[Config]):
     @property
     def graphs(self) -> Mapping[str, Callable[[GraphContext, Config], Tensors]]: ...
 
-    def program(self, config: Config) -> dict[str, Call]:
-        """The calls by name: graphs, sizes of their named dimensions, and what is carried from one to the next."""
+    def program(self, config: Config, sequences: Sequences) -> dict[str, Call]:
+        """The calls by name: graphs, sizes of their named dimensions, and what is carried from one to the next.
+
+        sequences: the form in which the graphs were written.
+        """
         ...

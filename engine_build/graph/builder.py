@@ -13,8 +13,8 @@ from vla_policy.core.errors import ArtefactError
 
 _OPSET = 21
 """The first with 4-bit integers: older runtimes on robots read no later one."""
-_TWO_BIT_OPSET = 25
-_TWO_BIT_TYPES = (TensorProto.INT2, TensorProto.UINT2)
+_LATER_TYPES: dict[int, int] = {TensorProto.INT2: 25, TensorProto.UINT2: 25}
+_LATER_OPERATORS = {"RotaryEmbedding": 23, "TensorScatter": 24}
 _INLINE_BYTES = 1024
 _PAGE = 4096
 _LINE = 64
@@ -178,10 +178,11 @@ class GraphBuilder:
         return start
 
     def save(self, inputs: Sequence[onnx.ValueInfoProto], outputs: Sequence[onnx.ValueInfoProto]) -> None:
-        """Writes the graph file, in the lowest operator set that its tensors need; the data file is complete now."""
+        """Writes the graph file, in the lowest operator set that can hold it; the data file is complete now."""
         graph = helper.make_graph(self._nodes, self.path.stem, list(inputs), list(outputs), self._tensors)
-        two_bits = any(tensor.data_type in _TWO_BIT_TYPES for tensor in self._tensors)
-        newest = helper.make_opsetid("", _TWO_BIT_OPSET if two_bits else _OPSET)
+        types = [_LATER_TYPES.get(tensor.data_type, _OPSET) for tensor in self._tensors]
+        operators = [_LATER_OPERATORS.get(node.op_type, _OPSET) for node in self._nodes if not node.domain]
+        newest = helper.make_opsetid("", max([_OPSET, *types, *operators]))
         opsets = [newest, *(helper.make_opsetid(name, 1) for name in sorted(self._domains))]
         version = helper.find_min_ir_version_for([newest])
         model = helper.make_model(graph, opset_imports=opsets, ir_version=version, producer_name="engine_build")

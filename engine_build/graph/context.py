@@ -13,6 +13,7 @@ from engine_build.graph.builder import GraphBuilder
 from engine_build.weights import Layer, LayerWeights, as_float32, layer_weights, part_of
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.formats import Choice
+from vla_policy.core.program import Sequences
 
 LinearWriter = Callable[[GraphBuilder, str, LayerWeights], str]
 """Writes one linear layer behind a value of the graph; returns the result's name."""
@@ -26,7 +27,7 @@ class GraphContext:
 
     layers: whole ones. rows: of those that are split. codes: of the layers' weights. on_layer: called with each layer,
     or part of one, once it is written, and with the names of its input and its result in the graph.
-    input_peaks: largest |input| of layers whose activations get a fixed scale. fused: see `Dialect`.
+    input_peaks: largest |input| of layers whose activations get a fixed scale. fused, sequences: see `Dialect`.
     """
 
     builder: GraphBuilder
@@ -37,8 +38,9 @@ class GraphContext:
     write_linear: LinearWriter
     on_layer: OnLayer
     input_peaks: Mapping[str, float]
-    fused: bool
+    fused: bool = False
     rows: RowBits = WHOLE
+    sequences: Sequences = Sequences.FREE
 
     io_dtype = np.dtype(np.float32)
 

@@ -1,12 +1,14 @@
 """Gemma's pieces for a prefix that is read once, and for an expert that attends its keys and values."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
-from engine_build.graph import llama
+from engine_build.graph import fixed, llama
 from engine_build.graph.context import GraphContext
 from engine_build.weights import as_float32
 from vla_policy.core.flow.config import RMS_NORM_EPS, ROPE_THETA, GemmaSpec
-from vla_policy.core.program import TensorSpec
+from vla_policy.core.program import ROWS, TensorSpec
 
 
 def cache_names(spec: GemmaSpec) -> list[str]:
@@ -15,15 +17,15 @@ def cache_names(spec: GemmaSpec) -> list[str]:
 
 
 def cache_specs(graph: GraphContext, spec: GemmaSpec) -> list[TensorSpec]:
-    """The cache's tensors; their free dimension is `prefix`."""
-    shape = (1, spec.num_key_value_heads, "prefix", spec.head_dim)
+    """The cache's tensors."""
+    shape = (1, spec.num_key_value_heads, ROWS, spec.head_dim)
     dtype = graph.builder.float_dtype.__name__
     return [TensorSpec(name, dtype, shape, "keys or values of a layer of the prefix") for name in cache_names(spec)]
 
 
-def rotary(graph: GraphContext, places: str, spec: GemmaSpec) -> tuple[str, str]:
-    """Cosine and sine [T, head_dim] at `places`, int64 [T]."""
-    return llama.rotary(graph, places, spec.head_dim, ROPE_THETA)
+def rotary(graph: GraphContext, places: str, spec: GemmaSpec, longest: int) -> llama.Rotation:
+    """Of rows at `places`, int64 [T], which `longest` bounds."""
+    return llama.rotary(graph, places, spec.head_dim, ROPE_THETA, longest)
 
 
 def norm(graph: GraphContext, x: str, name: str) -> str:
@@ -40,7 +42,7 @@ def modulated(graph: GraphContext, x: str, scale: str, shift: str) -> str:
     return b.as_activations(b.add(scaled, shift))
 
 
-def keys_values(graph: GraphContext, x: str, name: str, turn: tuple[str, str], spec: GemmaSpec) -> tuple[str, str]:
+def keys_values(graph: GraphContext, x: str, name: str, turn: llama.Rotation, spec: GemmaSpec) -> tuple[str, str]:
     """[1, kv heads, T, d] each."""
     key = _heads(graph, graph.linear(x, f"{name}.k_proj"), spec.num_key_value_heads, spec)
     return llama.rotate(graph, key, turn), _heads(
@@ -49,16 +51,18 @@ def keys_values(graph: GraphContext, x: str, name: str, turn: tuple[str, str], s
 
 
 def attention(
-    graph: GraphContext, x: str, name: str, turn: tuple[str, str], key: str, value: str, spec: GemmaSpec
+    graph: GraphContext, x: str, name: str, turn: llama.Rotation, parts: Sequence[fixed.Part], spec: GemmaSpec
 ) -> str:
-    """Every position of `x` attends all keys. Heads that share keys are further positions of one head."""
+    """Every position of `x` attends all keys that are not hidden."""
     b = graph.builder
     query = llama.rotate(graph, _heads(graph, graph.linear(x, f"{name}.q_proj"), spec.num_attention_heads, spec), turn)
-    together = b.reshape(b.mul(query, b.scalar(spec.head_dim**-0.5)), 1, spec.num_key_value_heads, -1, spec.head_dim)
-    scores = b.matmul(together, b.transpose(key, 0, 1, 3, 2))
-    mixed = b.matmul(b.node("Softmax", [scores], axis=-1), value)
-    apart = b.transpose(b.reshape(mixed, 1, spec.num_attention_heads, -1, spec.head_dim), 0, 2, 1, 3)
+    apart = b.transpose(fixed.attend(graph, query, parts, spec), 0, 2, 1, 3)
     return graph.linear(b.reshape(apart, 1, -1, spec.query_width), f"{name}.o_proj")
+
+
+def part(graph: GraphContext, key: str, value: str, mask: str | None, length: int | None = None) -> fixed.Part:
+    """Keys and values as `keys_values` gives them, to be attended."""
+    return fixed.Part(graph.builder.transpose(key, 0, 1, 3, 2), value, mask, length)
 
 
 def mlp(graph: GraphContext, x: str, name: str) -> str:

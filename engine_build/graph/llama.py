@@ -1,15 +1,17 @@
 """A Llama decoder's pieces: embedding, rotary positions, norms and blocks, with or without a key/value cache."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from onnx import TensorProto
 
+from engine_build.graph import fixed
 from engine_build.graph.builder import MICROSOFT
 from engine_build.graph.context import GraphContext
 from vla_policy.core.prismatic.config import TextSpec
-from vla_policy.core.program import TensorSpec
+from vla_policy.core.program import POSITION, Sequences, TensorSpec
 
 LAST = np.iinfo(np.int64).max
 """As the end of a slice: up to what is there."""
@@ -20,9 +22,11 @@ def cache_names(text: TextSpec, state: str) -> list[str]:
     return [f"{state}_{part}_{index}" for index in range(text.num_hidden_layers) for part in ("key", "value")]
 
 
-def cache_specs(graph: GraphContext, text: TextSpec, state: str, length: str) -> list[TensorSpec]:
-    """The cache's tensors as inputs or outputs; `length` names their free dimension."""
-    shape, dtype = (1, text.num_key_value_heads, length, text.head_dim), graph.builder.float_dtype.__name__
+def cache_specs(graph: GraphContext, text: TextSpec, state: str, length: int | str) -> list[TensorSpec]:
+    """The cache's tensors as inputs or outputs; `length` is their size or names their free dimension."""
+    dtype, heads = graph.builder.float_dtype.__name__, text.num_key_value_heads
+    rows_first = graph.sequences is Sequences.APPENDED  # so that a row is in one piece
+    shape = (1, length, heads, text.head_dim) if rows_first else (1, heads, length, text.head_dim)
     return [TensorSpec(name, dtype, shape, "cached keys or values of a layer") for name in cache_names(text, state)]
 
 
@@ -38,18 +42,23 @@ def words(graph: GraphContext, ids: str, table: str = _EMBEDDING) -> str:
     return b.cast(b.node("Gather", [name, ids], axis=0), b.float_type)
 
 
+Rotation = tuple[str, ...]
+"""Of rows: rotary cosine and sine [T, head_dim]; or tables of both [places, head_dim / 2], and the places [1, T]."""
+
+
 @dataclass(frozen=True)
 class Bidirectional:
-    """Of a pass in which every position sees every other: rotary cosine and sine [T, head_dim]."""
+    """Of a pass in which every position sees every other. mask: [1, T], hides filling; None where there is none."""
 
-    rotation: tuple[str, str]
+    rotation: Rotation
+    mask: str | None = None
 
 
 @dataclass(frozen=True)
 class Causal:
-    """Of a pass that reads and extends the cache: rotary cosine and sine [T, head_dim], mask [T, total]."""
+    """Of a pass that reads and extends a growing cache. mask: [T, total]."""
 
-    rotation: tuple[str, str]
+    rotation: Rotation
     mask: str
 
 
@@ -71,18 +80,18 @@ _GROUPED_HEADS = 16
 """GroupQueryAttention takes heads of a multiple of so many values."""
 
 
+Seen = Bidirectional | Causal | Grouped | fixed.Cached
+
+
 def causal(graph: GraphContext, x: str, text: TextSpec, longest: int) -> Causal | Grouped:
     """How the inputs `x` [1, T, hidden] of this call see each other and the cache. longest: sequence there will be."""
     if not graph.fused or text.head_dim % _GROUPED_HEADS:
         places, total = positions(graph, x)
-        return Causal(rotary(graph, places, text.head_dim, text.rope_theta), causal_mask(graph, places, total))
+        rotation = rotary(graph, places, text.head_dim, text.rope_theta, longest)
+        return Causal(rotation, causal_mask(graph, places, total))
     b = graph.builder
     _, total = positions(graph, x)
-    angles = np.arange(longest, dtype=np.float32)[:, None] * _frequencies(text.head_dim, text.rope_theta)[None]
-    cosine, sine = (
-        b.tensor(f"rotary.{name}", turn(angles.astype(np.float64)), np.float32)
-        for name, turn in (("cosine", np.cos), ("sine", np.sin))
-    )
+    cosine, sine = _tables(graph, text.head_dim, text.rope_theta, longest, np.float32)
     length = b.cast(total, TensorProto.INT32)
     last = b.node("Sub", [length, b.constant(1, np.int32)])
     return Grouped(b.node("Unsqueeze", [last, b.ints(0)]), length, cosine, sine)
@@ -97,9 +106,20 @@ def positions(graph: GraphContext, x: str) -> tuple[str, str]:
     return b.node("Range", [past, total, b.constant(1, np.int64)]), total
 
 
-def rotary(graph: GraphContext, positions: str, head_dim: int, theta: float) -> tuple[str, str]:
-    """Cosine and sine [T, head_dim] of the rotary embedding; computed in float32 whatever the activations are."""
+def cached(graph: GraphContext, rows: str, text: TextSpec, longest: int) -> tuple[fixed.Cached, str]:
+    """The same with a cache of fixed length, `longest`, and the places int64 [T] of `rows` [1, T]."""
     b = graph.builder
+    numbers = fixed.first(graph, longest, rows)
+    places = b.add(numbers, POSITION)
+    rotation = rotary(graph, places, text.head_dim, text.rope_theta, longest)
+    return fixed.Cached(rotation, fixed.cache_masks(graph, longest, numbers, places, text), longest), places
+
+
+def rotary(graph: GraphContext, positions: str, head_dim: int, theta: float, longest: int) -> Rotation:
+    """Of rows at `positions` int64 [T]; computed in float32 whatever the activations are. longest: bounds them."""
+    b = graph.builder
+    if graph.sequences is Sequences.UPDATED:
+        return *_tables(graph, head_dim, theta, longest, b.float_dtype), b.node("Unsqueeze", [positions, b.ints(0)])
     column = b.node("Unsqueeze", [b.cast(positions, TensorProto.FLOAT), b.ints(1)])
     angles = b.mul(column, b.constant(_frequencies(head_dim, theta)[None], np.float32))
     both = b.concat([angles, angles], axis=1)
@@ -107,6 +127,13 @@ def rotary(graph: GraphContext, positions: str, head_dim: int, theta: float) -> 
     if b.float_type != TensorProto.FLOAT:
         cosine, sine = b.cast(cosine, b.float_type), b.cast(sine, b.float_type)
     return cosine, sine
+
+
+def _tables(graph: GraphContext, head_dim: int, theta: float, longest: int, dtype: Any) -> tuple[str, str]:
+    """Cosine and sine [longest, head_dim / 2] of every place."""
+    angles = np.arange(longest, dtype=np.float32)[:, None] * _frequencies(head_dim, theta)[None]
+    wide, write = angles.astype(np.float64), graph.builder.tensor
+    return write("rotary.cosine", np.cos(wide), dtype), write("rotary.sine", np.sin(wide), dtype)
 
 
 def _frequencies(head_dim: int, theta: float) -> np.ndarray:
@@ -142,7 +169,7 @@ def rms_norm(graph: GraphContext, x: str, name: str, eps: float) -> str:
     return b.as_activations(b.mul(normalised(graph, x, eps), graph.parameter(name, np.float32)))
 
 
-def block(graph: GraphContext, x: str, seen: Bidirectional | Causal | Grouped, text: TextSpec, index: int) -> str:
+def block(graph: GraphContext, x: str, seen: Seen, text: TextSpec, index: int) -> str:
     """One block. seen: how positions see each other, the same for all blocks."""
     b, name = graph.builder, f"language_model.model.layers.{index}"
     attended = _attention(graph, rms_norm(graph, x, f"{name}.input_layernorm.weight", text.rms_norm_eps),
@@ -154,7 +181,7 @@ def block(graph: GraphContext, x: str, seen: Bidirectional | Causal | Grouped, t
     return b.add(x, graph.linear(gated, f"{name}.mlp.down_proj"))
 
 
-def _attention(graph: GraphContext, x: str, seen: Bidirectional | Causal | Grouped, text: TextSpec, index: int) -> str:
+def _attention(graph: GraphContext, x: str, seen: Seen, text: TextSpec, index: int) -> str:
     b, name = graph.builder, f"language_model.model.layers.{index}.self_attn"
     parts = [graph.linear(x, f"{name}.{part}") for part in ("q_proj", "k_proj", "v_proj")]
     if isinstance(seen, Grouped):
@@ -162,6 +189,9 @@ def _attention(graph: GraphContext, x: str, seen: Bidirectional | Causal | Group
     query = rotate(graph, _heads(graph, parts[0], text.num_attention_heads, text), seen.rotation)
     key = rotate(graph, _heads(graph, parts[1], text.num_key_value_heads, text), seen.rotation)
     value = _heads(graph, parts[2], text.num_key_value_heads, text)
+    if graph.sequences is not Sequences.FREE:
+        mixed = fixed.attend(graph, query, _parts(graph, seen, key, value, index), text)
+        return _out(graph, mixed, f"{name}.o_proj", text)
     if isinstance(seen, Causal):
         key = b.concat([f"past_key_{index}", key], axis=2, name=f"present_key_{index}")
         value = b.concat([f"past_value_{index}", value], axis=2, name=f"present_value_{index}")
@@ -169,8 +199,21 @@ def _attention(graph: GraphContext, x: str, seen: Bidirectional | Causal | Group
     scores = b.matmul(b.mul(query, b.scalar(text.head_dim**-0.5)), b.transpose(key, 0, 1, 3, 2))
     if isinstance(seen, Causal):
         scores = b.add(scores, seen.mask)
-    mixed = b.transpose(b.matmul(b.node("Softmax", [scores], axis=-1), value), 0, 2, 1, 3)
-    return graph.linear(b.reshape(mixed, 1, -1, text.num_attention_heads * text.head_dim), f"{name}.o_proj")
+    return _out(graph, b.matmul(b.node("Softmax", [scores], axis=-1), value), f"{name}.o_proj", text)
+
+
+def _parts(graph: GraphContext, seen: Seen, key: str, value: str, index: int) -> list[fixed.Part]:
+    if isinstance(seen, fixed.Cached):
+        return fixed.cached_parts(graph, seen, key, value, index)
+    assert isinstance(seen, Bidirectional)
+    return [fixed.Part(graph.builder.transpose(key, 0, 1, 3, 2), value, seen.mask)]
+
+
+def _out(graph: GraphContext, mixed: str, name: str, text: TextSpec) -> str:
+    """What comes of `mixed` [1, heads, T, d]."""
+    b = graph.builder
+    joined = b.reshape(b.transpose(mixed, 0, 2, 1, 3), 1, -1, text.num_attention_heads * text.head_dim)
+    return graph.linear(joined, name)
 
 
 def _grouped(graph: GraphContext, parts: list[str], seen: Grouped, text: TextSpec, index: int) -> str:
@@ -202,9 +245,11 @@ def _shared(graph: GraphContext, x: str, text: TextSpec) -> str:
     return b.reshape(tiled, 1, text.num_attention_heads, -1, text.head_dim)
 
 
-def rotate(graph: GraphContext, x: str, rotation: tuple[str, str]) -> str:
+def rotate(graph: GraphContext, x: str, rotation: Rotation) -> str:
     """Rotary position embedding of [1, heads, T, d]: x cos + (-x2, x1) sin, halves as in Llama."""
     b = graph.builder
+    if len(rotation) == 3:
+        return b.node("RotaryEmbedding", [x, *rotation])
     first, second = b.nodes("Split", [x], 2, axis=-1, num_outputs=2)
     turned = b.concat([b.node("Neg", [second]), first], axis=-1)
     return b.add(b.mul(x, rotation[0]), b.mul(turned, rotation[1]))

@@ -59,8 +59,37 @@ def test_a_call_takes_its_inputs_and_no_others() -> None:
 
 
 def test_a_graph_is_optimised_for_each_call_whose_sizes_vary() -> None:
-    assert profiles("counter", GRAPHS, CALLS) == ["again", "start"]
+    assert [profile.call for profile in profiles("counter", GRAPHS, CALLS)] == ["again", "start"]
     assert profiles("fixed", GRAPHS, CALLS) == []
+
+
+def test_a_call_has_a_profile_for_each_step_of_its_length() -> None:
+    sizes = {"n": Range.in_quarters(0, 2, 30, 128), "p": Range.in_quarters(256, 2, 30, 128), "q": Range.fixed(7)}
+    calls = {"again": Call("counter", sizes, {}), "look": CALLS["look"]}
+    found = profiles("counter", GRAPHS, calls)
+    assert [(one.sizes["n"].largest, one.sizes["p"].smallest, one.sizes["q"].typical) for one in found] == [
+        (32, 288, 7), (64, 320, 7), (96, 352, 7), (128, 384, 7),
+    ]  # fmt: skip
+    assert sizes["p"] == Range(258, 286, 384, (288, 320, 352, 384))
+    assert Range.in_quarters(0, 1, 5, 50).steps == (16, 32, 40, 50)
+
+
+def test_what_is_kept_at_its_place_and_what_the_session_counts_need_not_be_fed() -> None:
+    cache = TensorSpec("past", "float16", (1, 9, 2), "kept")
+    counts = (TensorSpec("count", "int64", (1,), "rows"), TensorSpec("position", "int64", (1,), "rows"))
+    new = TensorSpec("new", "float16", (1, "n", 2), "to keep")
+    graphs = {"counter": GraphSpec("counter.onnx", (X, cache, *counts), (SUM, new))}
+    call = Call("counter", {"n": Range.fixed(3)}, {}, {"new": "past"})
+    check_program(graphs, {"again": call})
+
+    class Session(FakeSession):
+        def run(self, call: str, feeds: Mapping[str, Any], keep: Collection[str]) -> dict[str, Any]:
+            assert {name: feeds[name] for name in ("past", "count", "position")} == dict.fromkeys(feeds.keys() - {"x"})
+            assert set(keep) == {"new"}
+            return {"sum": 6.0, "new": "a handle"}
+
+    values, kept = Program(graphs, {"again": call}, Session()).run("again", {"x": np.array([[1, 2, 3]])})
+    assert (values, kept) == ({"sum": 6.0}, {"past": "a handle"})
 
 
 @pytest.mark.parametrize(
@@ -69,6 +98,11 @@ def test_a_graph_is_optimised_for_each_call_whose_sizes_vary() -> None:
         (Call("absent", {}, {}), "call new runs graph 'absent', which the engine does not have"),
         (Call("counter", {"n": Range.fixed(1)}, {}), r"sizes of \['n'\], graph counter has the dimensions \['n', 'p',"),
         (Call("counter", ANY, {"sum": "nothing"}), r"call new carries \['nothing'\], which no graph gives or takes"),
+        (Call("counter", ANY, {}, {"nothing": "past"}), r"call new carries \['nothing'\], which no graph gives"),
+        (
+            Call("counter", ANY | {"n": Range(0, 1, 2, (1, 2)), "p": Range(0, 1, 3, (1, 2, 3))}, {}),
+            "call new has sizes of unequally many steps",
+        ),
         (Call("counter", ANY, {"nothing": "past"}), r"call new carries \['nothing'\], which no graph gives or takes"),
     ],
 )

@@ -145,7 +145,8 @@ def test_a_format_that_was_not_realised_stops_the_build(
         return linear(builder, x, replace(weights, format=Format(16, 16), quantized=None, rows=rows))
 
     backend = find_backend("onnxruntime")
-    monkeypatch.setattr(backend, "dialect", replace(backend.dialect, linear=forgets_to_pack))
+    dialect = replace(backend.dialect(()), linear=forgets_to_pack)
+    monkeypatch.setattr(backend, "dialect", lambda version: dialect)
     with pytest.raises(ArtefactError, match="planned as w2a16_g32 but runs as w16a16"):
         build(Request(workshop / "policy", CPU, tmp_path / "engine", plan=workshop / "plan.json"))
     assert list(tmp_path.iterdir()) == []

@@ -40,7 +40,7 @@ def layer(fmt: Format, outputs: int, inputs: int, bias: bool) -> LayerWeights:
 
 def write(path: Path, weights: LayerWeights, backend: str) -> Path:
     with GraphBuilder(path) as builder:
-        builder.rename(find_backend(backend).dialect.linear(builder, "x", weights), "y")
+        builder.rename(find_backend(backend).dialect((1, 31)).linear(builder, "x", weights), "y")
         x, y = (
             helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, "tokens", size])
             for name, size in (("x", weights.layer.inputs), ("y", weights.layer.outputs))

@@ -92,4 +92,4 @@ def test_an_a100_engine_is_built_without_a_gpu(folder: Path, tmp_path: Path) -> 
     manifest = build(Request(folder / "policy", find_target("a100"), out, uniform=four, legalize=True))
     assert verify(tmp_path / "engine", folder / "policy", None).reference is None
     assert {call: spec.graph for call, spec in manifest.program.items()} == {"vision": "vision", "decide": "decoder"}
-    assert manifest.program["decide"].sizes == {"ids": Range(2, 30, 128)}
+    assert manifest.program["decide"].sizes == {"rows": Range(24, 52, 150, (54, 86, 118, 150))}

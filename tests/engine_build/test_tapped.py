@@ -11,6 +11,7 @@ from fake_gpu import VERSION, fake_modules
 from onnx import TensorProto, helper
 from ragged import mixed_assignment, write_policy
 
+from calibrator.data.statistics import watched_peaks
 from calibrator.families import TorchActor
 from calibrator.families.loading import open_checkpoint
 from calibrator.quantizers import Computed, InputScales, quantize_policy
@@ -34,7 +35,7 @@ from vla_policy.core.policy_config import PolicyConfig
 from vla_policy.core.program import Session
 from vla_policy.core.targets import find_target
 
-FORMS = ["w4a16_g64", "w8a16", "w16a16"]
+FORMS = ["w4a16_g64", "w8a16", "w8a8", "w16a16"]
 INPUTS, OUTPUTS = 150, 40
 
 
@@ -47,9 +48,14 @@ class Shop:
         layers, backend = layers_of(config), find_backend("tensorrt")
         plan = mixed_assignment(list(layers), FORMS)
         (folder / "written").mkdir()
+        self.actor = TorchActor.load(policy)
+        self.states = reference_states(config, self.actor.unnorm_key, None, 2, 0)
+        peaks = {name: 0.0 for name, choice in plan.items() if choice.format == Format(8, 8)}
+        with watched_peaks(self.actor.policy, peaks):
+            full = expected_of(self.actor, self.states, "full")
         with open_checkpoint(policy, config) as checkpoint:
-            source = Policy(config, checkpoint, policy, "0")
-            self.written = export_graphs(folder / "written", source, layers, plan, backend)
+            source = Policy(config, checkpoint, policy, "0", peaks)
+            self.written = export_graphs(folder / "written", source, layers, plan, backend.dialect((11, 4, 1)))
         for name in config.family.files:
             (folder / "written" / name).write_bytes((policy / name).read_bytes())
         formats = {name: choice.format for name, choice in plan.items()}
@@ -57,12 +63,10 @@ class Shop:
         graphs, program = dict(self.written.graphs), dict(self.written.program)
         files, parents = file_records(folder / "written"), {"policy": "0"}
         self.manifest = Manifest(
-            "orin-jp7", "tensorrt", VERSION, "0", graphs, program, units, files, parents, config.raw, 0
-        )
-        self.actor = TorchActor.load(policy)
-        self.states = reference_states(config, self.actor.unnorm_key, None, 2, 0)
-        full = expected_of(self.actor, self.states, "full")
-        quantize_policy(self.actor.policy, plan, Computed(), InputScales(find_target("orin-jp7")))
+            "orin-jp7", "tensorrt", VERSION, "0", graphs, program, units, files, parents, config.raw, 0,
+            input_peaks=peaks,
+        )  # fmt: skip
+        quantize_policy(self.actor.policy, plan, Computed(), InputScales(find_target("orin-jp7"), peaks))
         same = expected_of(self.actor, self.states, "same")
         self.golden = Golden("random", self.actor.unnorm_key, tuple(self.states), same, full)
 
@@ -95,7 +99,7 @@ def test_every_layer_is_compared_with_torch_by_its_own_format(shop: Shop, gpu: N
     )
     assert found is not None and set(found.formats) == set(FORMS)
     for name, worst in found.formats.items():
-        assert 0 < worst.error < worst.allowed == 0.005, name
+        assert 0 < worst.error < worst.allowed == (0.01 if name == "w8a8" else 0.005), name
     assert 0 < found.between.error < found.between.allowed == 0.005
 
 

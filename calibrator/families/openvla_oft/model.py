@@ -14,12 +14,9 @@ from calibrator.modules.llama import SEQUENCE, keep_rotary_frequencies, llama_co
 from calibrator.modules.policy import Inputs
 from calibrator.modules.prismatic import Prismatic
 from calibrator.modules.vision import Mlp
-from vla_policy.core.families.openvla_oft import OftConfig
+from vla_policy.core.families.openvla_oft import EOS, OftConfig
 from vla_policy.core.observation import finite
 from vla_policy.core.prismatic.config import TextSpec
-
-EOS = 2
-"""The id that ends every sequence; with attention to both sides it counts."""
 
 HEAD_BLOCKS = 2
 

@@ -20,6 +20,7 @@ from engine_build.backends.base import (
 )
 from engine_build.backends.onnxruntime.readback import read_back
 from engine_build.backends.onnxruntime.tapped import TappedSession
+from vla_policy.core.backends.base import Version
 from vla_policy.core.backends.onnxruntime.probe import FILE, check_arithmetic
 from vla_policy.core.backends.onnxruntime.session import open_session, session_options
 from vla_policy.core.errors import ArtefactError
@@ -39,7 +40,7 @@ class OnnxRuntime:
 
     def __init__(self, write_linear: Callable[..., Any]) -> None:
         write_probe = partial(deferred("engine_build.backends.onnxruntime.probe", "write_probe"), write_linear)
-        self.dialect = Dialect(TensorProto.FLOAT, write_linear, fused=True, probe=(FILE, write_probe))
+        self._dialect = Dialect(TensorProto.FLOAT, write_linear, fused=True, probe=(FILE, write_probe))
 
     def library(self) -> Path | None:
         """That of the operators which are not ONNX Runtime's own. Raises ArtefactError where it cannot be had."""
@@ -47,6 +48,9 @@ class OnnxRuntime:
 
     def version(self) -> str:
         return str(onnxruntime.__version__)
+
+    def dialect(self, version: Version) -> Dialect:
+        return self._dialect
 
     def compile(self, written: Written, target: Target, replaced: Path) -> dict[str, GraphSpec]:
         if (written.folder / FILE).is_file():

@@ -8,6 +8,7 @@ from onnx import TensorProto
 
 from engine_build.backends.base import Dialect, Layer, ReadBack, Seen, Written, deferred
 from engine_build.backends.openvino.tapped import TappedSession
+from vla_policy.core.backends.base import Version
 from vla_policy.core.backends.openvino import Precision
 from vla_policy.core.backends.openvino.graphs import check_processor, compiled, version
 from vla_policy.core.errors import ArtefactError
@@ -21,7 +22,6 @@ class OpenVino:
     """See the protocol. precision: of activations. tolerance: of all formats."""
 
     compiles = False
-    dialect = Dialect(TensorProto.FLOAT, deferred("engine_build.backends.openvino.linear", "linear"))
 
     def __init__(self, precision: Precision, tolerance: float, float_error: float) -> None:
         self._precision, self._tolerance, self.float_error = precision, tolerance, float_error
@@ -30,6 +30,9 @@ class OpenVino:
         """Also raises ArtefactError on a processor that does not multiply the backend's activations."""
         check_processor(self._precision)
         return version()
+
+    def dialect(self, version: Version) -> Dialect:
+        return Dialect(TensorProto.FLOAT, deferred("engine_build.backends.openvino.linear", "linear"))
 
     def compile(self, written: Written, target: Target, replaced: Path) -> dict[str, GraphSpec]:
         return dict(written.graphs)

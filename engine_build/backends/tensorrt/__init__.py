@@ -4,6 +4,7 @@ Compiling, reading back and running need neither torch nor the policy: a Jetson 
 """
 
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,12 @@ from engine_build.backends.base import (
 from engine_build.backends.tensorrt import inspector, readback
 from engine_build.backends.tensorrt.builder import Module, build_engines, inspect
 from engine_build.backends.tensorrt.stored import StoredGraph
+from vla_policy.core.backends.base import Version
+from vla_policy.core.backends.tensorrt import SEQUENCE_LAYERS_SINCE
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.formats import FULL_PRECISION, Format
 from vla_policy.core.manifest import Manifest
-from vla_policy.core.program import GraphSpec, Session
+from vla_policy.core.program import GraphSpec, Sequences, Session
 from vla_policy.core.targets import Target, find_target
 
 HALF_TOLERANCE = 0.02
@@ -46,10 +49,13 @@ class TensorRt:
 
     def __init__(self, module: Module, linear: Callable[..., Any]) -> None:
         self.module = module
-        self.dialect = Dialect(TensorProto.FLOAT16, linear)
+        self._linear = linear
 
     def version(self) -> str:
         return str(self.module.load().__version__)
+
+    def dialect(self, version: Version) -> Dialect:
+        return Dialect(TensorProto.FLOAT16, self._linear, sequences=Sequences.UPDATED)
 
     def compile(self, written: Written, target: Target, replaced: Path) -> dict[str, GraphSpec]:
         return build_engines(self.module, target, written, replaced)
@@ -105,6 +111,10 @@ def _unpacked(name: str, found: Collection[str]) -> str:
 class WithPlugins(TensorRt):
     """TensorRT itself, whose plugins take codes in slabs and runs, and which must be asked what it made of the others:
     it may interleave codes as a kernel wants them."""
+
+    def dialect(self, version: Version) -> Dialect:
+        sequences = Sequences.UPDATED if version >= SEQUENCE_LAYERS_SINCE else Sequences.APPENDED
+        return replace(super().dialect(version), sequences=sequences)
 
     def filling(self, fmt: Format) -> tuple[int, int]:
         return (SLAB, RUN) if is_plugin(fmt) else super().filling(fmt)

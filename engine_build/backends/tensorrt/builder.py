@@ -31,7 +31,7 @@ TIMING_CACHE = "timing.cache"
 _LOGGED = 5
 
 Shape = tuple[int, ...]
-Profile = dict[str, tuple[Shape, Shape, Shape]]
+Bounds = dict[str, tuple[Shape, Shape, Shape]]
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,9 @@ def build_engines(
     built = {}
     for name, spec in written.graphs.items():
         engine = f"{name}.engine"
-        shapes = tuple(call_shapes(name, call, written) for call in profiles(name, written.graphs, written.program))
+        shapes = tuple(
+            input_shapes(spec, profile.sizes) for profile in profiles(name, written.graphs, written.program)
+        )
         values = tuple((shown or {}).get(name, ()))
         _build_apart(_Job(module, target, folder / spec.file, folder / engine, shapes, values))
         built[name] = replace(spec, file=engine)
@@ -93,9 +95,8 @@ def _former_timing_cache(replaced: Path) -> bytes:
         raise ArtefactError(f"{error}; or delete {TIMING_CACHE} there, to build without it") from error
 
 
-def call_shapes(graph: str, call: str, written: Written) -> Profile:
-    """Smallest, typical and largest shape of every input whose size varies, for one call of a graph."""
-    sizes = written.program[call].sizes
+def input_shapes(graph: GraphSpec, sizes: Mapping[str, Range]) -> Bounds:
+    """Smallest, typical and largest shape of every input whose size varies, at these sizes."""
 
     def shape(spec: TensorSpec, bound: Callable[[Range], int]) -> Shape:
         return tuple(bound(sizes[size]) if isinstance(size, str) else size for size in spec.shape)
@@ -107,7 +108,7 @@ def call_shapes(graph: str, call: str, written: Written) -> Profile:
     )
     return {
         spec.name: (shape(spec, bounds[0]), shape(spec, bounds[1]), shape(spec, bounds[2]))
-        for spec in written.graphs[graph].inputs
+        for spec in graph.inputs
         if any(isinstance(size, str) for size in spec.shape)
     }
 
@@ -120,7 +121,7 @@ class _Job:
     target: Target
     graph: Path
     engine: Path
-    profiles: tuple[Profile, ...]
+    profiles: tuple[Bounds, ...]
     shown: tuple[str, ...]
 
 

@@ -20,9 +20,9 @@ import numpy as np
 from engine_build.backends.base import Seen, Written
 from engine_build.backends.tensorrt.builder import Module, build_engines
 from engine_build.compiled import linked
-from vla_policy.core.backends.tensorrt.session import Modules, TensorRtSession, load_modules
+from vla_policy.core.backends.tensorrt.session import Modules, Ready, TensorRtSession, load_modules
 from vla_policy.core.manifest import Manifest, file_records
-from vla_policy.core.program import Session
+from vla_policy.core.program import COUNT, ROWS, Session
 from vla_policy.core.targets import Target
 
 if TYPE_CHECKING:
@@ -57,18 +57,31 @@ class TappedSession(TensorRtSession):
         self, folder: Path, manifest: Manifest, modules: Modules, taps: Mapping[str, Collection[str]], seen: Seen
     ) -> None:
         self._taps, self._seen, self._modules = taps, seen, modules
+        self._told: dict[str, np.ndarray] = {}
         super().__init__(folder, manifest, modules)
 
     def run(self, call: str, feeds: Mapping[str, Any], keep: Collection[str]) -> dict[str, Any]:
         graph = self._program[call].graph
-        self._told: dict[str, np.ndarray] = {}
+        self._told = {}
         results = super().run(call, feeds, keep)
         for spec in self._graphs[graph].inputs:
             if spec.name in self._taps.get(graph, ()):
                 self._told[spec.name] = self._value(feeds[spec.name], spec.dtype)
         for name in self._taps.get(graph, ()):
-            self._seen(graph, name, self._told[name].astype(np.float32))
+            self._seen(graph, name, self._without_filling(self._told[name]).astype(np.float32))
         return results
+
+    def _feed(self, call: str, ready: Ready, feeds: Mapping[str, Any]) -> dict[str, int]:
+        counts = super()._feed(call, ready, feeds)
+        rows = ready.sizes.get(ROWS, 0)
+        self._filled, self._filling = set(ready.sizes.values()), rows - counts[COUNT]
+        return counts
+
+    def _without_filling(self, value: np.ndarray) -> np.ndarray:
+        """A value [1, rows, ..] of the sequence as it is without filling, any other as it is."""
+        if not self._filling or value.ndim < 2 or value.shape[1] not in self._filled:
+            return value
+        return value[:, : value.shape[1] - self._filling]
 
     def _new_context(self, graph: str) -> "trt.IExecutionContext":
         context = super()._new_context(graph)

@@ -4,6 +4,7 @@ What depends on the time alone is a table with a row per step: neither the time'
 in the engine.
 """
 
+from dataclasses import replace
 from types import MappingProxyType
 
 import numpy as np
@@ -13,10 +14,10 @@ from onnx import TensorProto
 from calibrator.families.pi05.model import EMBEDDING, PREFIX, PROJECTOR, VISION
 from calibrator.families.pi05.time import EXPERT, adaptive_norms, modulations
 from engine_build.families.base import Tensors
-from engine_build.graph import gemma, llama, siglip
+from engine_build.graph import fixed, gemma, llama, siglip
 from engine_build.graph.context import GraphContext
 from vla_policy.core.flow.config import FlowConfig
-from vla_policy.core.program import Call, Range, TensorSpec
+from vla_policy.core.program import COUNT, POSITION, ROWS, Call, Range, Sequences, TensorSpec
 
 _TYPICAL_PROMPT = 48
 
@@ -30,8 +31,13 @@ def prefix(graph: GraphContext, config: FlowConfig) -> Tensors:
     """Writes the prefix: [images][prompt], all of which see each other."""
     b, spec = graph.builder, config.text
     words = b.mul(llama.words(graph, "input_ids", f"{EMBEDDING}.weight"), b.scalar(spec.hidden_size**0.5))
-    x = b.concat(["patches", words], axis=1)
-    turn = gemma.rotary(graph, gemma.places(graph, b.constant(0, np.int64), gemma.length(graph, x, 1)), spec)
+    x, longest = b.concat(["patches", words], axis=1), config.num_patches + config.longest_prompt
+    if graph.sequences is Sequences.FREE:
+        places, mask = gemma.places(graph, b.constant(0, np.int64), gemma.length(graph, x, 1)), None
+    else:
+        places = fixed.first(graph, longest, x)
+        mask = fixed.before(graph, places, COUNT)
+    turn = gemma.rotary(graph, places, spec, longest)
     for number in range(spec.num_hidden_layers):
         name = f"{PREFIX}.layers.{number}"
         normed = gemma.norm(graph, x, f"{name}.input_layernorm")
@@ -39,7 +45,8 @@ def prefix(graph: GraphContext, config: FlowConfig) -> Tensors:
         b.rename(key, f"key_{number}")
         b.rename(value, f"value_{number}")
         if number < spec.num_hidden_layers - 1:  # of the last block nothing else is ever read
-            x = b.add(x, gemma.attention(graph, normed, f"{name}.self_attn", turn, key, value, spec))
+            seen = [gemma.part(graph, key, value, mask)]
+            x = b.add(x, gemma.attention(graph, normed, f"{name}.self_attn", turn, seen, spec))
             inner = gemma.norm(graph, x, f"{name}.post_attention_layernorm")
             x = b.add(x, gemma.mlp(graph, inner, f"{name}.mlp"))
     float_name = b.float_dtype.__name__
@@ -47,6 +54,8 @@ def prefix(graph: GraphContext, config: FlowConfig) -> Tensors:
         TensorSpec("input_ids", "int64", (1, "ids"), "token ids: the prompt from BOS on"),
         TensorSpec("patches", float_name, (1, config.num_patches, spec.hidden_size), "from the vision graph"),
     ]
+    if graph.sequences is not Sequences.FREE:
+        inputs.append(fixed.COUNT_SPEC)
     return inputs, gemma.cache_specs(graph, spec)
 
 
@@ -55,17 +64,25 @@ def step(graph: GraphContext, config: FlowConfig) -> Tensors:
     b, spec, rows = graph.builder, config.expert, config.horizon
     modulation = _modulation(graph, config)
     x = graph.linear(b.as_activations("actions"), "action_in_proj")
-    places = gemma.places(graph, gemma.length(graph, "key_0", 2), b.constant(rows, np.int64))
-    turn = gemma.rotary(graph, places, spec)
+    free, longest = graph.sequences is Sequences.FREE, config.num_patches + config.longest_prompt
+    if free:
+        places = gemma.places(graph, gemma.length(graph, "key_0", 2), b.constant(rows, np.int64))
+    else:
+        places = b.add(b.constant(np.arange(rows), np.int64), POSITION)
+        hidden = fixed.before(graph, fixed.first(graph, longest, "key_0", 2), POSITION)
+    turn = gemma.rotary(graph, places, spec, longest + rows)
     for number in range(spec.num_hidden_layers):
         name = f"{EXPERT}.layers.{number}"
         scale, shift, gate = modulation[2 * number]
         normed = gemma.modulated(graph, x, scale, shift)
         own = gemma.keys_values(graph, normed, f"{name}.self_attn", turn, spec)
-        key, value = (
-            b.concat([f"{part}_{number}", mine], axis=2) for part, mine in zip(("key", "value"), own, strict=True)
-        )
-        attended = gemma.attention(graph, normed, f"{name}.self_attn", turn, key, value, spec)
+        before = (f"key_{number}", f"value_{number}")
+        if free:
+            key, value = (b.concat([past, mine], axis=2) for past, mine in zip(before, own, strict=True))
+            seen = [gemma.part(graph, key, value, None)]
+        else:
+            seen = [gemma.part(graph, *before, hidden), gemma.part(graph, *own, None, rows)]
+        attended = gemma.attention(graph, normed, f"{name}.self_attn", turn, seen, spec)
         x = b.add(x, b.mul(b.as_activations(gate), attended))
         scale, shift, gate = modulation[2 * number + 1]
         inner = gemma.mlp(graph, gemma.modulated(graph, x, scale, shift), f"{name}.mlp")
@@ -78,6 +95,7 @@ def step(graph: GraphContext, config: FlowConfig) -> Tensors:
         TensorSpec("actions", graph.io_dtype.name, chunk, "the chunk so far, normalised; noise before the first step"),
         TensorSpec("step", "int64", (1,), f"number of the step, 0 to {config.num_inference_steps - 1}"),
         *gemma.cache_specs(graph, spec),
+        *([] if free else [fixed.POSITION_SPEC]),
     ]
     return inputs, [TensorSpec("velocity", "float32", chunk, "noise minus actions, per unit of time")]
 
@@ -99,17 +117,19 @@ class Pi05:
 
     graphs = MappingProxyType({"vision": vision, "prefix": prefix, "step": step})
 
-    def program(self, config: FlowConfig) -> dict[str, Call]:
-        count, longest = config.num_patches, config.longest_prompt
+    def program(self, config: FlowConfig, sequences: Sequences) -> dict[str, Call]:
+        longest = config.longest_prompt
         typical = min(_TYPICAL_PROMPT, longest)
-        length = Range(count + 1, count + typical, count + longest)
+        ids, length = (Range.in_quarters(before, 1, typical, longest) for before in (0, config.num_patches))
+        if sequences is Sequences.FREE:
+            ids, length = replace(ids, steps=()), replace(length, steps=())
         names = gemma.cache_names(config.text)
         return {
             "vision": Call("vision", {}, {"patches": "patches"}),
             "prefix": Call(
-                "prefix", {"ids": Range(1, typical, longest), "prefix": length}, dict(zip(names, names, strict=True))
+                "prefix", {"ids": ids, ROWS: length}, dict(zip(names, names, strict=True))
             ),
-            "step": Call("step", {"prefix": length}, {}),
+            "step": Call("step", {ROWS: length}, {}),
         }
 
 

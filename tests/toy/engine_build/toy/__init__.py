@@ -6,7 +6,7 @@ from vla_policy.core.families.toy import ToyConfig
 
 from engine_build.families.base import Tensors
 from engine_build.graph.context import GraphContext
-from vla_policy.core.program import Call, TensorSpec
+from vla_policy.core.program import Call, Sequences, TensorSpec
 
 
 def toy(graph: GraphContext, config: ToyConfig) -> Tensors:
@@ -29,7 +29,7 @@ class Toy:
 
     graphs = MappingProxyType({"toy": toy})
 
-    def program(self, config: ToyConfig) -> dict[str, Call]:
+    def program(self, config: ToyConfig, sequences: Sequences) -> dict[str, Call]:
         return {"decide": Call("toy", {}, {})}
 
 

@@ -11,6 +11,7 @@ from onnx import TensorProto
 from engine_build.backends.base import Dialect, ReadBack, Realised, Seen, Written
 from engine_build.graph.builder import GraphBuilder
 from engine_build.weights import Layer, LayerWeights
+from vla_policy.core.backends.base import Version
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.formats import FULL_PRECISION, Format
 from vla_policy.core.manifest import Manifest
@@ -30,12 +31,14 @@ def linear(builder: GraphBuilder, x: str, weights: LayerWeights) -> str:
 
 
 class Toy:
-    dialect = Dialect(TensorProto.FLOAT, linear)
     compiles = True
     float_error = 1e-4
 
     def version(self) -> str:
         return "2.0"
+
+    def dialect(self, version: Version) -> Dialect:
+        return Dialect(TensorProto.FLOAT, linear)
 
     def compile(self, written: Written, target: Target, replaced: Path) -> dict[str, GraphSpec]:
         built = {name: replace(spec, file=f"{name}.toy") for name, spec in written.graphs.items()}

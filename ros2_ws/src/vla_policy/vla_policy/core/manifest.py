@@ -87,7 +87,8 @@ class Manifest:
     """See the module.
 
     graphs, program: by name, the graphs and the calls that a decision makes of them.
-    backend_version: of what compiled or, where nothing is, optimised the graphs.
+    backend_version: of what compiled or, where nothing is, optimised the graphs. written_for: the one in whose forms
+    the graphs were written, which a device may have a later one of.
     policy_config: the policy's `config.json`: architecture, tokens, statistics. other_bytes: all that is no unit's.
     legalized: formats that were raised for the target, in words. input_peaks: largest |input| of the layers whose
     activations have a fixed scale. notes: what a reader should know of the build.
@@ -104,6 +105,7 @@ class Manifest:
     parents: dict[str, str]
     policy_config: dict[str, Any]
     other_bytes: int
+    written_for: str = ""
     legalized: tuple[str, ...] = ()
     input_peaks: dict[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
@@ -230,6 +232,7 @@ def _parse(content: Mapping[str, Any]) -> Manifest:
         parents=dict(content["parents"]),
         policy_config=dict(content["policy_config"]),
         other_bytes=int(content["other_bytes"]),
+        written_for=content["written_for"],
         legalized=tuple(content["legalized"]),
         input_peaks=dict(content["input_peaks"]),
         notes=tuple(content["notes"]),
@@ -242,7 +245,8 @@ def _graph(raw: Mapping[str, Any]) -> GraphSpec:
 
 
 def _call(raw: Mapping[str, Any]) -> Call:
-    return Call(raw["graph"], {name: Range(**sizes) for name, sizes in raw["sizes"].items()}, dict(raw["carried"]))
+    sizes = {name: Range(**(size | {"steps": tuple(size["steps"])})) for name, size in raw["sizes"].items()}
+    return Call(raw["graph"], sizes, dict(raw["carried"]), dict(raw["appended"]))
 
 
 def _tensors(raw: list[dict[str, Any]]) -> tuple[TensorSpec, ...]:

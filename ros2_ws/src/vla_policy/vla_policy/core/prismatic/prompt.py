@@ -1,5 +1,6 @@
 """The prompt as token ids: OpenVLA's sentence, the state's bins where the policy takes one, and the empty token."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +62,12 @@ class PromptTokenizer:
             return []
         values = self._proprio.normalised(state, epsilon=0.0)
         return value_to_tokens(values, self._config.token_vocab, self._config.n_action_bins).tolist()
+
+
+def rows(ids: np.ndarray, patches: int, behind: Sequence[int] = ()) -> np.ndarray:
+    """int64 [1, rows], of every row of the sequence its id: those of a prompt [1, L], `patches` behind its first, and
+    those `behind` it. Zero where the row is no word."""
+    return np.concatenate([ids[0, :1], np.zeros(patches, np.int64), ids[0, 1:], np.asarray(behind, np.int64)])[None]
 
 
 def _id(tokenizer: Tokenizer, token: str, path: Path) -> int:

@@ -32,6 +32,8 @@ REFUSED = (
     ("w3a16", "TensorRT has no 3-bit type"),
 )
 _INT4 = Rule(4, 16, (64, 128), "INT4 weights in blocks of 64 or 128, float16 MatMul")
+SEQUENCE_LAYERS_SINCE = (10, 15)
+"""Layers that write into a cache where it is and that turn queries and keys, and the parser's operators for them."""
 _PLUGINS_SINCE = (10, 9)  # plugins whose compiled kernels the engine carries
 # A plugin is no neighbour that TensorRT can fuse with, and vision towers gain nothing: their layers take INT8 Q/DQ.
 _DECODER: tuple[LayerKind, ...] = ("linear", "head")

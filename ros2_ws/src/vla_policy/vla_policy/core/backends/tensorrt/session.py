@@ -1,20 +1,19 @@
 """Executes an engine with TensorRT or TensorRT-RTX; pycuda holds device memory and the stream.
 
-What a call keeps lies in one of two buffers on the device, never in the one that the call is fed with.
-
-A short call is hundreds of short kernels, whose launches would cost more than they do. So calls of the same shapes and
-addresses, such as the n-th decode step after prompts of one length, have a context of their own, and from its second
-time on it is one CUDA graph. TensorRT wants the first time to run plainly, and a context to be left as it was captured.
+Every tensor has one place on the device (`memory`), and a call has a few sizes, up to which what it is fed with is
+filled. So all that can ever run is known when an engine is opened: each call at each of its sizes has a context that
+nobody changes any more, is run once, and then captured as a CUDA graph, without which a short call would cost more for
+launching its hundreds of kernels than for running them. No prompt, of whatever length, meets anything new afterwards.
 Where the driver cannot capture a call, it goes on being launched plainly, and `processor` says so.
 
 All contexts compute in one piece of device memory, one after the other on one stream. Engines are mapped while they are
-loaded, so that a Jetson, whose GPU has no memory of its own, does not hold them twice.
+loaded, so that a Jetson, whose GPU has no memory of its own, does not hold them twice. A call ends when the GPU has
+finished it, so that its time is that of its work.
 
 Written against the documented interfaces and tested with stand-ins for them; not yet run on a GPU.
 """
 
 import importlib
-from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,16 +23,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vla_policy.core.backends.tensorrt.cuda_graph import CudaGraph, load_driver
+from vla_policy.core.backends.tensorrt.memory import Appending, Memory
 from vla_policy.core.errors import ArtefactError, EngineError
 from vla_policy.core.manifest import Manifest
-from vla_policy.core.program import TensorSpec, profiles
+from vla_policy.core.program import COUNT, POSITION, ROWS, TensorSpec, profiles
 from vla_policy.core.targets import find_target
 
 if TYPE_CHECKING:
     import tensorrt as trt
 
-_SMALLEST_BYTES = 256  # TensorRT wants an address for tensors without elements, too
-_CONTEXTS = 32  # a decision of OpenVLA's takes eight while prompts keep their length
+_SMALLEST_BYTES = 256
 
 
 class Modules:
@@ -62,30 +61,29 @@ def load_modules(backend: str) -> Modules:
 
 @dataclass(frozen=True)
 class Kept:
-    """A tensor on the device. writing: which writing of its buffer it is."""
+    """A tensor on the device. writing: which writing of its place it is. rows: of the sequence, that are in it."""
 
     address: int
     shape: tuple[int, ...]
     writing: int
+    rows: int
 
 
-@dataclass(frozen=True)
-class _Binding:
-    """Everything that a context is told: shapes of the inputs, addresses of all tensors."""
+class Ready:
+    """A call at one of its sizes: a context that nobody changes any more, and its graph unless it is launched plainly.
 
-    call: str
-    shapes: tuple[tuple[str, tuple[int, ...]], ...]
-    addresses: tuple[tuple[str, int], ...]
+    sizes: of the named dimensions. shapes: of all inputs and outputs.
+    """
 
-
-class _Bound:
-    """A context that nobody changes any more, and its graph once there is one."""
-
-    def __init__(self, context: "trt.IExecutionContext") -> None:
-        self.context = context
+    def __init__(
+        self,
+        context: "trt.IExecutionContext",
+        sizes: Mapping[str, int],
+        shapes: Mapping[str, tuple[int, ...]],
+        appending: Appending | None,
+    ) -> None:
+        self.context, self.sizes, self.shapes, self.appending = context, sizes, shapes, appending
         self.graph: CudaGraph | None = None
-        self.warm = False
-        self.plain = False
 
 
 class TensorRtSession:
@@ -101,20 +99,19 @@ class TensorRtSession:
         self._graphs, self._program = manifest.graphs, manifest.program
         self._gpu, self._uncaptured = str(self._cuda.Device(0).name()), ""
         self._device = self._cuda.Device(0).retain_primary_context()
-        self._buffers: dict[tuple[str, str, int], Any] = {}
-        self._writings: dict[int, int] = {}  # of every buffer that an output was written to
-        self._bound: OrderedDict[_Binding, _Bound] = OrderedDict()
+        self._writings: dict[int, int] = {}  # of every place that something is kept at
         with self._current():
             self._stream = self._cuda.Stream()
             self._runtime = tensorrt.Runtime(tensorrt.Logger(tensorrt.Logger.ERROR))
             self._engines = {
                 name: self._deserialize(folder, manifest, graph.file) for name, graph in self._graphs.items()
             }
-            self._nothing = self._cuda.mem_alloc(_SMALLEST_BYTES)
             self._managed = tensorrt.ExecutionContextAllocationStrategy.USER_MANAGED
             needed = [int(engine.device_memory_size_v2) for engine in self._engines.values()]
             self._scratch_bytes = max(_SMALLEST_BYTES, *needed)
             self._scratch = self._cuda.mem_alloc(self._scratch_bytes)
+            self._memory = Memory(self._graphs, self._program, self._zeros)
+            self._ready = {call: self._make_ready(call) for call in self._program}
 
     @property
     def processor(self) -> str:
@@ -122,88 +119,136 @@ class TensorRtSession:
         return f"{self._gpu} ({self._uncaptured})" if self._uncaptured else self._gpu
 
     def run(self, call: str, feeds: Mapping[str, Any], keep: Collection[str]) -> dict[str, Any]:
-        graph = self._graphs[self._program[call].graph]
-        shapes = {spec.name: self._checked_shape(call, spec, feeds[spec.name]) for spec in graph.inputs}
+        ready = self._fitting(call, feeds)
         with self._current():
-            addresses = {spec.name: self._fed(call, spec, feeds[spec.name]) for spec in graph.inputs}
-            fed = frozenset(addresses.values())
-            addresses |= {spec.name: self._written(call, spec, fed) for spec in graph.outputs}
-            bound = self._bind(_Binding(call, tuple(shapes.items()), tuple(addresses.items())))
-            self._execute(bound)
-            results = {
-                spec.name: self._result(bound, spec, addresses[spec.name], spec.name in keep) for spec in graph.outputs
-            }
+            counts = self._feed(call, ready, feeds)
+            self._check_length(call, ready, counts)
+            if ready.graph is not None:
+                ready.graph.launch(self._stream.handle)
+            else:
+                self._enqueue(ready)
+            self._append(ready, counts)
+            results = self._results(call, ready, feeds, keep, counts)
             self._stream.synchronize()
         return results
 
-    def _checked_shape(self, call: str, spec: TensorSpec, value: Any) -> tuple[int, ...]:
-        """The shape of what is fed. Raises ArtefactError where it is not one that the engine was built for."""
-        shape, sizes = tuple(int(size) for size in value.shape), self._program[call].sizes
-        if len(shape) != len(spec.shape):
-            raise ArtefactError(f"call {call}: {spec.name} has shape {list(shape)}, expected {list(spec.shape)}")
-        for size, expected in zip(shape, spec.shape, strict=True):
-            smallest, largest = expected, expected
-            if isinstance(expected, str):
-                smallest, largest = sizes[expected].smallest, sizes[expected].largest
-            if not int(smallest) <= size <= int(largest):
-                raise ArtefactError(
-                    f"call {call}: {spec.name} has shape {list(shape)}, expected {list(spec.shape)} with {expected} "
-                    f"from {smallest} to {largest}; the engine was built for no other"
-                )
-        return shape
-
-    def _fed(self, call: str, spec: TensorSpec, value: Any) -> int:
-        """Where an input lies; an array is brought there."""
-        if isinstance(value, Kept):
-            if self._writings[value.address] != value.writing:
-                raise ArtefactError(f"call {call}: what {spec.name} is fed with was overwritten by a later call")
-            return value.address
-        if value.size == 0:
-            return int(self._nothing)
-        buffer = self._buffer(call, spec, 0)
-        self._cuda.memcpy_htod_async(buffer, np.ascontiguousarray(value), self._stream)
-        return int(buffer)
-
-    def _written(self, call: str, spec: TensorSpec, fed: Collection[int]) -> int:
-        """Where an output goes: always the first of its two buffers, unless the call reads that."""
-        address = int(self._buffer(call, spec, 0))
-        if address in fed:
-            address = int(self._buffer(call, spec, 1))
-        self._writings[address] = self._writings.get(address, 0) + 1
-        return address
-
-    def _buffer(self, call: str, spec: TensorSpec, place: int) -> Any:
-        """Device memory for a tensor of the call's graph at its largest."""
+    def _make_ready(self, call: str) -> list[Ready]:
+        """The call at each of its sizes, run once and captured."""
         graph = self._program[call].graph
-        if (graph, spec.name, place) not in self._buffers:
-            calls = [other for other in self._program.values() if other.graph == graph]
-            sizes = [
-                max(other.sizes[size].largest for other in calls) if isinstance(size, str) else size
-                for size in spec.shape
-            ]
-            needed = int(np.prod(sizes)) * np.dtype(spec.dtype).itemsize
-            self._buffers[graph, spec.name, place] = self._cuda.mem_alloc(max(needed, _SMALLEST_BYTES))
-        return self._buffers[graph, spec.name, place]
-
-    def _bind(self, binding: _Binding) -> _Bound:
-        """The context of a binding, a new one at its first time; those that were not used for longest go."""
-        if binding not in self._bound:
-            while len(self._bound) >= _CONTEXTS:
-                _, oldest = self._bound.popitem(last=False)
-                if oldest.graph is not None:
-                    oldest.graph.destroy()
-            graph = self._program[binding.call].graph
+        spec, known = self._graphs[graph], profiles(graph, self._graphs, self._program)
+        made = []
+        for variant in self._program[call].variants():
+            sizes = {name: bounds.smallest for name, bounds in variant.items()}
+            shapes = {tensor.name: _shape(tensor, sizes) for tensor in (*spec.inputs, *spec.outputs)}
             context = self._new_context(graph)
-            optimised = profiles(graph, self._graphs, self._program)
-            profile = optimised.index(binding.call) if optimised else 0
-            context.set_optimization_profile_async(profile, self._stream.handle)
-            for name, shape in binding.shapes:
-                context.set_input_shape(name, shape)
-            for name, address in binding.addresses:
+            number = next((n for n, one in enumerate(known) if (one.call, dict(one.sizes)) == (call, variant)), 0)
+            context.set_optimization_profile_async(number, self._stream.handle)
+            for tensor in spec.inputs:
+                context.set_input_shape(tensor.name, shapes[tensor.name])
+            for name, address in self._memory.addresses(call, sizes).items():
                 context.set_tensor_address(name, address)
-            self._bound[binding] = _Bound(context)
-        self._bound.move_to_end(binding)
-        return self._bound[binding]
+            made.append(Ready(context, sizes, shapes, self._memory.appending(call, sizes)))
+            self._enqueue(made[-1])  # TensorRT wants the first time to be a plain one
+            self._stream.synchronize()
+            if self._captures():
+                self._capture(made[-1])
+        return made
+
+    def _fitting(self, call: str, feeds: Mapping[str, Any]) -> Ready:
+        """The smallest size that what is fed fits in. Raises ArtefactError where the engine was built for no such."""
+        spec = self._graphs[self._program[call].graph]
+        for ready in self._ready[call]:
+            if all(self._fits(call, tensor, ready, feeds[tensor.name]) for tensor in spec.inputs):
+                return ready
+        for tensor in spec.inputs:
+            if not any(self._fits(call, tensor, ready, feeds[tensor.name]) for ready in self._ready[call]):
+                break
+        sizes = {name: size for name, size in self._program[call].sizes.items() if name in tensor.shape}
+        ranges = ", ".join(f"{name} from {size.smallest} to {size.largest}" for name, size in sizes.items())
+        raise ArtefactError(
+            f"call {call}: {tensor.name} has shape {list(feeds[tensor.name].shape)}, expected {list(tensor.shape)}"
+            f"{' with ' if ranges else ''}{ranges}; the engine was built for no other"
+        )
+
+    def _fits(self, call: str, tensor: TensorSpec, ready: Ready, value: Any) -> bool:
+        """Whether a value has an input's shape, or, if it can be filled up, less in dimensions that have steps."""
+        if value is None:
+            return True
+        wanted, bounds = ready.shapes[tensor.name], self._program[call].sizes
+        if len(value.shape) != len(wanted):
+            return False
+        for have, want, name in zip(value.shape, wanted, tensor.shape, strict=True):
+            filled = isinstance(value, np.ndarray) and isinstance(name, str) and bool(bounds[name].steps)
+            if have != want and not (filled and bounds[str(name)].smallest <= have < want):
+                return False
+        return True
+
+    def _feed(self, call: str, ready: Ready, feeds: Mapping[str, Any]) -> dict[str, int]:
+        """Brings what is fed to its place; returns what `COUNT` and `POSITION` are."""
+        graph, filling, position = self._program[call].graph, 0, 0
+        inputs = self._graphs[graph].inputs
+        for tensor in inputs:
+            value, shape = feeds[tensor.name], ready.shapes[tensor.name]
+            if isinstance(value, Kept):
+                if self._writings.get(value.address) != value.writing:
+                    raise ArtefactError(
+                        f"call {call}: what {tensor.name} is fed with was overwritten by a later call"
+                    )
+                position = max(position, value.rows)
+            elif value is not None:
+                filling = max(filling, *(want - have for want, have in zip(shape, value.shape, strict=True)))
+                self._upload(graph, tensor, _filled(value, shape))
+        counts = {COUNT: ready.sizes.get(ROWS, 0) - filling, POSITION: position}
+        for tensor in inputs:
+            if tensor.name in counts and feeds[tensor.name] is None:
+                self._upload(graph, tensor, np.asarray([counts[tensor.name]], tensor.dtype))
+        return counts
+
+    def _check_length(self, call: str, ready: Ready, counts: Mapping[str, int]) -> None:
+        """Raises ArtefactError where a call's rows, filling included, would leave the cache."""
+        longest, end = self._memory.longest(call), counts[POSITION] + ready.sizes.get(ROWS, 0)
+        if longest is not None and end > longest:
+            raise ArtefactError(f"call {call}: {end} rows, the engine's cache was built for {longest}")
+
+    def _upload(self, graph: str, tensor: TensorSpec, values: np.ndarray) -> None:
+        self._cuda.memcpy_htod_async(self._memory.address(graph, tensor.name), values, self._stream)
+
+    def _append(self, ready: Ready, counts: Mapping[str, int]) -> None:
+        """Brings new rows of a cache behind the others."""
+        if (move := ready.appending) is None:
+            return
+        copy = self._cuda.Memcpy2D()
+        copy.set_src_device(move.source)
+        copy.set_dst_device(move.target + counts[POSITION] * move.row)
+        copy.src_pitch, copy.dst_pitch = move.source_pitch, move.target_pitch
+        copy.width_in_bytes, copy.height = counts[COUNT] * move.row, move.tensors
+        copy(self._stream)
+
+    def _results(
+        self, call: str, ready: Ready, feeds: Mapping[str, Any], keep: Collection[str], counts: Mapping[str, int]
+    ) -> dict[str, Any]:
+        """Outputs as handles, or as arrays that are filled once the stream is synchronised."""
+        called = self._program[call]
+        spec, fed = self._graphs[called.graph], {value.address for value in feeds.values() if isinstance(value, Kept)}
+        inputs = {tensor.name: tensor for graph in self._graphs.values() for tensor in graph.inputs}
+        results: dict[str, Any] = {}
+        written: set[int] = set()
+        for tensor in spec.outputs:
+            if tensor.name not in keep:
+                results[tensor.name] = np.empty(ready.shapes[tensor.name], tensor.dtype)
+                address = self._memory.address(called.graph, tensor.name)
+                self._cuda.memcpy_dtoh_async(results[tensor.name], address, self._stream)
+                continue
+            target = called.kept[tensor.name]
+            shape = ready.shapes[tensor.name]
+            if tensor.name in called.appended:
+                shape = _shape(inputs[target], ready.sizes)
+            address = self._memory.kept(target)
+            if address not in fed | written:
+                self._writings[address] = self._writings.get(address, 0) + 1
+            written.add(address)
+            results[tensor.name] = Kept(address, shape, self._writings[address], counts[POSITION] + counts[COUNT])
+        return results
 
     def _new_context(self, graph: str) -> "trt.IExecutionContext":
         """A context that computes in the memory that all share."""
@@ -211,40 +256,25 @@ class TensorRtSession:
         context.set_device_memory(int(self._scratch), self._scratch_bytes)
         return context
 
+    def _zeros(self, size: int) -> Any:
+        """Device memory: what lies there unused is read, too, and hidden by a mask, which NaN would get through."""
+        memory = self._cuda.mem_alloc(size)
+        self._cuda.memset_d8(memory, 0, size)
+        return memory
+
     def _captures(self) -> bool:
         """Whether calls become CUDA graphs."""
         return True
 
-    def _execute(self, bound: _Bound) -> None:
-        """Plainly at first, then as a graph, if the driver can make one."""
-        if bound.warm and bound.graph is None and not bound.plain and self._captures():
-            self._capture(bound)
-        if bound.graph is not None:
-            bound.graph.launch(self._stream.handle)
-        else:
-            self._enqueue(bound)
-        bound.warm = True
-
-    def _capture(self, bound: _Bound) -> None:
+    def _capture(self, ready: Ready) -> None:
         try:
-            bound.graph = CudaGraph.capture(self._driver, self._stream.handle, lambda: self._enqueue(bound))
+            ready.graph = CudaGraph.capture(self._driver, self._stream.handle, lambda: self._enqueue(ready))
         except (ArtefactError, EngineError) as error:
-            bound.plain = True
             self._uncaptured = f"no CUDA graphs, launched plainly: {error}"
 
-    def _enqueue(self, bound: _Bound) -> None:
-        if not bound.context.execute_async_v3(self._stream.handle):
+    def _enqueue(self, ready: Ready) -> None:
+        if not ready.context.execute_async_v3(self._stream.handle):
             raise EngineError("TensorRT refused to run the engine; see its message above")
-
-    def _result(self, bound: _Bound, spec: TensorSpec, address: int, keep: bool) -> Any:
-        """An output as a handle, or as an array that is filled once the stream is synchronised."""
-        sizes = bound.context.get_tensor_shape(spec.name)
-        shape = tuple(int(sizes[place]) for place in range(len(spec.shape)))
-        if keep:
-            return Kept(address, shape, self._writings[address])
-        values = np.empty(shape, spec.dtype)
-        self._cuda.memcpy_dtoh_async(values, address, self._stream)
-        return values
 
     def _check(self, folder: Path, manifest: Manifest) -> None:
         wanted = find_target(manifest.target).compute_capability
@@ -275,3 +305,16 @@ class TensorRtSession:
         if engine is None:
             raise ArtefactError(f"{folder / file}: TensorRT {self._version} cannot load it; build the engine again")
         return engine
+
+
+def _shape(tensor: TensorSpec, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    return tuple(sizes[size] if isinstance(size, str) else size for size in tensor.shape)
+
+
+def _filled(value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """A value behind which zeros are, up to `shape`."""
+    if value.shape == shape:
+        return np.ascontiguousarray(value)
+    whole = np.zeros(shape, value.dtype)
+    whole[tuple(slice(size) for size in value.shape)] = value
+    return whole

@@ -13,7 +13,7 @@ from vla_policy.core.prismatic.actions import LOGITS, ActionCodec
 from vla_policy.core.prismatic.config import PrismaticConfig, check_preprocessor
 from vla_policy.core.prismatic.describe import describe
 from vla_policy.core.prismatic.pixels import pixel_values
-from vla_policy.core.prismatic.prompt import TOKENIZER, PromptTokenizer
+from vla_policy.core.prismatic.prompt import TOKENIZER, PromptTokenizer, rows
 from vla_policy.core.program import Program
 
 _OFT_KEYS = ("num_actions_chunk", "use_proprio")
@@ -22,14 +22,14 @@ _OFT_KEYS = ("num_actions_chunk", "use_proprio")
 class _Decoding:
     """The passes of one decision. logits: float32 [bins], of the action tokens that may follow all that was read."""
 
-    def __init__(self, program: Program, inputs: Mapping[str, np.ndarray]) -> None:
+    def __init__(self, program: Program, inputs: Mapping[str, np.ndarray], patches: int) -> None:
         self._program = program
-        _, patches = program.run("vision", {"pixel_values": inputs["pixel_values"]})
-        self._read("prefill", {"input_ids": inputs["input_ids"], **patches})
+        _, kept = program.run("vision", {"pixel_values": inputs["pixel_values"]})
+        self._read("prefill", {"rows": rows(inputs["input_ids"], patches), **kept})
 
     def append(self, token: int) -> None:
         """Reads one more token."""
-        self._read("step", {"input_ids": np.asarray([[token]], np.int64), **self._cache})
+        self._read("step", {"rows": np.asarray([[token]], np.int64), **self._cache})
 
     def _read(self, call: str, feeds: Mapping[str, Any]) -> None:
         values, self._cache = self._program.run(call, feeds)
@@ -55,7 +55,7 @@ class OpenVlaPolicy:
 
     def decide(self, program: Program, inputs: Mapping[str, np.ndarray]) -> Decision:
         """Among the action tokens: no trained policy chooses others, and the engine's head has no other rows."""
-        decoding = _Decoding(program, inputs)
+        decoding = _Decoding(program, inputs, self._config.num_patches)
         tokens = [self.codec.choose(decoding.logits)]
         while len(tokens) < self.codec.dim:
             decoding.append(tokens[-1])
@@ -65,12 +65,12 @@ class OpenVlaPolicy:
 
     def scores(self, program: Program, inputs: Mapping[str, np.ndarray], decided: Decision) -> np.ndarray:
         """float32 [K, bins]: the action tokens' logits along the K tokens that were decided."""
-        decoding = _Decoding(program, inputs)
-        rows = [decoding.logits]
+        decoding = _Decoding(program, inputs, self._config.num_patches)
+        logits = [decoding.logits]
         for token in decided.tokens[:-1]:
             decoding.append(int(token))
-            rows.append(decoding.logits)
-        return finite(np.stack(rows), LOGITS)
+            logits.append(decoding.logits)
+        return finite(np.stack(logits), LOGITS)
 
 
 class OpenVla:

@@ -14,8 +14,11 @@ from vla_policy.core.prismatic.actions import ChunkCodec
 from vla_policy.core.prismatic.config import PrismaticConfig, check_preprocessor
 from vla_policy.core.prismatic.describe import describe
 from vla_policy.core.prismatic.pixels import pixel_values
-from vla_policy.core.prismatic.prompt import TOKENIZER, PromptTokenizer
+from vla_policy.core.prismatic.prompt import TOKENIZER, PromptTokenizer, rows
 from vla_policy.core.program import Program
+
+EOS = 2
+"""The id that ends every sequence; with attention to both sides it counts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +29,11 @@ class OftConfig(PrismaticConfig):
     """
 
     use_proprio: bool
+
+    @property
+    def behind_prompt(self) -> tuple[int, ...]:
+        """The ids behind the prompt's: none for each value that the head is to read, and the end."""
+        return *[0] * (self.horizon * self.action_dim), EOS
 
 
 class OftPolicy:
@@ -59,9 +67,11 @@ class OftPolicy:
         return finite(self._normalised(program, inputs), self.scored)
 
     def _normalised(self, program: Program, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
-        feeds = dict(inputs)
-        _, patches = program.run("vision", {"pixel_values": feeds.pop("pixel_values")})
-        values, _ = program.run("decide", feeds | patches)
+        _, patches = program.run("vision", {"pixel_values": inputs["pixel_values"]})
+        config = self._config
+        ids = rows(inputs["input_ids"], config.num_patches + config.use_proprio, config.behind_prompt)
+        state = {"state": inputs["state"]} if config.use_proprio else {}
+        values, _ = program.run("decide", {"rows": ids, **state, **patches})
         return values["actions"][0]
 
 
