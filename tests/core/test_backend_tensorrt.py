@@ -133,7 +133,8 @@ def test_logits_of_every_length_are_the_torch_policy_s(exported: tuple[Path, Man
     tokens = np.random.default_rng(length + 1).integers(TOKEN_VOCAB - 256, TOKEN_VOCAB, 4)
     with torch.no_grad():
         tensors = {name: torch.from_numpy(value) for name, value in inputs.items()}
-        expected = actor.policy.output(tensors, torch.from_numpy(tokens)[None])[0, :, TOKEN_VOCAB - 256 : TOKEN_VOCAB].float().numpy()
+        logits = actor.policy.output(tensors, torch.from_numpy(tokens)[None])[0].float().numpy()
+    expected = logits[:, TOKEN_VOCAB - 256 : TOKEN_VOCAB]  # the action tokens', which an engine's head has
     found = engine.policy.scores(engine.program(), inputs, Decision(tokens, np.zeros(3)))
     np.testing.assert_allclose(found, expected, atol=FLOAT16 * np.abs(expected).max())
 
