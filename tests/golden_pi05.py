@@ -6,6 +6,9 @@ The numbers in those files were computed once with the published openpi code (fl
 
 import hashlib
 import json
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +50,12 @@ def golden_tensor(name: str, shape: tuple[int, ...], seed: int = 1) -> np.ndarra
         return (1.5 * values / np.sqrt(shape[1])).astype(np.float32)
     fan_in = int(np.prod(shape[1:])) if len(shape) > 1 else 1
     return (values / np.sqrt(fan_in)).astype(np.float32)
+
+
+def golden_tensors(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    """Of all names; drawing numbers takes most of these tests' time, and leaves Python to other threads."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(shapes, pool.map(golden_tensor, shapes, shapes.values()), strict=True))
 
 
 def golden_image(seed: int, height: int = 256, width: int = 320) -> np.ndarray:

@@ -2,19 +2,21 @@
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from golden_pi05 import DATA, assert_matches, golden, golden_config, golden_images, golden_tensor, normal
+from golden_pi05 import DATA, assert_matches, golden, golden_config, golden_images, golden_tensors, normal
 from safetensors.torch import save_file
 from torch import Tensor
 
 from calibrator.families import find_family, live_units, load_policy
 from calibrator.families.loading import empty_policy
 from calibrator.families.pi05 import Pi05
+from calibrator.families.pi05.model import Cache
 from calibrator.families.pi05.time import condition, embedding
 from calibrator.modules.gemma import Modulation, rotation
 from vla_policy.core.flow.conventions import CONVENTIONS
@@ -35,16 +37,28 @@ class Case:
     noise: Tensor
     wanted: dict[str, Any]
 
+    @cached_property
+    @torch.no_grad()
+    def sequence(self) -> Tensor:
+        """What enters the prefix."""
+        return self.policy.embed(self.policy.project(self.policy.vision(self.pixels)), self.ids)
+
+    @cached_property
+    @torch.no_grad()
+    def cache(self) -> Cache:
+        """Keys and values of the prefix."""
+        return self.policy.read(self.sequence)[1]
+
 
 def policy_of(content: dict[str, Any], folder: Path, images: int, convention: str = "openpi") -> Pi05:
     """The golden checkpoint written to disk, dead tensors included, and loaded as a user would."""
     (folder / "config.json").write_text(json.dumps(golden_config(content, images, convention)))
     config = PolicyConfig.load(folder)
     shapes = {name: tuple(tensor.shape) for name, tensor in empty_policy(config).state_dict().items()}
-    shapes |= find_family(config).dead_tensors(config)
-    assert len(shapes) == content["keys"] - 1  # the tied embedding counts twice there
-    tensors = {name: torch.from_numpy(golden_tensor(name, shape)) for name, shape in shapes.items()}
-    save_file(tensors, folder / "model.safetensors")
+    dead = {name: torch.full(shape, torch.nan) for name, shape in find_family(config).dead_tensors(config).items()}
+    assert len(shapes) + len(dead) == content["keys"] - 1  # the tied embedding counts twice there
+    live = {name: torch.from_numpy(values) for name, values in golden_tensors(shapes).items()}
+    save_file(live | dead, folder / "model.safetensors")
     policy = load_policy(folder)
     assert isinstance(policy, Pi05)
     return policy
@@ -76,12 +90,10 @@ def test_images_tower_and_projector_match_the_published_code(case: Case) -> None
 
 @torch.no_grad()
 def test_prefix_and_one_step_match_the_published_code(case: Case) -> None:
-    policy, wanted = case.policy, case.wanted
-    sequence = policy.embed(policy.project(policy.vision(case.pixels)), case.ids)
+    policy, wanted, sequence, cache = case.policy, case.wanted, case.sequence, case.cache
     assert sequence.shape[1] == wanted["prefix_length_valid"]
     assert_matches(sequence[0], wanted["prefix_embeddings"])
     assert_matches(sequence[0, -case.ids.shape[1] :], wanted["prompt_embeddings"])
-    _, cache = policy.read(sequence)
     for number in (0, 1, 2, 4):
         if f"prefix_keys_layer{number}" in wanted:
             assert_matches(cache[number][0][0, 0], wanted[f"prefix_keys_layer{number}"])
@@ -107,10 +119,9 @@ def test_prefix_and_one_step_match_the_published_code(case: Case) -> None:
 @torch.no_grad()
 def test_the_integrated_actions_match_the_published_code(case: Case) -> None:
     policy, wanted = case.policy, case.wanted
-    _, cache = policy.read(policy.embed(policy.project(policy.vision(case.pixels)), case.ids))
     np.testing.assert_array_equal(policy.times(torch.device("cpu")), np.float32(wanted["times_10_steps"]))
     np.testing.assert_array_equal(policy.config.convention.times(4), np.float32(wanted["times_4_steps"]))
-    states, actions = policy.integrated(case.noise, cache)
+    states, actions = policy.integrated(case.noise, case.cache)
     first = case.noise - 0.1 * policy.action_out_proj(states[:, 0])
     assert_matches(first[0], wanted["actions_after_step1_of_10"])
     assert_matches(actions[0], wanted["actions_10_steps"])
@@ -133,10 +144,13 @@ def test_the_full_size_tower_matches_the_published_code() -> None:
     from calibrator.modules.siglip import SiglipModel
     from vla_policy.core.flow.config import SiglipSpec
 
-    tower = SiglipModel(SiglipSpec())
+    with torch.device("meta"):
+        tower = SiglipModel(SiglipSpec())
     prefix = "paligemma_with_expert.paligemma.model.vision_tower.vision_model."
-    state = {n: torch.from_numpy(golden_tensor(prefix + n, tuple(t.shape))) for n, t in tower.state_dict().items()}
-    tower.load_state_dict(state)
+    values = golden_tensors({prefix + name: tuple(tensor.shape) for name, tensor in tower.state_dict().items()})
+    tower.load_state_dict(
+        {name.removeprefix(prefix): torch.from_numpy(tensor) for name, tensor in values.items()}, assign=True
+    )
     pixels = torch.from_numpy(preprocess(golden_images()["base_0_rgb"], 224, CONVENTIONS["openpi"]))[None]
     with torch.no_grad():
         x = tower.embeddings(pixels)
