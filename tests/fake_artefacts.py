@@ -191,6 +191,7 @@ def _write_sensitivity(folder: Path, generator: np.random.Generator, table: Tabl
         "mode": "exact" if table.screened is None else "screened",
         "exact_evaluations": 120,
         **({} if table.screened is None else {"screening": _SCREENING}),
+        "random_spread": None,
         "noise_floor": {"omega": 1e-6, "samples": [0]},
         "below_floor": [],
         "no_kernel": {},

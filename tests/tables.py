@@ -44,6 +44,7 @@ def table(units: list[UnitScores]) -> Sensitivity:
     meta = {
         "policy": {"id": "hand", "sha256": "p" * 64},
         "calibration": {"sha256": "c" * 64},
+        "random_spread": None,
         "noise_floor": {"omega": 1e-6, "samples": [0]},
     }
     choices = tuple(sorted(units[0].omega, key=lambda choice: choice.precision))

@@ -117,6 +117,12 @@ def run(args: argparse.Namespace) -> int:
     if below := result.meta["below_floor"]:
         count = sum(len(entry["choices"]) for entry in below)
         print(f"note: {count} scores are not above the noise floor, {result.noise_floor:.2g}: nothing was seen there")
+    if result.random_spread is not None:
+        below = sum(unit.evaluated(low) and unit.action_mse[low] < result.random_spread for unit in result.units)
+        print(
+            f"note: other random numbers alone change the action by {result.random_spread:.2g} (action error); {below} "
+            f"of {len(result.units)} layers in {low} change it less"
+        )
     if strays := result.meta["stray_states"]:
         print(f"note: in {strays} of the states the policy prefers a token that is no action")
     if result.meta["inversions"]:

@@ -1,6 +1,7 @@
 """What every policy in torch can do, whatever it is made of."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -38,6 +39,13 @@ class Policy(nn.Module):
     def action_attention(self) -> Mapping[str, Attention]:
         """By path, the attention of a part that makes actions and nothing else; none where the language model does."""
         return {}
+
+    def redrawn(self, inputs: Inputs, folder: Path) -> list[Inputs]:
+        """The same states with other random numbers, of a policy whose decisions begin with some; else nothing.
+
+        folder: of the policy.
+        """
+        return []
 
     def decide(self, inputs: Inputs, size: int) -> Tensor:
         """The decision that the policy takes by itself, [B, size] in the form of its family's `Decisions`."""

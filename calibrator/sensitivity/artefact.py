@@ -77,6 +77,7 @@ def write(
             "unquantized_params": _engine_params(run.policy) - sum(unit.params for unit in units),
             "input_peaks": {unit.name: ref.peaks[unit.name] for unit in units},
             "stray_states": int(np.count_nonzero(ref.strays)),
+            "random_spread": None if np.isnan(ref.spread).any() else {"action_mse": float(ref.spread.mean())},
             "noise_floor": {"omega": floor, "samples": list(run.floor_samples)},
             "below_floor": below_floor(units, choices, floor),
             "inversions": inversions(units, choices),

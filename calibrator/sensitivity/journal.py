@@ -172,7 +172,8 @@ class Journal:
         with atomic_path(self.folder / _REFERENCE, None) as temporary:
             means = {f"{_MEAN}{name}": mean for name, mean in ref.means.items()}
             peaks = {f"{_PEAK}{name}": np.asarray(peak) for name, peak in ref.peaks.items()}
-            save_tensors(temporary, {"decided": ref.decided, "strays": ref.strays} | means | peaks, _KIND)
+            arrays = {"decided": ref.decided, "strays": ref.strays, "spread": ref.spread}
+            save_tensors(temporary, arrays | means | peaks, _KIND)
 
     def read_reference(self) -> Reference | None:
         """The reference of the earlier start, or None when it had not got that far."""
@@ -188,7 +189,7 @@ class Journal:
             for kind in (_MEAN, _PEAK)
         )
         largest = {name: float(peak) for name, peak in peaks.items()}
-        return Reference(tensors["decided"], means, tensors["strays"], largest)
+        return Reference(tensors["decided"], means, tensors["strays"], largest, tensors["spread"])
 
     def write_conventions(self, outcome: Outcome) -> None:
         write_json(self.folder / _CONVENTIONS, {"schema_version": 1, "kind": _KIND, **outcome.to_json()})

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from calibrator.data.calibration import CalibrationSet
@@ -24,13 +25,15 @@ class Reference:
 
     decided: y* of Mix-QVLA Eq. (2), [N, D] in the form of the family's decisions. means: float32 [channels] per
     boundary, Eq. (3). strays: bool [N], the states in which the policy prefers something else than an action. peaks: by
-    layer, the largest |input| while the policy decides, from which a fixed scale follows.
+    layer, the largest |input| while the policy decides, from which a fixed scale follows. spread: float64 [N], the mean
+    squared distance (QVLA Eq. 4) to what other random numbers decide, NaN for a policy without any.
     """
 
     decided: np.ndarray
     means: dict[str, np.ndarray]
     strays: np.ndarray
     peaks: dict[str, float]
+    spread: np.ndarray
 
 
 class States:
@@ -45,6 +48,7 @@ class States:
         self._pads_prompts = policy.pads_prompts
         self.decisions = find_family(config).decisions(config, unnorm_key)
         self.batch_size = batch
+        self._folder = Path(folder)
         self._robot = config.family.policy(config, Path(folder), unnorm_key)
         self._shapes = [
             {name: values.shape for name, values in self._inputs(sample).items()} for sample in range(len(calibration))
@@ -80,6 +84,10 @@ class States:
         """States of one batch on the policy's device and in its dtype."""
         return policy.tensors([self._inputs(sample) for sample in samples])
 
+    def redrawn(self, policy: Policy, inputs: Inputs) -> list[Inputs]:
+        """See `Policy.redrawn`."""
+        return policy.redrawn(inputs, self._folder)
+
     def _inputs(self, sample: int) -> dict[str, np.ndarray]:
         return self._robot.inputs(self.calibration.observation(sample))
 
@@ -95,7 +103,7 @@ def reference(policy: Policy, states: States, chain: Chain, done: Callable[[int]
     actions, DataError for values that are not finite.
     """
     decided: dict[int, np.ndarray] = {}
-    strays = np.zeros(len(states), bool)
+    strays, spread = np.zeros(len(states), bool), np.full(len(states), np.nan)
     sums: dict[str, Tensor] = {}
     counts: Counter[str] = Counter()
     peaks = {unit.name: 0.0 for unit in live_units(policy)}
@@ -104,6 +112,9 @@ def reference(policy: Policy, states: States, chain: Chain, done: Callable[[int]
         with watched_peaks(policy, peaks):
             chosen = policy.decide(inputs, states.decisions.size)
         decided |= zip(samples, chosen.cpu().numpy(), strict=True)
+        if others := states.redrawn(policy, inputs):
+            far = [states.decisions.error(policy.decide(other, states.decisions.size), chosen) for other in others]
+            spread[list(samples)] = torch.stack(far).mean(0).cpu().numpy()
         trunk = Trunk(chain, Batch(samples, inputs, chosen, states.decisions), differentiable=False)
         strays[list(samples)] = states.decisions.strays(trunk.values[chain.output]).cpu().numpy()
         for name, value in chain.boundaries.items():
@@ -116,4 +127,4 @@ def reference(policy: Policy, states: States, chain: Chain, done: Callable[[int]
     check_strays(int(strays.sum()), len(states), "calibration set")
     rows = np.stack([decided[index] for index in range(len(states))])
     means = {name: (sums[name] / counts[name]).float().cpu().numpy() for name in chain.boundaries}
-    return Reference(rows, means, strays, peaks)
+    return Reference(rows, means, strays, peaks, spread)

@@ -236,6 +236,12 @@ class Sensitivity:
         return screening
 
     @property
+    def random_spread(self) -> float | None:
+        """The action error of a decision that begins with other random numbers; None for a policy without any."""
+        found = self.meta.get("random_spread")
+        return None if found is None else float(found["action_mse"])
+
+    @property
     def noise_floor(self) -> float:
         """The Omega of a change that is none; scores that are not above it say nothing."""
         return float(self.meta["noise_floor"]["omega"])

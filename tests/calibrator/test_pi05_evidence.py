@@ -114,6 +114,20 @@ def test_only_the_rows_that_are_carried_out_count(sweep: Sweep) -> None:
     assert decisions.decision(decided[0].numpy()).action.shape == (4, 3)
 
 
+def test_other_noises_are_told_as_an_action_error(spec: SweepSpec, sweep: Sweep) -> None:
+    """Each state decided by itself with each of the bank's first four noises, against its own decision."""
+    policy, bank = sweep.policy, np.load(Path(spec.policy) / "noise.npy")
+    assert isinstance(policy, Pi05)
+    for number in NUMBERS:
+        inputs = sweep.states.inputs(policy, (number,))
+        _, cache = policy.read(policy.embed(policy.project(policy.vision(inputs["pixel_values"])), inputs["input_ids"]))
+        chunks = [policy.integrated(torch.from_numpy(bank[entry : entry + 1]), cache)[1] for entry in range(4)]
+        own = sweep.reference.decided[number].reshape(4, 3)[:2].astype(np.float64)
+        far = [np.square(chunk[0, :2, :3].detach().double().numpy() - own).sum() for chunk in chunks]
+        assert sweep.reference.spread[number] == pytest.approx(np.mean(far), rel=1e-4)
+    assert sweep.reference.spread.min() > 1e-3
+
+
 def test_eight_bits_move_the_evidence_mass_as_predicted(spec: SweepSpec) -> None:
     fine = replace(spec, settings=SweepSettings((W8,))).open()
     for unit, found in zip(UNITS, first_order(fine, UNITS, evidence=True), strict=True):

@@ -1,6 +1,7 @@
 """pi0.5: SigLIP and a Gemma prefix, and a Gemma expert that turns noise into an action chunk in N steps."""
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from calibrator.modules.policy import Inputs, Policy
 from calibrator.modules.siglip import SiglipModel, SiglipTower
 from vla_policy.core.errors import PolicyError
 from vla_policy.core.flow.config import FlowConfig
+from vla_policy.core.flow.noise import load_bank
 from vla_policy.core.observation import finite
 
 PALIGEMMA = "paligemma_with_expert.paligemma.model"
@@ -20,6 +22,9 @@ PROJECTOR = f"{PALIGEMMA}.multi_modal_projector.linear"
 PREFIX = f"{PALIGEMMA}.language_model"
 EMBEDDING = "paligemma_with_expert.paligemma.lm_head"
 """Published under this name: the prompt's embedding is tied to the head that words would be read from."""
+
+_REDRAWN = 4
+"""Other noises that each state is decided with, to tell what the draw alone changes."""
 
 Cache = tuple[tuple[Tensor, Tensor], ...]
 """Keys and values [B, kv heads, T, d] of every layer."""
@@ -146,6 +151,12 @@ class Pi05(Policy):
     def action_attention(self) -> Mapping[str, Attention]:
         named = self.expert.named_modules(prefix=EXPERT)
         return {path: module for path, module in named if isinstance(module, Attention)}
+
+    def redrawn(self, inputs: Inputs, folder: Path) -> list[Inputs]:
+        """With each of the bank's first noises, the same for all states."""
+        noise = inputs["noise"]
+        first = torch.from_numpy(load_bank(folder, self.config)[:_REDRAWN]).to(noise)
+        return [{**inputs, "noise": one.expand_as(noise)} for one in first]
 
     @torch.no_grad()
     def decide(self, inputs: Inputs, size: int) -> Tensor:
