@@ -12,7 +12,7 @@ from calibrator.sensitivity.table import Objective, Sensitivity, UnitScores
 from vla_policy.core.backends.base import LayerKind
 from vla_policy.core.errors import ArtefactError, BudgetError
 from vla_policy.core.files import read_json
-from vla_policy.core.formats import FULL_PRECISION, Choice, Format
+from vla_policy.core.formats import FULL, FULL_PRECISION, Choice, Format
 from vla_policy.core.targets import Target
 
 SCALE_BITS = 16
@@ -105,6 +105,9 @@ class Pin:
     def __str__(self) -> str:
         return f"{self.glob}={self.choice}"
 
+    def matches(self, name: str) -> bool:
+        return fnmatchcase(name, self.glob)
+
     @staticmethod
     def parse(text: str) -> "Pin":
         """From `glob=choice`. Raises BudgetError for any other text, ArtefactError for a choice that does not exist."""
@@ -170,13 +173,13 @@ def _pinned(sensitivity: Sensitivity, pins: Sequence[Pin]) -> dict[str, Choice]:
         if pin.choice not in sensitivity.choices:
             measured = ", ".join(map(str, sensitivity.choices))
             raise BudgetError(f"--pin '{pin}': {pin.choice} was not measured; choose from {measured}")
-        matched = [unit.name for unit in sensitivity.units if fnmatchcase(unit.name, pin.glob)]
+        matched = [unit.name for unit in sensitivity.units if pin.matches(unit.name)]
         if not matched:
             raise BudgetError(f"--pin '{pin}' matches no layer; names look like {sensitivity.units[0].name}")
         for name in matched:
             if fixed.setdefault(name, pin.choice) != pin.choice:
                 raise BudgetError(f"{name}: pinned to {fixed[name]} and to {pin.choice}; keep one of the two")
-    return fixed
+    return dict.fromkeys(sensitivity.kept, FULL) | fixed
 
 
 def _option(

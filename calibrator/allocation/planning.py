@@ -156,6 +156,7 @@ class Planner:
             "conventions": self.sensitivity.meta.get("conventions", {}).get("summary", "conventions not checked"),
             "signal": request.objective.signal,
             "pins": [str(pin) for pin in request.pins],
+            "kept": [name for name in self.sensitivity.kept if not any(pin.matches(name) for pin in request.pins)],
             "float_bits": request.float_bits,
             "not_offered_by_target": [str(choice) for choice in self._not_offered()],
             "average_bits_budget": limits.average_bits,

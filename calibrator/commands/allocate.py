@@ -62,6 +62,8 @@ def run(args: argparse.Namespace) -> int:
         f"{args.out}: {plan.average_bits:.3f} bits on average, {plan.size.total_bits / 8e9:.4g} GB, "
         f"objective {plan.objective:.6g}: {plan.standing} ({plan.solver})"
     )
+    if kept := plan.details["kept"]:
+        print(f"note: {', '.join(kept)}: kept at 16 bits; --pin NAME=CHOICE gives another choice")
     for runs, measured in plan.fallbacks.items():
         print(f"note: {plan.target} has no kernel for {measured}; such layers run as {runs}, scored by {measured}")
     for choice, reason in plan.details["no_kernel"].items():

@@ -16,7 +16,7 @@ class Unit:
 
     group: layers of one group share a format. segment: the one of the chain that holds it. label, track: the layer and
     its part of the stage as charts name them. runs: for one decision, from the number of prompt tokens and of decided
-    values. rows: of the weight, those that a decision reads and an engine holds.
+    values. rows: of the weight, those that a decision reads and an engine holds. kept: at 16 bits unless somebody asks.
     """
 
     name: str
@@ -28,6 +28,7 @@ class Unit:
     track: str
     runs: Callable[[float, int], tuple[Runs, ...]]
     rows: range
+    kept: bool
 
     @property
     def kind(self) -> LayerKind:
@@ -79,6 +80,7 @@ def _units(segment: str, layers: Layers, parent: nn.Module) -> Iterator[Unit]:
                 track=layers.track,
                 runs=layers.runs,
                 rows=layers.rows or range(len(module.weight)),
+                kept=layers.kept,
             )
 
 

@@ -36,7 +36,8 @@ class Layers:
     that engines fuse because they have the same input, and what the fused layer is called; they share a format.
     after_norms: norms by their path, and the linear layers that read their output, which nothing else does.
     after_layers: the same of linear layers, where every output channel reaches the same channel of what reads it, by
-    sums and products alone. rows: the outputs that a decision reads; the others are in no engine. None for all.
+    sums and products alone. rows: the outputs that a decision reads; the others are in no engine. None for all. kept:
+    whether plans keep them at 16 bits unless a pin names another choice.
     """
 
     path: str
@@ -48,6 +49,7 @@ class Layers:
     after_norms: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     after_layers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     rows: range | None = None
+    kept: bool = False
 
 
 @dataclass(frozen=True)

@@ -76,6 +76,7 @@ def write(
             "unmeasured": [shape.name for shape in run.shapes if shape.name not in names],
             "unquantized_params": _engine_params(run.policy) - sum(unit.params for unit in units),
             "input_peaks": {unit.name: ref.peaks[unit.name] for unit in units},
+            "kept": [unit.name for unit in live_units(run.policy) if unit.kept and unit.name in names],
             "stray_states": int(np.count_nonzero(ref.strays)),
             "random_spread": None if np.isnan(ref.spread).any() else {"action_mse": float(ref.spread.mean())},
             "noise_floor": {"omega": floor, "samples": list(run.floor_samples)},

@@ -236,6 +236,11 @@ class Sensitivity:
         return screening
 
     @property
+    def kept(self) -> tuple[str, ...]:
+        """Layers that plans keep at 16 bits unless a pin names another choice."""
+        return tuple(self.meta.get("kept", ()))
+
+    @property
     def random_spread(self) -> float | None:
         """The action error of a decision that begins with other random numbers; None for a policy without any."""
         found = self.meta.get("random_spread")

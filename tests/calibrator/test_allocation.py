@@ -221,6 +221,17 @@ def test_a_width_that_the_target_lacks_is_not_offered(monkeypatch: pytest.Monkey
         build_groups(sensitivity, request(average_bits=6.0).objective, (Pin("layer_0", BY_BITS[4]),), target=only_wide)
 
 
+def test_some_layers_keep_16_bits_unless_they_are_pinned() -> None:
+    sensitivity = random_table(6, seed=3)
+    sensitivity.meta["kept"] = ["layer_1", "layer_4"]
+    plan = Planner.of(sensitivity, request(average_bits=8.0)).plan()
+    assert plan.assignment["layer_1"] == plan.assignment["layer_4"] == FULL
+    assert plan.details["kept"] == ["layer_1", "layer_4"]
+    pinned = Planner.of(sensitivity, replace(request(average_bits=8.0), pins=(Pin("layer_1", BY_BITS[4]),))).plan()
+    assert pinned.assignment["layer_1"] == BY_BITS[4] and pinned.assignment["layer_4"] == FULL
+    assert pinned.details["kept"] == ["layer_4"]
+
+
 def test_pins_hold_and_bad_ones_are_named() -> None:
     sensitivity = random_table(6, 8, fused=True)
     pinned = replace(request(average_bits=9.0), pins=(Pin.parse("layer_0=w16a16"),))

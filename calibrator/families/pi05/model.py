@@ -252,7 +252,9 @@ class Pi05(Policy):
             for number in range(config.expert.num_hidden_layers)
             for part, fused in (("self_attn", _inside("self_attn")), ("mlp", _inside("mlp")))
         ]
-        first, last = (Layers(name, name, "head", "head", runs) for name in ("action_in_proj", "action_out_proj"))
+        first, last = (
+            Layers(name, name, "head", "head", runs, kept=True) for name in ("action_in_proj", "action_out_proj")
+        )
         return (first, *blocks, last)
 
     def _patch_runs(self, prompt_tokens: float, decided: int) -> tuple[Runs, ...]:
