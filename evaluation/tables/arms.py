@@ -4,6 +4,7 @@ What a section's runs share lies under its name and the seed of its states; what
 stopped comparison goes on.
 """
 
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -21,6 +22,7 @@ from calibrator.sensitivity.run import RunOptions
 from calibrator.sensitivity.scores import ScoreSettings
 from calibrator.sensitivity.sweep import SweepSettings, SweepSpec
 from calibrator.sensitivity.table import Objective, Sensitivity, Signal, UnitScores
+from calibrator.transform import TransformRequest, transform
 from vla_policy.core.formats import FULL, Choice
 
 Control = Literal["random", "depth"]
@@ -45,12 +47,13 @@ class Materials:
 class Arm:
     """How a run's layers are rounded: all alike, or by a plan with so many bits on average.
 
-    signal: what the plan minimises, or a control: priorities of layers drawn at random, or falling with depth.
-    alpha, beta: of Eq. (14a). pins: layers with a fixed choice. method: rounding in place of the choices' own. seed: of
-    the calibration states, and of a random control.
+    transform: what the policy goes through first, e.g. `quantvla`. signal: what the plan minimises, or a control:
+    priorities of layers drawn at random, or falling with depth. alpha, beta: of Eq. (14a). pins: layers with a fixed
+    choice. method: rounding in place of the choices' own. seed: of the calibration states, and of a random control.
     """
 
     uniform: Choice | None = None
+    transform: str | None = None
     average_bits: float | None = None
     signal: Signal | Control = "evidence"
     alpha: float = 0.75
@@ -60,23 +63,34 @@ class Arm:
     seed: int = 0
 
 
-def prepare(materials: Materials, arm: Arm, folder: Path, name: str) -> Path:
-    """The store of the arm's codes, under `folder`; made if it is not there.
+def prepare(materials: Materials, arm: Arm, folder: Path, name: str) -> tuple[Path, Path]:
+    """The policy that the arm rounds, and the store of its codes, under `folder`; made if they are not there.
 
     Raises ArtefactError where something there was made from other inputs, and BudgetError for a budget out of reach.
     """
     states = folder / f"states-{arm.seed}"
     if not states.exists():
         collect(open_sources(materials.sources, None, "", RecordLayout()), states, materials.samples, arm.seed)
+    if arm.transform is not None:
+        materials = replace(materials, policy=_transformed(materials, arm.transform, states, folder))
     plan = None
     if arm.average_bits is not None:
         plan = folder / f"{name}.plan.json"
         if not plan.exists():
-            table = _table(materials, states, folder / f"table-{arm.seed}.json")
+            of = "table" if arm.transform is None else f"{materials.policy.name}.table"
+            table = _table(materials, states, folder / f"{of}-{arm.seed}.json")
             _planner(table, arm).plan().save(plan)
     weights = folder / f"{name}.weights"
     quantize(QuantizeRequest(materials.policy, weights, plan, arm.uniform, arm.method, states, materials.unnorm_key))
-    return weights
+    return materials.policy, weights
+
+
+def _transformed(materials: Materials, method: str, states: Path, folder: Path) -> Path:
+    """The policy after `method`, in a folder named by it and by the states that it looked at."""
+    out = folder / f"{re.sub('[^a-z0-9]+', '-', method).strip('-')}-{states.name}"
+    if not out.exists():
+        transform(TransformRequest(materials.policy, states, out, method, materials.unnorm_key))
+    return out
 
 
 def _table(materials: Materials, states: Path, out: Path) -> Sensitivity:

@@ -12,6 +12,7 @@ from typing import Any, get_args
 from calibrator.allocation.options import Pin
 from calibrator.quantizers import needs_statistics, parse_choice, parse_choices
 from calibrator.sensitivity.table import Signal
+from calibrator.transforms import parse_transform
 from evaluation.actors import ActorSpec
 from evaluation.benchmarks.registry import BENCHMARKS
 from evaluation.rollout import Control, Rollout
@@ -24,7 +25,7 @@ _SECTION_KEYS = {
     "name", "title", "benchmark", "policy", "unnorm_key", "tasks", "trials", "seed", "runs", "compare", "calibration",
 }  # fmt: skip
 _CALIBRATION_KEYS = {"sources", "samples", "choices"}
-_ARM_KEYS = {"average_bits", "signal", "alpha", "beta", "pins", "method", "states_seed"}
+_ARM_KEYS = {"average_bits", "transform", "signal", "alpha", "beta", "pins", "method", "states_seed"}
 _RUN_KEYS = {"name", "engine", "uniform", "dtype", "control", "trials"} | _ARM_KEYS
 _SIGNALS = (*get_args(Signal), *get_args(PlanControl))
 
@@ -106,7 +107,7 @@ def _run(entry: Any, section: dict[str, Any], path: Path, where: str) -> Planned
         raise ArtefactError(f"{where}.control: {control!r} is unknown; choose from {', '.join(get_args(Control))}")
     arm = _arm(entry, where)
     alike = arm.uniform if arm else None
-    computed = alike is not None and not needs_statistics(alike.recipe)
+    computed = arm is not None and alike is not None and not arm.transform and not needs_statistics(alike.recipe)
     engine = entry.get("engine")
     if engine and arm:
         raise ArtefactError(f"{where}: an engine has its formats built in; leave 'uniform' and 'average_bits' out")
@@ -127,7 +128,7 @@ def _arm(entry: dict[str, Any], where: str) -> Arm | None:
         if idle := sorted(_ARM_KEYS & set(entry)):
             raise ArtefactError(f"{where}: key {idle[0]!r} needs 'uniform' or 'average_bits' beside it")
         return None
-    if "uniform" in entry and (idle := sorted((_ARM_KEYS - {"states_seed"}) & set(entry))):
+    if "uniform" in entry and (idle := sorted((_ARM_KEYS - {"states_seed", "transform"}) & set(entry))):
         raise ArtefactError(f"{where}: key {idle[0]!r} belongs to a plan; 'uniform' says it all")
     signal = entry.get("signal", Arm.signal)
     if signal not in _SIGNALS:
@@ -139,6 +140,7 @@ def _arm(entry: dict[str, Any], where: str) -> Arm | None:
     try:
         return Arm(
             uniform=uniform,
+            transform=None if "transform" not in entry else str(parse_transform(entry["transform"])),
             average_bits=entry.get("average_bits"),
             signal=signal,
             alpha=entry.get("alpha", Arm.alpha),

@@ -40,5 +40,5 @@ def _with_weights(section: Section, planned: PlannedRun, folder: Path) -> Planne
         return planned
     actor, rollout = planned.rollout.actor, planned.rollout
     assert section.materials is not None and isinstance(actor, ActorSpec)
-    weights = prepare(section.materials, planned.arm, folder, planned.name)
-    return replace(planned, rollout=replace(rollout, actor=replace(actor, weights=weights)))
+    policy, weights = prepare(section.materials, planned.arm, folder, planned.name)
+    return replace(planned, rollout=replace(rollout, actor=replace(actor, folder=policy, weights=weights)))

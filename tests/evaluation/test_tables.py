@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 
 pytest.importorskip("torch")
+import torch
 from fake_source import FakeSource
+from pi05_policy import tiny_pi05_folder
 from tiny import tiny_policy_folder
 
 from calibrator.allocation.plan import Plan
-from calibrator.families import TorchActor
+from calibrator.families import TorchActor, load_policy
 from calibrator.quantizers import parse_choice, parse_choices
 from calibrator.quantizers.store import Store
 from calibrator.sensitivity.table import Sensitivity
@@ -21,6 +23,7 @@ from evaluation.statistics import holm
 from evaluation.tables import read_config
 from evaluation.tables.arms import Arm, Materials, controlled, prepare
 from vla_policy.core.errors import ArtefactError, BudgetError
+from vla_policy.core.files import sha256_policy
 from vla_policy.core.observation import Observation
 
 
@@ -109,6 +112,22 @@ def test_a_budget_out_of_reach_is_named(materials: Materials, out: Path) -> None
     assert not (out / "impossible.plan.json").exists()
 
 
+def test_an_arm_may_transform_the_policy_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its codes are those of the transformed policy, which is the one that is rolled out."""
+    monkeypatch.setattr("evaluation.tables.arms.open_sources", lambda *_: [FakeSource((5, 4))])
+    plain = Materials(tiny_pi05_folder(tmp_path / "policy"), (tmp_path,), 6, parse_choices(["w4a8_g32"]))
+    arm = Arm(uniform=parse_choice("w4a8_g32"), transform="quantvla(weight_bits=2,group=32)")
+    policy, weights = prepare(plain, arm, tmp_path / "arms", "corrected")
+    assert policy == tmp_path / "arms" / "quantvla-weight-bits-2-group-32-states-0"
+    before, after = (load_policy(folder).state_dict() for folder in (plain.policy, policy))
+    changed = {name.split(".")[-2] for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+    assert changed == {"q_proj", "o_proj"}
+    assert Store.open(weights).identity.parents["policy"] == sha256_policy(policy)
+    ActorSpec("policy", policy, weights=weights).load()
+    again, _ = prepare(plain, replace(arm, uniform=parse_choice("w4a16_g32")), tmp_path / "arms", "finer")
+    assert again == policy
+
+
 _CONFIG = """
 sections:
   - name: mw
@@ -123,6 +142,7 @@ sections:
       - {name: alike, uniform: w4a16_g64}
       - {name: gptq, uniform: "w3a16_g64:gptq"}
       - {name: evidence, average_bits: 3.0, pins: ["*.lm_head=w4a16_g64"], states_seed: 2}
+      - {name: smoothed, uniform: w4a16_g64, transform: "smoothquant(strength=0.5)"}
 """
 
 
@@ -132,13 +152,15 @@ def test_arms_are_read(tmp_path: Path) -> None:
     (section,) = read_config(path)
     assert section.pairs == (("evidence", "gptq"),)
     assert section.materials is not None and section.materials.sources == (tmp_path / "episodes",)
-    plain, alike, gptq, evidence = section.runs
+    plain, alike, gptq, evidence, smoothed = section.runs
     # Rounding that looks at no inputs needs no store.
     assert plain.arm is None and alike.arm is None
     assert isinstance(alike.rollout.actor, ActorSpec)
     assert alike.rollout.actor.uniform == parse_choice("w4a16_g64")
     assert gptq.arm == Arm(uniform=parse_choice("w3a16_g64:gptq"))
     assert evidence.arm is not None and (evidence.arm.average_bits, evidence.arm.seed) == (3.0, 2)
+    # Its policy is made here, so its codes are, too.
+    assert smoothed.arm == Arm(uniform=parse_choice("w4a16_g64"), transform="smoothquant")
 
 
 @pytest.mark.parametrize(
@@ -152,6 +174,7 @@ def test_arms_are_read(tmp_path: Path) -> None:
         ("name: alike", "name: bf16", "two runs are called 'bf16'"),
         ("samples: 8, ", "", r"calibration: key 'samples' is missing"),
         ("choices: [w2a16_g64", "choices: [w5a16_g64", r"calibration.choices: 5-bit codes"),
+        ('"smoothquant(strength=0.5)"', "smoothing", r"runs\[4\]: transform 'smoothing' is unknown; choose one of"),
     ],
 )
 def test_a_wrong_arm_is_named(tmp_path: Path, old: str, new: str, message: str) -> None:
