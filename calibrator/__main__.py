@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 
-from calibrator.commands import allocate, check, collect, quantize, sensitivity, transform
+from calibrator.commands import allocate, channels, check, collect, quantize, sensitivity, transform
 from vla_policy.core.cli import run
 from vla_policy.core.errors import VlaError
 
@@ -14,6 +14,7 @@ _COMMANDS = {
     "sensitivity": (sensitivity, "policy + calibration set -> scores"),
     "check": (check, "are states as the policy knows them?"),
     "allocate": (allocate, "scores + budget -> bit plan"),
+    "channels": (channels, "QVLA: a width for every output channel"),
     "transform": (transform, "policy -> policy that is easier to round"),
     "quantize": (quantize, "policy + bit plan -> codes"),
 }

@@ -79,7 +79,7 @@ def signals(trunk: Trunk, segment: str) -> Signals:
     """
     chain, full = trunk.chain, trunk.values
     with torch.no_grad():
-        changed = _changed_preamble(chain.preamble, full, segment)
+        changed = _changed(chain.preamble, full, segment)
     start = next(
         place
         for place, one in enumerate(chain.trunk)
@@ -106,10 +106,17 @@ def signals(trunk: Trunk, segment: str) -> Signals:
     return _signals(chain, values, gradients, objective)
 
 
-def _changed_preamble(preamble: Sequence[Segment], full: Mapping[str, Tensor], segment: str) -> dict[str, Tensor]:
-    """The values before the trunk that depend on one of its segments, computed again."""
+@torch.no_grad()
+def output(trunk: Trunk, segment: str) -> Tensor:
+    """The policy's output as it is now, without gradients. segment: see `signals`."""
+    full = trunk.values
+    return _changed(trunk.chain.segments, full, segment).get(trunk.chain.output, full[trunk.chain.output])
+
+
+def _changed(segments: Sequence[Segment], full: Mapping[str, Tensor], segment: str) -> dict[str, Tensor]:
+    """Of the segments' values those that depend on one of them, computed again."""
     changed: dict[str, Tensor] = {}
-    for one in preamble:
+    for one in segments:
         if one.name == segment or not changed.keys().isdisjoint(one.reads):
             changed[one.name] = one.run(*(changed.get(name, full[name]) for name in one.reads))
     return changed

@@ -12,7 +12,7 @@ dX does to the policy is estimated to first order:
   the gradient that it passes back, from x' = X'W to X'Q(W), which adds <d ln M / dx', dx'>.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -76,6 +76,27 @@ def first_order(sweep: Sweep, units: Sequence[str], evidence: bool) -> list[Firs
         )
         for unit in units
     ]
+
+
+def channel_errors(sweep: Sweep, units: Sequence[str], done: Callable[[int], None]) -> dict[str, np.ndarray]:
+    """QVLA's first-order action error of every output channel, float64 [widths, channels], the mean over all states.
+
+    By layer; the first width is 0 bits, the others are the sweep's choices. done: hears of states.
+    """
+    sums: dict[str, np.ndarray] = {}
+    for batch in sweep.states.split(range(len(sweep.states)), alike=True):
+        for share in _shares(sweep, units, len(batch)):
+            for name, layer in _pass(sweep, batch, share, evidence=False).items():
+                weight = layer.module.weight.detach().float()
+                coded = [torch.zeros_like(weight)]
+                coded += [sweep.coded(name, weight, choice) for choice in sweep.settings.choices]
+                found = [layer.channels(values - weight).double().sum(0).cpu().numpy() for values in coded]
+                sums[name] = sums.get(name, 0.0) + np.stack(found)
+        done(len(batch))
+    for name, total in sums.items():
+        if not np.isfinite(total).all():
+            raise DataError(f"{name}: its first-order estimate is not finite; check the checkpoint")
+    return {name: sums[name] / len(sweep.states) for name in units}
 
 
 def _of_batch(sweep: Sweep, units: Sequence[str], samples: tuple[int, ...], evidence: bool) -> dict[str, FirstOrder]:
@@ -144,11 +165,15 @@ class _Layer:
     backward: _Backward | None
 
     @torch.no_grad()
+    def channels(self, change: Tensor) -> Tensor:
+        """Squared action error [B, channels], float32, of every output channel alone with its weights so changed."""
+        return self.action * self._apply(self.x, change).square().sum(1)
+
+    @torch.no_grad()
     def estimate(self, choice: Choice, sweep: Sweep) -> tuple[Tensor, Tensor]:
         """Squared action error [B] and change of ln M [B, boundaries], float32; codes and rounding are the sweep's."""
         weight = self.module.weight.float()
-        coded = weight if choice.recipe is None else sweep.codes.of(self.unit, weight, choice).dequantize()
-        change = coded - weight
+        change = sweep.coded(self.unit, weight, choice) - weight
         rounded = quantize_input(self.module, self.x, choice.format, sweep.scale(self.unit, choice))
         # Q(W)Q(x) - Wx = (Q(W) - W)Q(x) + W(Q(x) - x): differences first, or they drown in rounding.
         moved = self._apply(rounded, change)

@@ -169,6 +169,10 @@ class Sweep:
             return reordered(self.policy, unit)
         return quantized(self.policy, unit, choice, self.codes, self.scale(unit, choice))
 
+    def coded(self, unit: str, weight: Tensor, choice: Choice) -> Tensor:
+        """A layer's weight [out, ...] as the choice has it, float32."""
+        return weight if choice.recipe is None else self.codes.of(unit, weight, choice).dequantize()
+
     def scale(self, unit: str, choice: Choice) -> InputScale:
         """How a layer's input is rounded."""
         return self._scales.of(unit, choice.format)

@@ -47,7 +47,8 @@ def linear(builder: GraphBuilder, x: str, weights: LayerWeights) -> str:
 
 def _sixteen_bit(builder: GraphBuilder, weights: LayerWeights) -> str:
     assert weights.rows is not None
-    rows = weights.rows.to(torch.bfloat16).t().contiguous()
+    # Of one row the transpose counts as contiguous with strides that do not fit a view of bytes: a copy has its own.
+    rows = weights.rows.to(torch.bfloat16).t().clone(memory_format=torch.contiguous_format)
     content = rows.view(torch.uint8).numpy().tobytes()
     stored = builder.raw(f"{weights.layer.name}.weight", TensorProto.BFLOAT16, tuple(rows.shape), content)
     return builder.cast(stored, builder.float_type, f"{weights.layer.name}.weight_float")
