@@ -1,9 +1,7 @@
 """Grippers: an action instead of a topic, its server's absence, and the choice's hysteresis, with real processes."""
 
 import importlib.util
-import os
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,9 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.ros.interfaces import installed
 from tests.ros.world import CONTRACT, ROOT, World, fake_engine, fresh_domain, node_command, process
 
-INTERFACES = ROOT / "tests/ros/interfaces/control_msgs"
 SERVER = [sys.executable, str(ROOT / "tests/ros/gripper_server.py")]
 
 
@@ -26,29 +24,7 @@ def world() -> Iterator[World]:
 
 @pytest.fixture(scope="module")
 def control_msgs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The installed package, or where there is none the action's fields, built for the processes of these tests."""
-    if importlib.util.find_spec("control_msgs") is not None:
-        yield
-        return
-    folder = tmp_path_factory.mktemp("control_msgs")
-    prefix = Path(sys.prefix)
-    environment = os.environ | {"AMENT_PREFIX_PATH": str(prefix), "CMAKE_PREFIX_PATH": str(prefix)}
-    for command in (
-        ["cmake", "-S", INTERFACES, "-B", folder / "build", f"-DCMAKE_INSTALL_PREFIX={folder / 'install'}"]
-        + [f"-DPython3_EXECUTABLE={sys.executable}", "-DBUILD_TESTING=OFF"],
-        ["cmake", "--build", folder / "build", "--target", "install"],
-    ):
-        built = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, check=False)
-        assert built.returncode == 0, built.stdout[-2000:] + built.stderr[-2000:]
-    (packages,) = (folder / "install").glob("lib/python*/site-packages")
-    added = {
-        "PYTHONPATH": packages,
-        "LD_LIBRARY_PATH": folder / "install/lib",
-        "AMENT_PREFIX_PATH": folder / "install",
-    }
-    with pytest.MonkeyPatch.context() as patch:
-        for name, path in added.items():
-            patch.setenv(name, str(path), prepend=os.pathsep)
+    with installed("control_msgs", tmp_path_factory.mktemp("control_msgs")):
         yield
 
 

@@ -1,18 +1,14 @@
-"""What the policy node says of itself in every state, and how it comes up: late cameras, no manager, a bond."""
+"""What the policy node says of itself in every state, and how it comes up: late cameras, no manager."""
 
 import re
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from tests.ros.world import ROOT, Sensors, World, end, fake_engine, fresh_domain, node_command, process
 
-import rclpy  # isort: skip  # after the importorskip in tests.ros.world
-from lifecycle_msgs.msg import Transition  # isort: skip
-from rclpy.executors import SingleThreadedExecutor  # isort: skip
+from lifecycle_msgs.msg import Transition  # isort: skip  # after the importorskip in tests.ros.world
 from rclpy.qos import QoSProfile  # isort: skip
 from sensor_msgs.msg import CompressedImage  # isort: skip
 from std_srvs.srv import SetBool  # isort: skip
@@ -108,51 +104,3 @@ def test_a_camera_that_comes_late_is_waited_for(world: World, tmp_path: Path) ->
         world.camera = world.node.create_publisher(CompressedImage, "late/compressed", QoSProfile(depth=10))
         world.wait_active()
         says(world, "holding: disabled")
-
-
-def test_a_bond_without_its_package_is_refused(world: World, tmp_path: Path) -> None:
-    try:
-        import bondpy.bondpy  # noqa: F401
-    except ModuleNotFoundError:
-        command = node_command(fake_engine(tmp_path / "engine"), autostart=False, bond_heartbeat_period=0.1)
-        with process(command, world.domain, tmp_path / "log"):
-            assert not world.change_state(Transition.TRANSITION_CONFIGURE)
-            says(world, "the ROS package bondpy is not installed")
-    else:
-        pytest.skip("bondpy is installed here")
-
-
-def test_a_bond_lasts_as_long_as_the_node_is_active(world: World, tmp_path: Path) -> None:
-    """As Nav2's lifecycle manager holds it: formed on activation, ended by deactivation, formed again."""
-    bondpy = pytest.importorskip("bondpy.bondpy", reason="bondpy is in no registry; it comes with ROS")
-    events: list[str] = []
-
-    @contextmanager
-    def manager() -> Iterator[None]:
-        node = rclpy.create_node("manager", context=world.node.context)
-        executor = SingleThreadedExecutor(context=world.node.context)
-        executor.add_node(node)
-        bond = bondpy.Bond(node, "bond", "policy", lambda: events.append("broken"), lambda: events.append("formed"))
-        bond.set_heartbeat_timeout(4.0)
-        bond.set_heartbeat_period(0.1)
-        bond.start()
-        thread = threading.Thread(target=executor.spin, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            executor.shutdown()
-            thread.join()
-            bond.shutdown()
-            node.destroy_node()
-
-    command = node_command(fake_engine(tmp_path / "engine"), bond_heartbeat_period=0.1)
-    with process(command, world.domain, tmp_path / "log"):
-        with manager():
-            world.wait(lambda: events == ["formed"], "the bond")
-            assert world.change_state(Transition.TRANSITION_DEACTIVATE)
-            world.wait(lambda: events == ["formed", "broken"], "the end that was meant")
-        events.clear()
-        assert world.change_state(Transition.TRANSITION_ACTIVATE)
-        with manager():
-            world.wait(lambda: events == ["formed"], "the bond again")

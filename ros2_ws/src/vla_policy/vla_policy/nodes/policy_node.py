@@ -35,7 +35,7 @@ from vla_policy.core.safety import HoldReason
 from vla_policy.core.server import PolicyServer, ServedChunk
 from vla_policy.core.status import Latch
 from vla_policy.nodes import diagnostics, inputs, parameters
-from vla_policy.nodes.bond import ManagerBond, bond_class
+from vla_policy.nodes.bond import ManagerBond, status_class
 from vla_policy.nodes.diagnostics import ERROR, OK, WARN, Diagnostics, Report
 from vla_policy.nodes.emergency_stop import EmergencyStop
 from vla_policy.nodes.exclusive import NameLock
@@ -147,7 +147,7 @@ class PolicyNode(LifecycleNode):
     def _configure(self, undo: ExitStack) -> None:
         settings = parameters.read(self)
         if settings.bond_heartbeat_period_s > 0:
-            bond_class()  # there before anything is loaded
+            status_class()  # there before anything is loaded
         lock = NameLock(self.get_fully_qualified_name(), self.context.get_domain_id())
         undo.callback(lock.release)
         contract = load_contract(settings.contract)
@@ -277,9 +277,6 @@ class PolicyNode(LifecycleNode):
         server, self._server = self._server, None
         if server is None:
             return
-        if self._bond is not None:
-            self._bond.close()
-        self._bond = None
         if self._inputs is not None:
             self._inputs.close()
         for timer in self._periodic:
@@ -292,9 +289,11 @@ class PolicyNode(LifecycleNode):
             halt = server.last_halt()
             if halt is not None and self._outputs is not None:
                 self._outputs.command(halt)
+        if self._bond is not None:
+            self._bond.close()
         if self._watchdog is not None:
             self._watchdog.close()
-        self._watchdog = None
+        self._bond = self._watchdog = None
         if not server.deactivate():
             self.get_logger().error("the engine did not return from its decision; its thread is abandoned")
 

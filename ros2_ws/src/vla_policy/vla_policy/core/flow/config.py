@@ -189,8 +189,7 @@ def _named(raw: Mapping[str, Any], key: str, choices: Mapping[str, Value], sourc
     name = raw.get(key)
     if not isinstance(name, str) or name not in choices:
         raise PolicyError(
-            f"{source}: {key}: expected {' or '.join(map(repr, choices))}, got {name!r}; import the "
-            "checkpoint again"
+            f"{source}: {key}: expected {' or '.join(map(repr, choices))}, got {name!r}; import the checkpoint again"
         )
     return choices[name]
 

@@ -54,9 +54,7 @@ def normalised_state(state: np.ndarray | None, proprio: ProprioStats, scaling: S
     return scaling.normalised(state)
 
 
-def parse_flow_statistics(
-    raw: Any, mode: NormalizationMode, takes_state: bool, source: str
-) -> dict[str, NormStats]:
+def parse_flow_statistics(raw: Any, mode: NormalizationMode, takes_state: bool, source: str) -> dict[str, NormStats]:
     """The statistics of every data set; `low` and `high` are what -1 and 1 stand for, exactly: q01 and q99, or a
     standard deviation around the mean. Raises PolicyError for those that do not fit each other or the policy."""
     found = {
