@@ -11,12 +11,16 @@ from typing import Literal
 
 import numpy as np
 
+from calibrator.allocation.channel_plan import ChannelRequest, ChannelSolver, plan_channels
 from calibrator.allocation.options import Pin
+from calibrator.allocation.plan import Plan
 from calibrator.allocation.planning import Limits, Planner, PlanRequest
 from calibrator.data.calibration import collect
 from calibrator.data.layout import RecordLayout
 from calibrator.data.sources import open_sources
 from calibrator.quantize import QuantizeRequest, quantize
+from calibrator.sensitivity.channel_table import ChannelTable
+from calibrator.sensitivity.channels import ChannelOptions, measure_channels
 from calibrator.sensitivity.measure import measure
 from calibrator.sensitivity.run import RunOptions
 from calibrator.sensitivity.scores import ScoreSettings
@@ -26,6 +30,11 @@ from calibrator.transform import TransformRequest, transform
 from vla_policy.core.formats import FULL, Choice
 
 Control = Literal["random", "depth"]
+ChannelSignal = Literal["channels", "channels-greedy"]
+"""QVLA: a width for every output channel, by the certified optimum or as published by greedy demotion."""
+
+
+_QVLA_BITS = (2, 4, 8)
 
 
 @dataclass(frozen=True)
@@ -47,15 +56,16 @@ class Materials:
 class Arm:
     """How a run's layers are rounded: all alike, or by a plan with so many bits on average.
 
-    transform: what the policy goes through first, e.g. `quantvla`. signal: what the plan minimises, or a control:
-    priorities of layers drawn at random, or falling with depth. alpha, beta: of Eq. (14a). pins: layers with a fixed
+    transform: what the policy goes through first, e.g. `quantvla`. signal: what the plan minimises; a control:
+    priorities of layers drawn at random, or falling with depth; or QVLA's widths per output channel, of the choices
+    those with 2, 4 and 8 bits, projector and head at 16. alpha, beta: of Eq. (14a). pins: layers with a fixed
     choice. method: rounding in place of the choices' own. seed: of the calibration states, and of a random control.
     """
 
     uniform: Choice | None = None
     transform: str | None = None
     average_bits: float | None = None
-    signal: Signal | Control = "evidence"
+    signal: Signal | Control | ChannelSignal = "evidence"
     alpha: float = 0.75
     beta: float = 0.25
     pins: tuple[Pin, ...] = ()
@@ -77,12 +87,27 @@ def prepare(materials: Materials, arm: Arm, folder: Path, name: str) -> tuple[Pa
     if arm.average_bits is not None:
         plan = folder / f"{name}.plan.json"
         if not plan.exists():
-            of = "table" if arm.transform is None else f"{materials.policy.name}.table"
-            table = _table(materials, states, folder / f"{of}-{arm.seed}.json")
-            _planner(table, arm).plan().save(plan)
+            of = "" if arm.transform is None else f"{materials.policy.name}."
+            _plan(materials, arm, states, folder, of).save(plan)
     weights = folder / f"{name}.weights"
     quantize(QuantizeRequest(materials.policy, weights, plan, arm.uniform, arm.method, states, materials.unnorm_key))
     return materials.policy, weights
+
+
+def _plan(materials: Materials, arm: Arm, states: Path, folder: Path, of: str) -> Plan:
+    """By the table that arms of the same policy and states share. of: the policy, where the arm transforms it first."""
+    if arm.signal == "channels" or arm.signal == "channels-greedy":
+        assert arm.average_bits is not None
+        channels = _channels(materials, states, folder / f"{of}channels-{arm.seed}.json")
+        solver: ChannelSolver = "HIGHS" if arm.signal == "channels" else "GREEDY"
+        return plan_channels(channels, ChannelRequest(arm.average_bits, solver=solver))
+    return _planner(_table(materials, states, folder / f"{of}table-{arm.seed}.json"), arm, arm.signal).plan()
+
+
+def _channels(materials: Materials, states: Path, out: Path) -> ChannelTable:
+    choices = tuple(choice for choice in materials.choices if choice.format.weight_bits in _QVLA_BITS)
+    settings = SweepSettings(choices, unnorm_key=materials.unnorm_key)
+    return measure_channels(SweepSpec(str(materials.policy), str(states), settings), out, ChannelOptions())
 
 
 def _transformed(materials: Materials, method: str, states: Path, folder: Path) -> Path:
@@ -99,11 +124,11 @@ def _table(materials: Materials, states: Path, out: Path) -> Sensitivity:
     return measure(spec, out, ScoreSettings(), RunOptions(first_order=True))
 
 
-def _planner(table: Sensitivity, arm: Arm) -> Planner:
-    if arm.signal == "random" or arm.signal == "depth":
+def _planner(table: Sensitivity, arm: Arm, signal: Signal | Control) -> Planner:
+    if signal == "random" or signal == "depth":
         table, objective = controlled(table, arm), Objective(1.0, 0.0)
     else:
-        objective = Objective(arm.alpha, arm.beta, arm.signal)
+        objective = Objective(arm.alpha, arm.beta, signal)
     return Planner.of(table, PlanRequest(Limits(average_bits=arm.average_bits), objective, arm.pins))
 
 

@@ -16,7 +16,7 @@ from calibrator.transforms import parse_transform
 from evaluation.actors import ActorSpec
 from evaluation.benchmarks.registry import BENCHMARKS
 from evaluation.rollout import Control, Rollout
-from evaluation.tables.arms import Arm, Materials
+from evaluation.tables.arms import Arm, ChannelSignal, Materials
 from evaluation.tables.arms import Control as PlanControl
 from vla_policy.core.errors import ArtefactError, VlaError
 from vla_policy.core.yaml_fields import meant, read_yaml
@@ -27,7 +27,8 @@ _SECTION_KEYS = {
 _CALIBRATION_KEYS = {"sources", "samples", "choices"}
 _ARM_KEYS = {"average_bits", "transform", "signal", "alpha", "beta", "pins", "method", "states_seed"}
 _RUN_KEYS = {"name", "engine", "uniform", "dtype", "control", "trials"} | _ARM_KEYS
-_SIGNALS = (*get_args(Signal), *get_args(PlanControl))
+_LAYER_SIGNALS = (*get_args(Signal), *get_args(PlanControl))
+_SIGNALS = (*_LAYER_SIGNALS, *get_args(ChannelSignal))
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,8 @@ def _arm(entry: dict[str, Any], where: str) -> Arm | None:
     signal = entry.get("signal", Arm.signal)
     if signal not in _SIGNALS:
         raise ArtefactError(f"{where}.signal: {signal!r} is unknown; choose from {', '.join(_SIGNALS)}")
+    if signal not in _LAYER_SIGNALS and (idle := sorted({"alpha", "beta", "pins"} & set(entry))):
+        raise ArtefactError(f"{where}: key {idle[0]!r} belongs to a plan of layers; signal {signal!r} knows none")
     try:
         uniform = parse_choice(entry["uniform"]) if "uniform" in entry else None
     except VlaError as error:

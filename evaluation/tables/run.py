@@ -7,6 +7,7 @@ from evaluation.actors import ActorSpec
 from evaluation.rollout import run
 from evaluation.tables.arms import prepare
 from evaluation.tables.config import PlannedRun, Section, read_config
+from evaluation.tables.figure import draw
 from evaluation.tables.markdown import Row, render
 from vla_policy.core.files import claim_folder
 from vla_policy.core.outputs import FolderKind, atomic_path
@@ -15,7 +16,8 @@ _FOLDER = FolderKind("evaluation-table", "table.json")
 
 
 def run_table(config: Path, out: Path, workers: int) -> Path:
-    """Runs what is missing and writes `out/table.md`, anew after every run; returns its path.
+    """Runs what is missing and writes `out/table.md` and a drawing of every section, anew after every run; returns the
+    table's path.
 
     The sections take turns, so that every reference is done before the first variant.
     """
@@ -31,6 +33,8 @@ def run_table(config: Path, out: Path, workers: int) -> Path:
         rows[slug] = Row(result, planned.rollout.actor.stored_bytes())
         with atomic_path(table, None) as temporary:
             temporary.write_text(render(sections, rows), encoding="utf-8")
+        with atomic_path(out / f"{section.name}.svg", None) as temporary:
+            temporary.write_text(draw(section, rows), encoding="utf-8")
     return table
 
 

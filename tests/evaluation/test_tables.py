@@ -3,6 +3,7 @@
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -19,12 +20,16 @@ from calibrator.quantizers import parse_choice, parse_choices
 from calibrator.quantizers.store import Store
 from calibrator.sensitivity.table import Sensitivity
 from evaluation.actors import ActorSpec
-from evaluation.statistics import holm
-from evaluation.tables import read_config
+from evaluation.results import Episode, RolloutResult
+from evaluation.statistics import holm, wilson_interval
+from evaluation.tables import Row, read_config
 from evaluation.tables.arms import Arm, Materials, controlled, prepare
+from evaluation.tables.figure import draw
 from vla_policy.core.errors import ArtefactError, BudgetError
 from vla_policy.core.files import sha256_policy
 from vla_policy.core.observation import Observation
+
+_SVG = "{http://www.w3.org/2000/svg}"
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +111,50 @@ def test_controls_know_nothing_of_the_policy(out: Path) -> None:
         assert len(set(order)) == len(order)
 
 
+def test_qvla_s_arms_share_one_table_and_differ_in_the_solver(
+    materials: Materials, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("evaluation.tables.arms.open_sources", lambda *_: [FakeSource((5, 4))])
+    stores = {}
+    for signal in ("channels", "channels-greedy"):
+        _, weights = prepare(materials, Arm(average_bits=6.0, signal=signal), tmp_path, signal)  # type: ignore[arg-type]
+        stores[signal] = Store.open(weights)
+        assert stores[signal].identity.rows.bits
+        ActorSpec("policy", materials.policy, weights=weights).load()
+    assert [path.name for path in tmp_path.glob("channels-[0-9].json")] == ["channels-0.json"]
+    best, greedy = (Plan.load(tmp_path / f"{signal}.plan.json") for signal in stores)
+    assert best.objective < greedy.objective and max(best.average_bits, greedy.average_bits) <= 6.0
+
+
+def test_the_drawing_shows_every_run_where_it_belongs(tmp_path: Path) -> None:
+    path = tmp_path / "table.yaml"
+    path.write_text(_CONFIG.replace("- {name: alike", "- {name: lower, uniform: w2a16_g64}\n      - {name: alike"))
+    (section,) = read_config(path)
+    counts = {"bf16": (9, 3.0), "lower": (1, 1.0), "alike": (6, 2.0), "gptq": (8, 1.5)}  # of 10, and megabytes
+    rows = {}
+    for name, (wins, megabytes) in counts.items():
+        episodes = tuple(Episode("task", trial, trial < wins, 1, 1.0, "") for trial in range(10))
+        rows[f"mw-{name}"] = Row(RolloutResult({}, episodes), int(1e6 * megabytes))
+    root = ElementTree.fromstring(draw(section, rows))
+    points = {tip.split(":")[0]: dot for dot in root.iter(f"{_SVG}circle") if (tip := dot.get("data-tip"))}
+    assert points.keys() == {"lower", "alike", "gptq"}
+    # Up is better, right is larger; the curves are rtn's two points and gptq's one.
+    assert [float(points[name].get("cy", "")) for name in ("gptq", "alike", "lower")] == sorted(
+        float(dot.get("cy", "")) for dot in points.values()
+    )
+    assert [float(points[name].get("cx", "")) for name in ("lower", "gptq", "alike")] == sorted(
+        float(dot.get("cx", "")) for dot in points.values()
+    )
+    assert len(list(root.iter(f"{_SVG}polyline"))) == 1
+    bars = [line for line in root.iter(f"{_SVG}line") if line.get("class") == "interval"]
+    top, bottom = (float(bars[0].get(end, "")) for end in ("y2", "y1"))
+    per_cent = 332 / 100  # from y 380 at 0 to y 48 at 100
+    low, high = wilson_interval(1, 10).low, wilson_interval(1, 10).high
+    assert [380 - bottom, 380 - top] == pytest.approx([100 * low * per_cent, 100 * high * per_cent], abs=0.02)
+    texts = [text.text for text in root.iter(f"{_SVG}text")]
+    assert {"uniform rtn", "uniform gptq"} <= set(texts) and any("bf16 (3.0 MB), 9/10" in str(text) for text in texts)
+
+
 def test_a_budget_out_of_reach_is_named(materials: Materials, out: Path) -> None:
     with pytest.raises(BudgetError, match="average bits"):
         prepare(materials, Arm(average_bits=1.0), out, "impossible")
@@ -168,6 +217,7 @@ def test_arms_are_read(tmp_path: Path) -> None:
     [
         ("average_bits: 3.0", "signal: action", r"runs\[3\]: key 'pins' needs 'uniform' or 'average_bits'"),
         ("uniform: w4a16_g64}", "uniform: w4a16_g64, alpha: 1}", r"runs\[1\]: key 'alpha' belongs to a plan"),
+        ("average_bits: 3.0", "average_bits: 3.0, signal: channels", "key 'pins' belongs to a plan of layers"),
         ("average_bits: 3.0", "average_bits: 3.0, signal: luck", r"runs\[3\].signal: 'luck' is unknown"),
         ("{name: bf16}", "{name: bf16, engine: e, uniform: w4a16_g64}", "an engine has its formats built in"),
         ("[[evidence, gptq]]", "[[evidence, awq]]", r"compare\[0\]: expected the names of two runs"),
