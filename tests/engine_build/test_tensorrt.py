@@ -14,6 +14,7 @@ import rounding
 import torch
 from choices import rtn, with_every_code
 from onnx import TensorProto, helper
+from pi05_policy import tiny_pi05_folder
 from ragged import observation, write_plan
 
 from calibrator.data.calibration import collect, load_calibration
@@ -23,7 +24,7 @@ from calibrator.quantizers import Computed, quantize
 from calibrator.quantizers.packing import pack
 from engine_build import exported
 from engine_build.backends import find_backend
-from engine_build.backends.base import ReadBack
+from engine_build.backends.base import ReadBack, Written
 from engine_build.backends.onnxruntime.linear import linear as linear_onnxruntime
 from engine_build.backends.tensorrt.builder import input_shapes
 from engine_build.backends.tensorrt.linear import linear
@@ -39,8 +40,9 @@ from vla_policy.core.errors import ArtefactError
 from vla_policy.core.files import sha256_policy
 from vla_policy.core.formats import Format
 from vla_policy.core.manifest import Manifest, file_records
+from vla_policy.core.policy_config import PolicyConfig
 from vla_policy.core.prismatic.pixels import preprocess
-from vla_policy.core.program import profiles
+from vla_policy.core.program import Call, GraphSpec, TensorSpec, profiles
 from vla_policy.core.targets import find_target
 
 A100, ORIN = find_target("a100"), find_target("orin-jp7")
@@ -338,6 +340,36 @@ def test_a_sequence_is_written_in_the_layers_of_the_release(
     ]  # fmt: skip
     assert sorted(shapes) == [(1, 1), (1, 48), (1, 80), (1, 112), (1, 144)]
     assert verify(tmp_path / "packed", workshop / "policy", None).not_compared == ""
+
+
+@pytest.mark.parametrize("family", ["openvla", "pi05"])
+def test_the_plain_forms_of_a_sequence_build_as_real_engines(family: str, workshop: Path, tmp_path: Path) -> None:
+    """As TensorRT 10.3 gets them, by TensorRT-RTX for want of the other: caches that rows are appended to."""
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX builds sm_80 engines anywhere once it is installed")
+    policy = workshop / "policy" if family == "openvla" else tiny_pi05_folder(tmp_path / "policy")
+    config, rtx = PolicyConfig.load(policy), find_backend("tensorrt_rtx")
+    layers = layers_of(config)
+    plan, dialect = dict.fromkeys(layers, rtn(Format(4, 16, 64))), find_backend("tensorrt").dialect((10, 3))
+    (tmp_path / "written").mkdir()
+    with open_checkpoint(policy, config) as checkpoint:
+        written = export_graphs(tmp_path / "written", Policy(config, checkpoint, policy, "0"), layers, plan, dialect)
+    built = rtx.compile(written, A100, tmp_path)
+    assert all((tmp_path / "written" / spec.file).stat().st_size > 0 for spec in built.values())
+
+
+def test_a_graph_that_would_read_an_input_on_the_host_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX builds sm_80 engines anywhere once it is installed")
+    with GraphBuilder(tmp_path / "graph.onnx", TensorProto.FLOAT16) as builder:
+        places = builder.node("Range", [builder.constant(0, np.int64), "end", builder.constant(1, np.int64)])
+        builder.rename(builder.cast(places, TensorProto.FLOAT16), "y")
+        builder.save(
+            [helper.make_tensor_value_info("end", TensorProto.INT64, [])],
+            [helper.make_tensor_value_info("y", TensorProto.FLOAT16, ["n"])],
+        )
+    graph = GraphSpec("graph.onnx", (TensorSpec("end", "int64", (), "a number"),), ())
+    written = Written(tmp_path, {"graph": graph}, {"go": Call("graph", {}, {})}, {})
+    with pytest.raises(ArtefactError, match="takes end for a shape, which it would read on the host"):
+        find_backend("tensorrt_rtx").compile(written, A100, tmp_path)
 
 
 def test_a_backend_that_is_not_installed_is_named(workshop: Path, tmp_path: Path) -> None:

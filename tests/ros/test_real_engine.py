@@ -21,6 +21,7 @@ from vla_policy.core.bag import open_bag
 from vla_policy.core.contract import STRING
 from vla_policy.core.files import sha256_file
 from vla_policy.core.observation import Observation
+from vla_policy.core.processor import cpu_name
 from vla_policy.core.recording import BagWriter, recorded_qos
 from vla_policy.core.runner import load_engine
 from vla_policy.core.served import ACTION_CHUNK, read_served
@@ -66,6 +67,7 @@ def test_a_built_engine_serves(world: World, material: Path, tmp_path: Path) -> 
         world.wait(lambda: int(world.diagnostics.get("chunks", 0)) > 10, "diagnostics of some decisions")
     values, camera = world.diagnostics, "camera/image_raw/compressed"
     assert values["engine"] == sha256_file(material / "engine/manifest.json") == world.chunks[-1].engine_id
+    assert values["engine notes"].startswith(f"runs on {cpu_name()}; ")
     assert "conventions not checked: built without a plan and without states" in values["engine notes"]
     assert values["contract"] == sha256_file(material / "contract.yaml")
     assert 0 < float(values[f"rate {camera} (Hz)"]) < 15 and int(values[f"received {camera}"]) >= int(values["chunks"])

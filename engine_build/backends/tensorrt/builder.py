@@ -166,6 +166,8 @@ def _build(job: _Job) -> None:
         parser = module.OnnxParser(network, logger)
         if not parser.parse_from_file(str(job.graph)):
             fail("; ".join(parser.get_error(index).desc() for index in range(parser.num_errors)))
+        for name in _read_on_the_host(network):
+            fail(f"takes {name} for a shape, which it would read on the host")
         for name in _mark(network, job.shown):
             fail(f"has no value {name} to show")
         config = builder.create_builder_config()
@@ -186,6 +188,12 @@ def _build(job: _Job) -> None:
         if cache is not None:
             cache_file.write_bytes(cache.serialize())
         job.engine.write_bytes(plan)
+
+
+def _read_on_the_host(network: "trt.INetworkDefinition") -> list[str]:
+    """Inputs that shapes depend on. There must be none: sizes are fixed, and addresses are those of the device."""
+    inputs = [network.get_input(index) for index in range(network.num_inputs)]
+    return [tensor.name for tensor in inputs if tensor.is_shape_tensor]
 
 
 def _mark(network: "trt.INetworkDefinition", names: Collection[str]) -> Iterator[str]:

@@ -79,6 +79,8 @@ class IBuilderConfig:
 
 
 class ITensor:
+    is_shape_tensor = False
+
     def __init__(self, name: str) -> None:
         self.name = name
 

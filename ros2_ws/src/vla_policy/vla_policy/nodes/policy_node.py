@@ -62,10 +62,11 @@ def _load_engine(folder: Path, unnorm_key: str | None, threads: int | None) -> A
 
 
 def _notes(actor: Actor) -> tuple[str, ...]:
-    """What the engine's manifest tells its reader, such as whether the conventions of its states were checked."""
+    """What runs the engine, and how, where that is not as it should be; and what its manifest tells its reader, such as
+    whether the conventions of its states were checked."""
     from vla_policy.core.runner import Engine
 
-    return actor.manifest.notes if isinstance(actor, Engine) else ()
+    return (f"runs on {actor.processor}", *actor.manifest.notes) if isinstance(actor, Engine) else ()
 
 
 class PolicyNode(LifecycleNode):
