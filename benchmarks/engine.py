@@ -39,6 +39,7 @@ from vla_policy.core.formats import FULL
 from vla_policy.core.manifest import Manifest
 from vla_policy.core.observation import Observation
 from vla_policy.core.outputs import FolderKind
+from vla_policy.core.policy_config import PolicyConfig
 from vla_policy.core.prismatic.config import PrismaticConfig
 from vla_policy.core.runner import load_engine
 from vla_policy.core.targets import Target, find_target
@@ -62,7 +63,7 @@ INSTRUCTION = "pick up the orange juice and place it in the basket"
 class RandomTensors:
     """Weights of the published shapes: windows into one pool of normal numbers, at an offset drawn per tensor."""
 
-    def __init__(self, config: PrismaticConfig, seed: int) -> None:
+    def __init__(self, config: PolicyConfig, seed: int) -> None:
         self._shapes = {name: tensor.shape for name, tensor in empty_policy(config).state_dict().items()}
         self._pool = torch.randn(_POOL, generator=torch.Generator().manual_seed(seed)).to(torch.bfloat16)
         self._offsets = np.random.default_rng(seed).integers(0, _POOL, len(self._shapes))
