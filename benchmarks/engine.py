@@ -27,7 +27,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from calibrator.families.loading import empty_policy
 from calibrator.quantizers import parse_choice
 from engine_build.bench import bench, peak_bytes, report
-from engine_build.build import Policy, build_engine
+from engine_build.build import Policy, build_engine, chosen
 from engine_build.inspect import summary
 from engine_build.plan import Plan, check_legal, uniform_plan
 from engine_build.weights import Layer, layers_of
@@ -117,11 +117,12 @@ def thinned(average_bits: float, blocks: int, activation_bits: int) -> Plan:
     return Plan(assignment)
 
 
-def build_at(blocks: int, plan: Plan, target: Target, out: Path) -> Manifest:
-    """An engine of random weights."""
+def build_at(blocks: int, plan: Plan, target: Target, out: Path, backend: str | None = None) -> Manifest:
+    """An engine of random weights. backend: None for the one that `build` takes."""
     config = config_of(blocks)
-    target = target.fastest_here(set(plan.formats.values()))
-    check_legal(plan, layers_of(config), target)
+    layers = layers_of(config)
+    target, _ = chosen(target, backend, plan, layers)
+    check_legal(plan, layers, target)
     with tempfile.TemporaryDirectory() as folder:
         write_tokenizer(Path(folder) / "tokenizer.json")
         policy = Policy(config, RandomTensors(config, seed=0), Path(folder), sha256="0" * 64)
@@ -139,7 +140,7 @@ def beside_16_bit(average_bits: float, activation_bits: int, blocks: int, repeat
         mixed, full = out / f"mixed_{depth}", out / f"w16a16_{depth}"
         build_at(depth, thinned(average_bits, depth, activation_bits), find_target("cpu"), mixed)
         build_at(depth, uniform_plan(FULL, layers_of(config_of(depth))), find_target("cpu"), full)
-        measured.append(bench(mixed, full, repeats, threads, warm_up=1))
+        measured.append(bench(mixed, [full], repeats, threads, warm_up=1))
         print(f"{depth} of {DEPTH} blocks, measured:\n{report(measured[-1])}", flush=True)
     lines = [f"{DEPTH} blocks at 16 bits, extrapolated from {depths[0]} and {depths[1]}:"]
     for what, value in (

@@ -130,8 +130,9 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(command=_bench)
     parser.add_argument("engine", type=Path, help="engine folder")
     parser.add_argument(
-        "--against", type=Path, required=True, help="16-bit engine folder of the same policy and target"
-    )
+        "--against", type=Path, nargs="+", required=True, metavar="ENGINE",
+        help="16-bit engine folders of the same policy and target, of one backend or several; all take turns",
+    )  # fmt: skip
     _add_unnorm_key(parser)
     parser.add_argument("--repeats", type=_positive, default=30, help="decisions per engine (default: 30)")
     parser.add_argument("--threads", type=_positive, default=1, help="CPU threads per engine (default: 1)")
@@ -158,14 +159,14 @@ def _bench(arguments: argparse.Namespace) -> int:
 
     for path, kind in ((arguments.out, BENCH), (arguments.cost_table, COST_TABLE)):
         if path is not None:
-            check_file(path, kind, [arguments.engine, arguments.against])
+            check_file(path, kind, [arguments.engine, *arguments.against])
     key = arguments.unnorm_key
     result = bench(arguments.engine, arguments.against, arguments.repeats, arguments.threads, unnorm_key=key)
     print(report(result))
     if arguments.out is not None:
         result.save(arguments.out)
     if arguments.cost_table is not None:
-        action_ms = result.reference.stages["action"].median_ms
+        action_ms = result.engine.stages["action"].median_ms
         manifest = Manifest.load(arguments.engine)
         formats = arguments.formats or find_target(manifest.target).on(manifest.backend).legal()
         table = cost_table(manifest, formats, arguments.threads, action_ms, unnorm_key=key)

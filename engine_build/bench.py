@@ -1,7 +1,7 @@
-"""Latency, memory and load time of an engine, always beside the 16-bit engine in the same run.
+"""Latency, memory and load time of an engine, always beside 16-bit engines in the same run.
 
-Each engine runs in a process of its own, so that peak memory is its own, and the two take turns decision by decision,
-so that whatever else the machine does hits both alike.
+Each engine runs in a process of its own, so that peak memory is its own, and they take turns decision by decision,
+so that whatever else the machine does hits all alike. The first decisions of each are not counted.
 """
 
 import multiprocessing
@@ -32,23 +32,31 @@ _INSTRUCTION = "pick up the object and place it in the basket"
 
 
 def bench(
-    engine: Path, reference: Path, repeats: int, threads: int, warm_up: int = 2, unnorm_key: str | None = None
+    engine: Path,
+    references: Sequence[Path],
+    repeats: int,
+    threads: int,
+    warm_up: int = 2,
+    unnorm_key: str | None = None,
 ) -> Bench:
-    """Measures `engine` beside `reference`, `repeats` decisions each.
+    """Measures `engine` beside `references`, `repeats` decisions each, after `warm_up` ones that are not counted.
 
-    Raises VlaError if either is unusable, or has no such statistics.
+    Raises VlaError if one is unusable, or has no such statistics.
     """
-    ours, theirs = Manifest.load(engine), Manifest.load(reference)
+    paths = (engine, *references)
+    manifests = [Manifest.load(path) for path in paths]
+    ours = manifests[0]
     key = ours.config.unnorm_key(unnorm_key)
-    if ours.parents["policy"] != theirs.parents["policy"]:
-        raise ArtefactError(f"{reference}: built from another policy than {engine}; compare engines of one policy")
-    if ours.target != theirs.target:
-        raise ArtefactError(
-            f"{reference}: for target {theirs.target}, {engine} is for {ours.target}; build it for both"
-        )
+    for reference, theirs in zip(references, manifests[1:], strict=True):
+        if ours.parents["policy"] != theirs.parents["policy"]:
+            raise ArtefactError(f"{reference}: built from another policy than {engine}; compare engines of one policy")
+        if ours.target != theirs.target:
+            raise ArtefactError(
+                f"{reference}: for target {theirs.target}, {engine} is for {ours.target}; build it for both"
+            )
     observation = _observation(ours, key)
     with ExitStack() as stack:
-        workers = [stack.enter_context(_Worker(path, key, threads)) for path in (engine, reference)]
+        workers = [stack.enter_context(_Worker(path, key, threads)) for path in paths]
         timings: list[list[Timings]] = [[] for _ in workers]
         for turn in tqdm(range(warm_up + repeats), desc="deciding", unit="decision", disable=None):
             for worker, measured in zip(workers, timings, strict=True):
@@ -57,27 +65,31 @@ def bench(
                     measured.append(lap)
         figures = [
             _figures(worker, path, manifest, measured)
-            for worker, path, manifest, measured in zip(
-                workers, (engine, reference), (ours, theirs), timings, strict=True
-            )
+            for worker, path, manifest, measured in zip(workers, paths, manifests, timings, strict=True)
         ]
     machine = f"{platform.machine()}, {cpu_name()}, {os.cpu_count()} cores"
-    return Bench(figures[0], figures[1], threads, machine, ours.parents)
+    return Bench(figures[0], tuple(figures[1:]), threads, machine, ours.parents)
 
 
 def report(result: Bench) -> str:
     """The figures side by side."""
-    lines = [f"{'':24}{'engine':>16}{'16-bit':>16}", f"{result.machine}, {result.threads} threads"]
-    sides = (result.engine, result.reference)
+    sides = (result.engine, *result.references)
+    lines = [
+        f"{'':24}" + "".join(f"{name:>18}" for name in (side.engine[-17:] for side in sides)),
+        f"{'':24}" + "".join(f"{side.backend:>18}" for side in sides),
+        f"{result.machine}, {result.threads} threads",
+    ]
     for stage in result.engine.stages:
         for name in ("median_ms", "p90_ms", "p99_ms"):
             values = [getattr(side.stages[stage], name) for side in sides]
-            lines.append(f"{stage + ' ' + name:24}" + "".join(f"{value:16.3f}" for value in values))
+            lines.append(f"{stage + ' ' + name:24}" + "".join(f"{value:18.3f}" for value in values))
     for name in ("load_s", "average_bits"):
-        lines.append(f"{name:24}" + "".join(f"{getattr(side, name):16.3f}" for side in sides))
+        lines.append(f"{name:24}" + "".join(f"{getattr(side, name):18.3f}" for side in sides))
     for name in ("disk_bytes", "idle_bytes", "peak_bytes"):
-        lines.append(f"{name:24}" + "".join(f"{getattr(side, name):16,}" for side in sides))
-    lines.append(f"speed-up of a whole action, medians: {result.speedup:.2f}")
+        lines.append(f"{name:24}" + "".join(f"{getattr(side, name):18,}" for side in sides))
+    for reference in result.references:
+        ratio = result.speedup_over(reference)
+        lines.append(f"speed-up of a whole action, medians, over {reference.engine} ({reference.backend}): {ratio:.2f}")
     return "\n".join(lines)
 
 
@@ -90,6 +102,7 @@ def _figures(worker: "_Worker", path: Path, manifest: Manifest, timings: Sequenc
     totals = manifest.totals()
     return EngineFigures(
         engine=path.resolve().name,
+        backend=manifest.backend,
         sha256=sha256_file(path / MANIFEST),
         disk_bytes=totals["engine_bytes"],
         average_bits=totals["average_bits"],

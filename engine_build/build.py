@@ -28,7 +28,7 @@ from engine_build.plan import Plan, check_computable, check_legal, legalize, loa
 from engine_build.ranges import input_peaks
 from engine_build.reference import expected_of, reference_states, source_of
 from engine_build.weights import layers_of, split
-from vla_policy.core.backends.base import parse_version
+from vla_policy.core.backends.base import Workload, parse_version
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.files import sha256_policy
 from vla_policy.core.formats import FULL, Choice
@@ -44,7 +44,7 @@ class Request:
     """What to build. At most one of `plan` (a file), `weights` (a store of a plan's codes) and `uniform` (a choice for
     every layer); 16 bits without any.
 
-    backend: one of the target's; None for the one that `Target.fastest_here` takes.
+    backend: one of the target's; None for the plan's, or without one for what `Target.fastest_here` takes.
     calibration: states whose conventions are checked, that fix the scales of activations where the backend needs them
     ahead and the plan has none, and golden states. unnorm_key: the statistics that these states are normalised by; the
     engine holds all.
@@ -101,22 +101,30 @@ def build(request: Request) -> Manifest:
     store = Store.open(request.weights) if request.weights else None
     plan = _asked_for(request, store, policy_sha256, layers)
     layers = split(layers, plan.rows)
-    if request.backend is None:
-        target = request.target.fastest_here(set(plan.formats.values()))
-    else:
-        target = request.target.on(request.backend)
+    target, why = chosen(request.target, request.backend, plan, layers)
     backend = find_backend(target.backend)
     if request.pack and not backend.compiles:
         raise ArtefactError(f"target {target.name} with {target.backend} compiles nothing; build without --pack")
     installed = None if request.pack else parse_version(backend.version())
     plan = _runnable(request, plan, target.on(None, installed), layers)
     known = request.policy, request.plan, request.calibration, request.unnorm_key, request.accept_conventions
-    notes = (conventions_note(*known),)
+    notes = (conventions_note(*known), f"backend {target.backend}: {why}")
     peaks = _input_peaks(request, backend, plan)
     with open_checkpoint(request.policy, config) as checkpoint:
         policy = Policy(config, checkpoint, request.policy, policy_sha256, peaks, store or Computed(), notes)
         golden = _golden(request, plan, policy.codes, InputScales(target, peaks)) if request.golden else None
         return build_engine(policy, plan, target, request.out, golden, request.pack)
+
+
+def chosen(target: Target, backend: str | None, plan: Plan, layers: Mapping[str, Layer]) -> tuple[Target, str]:
+    """The target with the backend that runs the engine, and why: the one that was named, else the one that the plan's
+    latencies were measured with, else what `Target.fastest_here` takes. layers: the plan's."""
+    if backend is not None:
+        return target.on(backend), "named with --backend"
+    if plan.backend is not None:
+        return target.on(plan.backend), "the plan's latencies were measured with it"
+    weights = sum(layer.weights for layer in layers.values())
+    return target.fastest_here(Workload(frozenset(plan.formats.values()), weights, bool(plan.rows)))
 
 
 def _golden(request: Request, plan: Plan, codes: Codes, scales: InputScales) -> Golden:

@@ -25,7 +25,7 @@ from engine_build.graph.builder import GraphBuilder
 from engine_build.weights import Layer, LayerWeights, layers_of
 from vla_policy.core.backends.base import parse_version
 from vla_policy.core.formats import FULL_PRECISION, Format
-from vla_policy.core.manifest import Manifest
+from vla_policy.core.manifest import Manifest, UnitRecord
 from vla_policy.core.policy_config import PolicyConfig
 
 KIND = "cost_table"
@@ -36,14 +36,14 @@ def cost_table(
     manifest: Manifest,
     formats: Sequence[Format],
     threads: int,
-    action_16bit_ms: float,
+    action_ms: float,
     repeats: int = 7,
     unnorm_key: str | None = None,
 ) -> dict[str, Any]:
     """Median milliseconds per action, `{"units": {unit: {format: ms}}}`, measured on this machine.
 
-    action_16bit_ms: a whole action of the 16-bit engine; what its layers do not account for is `fixed_ms`: attention,
-    norms, embedding, preprocessing.
+    action_ms: a whole action of the manifest's engine; what its layers, measured as they were planned, do not account
+    for is `fixed_ms`: attention, norms, embedding, preprocessing.
 
     Raises ArtefactError for a backend whose layers cannot be measured here.
     """
@@ -52,21 +52,21 @@ def cost_table(
     layers, runs = layers_of(config), runs_per_action(config, unnorm_key)
     shapes = {(layer.outputs, layer.inputs, run.tokens) for name, layer in layers.items() for run in runs[name]}
     measured: dict[tuple[int, int, float, Format], float] = {}
-    formats = list(dict.fromkeys([FULL_PRECISION, *formats]))
+    formats = list(dict.fromkeys([FULL_PRECISION, *formats, *(unit.choice.format for unit in manifest.units)]))
     jobs = [(*shape, fmt) for shape in sorted(shapes) for fmt in formats]
     for outputs, inputs, tokens, fmt in tqdm(jobs, desc="timing layers", unit="shape", disable=None):
         seen = (outputs, inputs, int(tokens))
         measured[outputs, inputs, tokens, fmt] = _milliseconds(backend, seen, fmt, threads, repeats)
     units = {name: _costs(layer, runs[name], formats, measured) for name, layer in layers.items()}
-    layers_16bit_ms = sum(costs[str(FULL_PRECISION)] for costs in units.values())
     return {
         "schema_version": 1,
         "kind": KIND,
         "target": manifest.target,
+        "backend": manifest.backend,
         "policy_sha256": manifest.parents["policy"],
         "threads": threads,
         "versions": {manifest.backend: backend.version()},
-        "fixed_ms": max(0.0, action_16bit_ms - layers_16bit_ms),
+        "fixed_ms": max(0.0, action_ms - sum(_planned_ms(unit, layers, units) for unit in manifest.units)),
         "units": units,
     }
 
@@ -92,6 +92,12 @@ def _costs(
     }
 
 
+def _planned_ms(unit: UnitRecord, layers: Mapping[str, Layer], units: Mapping[str, Mapping[str, float]]) -> float:
+    """Of a layer, or of one of its parts, in its planned format."""
+    name = unit.name if unit.name in layers else unit.name.rpartition(".rows")[0]
+    return units[name][unit.planned] * unit.outputs / layers[name].outputs
+
+
 def _milliseconds(backend: Backend, seen: tuple[int, int, int], fmt: Format, threads: int, repeats: int) -> float:
     """Of a layer of outputs and inputs on a number of tokens."""
     outputs, inputs, tokens = seen
@@ -107,7 +113,7 @@ def _milliseconds(backend: Backend, seen: tuple[int, int, int], fmt: Format, thr
         with GraphBuilder(path, dialect.float_type) as builder:
             builder.rename(dialect.linear(builder, "x", weights), "y")
             infos = [
-                helper.make_tensor_value_info(name, dialect.float_type, [1, tokens, size])
+                helper.make_tensor_value_info(name, dialect.float_type, [1, "tokens", size])
                 for name, size in (("x", inputs), ("y", outputs))
             ]
             builder.save(infos[:1], infos[1:])

@@ -19,7 +19,7 @@ class Plan:
     """A choice per layer, or per part of the layers that `rows` splits.
 
     parents: sha256 of the files that it comes from, by kind; none for a uniform plan. input_peaks: largest |input| of
-    layers with a fixed scale, as it was scored.
+    layers with a fixed scale, as it was scored. backend: what its latencies were measured with, if they were.
     """
 
     assignment: dict[str, Choice]
@@ -27,6 +27,7 @@ class Plan:
     input_peaks: Mapping[str, float] = field(default_factory=dict)
     legalized: tuple[str, ...] = ()
     rows: RowBits = WHOLE
+    backend: str | None = None
 
     @property
     def formats(self) -> dict[str, Format]:
@@ -36,7 +37,8 @@ class Plan:
 def load_plan(path: Path, policy_sha256: str, layers: Mapping[str, Layer]) -> Plan:
     """The plan in `path`, made for exactly this policy and naming exactly its layers; else ArtefactError."""
     planned = Assignment.load(path, policy_sha256, list(layers))
-    return Plan(dict(planned.choices), {"plan": planned.sha256}, planned.input_peaks, rows=planned.rows)
+    parents = {"plan": planned.sha256}
+    return Plan(dict(planned.choices), parents, planned.input_peaks, rows=planned.rows, backend=planned.backend)
 
 
 def stored_plan(store: Store, policy_sha256: str, layers: Mapping[str, Layer]) -> Plan:

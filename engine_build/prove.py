@@ -101,7 +101,7 @@ def prove(engine: Path, against: Path, out: Path, target: str | None, repeats: i
         _verification(engine, ours, ready, reference).save(out / "verification.json")
     if ready is not None and sixteen is not None:
         key = golden.unnorm_key
-        timed = steps.run("times", lambda: bench(ready, sixteen, repeats, threads, unnorm_key=key), report)
+        timed = steps.run("times", lambda: bench(ready, [sixteen], repeats, threads, unnorm_key=key), report)
         if timed is not None:
             timed.save(out / "bench.json")
     with atomic_path(out / "proof.md", PROOF.name) as page:

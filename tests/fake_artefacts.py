@@ -302,6 +302,7 @@ def _bench(folder: Path) -> Bench:
         stages = {"vision": 10.0, "prefill": 8.0, "step": 0.5, "action": 21.5}
         return EngineFigures(
             engine=name,
+            backend="onnxruntime",
             sha256=sha256_file(folder / name / "manifest.json"),
             disk_bytes=round(1e6 * factor),
             average_bits=16 * factor / 4,
@@ -314,7 +315,7 @@ def _bench(folder: Path) -> Bench:
         )
 
     parents = {"policy": POLICY_SHA256, "plan": sha256_file(folder / "plan.json")}
-    return Bench(figures("mixed", 1.0), figures("reference", 1.7), 1, "x86_64, a CPU", parents)
+    return Bench(figures("mixed", 1.0), (figures("reference", 1.7),), 1, "x86_64, a CPU", parents)
 
 
 def _write_served(folder: Path, generator: np.random.Generator) -> None:

@@ -25,10 +25,11 @@ CostName = Literal["code_bits", "size_bits", "bitops", "latency_ms"]
 class LatencyTable:
     """Measured milliseconds per action of every layer and format on one target (a `cost_table` of engine_build).
 
-    fixed_ms: what no plan can change, where the table states it.
+    backend: what ran them. fixed_ms: what no plan can change, where the table states it.
     """
 
     target: str
+    backend: str
     policy_sha256: str
     fixed_ms: float
     units: Mapping[str, Mapping[str, float]]
@@ -38,7 +39,9 @@ class LatencyTable:
         """Reads a table. Raises ArtefactError when it is damaged or was measured for another policy."""
         raw = read_json(path, "cost_table")
         try:
-            table = LatencyTable(raw["target"], raw["policy_sha256"], float(raw.get("fixed_ms", 0.0)), raw["units"])
+            table = LatencyTable(
+                raw["target"], raw["backend"], raw["policy_sha256"], float(raw.get("fixed_ms", 0.0)), raw["units"]
+            )
         except KeyError as error:
             raise ArtefactError(f"{path}: entry {error} is missing; measure the target again") from error
         if table.policy_sha256 != policy_sha256:

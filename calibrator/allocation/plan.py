@@ -37,8 +37,9 @@ class Plan:
     that were not measured, because the target runs them in the place of others, the measured ones that are their
     scores. objective, bound, gap: of Mix-QVLA Eq. (14a); the gap is (objective - bound) / objective, 0 for a certified
     optimum. average_bits: over the weights of the planned layers. bitops: per action. latency_ms: from the target's
-    table, None without one. details: every other entry of the file. input_peaks: largest |input|, as scored, of layers
-    whose input the target rounds with a fixed scale.
+    table, None without one; backend: what that was measured with, and the engine is built for. details: every other
+    entry of the file. input_peaks: largest |input|, as scored, of layers whose input the target rounds with a fixed
+    scale.
     """
 
     assignment: Mapping[str, Choice]
@@ -54,6 +55,7 @@ class Plan:
     bitops: int
     latency_ms: float | None
     target: str | None
+    backend: str | None = None
     scored_by: Mapping[Choice, Choice] = field(default_factory=dict)
     input_peaks: Mapping[str, float] = field(default_factory=dict)
     details: Mapping[str, Any] = field(default_factory=dict)
@@ -109,6 +111,7 @@ class Plan:
             "bitops": self.bitops,
             "latency_ms": self.latency_ms,
             "target": self.target,
+            "backend": self.backend,
         }
 
     def save(self, path: Path | str) -> None:
@@ -131,6 +134,7 @@ class Plan:
                 scored_by={
                     Choice.from_json(entry["choice"]): Choice.from_json(entry["measured"]) for entry in raw["scored_by"]
                 },
+                backend=raw.get("backend"),
                 input_peaks=raw.get("input_peaks", {}),
                 rows=_rows(path, raw),
                 **{name: raw[name] for name in _PLAIN},
@@ -171,13 +175,13 @@ def _rows(path: Path | str, raw: Mapping[str, Any]) -> RowBits:
 
 @dataclass(frozen=True)
 class Assignment:
-    """The part of a plan that weights and engines are made from. target, input_peaks: see Plan. sha256: of its file.
-
-    choices: by layer, or by part of the layers that `rows` splits.
+    """The part of a plan that weights and engines are made from. sha256: of its file. target, backend,
+    input_peaks: see Plan. choices: by layer, or by part of the layers that `rows` splits.
     """
 
     choices: Mapping[str, Choice]
     target: str | None
+    backend: str | None
     input_peaks: Mapping[str, float]
     sha256: str
     rows: RowBits = WHOLE
@@ -199,7 +203,8 @@ class Assignment:
         _refuse(path, "missing units", set(units) - set(choices), "every live layer needs a format")
         rows.check(choices, path)
         ordered = {name: choices[name] for name in units}
-        return Assignment(ordered, raw.get("target"), raw.get("input_peaks", {}), sha256_file(path), rows)
+        target, backend = raw.get("target"), raw.get("backend")
+        return Assignment(ordered, target, backend, raw.get("input_peaks", {}), sha256_file(path), rows)
 
 
 def _refuse(path: Path, what: str, names: set[str], why: str) -> None:

@@ -58,9 +58,18 @@ class PlanRequest:
     target: str | None = None
 
     @property
+    def backend(self) -> str | None:
+        """What the latencies were measured with, where there are any."""
+        return None if self.latency is None else self.latency.backend
+
+    @property
     def machine(self) -> Target | None:
-        """The target's legal formats. Raises ArtefactError for a name that is no target."""
-        return find_target(self.target) if self.target else None
+        """What says which formats are legal: the target, by the backend that the latency table was measured with.
+
+        Raises ArtefactError for a name that is no target, and for a backend that it does not have.
+        """
+        target = self.target or (None if self.latency is None else self.latency.target)
+        return find_target(target).on(self.backend) if target else None
 
 
 @dataclass(frozen=True)
@@ -185,7 +194,8 @@ class Planner:
             size=self._size(solution),
             bitops=int(sums["bitops"]),
             latency_ms=None if fixed_ms is None else fixed_ms + sums["latency_ms"],
-            target=request.target or (request.latency.target if request.latency else None),
+            target=request.machine.name if request.machine else None,
+            backend=request.backend,
             scored_by={runs: measured for runs, measured in self._offered().items() if runs != measured},
             details=details,
         )

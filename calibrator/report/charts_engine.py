@@ -75,18 +75,19 @@ def bytes_chart(engines: Sequence[tuple[str, Manifest]]) -> Markup:
 
 
 def latency_chart(bench: Bench) -> Markup:
-    """Median of every stage for both engines; the thin line reaches the 99th percentile."""
+    """Median of every stage for all engines; the thin line reaches the 99th percentile."""
     stages = {stage: "whole action" if stage == "action" else stage for stage in bench.engine.stages}
-    sides = (("mixed", bench.engine, "s-accent"), ("16-bit", bench.reference, "s-muted"))
-    left, right, pitch = 120, 900, 58
-    svg = Svg(1080, 46 + pitch * len(stages), "Latency of both engines by stage")
+    sides = [("mixed", bench.engine, "s-accent")]
+    sides += [(f"16-bit, {figures.backend}", figures, "s-muted") for figures in bench.references]
+    left, right, pitch = 120, 900, 14 + 22 * len(sides)
+    svg = Svg(1080, 46 + pitch * len(stages), "Latency of all engines by stage")
     laps_of = [figures.stages[stage] for _, figures, _ in sides for stage in stages]
     # One stalled measurement must not flatten every bar; a tail beyond the axis is given as a number.
     longest = min(max(laps.p99_ms for laps in laps_of), 2 * max(laps.median_ms for laps in laps_of))
     x = Scale(0.0, longest * 1.02, left, right)
     for index, stage in enumerate(stages):
         y = 10 + index * pitch
-        svg.text(left - 10, y + 26, stages[stage], "label", "end")
+        svg.text(left - 10, y + 4 + 11 * len(sides), stages[stage], "label", "end")
         for number, (label, figures, colour) in enumerate(sides):
             laps, line = figures.stages[stage], y + number * 22
             tip = (
@@ -98,7 +99,7 @@ def latency_chart(bench: Bench) -> Markup:
             svg.line(x(laps.median_ms), line + 9, end, line + 9, "whisker")
             if laps.p99_ms <= x.high:
                 svg.line(end, line + 4, end, line + 14, "whisker")
-            label = f"{significant(laps.median_ms)} ms, p99 {significant(laps.p99_ms)}"
-            svg.text(end + 8, line + 13, label, "tick")
+            text = f"{significant(laps.median_ms)} ms, p99 {significant(laps.p99_ms)}"
+            svg.text(end + 8, line + 13, text + (f", {figures.backend}" if len(sides) > 2 else ""), "tick")
     svg.x_axis(x, 10 + pitch * len(stages), "milliseconds", 6)
     return svg.render()

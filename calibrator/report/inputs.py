@@ -227,7 +227,9 @@ def _bench_checks(inputs: Inputs, paths: Paths) -> list[tuple[Path | None, str, 
     if inputs.engine:
         checks.append(("the engine", bench.engine.sha256, sources["engine"].sha256))
     if inputs.reference_engine:
-        checks.append(("the 16-bit engine", bench.reference.sha256, sources["reference_engine"].sha256))
+        given = sources["reference_engine"].sha256
+        measured = [figures.sha256 for figures in bench.references]
+        checks.append(("the 16-bit engine", given if given in measured else measured[0], given))
     return [(paths.bench, *check) for check in checks]
 
 

@@ -170,6 +170,7 @@ def latency_table(sensitivity_units: tuple[str, ...], tmp_path: Path) -> Path:
     costs = {"w2a16_g32": 3.0, "w4a16_g32": 1.0, "w8a16_g32": 2.0, "w16a16": 4.0}
     path = tmp_path / "costs.json"
     content = {"schema_version": 1, "kind": "cost_table", "target": "cpu", "policy_sha256": "p" * 64, "fixed_ms": 5.0}
+    content["backend"] = "openvino"
     path.write_text(json.dumps(content | {"units": {name: costs for name in sensitivity_units}}))
     return path
 
@@ -182,7 +183,11 @@ def test_latency_budget_uses_the_measured_table(tmp_path: Path) -> None:
     plan = Planner.of(sensitivity, PlanRequest(limits, latency=costs)).plan()
     # Only 4 bits everywhere is fast enough: 2 bits are slower on this target.
     assert set(plan.assignment.values()) == {BY_BITS[4]}
-    assert plan.latency_ms == pytest.approx(9.0) and plan.target == "cpu"
+    assert plan.latency_ms == pytest.approx(9.0) and (plan.target, plan.backend) == ("cpu", "openvino")
+    plan.save(tmp_path / "plan.json")
+    assert Assignment.load(tmp_path / "plan.json", plan.policy_sha256, list(plan.assignment)).backend == "openvino"
+    with pytest.raises(ArtefactError, match="target a100 cannot run backend openvino"):
+        Planner.of(sensitivity, PlanRequest(limits, latency=costs, target="a100"))
     with pytest.raises(BudgetError, match="5 ms that no plan can change"):
         Planner.of(sensitivity, PlanRequest(Limits(latency_ms=4.0), latency=costs)).plan()
     with pytest.raises(BudgetError, match="--latency-table"):

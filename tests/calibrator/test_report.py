@@ -307,7 +307,7 @@ def test_artefacts_of_another_run_are_refused(artefacts: FakeArtefacts, tmp_path
     ("file", "side", "what"),
     [
         ("bench", "engine", "the engine"),
-        ("bench", "reference", "the 16-bit engine"),
+        ("bench", "references", "the 16-bit engine"),
         ("decisions", "parents", "the 16-bit engine"),
         ("verification", "parents", "the engine"),
     ],
@@ -316,7 +316,8 @@ def test_figures_of_other_engines_are_refused(
     artefacts: FakeArtefacts, tmp_path: Path, file: str, side: str, what: str
 ) -> None:
     content = read_json(artefacts.folder / f"{file}.json")
-    content[side]["engine" if side == "parents" else "sha256"] = "f" * 64
+    place = content[side][0] if side == "references" else content[side]
+    place["engine" if side == "parents" else "sha256"] = "f" * 64
     write_json(tmp_path / f"{file}.json", content)
     with pytest.raises(ArtefactError, match=f"{file}.json: was made with {what} ffffffffffff"):
         Inputs.load(replace(artefacts.paths, **{file: tmp_path / f"{file}.json"}))

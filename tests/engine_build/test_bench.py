@@ -48,7 +48,7 @@ def test_bench_writes_figures_and_costs(
     content = json.loads(figures.read_text())
     assert content["parents"] == Manifest.load(workshop / "engine").parents
     assert content["engine"]["sha256"] == sha256_file(workshop / "engine" / "manifest.json")
-    assert content["reference"]["sha256"] == sha256_file(reference / "manifest.json")
+    assert [one["sha256"] for one in content["references"]] == [sha256_file(reference / "manifest.json")]
     loaded = Bench.load(figures)
     assert list(loaded.engine.stages) == ["preprocess", "vision", "prefill", "step", "action"]
     for side in ("engine", "reference"):
@@ -60,13 +60,29 @@ def test_bench_writes_figures_and_costs(
     assert loaded.engine.disk_bytes < loaded.reference.disk_bytes
     units = json.loads(table.read_text())["units"]
     assert set(units) == set(layers_of(Manifest.load(reference).config))
-    assert all(set(costs) == {"w16a16", "w4a16_g32"} and min(costs.values()) > 0 for costs in units.values())
+    formats = {"w16a16", "w4a16_g32", *(unit.planned for unit in Manifest.load(workshop / "engine").units)}
+    assert all(set(costs) == formats and min(costs.values()) > 0 for costs in units.values())
+
+
+def test_an_engine_is_measured_beside_several_at_once(workshop: Path, reference: Path, tmp_path: Path) -> None:
+    """Of several backends, say; the fastest is what a report compares with."""
+    other = Path(shutil.copytree(reference, tmp_path / "other"))
+    command = ["bench", str(workshop / "engine"), "--against", str(reference), str(other), "--repeats", "2"]
+    assert main([*command, "--out", str(tmp_path / "bench.json")]) == 0
+    loaded = Bench.load(tmp_path / "bench.json")
+    assert [(one.engine, one.backend) for one in loaded.references] == [
+        (reference.name, "onnxruntime"),
+        ("other", "onnxruntime"),
+    ]
+    medians = [one.stages["action"].median_ms for one in loaded.references]
+    assert loaded.reference.stages["action"].median_ms == min(medians)
+    assert loaded.speedup == min(medians) / loaded.engine.stages["action"].median_ms
 
 
 def test_a_layer_costs_its_prefill_and_every_decode_step(reference: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest = Manifest.load(reference)
     monkeypatch.setattr(costs, "_milliseconds", lambda backend, seen, *rest: float(seen[2]))
-    table = costs.cost_table(manifest, [Format(4, 16, 32)], threads=1, action_16bit_ms=1e6)
+    table = costs.cost_table(manifest, [Format(4, 16, 32)], threads=1, action_ms=1e6)
     units = table["units"]
     assert table["fixed_ms"] == 1e6 - sum(entry["w16a16"] for entry in units.values())
     patches, registers, steps = 16, 5, 2
@@ -83,14 +99,14 @@ def test_engines_of_different_policies_are_not_compared(workshop: Path, referenc
     content["parents"]["policy"] = "f" * 64
     (other / "manifest.json").write_text(json.dumps(content))
     with pytest.raises(ArtefactError, match="built from another policy"):
-        bench(workshop / "engine", other, 1, 1)
+        bench(workshop / "engine", [other], 1, 1)
 
 
 def test_a_damaged_engine_ends_the_run_with_its_own_message(workshop: Path, reference: Path, tmp_path: Path) -> None:
     damaged = Path(shutil.copytree(reference, tmp_path / "damaged"))
     (damaged / "vision.data").write_bytes(b"")
     with pytest.raises(ArtefactError, match=r"vision.data: 0 bytes, expected"):
-        bench(workshop / "engine", damaged, 1, 1)
+        bench(workshop / "engine", [damaged], 1, 1)
 
 
 def test_quantiles_interpolate() -> None:
@@ -107,4 +123,4 @@ def test_an_engine_that_overflows_is_named(tmp_path: Path) -> None:
     engine = tmp_path / "engine"
     build(Request(path.parent, find_target("cpu"), engine, uniform=FULL))
     with pytest.raises(EngineError, match=f"^{engine}: logits of the action tokens: 256 of 256 values are not finite"):
-        bench(engine, engine, repeats=1, threads=1)
+        bench(engine, [engine], repeats=1, threads=1)

@@ -16,6 +16,7 @@ from engine_build.backends.base import canonical
 from engine_build.graph.builder import GraphBuilder
 from engine_build.weights import Layer, LayerWeights
 from vla_policy.core import processor
+from vla_policy.core.backends.base import Workload
 from vla_policy.core.backends.onnxruntime.session import open_session, session_options
 from vla_policy.core.backends.onnxruntime_vnni import INSTRUCTIONS, library, runs_here
 from vla_policy.core.errors import ArtefactError
@@ -121,6 +122,11 @@ def test_what_is_not_finite_stays_so(fmt: str, damage: float, tmp_path: Path) ->
     assert not np.isfinite(run(path, x[2:3])).any()
 
 
+def backend_for(*formats: Format) -> str:
+    """What `build` takes for a small plan of these formats."""
+    return find_target("cpu").fastest_here(Workload(frozenset(formats), weights=10**6))[0].backend
+
+
 def test_a_processor_without_the_instructions_is_told_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "cpuinfo").write_text("model name\t: Old Faithful\nflags\t\t: fpu avx2 avx512f avx512bw\n")
     monkeypatch.setattr(processor, "_CPUINFO", tmp_path / "cpuinfo")
@@ -128,14 +134,14 @@ def test_a_processor_without_the_instructions_is_told_so(monkeypatch: pytest.Mon
         ArtefactError, match=r"Old Faithful lacks avx512dq, avx512vl, avx512_vnni; .*--backend onnxruntime$"
     ):
         library.library()
-    assert find_target("cpu").fastest_here([Format(4, 8, 64)]).backend == "onnxruntime"
+    assert backend_for(Format(4, 8, 64)) == "onnxruntime"
 
 
 @needs_vnni
 def test_a_missing_or_failing_compiler_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert find_target("cpu").fastest_here([Format(4, 8, 64)]).backend == "onnxruntime"
+    assert backend_for(Format(4, 8, 64)) == "onnxruntime"
     with pytest.raises(ArtefactError, match=r"no-such-compiler is not found; install g\+\+ 11 or later"):
         library.library()
     monkeypatch.setenv("CXX", "false")
@@ -146,7 +152,6 @@ def test_a_missing_or_failing_compiler_is_told(monkeypatch: pytest.MonkeyPatch, 
 
 @needs_vnni
 def test_build_takes_these_kernels_for_plans_with_rounded_activations() -> None:
-    cpu = find_target("cpu")
-    assert cpu.fastest_here([Format(16, 16), Format(4, 8, 64)]).backend == "onnxruntime_vnni"
-    assert cpu.fastest_here([Format(16, 16), Format(4, 16, 64)]).backend == "onnxruntime"
-    assert cpu.legal() == TARGET.legal(), "the same formats, so a plan may be built for either"
+    assert backend_for(Format(16, 16), Format(4, 8, 64)) == "onnxruntime_vnni"
+    assert backend_for(Format(16, 16), Format(4, 16, 64)) == "onnxruntime"
+    assert find_target("cpu").legal() == TARGET.legal(), "the same formats, so a plan may be built for either"

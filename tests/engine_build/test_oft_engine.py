@@ -73,7 +73,7 @@ def test_it_is_verified_and_measured_like_any_other(folder: Path) -> None:
     assert "normalised actions differ by" in outcome.summary and "tokens" not in outcome.summary
     manifest = Manifest.load(folder / "engine")
     assert manifest.to_json()["actions"]["tiny"]["chunk"] == CHUNK
-    figures = bench(folder / "engine", folder / "engine16", repeats=2, threads=1)
+    figures = bench(folder / "engine", [folder / "engine16"], repeats=2, threads=1)
     assert list(figures.engine.stages) == ["preprocess", "vision", "decide", "action"] and "decide" in report(figures)
     assert figures.engine.stages["action"].count == 2
 

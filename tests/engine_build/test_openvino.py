@@ -15,14 +15,16 @@ from ragged import mixed_assignment, observation, write_plan, write_policy
 pytest.importorskip("openvino", reason="the extra openvino is not installed")
 
 from calibrator.families import TorchActor
-from calibrator.quantizers import quantize_policy
+from calibrator.quantizers import parse_choice, quantize_policy
 from engine_build.__main__ import main
 from engine_build.backends.openvino import probe as probing
 from engine_build.backends.openvino.linear import linear
-from engine_build.build import Request, build
+from engine_build.build import Request, build, chosen
 from engine_build.graph.builder import GraphBuilder
+from engine_build.plan import uniform_plan
 from engine_build.weights import Layer, LayerWeights, layers_of
-from vla_policy.core.backends.openvino import Precision, graphs
+from vla_policy.core.backends.base import Workload
+from vla_policy.core.backends.openvino import LARGE, Precision, graphs
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.files import sha256_policy
 from vla_policy.core.formats import FULL, Format
@@ -228,6 +230,41 @@ def test_a_damaged_graph_is_one_line(engine: Path, tmp_path: Path) -> None:
     path.write_bytes((engine / "vision.onnx").read_bytes()[:1000])
     with pytest.raises(ArtefactError, match=r"vision\.onnx: OpenVINO 2026.* cannot load it \(.*\); build it again"):
         graphs.compiled(path, FLOAT32)
+
+
+def test_the_backend_and_why_stand_in_the_manifest(engine: Path) -> None:
+    assert Manifest.load(engine).notes[-1] == "backend openvino: named with --backend"
+
+
+@pytest.mark.parametrize(
+    ("formats", "weights", "expected"),
+    [
+        (["w16a16", "w2a16_g64"], LARGE, "openvino_bf16"),
+        (["w16a16", "w2a16_g64"], LARGE - 1, "onnxruntime"),
+        (["w16a16"], LARGE, "openvino_bf16"),
+    ],
+)
+@needs_bfloat16
+def test_build_takes_bfloat16_for_large_policies(formats: list[str], weights: int, expected: str) -> None:
+    assert CPU.fastest_here(Workload(frozenset(map(Format.parse, formats)), weights))[0].backend == expected
+
+
+def test_without_bfloat16_or_openvino_build_takes_onnx_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
+    large = Workload(frozenset([Format(4, 16, 64)]), LARGE)
+    with monkeypatch.context() as without:
+        without.setattr(graphs.module().Core, "get_property", lambda *_: ["FP32"])
+        assert CPU.fastest_here(large)[0].backend == "onnxruntime"
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    target, why = CPU.fastest_here(large)
+    assert (target.backend, why) == ("onnxruntime", "the default")
+
+
+def test_a_plan_is_built_for_what_its_latencies_were_measured_with() -> None:
+    layers = {LAYER.name: LAYER}
+    plan = replace(uniform_plan(parse_choice("w4a16_g32"), layers), backend="openvino")
+    target, why = chosen(CPU, None, plan, layers)
+    assert (target.backend, why) == ("openvino", "the plan's latencies were measured with it")
+    assert chosen(CPU, "onnxruntime", plan, layers)[0].backend == "onnxruntime"
 
 
 def test_units_and_calls_are_kept_apart(engine: Path) -> None:

@@ -91,7 +91,7 @@ def test_it_is_verified_and_measured_like_any_other(folder: Path) -> None:
         "vision": "vision", "prefix": "prefix", "step": "step"
     }  # fmt: skip
     assert manifest.program["step"].sizes == {"rows": Range(9, 56, 208)}
-    figures = bench(folder / "engine", folder / "engine16", repeats=2, threads=1)
+    figures = bench(folder / "engine", [folder / "engine16"], repeats=2, threads=1)
     assert figures.engine.stages["step"].count == 2 * STEPS
 
 

@@ -9,8 +9,7 @@ import numpy as np
 import onnx
 from onnx.reference import ReferenceEvaluator
 
-from vla_policy.core.backends.base import ROW, Rule, Version
-from vla_policy.core.formats import Format
+from vla_policy.core.backends.base import ROW, Rule, Version, Workload
 from vla_policy.core.manifest import Manifest
 
 
@@ -55,8 +54,8 @@ class Toy:
         wide = Rule(16, 16, (ROW,), "float32")
         return (wide, Rule(8, 16, (ROW,), "codes times scales")) if version >= (2,) else (wide,)
 
-    def is_faster_here(self, formats: Collection[Format]) -> bool:
-        return False
+    def why_faster_here(self, workload: Workload) -> None:
+        return None
 
     def files_named_in(self, graph: Path) -> set[str]:
         return set()

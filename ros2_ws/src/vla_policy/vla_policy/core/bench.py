@@ -1,4 +1,4 @@
-"""`bench.json`: an engine's latency, memory and load time beside the 16-bit engine's, and which engines these were."""
+"""`bench.json`: latency, memory and load time of an engine and of 16-bit engines beside it, and which these were."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -11,7 +11,7 @@ from vla_policy.core.errors import ArtefactError
 from vla_policy.core.files import read_json, write_json
 
 KIND = "bench"
-_VERSION = 3
+_VERSION = 4
 _REMEDY = "measure again with `engine_build bench --out`"
 
 
@@ -34,12 +34,13 @@ class Quantiles:
 class EngineFigures:
     """One engine's figures. stages: preprocessing, every call of the program by its name, and `action`, the whole.
 
-    sha256: of its manifest, which holds the hashes of its files.
+    engine: its folder's name. backend: what runs it. sha256: of its manifest, which holds the hashes of its files.
     peak_bytes: peak resident memory of a process that only runs this engine, Python and its libraries included.
     idle_bytes: the same process before it loaded the engine.
     """
 
     engine: str
+    backend: str
     sha256: str
     disk_bytes: int
     average_bits: float
@@ -51,21 +52,33 @@ class EngineFigures:
 
 @dataclass(frozen=True)
 class Bench:
-    """Both engines' figures, measured in turns in one run. parents: sha256 of the policy, and of the plan if any."""
+    """All engines' figures, measured in turns in one run. parents: sha256 of the policy, and of the plan if any.
+
+    references: 16-bit engines, at least one; of several backends there may be several.
+    """
 
     engine: EngineFigures
-    reference: EngineFigures
+    references: tuple[EngineFigures, ...]
     threads: int
     machine: str
     parents: Mapping[str, str]
 
     @property
+    def reference(self) -> EngineFigures:
+        """The fastest of the 16-bit engines: what a user would take instead."""
+        return min(self.references, key=lambda figures: figures.stages["action"].median_ms)
+
+    @property
     def speedup(self) -> float:
+        """Of the whole action, medians, over the fastest 16-bit engine."""
+        return self.speedup_over(self.reference)
+
+    def speedup_over(self, reference: EngineFigures) -> float:
         """Of the whole action, medians."""
-        return self.reference.stages["action"].median_ms / self.engine.stages["action"].median_ms
+        return reference.stages["action"].median_ms / self.engine.stages["action"].median_ms
 
     def save(self, path: Path | str) -> None:
-        sides = {name: _to_json(getattr(self, name)) for name in ("engine", "reference")}
+        sides = {"engine": _to_json(self.engine), "references": [_to_json(one) for one in self.references]}
         write_json(path, {"schema_version": _VERSION, "kind": KIND, **asdict(self), **sides})
 
     @staticmethod
@@ -75,7 +88,7 @@ class Bench:
         try:
             return Bench(
                 _figures(content["engine"]),
-                _figures(content["reference"]),
+                tuple(map(_figures, content["references"])),
                 content["threads"],
                 content["machine"],
                 dict(content["parents"]),

@@ -5,11 +5,11 @@ backends and the lowest version of each, for which its formats are listed. `allo
 `build` asks the rules of the installed version, which may be later.
 """
 
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from vla_policy.core.backends import find_backend
-from vla_policy.core.backends.base import LayerKind, Rule, Version
+from vla_policy.core.backends.base import LayerKind, Rule, Version, Workload
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.formats import Choice, Format, Rounding
 
@@ -73,11 +73,15 @@ class Target:
         others = tuple(runtime for runtime in self.runtimes if runtime is not chosen)
         return replace(self, runtimes=(replace(chosen, version=version or chosen.version), *others))
 
-    def fastest_here(self, formats: Collection[Format]) -> "Target":
-        """This target with the backend that `build` takes for a plan of these formats: the first one that says it is
-        the faster one on this machine, else the default."""
-        names = (name for name in self.backends[1:] if find_backend(name).is_faster_here(formats))
-        return self.on(next(names, None))
+    def fastest_here(self, workload: Workload) -> tuple["Target", str]:
+        """This target with the backend that `build` takes for a plan, and why: the first one that says it is the faster
+        one on this machine, else the default."""
+        for name in self.backends[1:]:
+            backend = find_backend(name)
+            why = backend.why_faster_here(workload)
+            if why is not None and backend.splits_layers >= workload.splits_layers:
+                return self.on(name), why
+        return self, "the default"
 
     def legal(self, kind: LayerKind = "linear") -> tuple[Format, ...]:
         """Every format that a layer of this kind may have, most precise first."""

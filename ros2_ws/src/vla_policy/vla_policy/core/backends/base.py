@@ -1,7 +1,6 @@
 """What a backend gives a robot, and the rules that say which number formats it runs."""
 
 import re
-from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -41,6 +40,15 @@ class Rule:
         return tuple(Format(self.weight_bits, self.activation_bits, group) for group in self.groups)
 
 
+@dataclass(frozen=True)
+class Workload:
+    """What a plan asks of a backend: formats, number of weights, and whether output channels of a layer differ."""
+
+    formats: frozenset[Format]
+    weights: int
+    splits_layers: bool = False
+
+
 class Backend(Protocol):
     """What runs engines; its folder exports it as `BACKEND`.
 
@@ -65,11 +73,11 @@ class Backend(Protocol):
         """Formats, without group, that people ask for and this version lacks, with the reason."""
         ...
 
-    def is_faster_here(self, formats: Collection[Format]) -> bool:
-        """Whether `build` takes it, unasked, for layers of these formats instead of a target's first backend.
+    def why_faster_here(self, workload: Workload) -> str | None:
+        """Why `build` takes it, unasked, instead of a target's first backend; None where it does not.
 
-        That is where this machine can run it and it has been seen to be the faster one. False for what only runs when
-        it is named.
+        That is where this machine can run it and it has been seen to be the faster one. None for what only runs when it
+        is named.
         """
         ...
 

@@ -1,11 +1,10 @@
 """ONNX Runtime on the CPU. Groups are counted in inputs; "row" means one scale per output channel."""
 
-from collections.abc import Collection
 from pathlib import Path
 
-from vla_policy.core.backends.base import MEMORY_ONLY, ROW, Rule, Version
+from vla_policy.core.backends.base import MEMORY_ONLY, ROW, Rule, Version, Workload
 from vla_policy.core.backends.onnxruntime.onnx_files import external_files
-from vla_policy.core.formats import Format, Rounding
+from vla_policy.core.formats import Rounding
 from vla_policy.core.manifest import Manifest
 from vla_policy.core.program import Session
 
@@ -36,8 +35,8 @@ class OnnxRuntime:
     def refused(self, version: Version) -> tuple[tuple[str, str], ...]:
         return (("w4a4", _NO_A4), ("w2a4", _NO_A4), ("w3a16", _NO_W3), ("w3a8", _NO_W3))
 
-    def is_faster_here(self, formats: Collection[Format]) -> bool:
-        return False
+    def why_faster_here(self, workload: Workload) -> None:
+        return None
 
     def files_named_in(self, graph: Path) -> set[str]:
         return external_files(graph)

@@ -4,11 +4,10 @@ Formats and numbers are those of `onnxruntime`, whose MatMulNBits is right for o
 of the packed weights serves both (`quantized_linear.cpp`), with AMX tiles where the processor has them.
 """
 
-from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
-from vla_policy.core.backends.base import ROW, Rule, Version
+from vla_policy.core.backends.base import ROW, Rule, Version, Workload
 from vla_policy.core.backends.onnxruntime import BACKEND as PORTABLE
 from vla_policy.core.backends.onnxruntime.onnx_files import external_files
 from vla_policy.core.formats import Format
@@ -38,11 +37,13 @@ class OnnxRuntimeVnni:
     def refused(self, version: Version) -> tuple[tuple[str, str], ...]:
         return PORTABLE.refused(version)
 
-    def is_faster_here(self, formats: Collection[Format]) -> bool:
+    def why_faster_here(self, workload: Workload) -> str | None:
         """Wherever something is multiplied in 8 bits, and the processor and a compiler allow it."""
         from vla_policy.core.backends.onnxruntime_vnni.library import compiler
 
-        return any(map(runs_here, formats)) and not cpu_lacks(INSTRUCTIONS) and compiler() is not None
+        if not any(map(runs_here, workload.formats)) or cpu_lacks(INSTRUCTIONS) or compiler() is None:
+            return None
+        return "8-bit activations, which this processor multiplies in VNNI or AMX"
 
     def files_named_in(self, graph: Path) -> set[str]:
         return external_files(graph)

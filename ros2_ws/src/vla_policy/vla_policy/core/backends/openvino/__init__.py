@@ -4,13 +4,13 @@ The type of activations is a setting of a whole engine, so there are two backend
 `openvino_bf16`.
 """
 
-from collections.abc import Collection
 from enum import Enum
 from pathlib import Path
 
-from vla_policy.core.backends.base import ROW, Rule, Version
+from vla_policy.core.backends.base import ROW, Rule, Version, Workload
 from vla_policy.core.backends.onnxruntime.onnx_files import external_files
-from vla_policy.core.formats import Format
+from vla_policy.core.errors import ArtefactError
+from vla_policy.core.formats import FULL_PRECISION
 from vla_policy.core.manifest import Manifest
 from vla_policy.core.program import Session
 
@@ -18,6 +18,8 @@ _NO_INT8 = "OpenVINO rounds activations for all layers of an engine or for none;
 _NO_INT4 = "no kernel multiplies 4-bit activations here"
 _NO_W3 = "OpenVINO has no 3-bit type"
 GROUPS = (ROW, 32, 64, 128, 256)
+LARGE = 10**8
+"""Weights of a policy from which on products, and not what surrounds them, take most of the time."""
 
 
 class Precision(Enum):
@@ -52,9 +54,19 @@ class OpenVino:
             ("w3a8", _NO_W3),
         )
 
-    def is_faster_here(self, formats: Collection[Format]) -> bool:
-        """Never: it runs where it is named, since no whole engine of it was measured beside ONNX Runtime's."""
-        return False
+    def why_faster_here(self, workload: Workload) -> str | None:
+        """In bfloat16, for large policies of 16-bit activations, where it is installed and the processor has them."""
+        if self._precision is Precision.FLOAT32 or workload.weights < LARGE:
+            return None
+        if any(fmt.activation_bits < FULL_PRECISION.activation_bits for fmt in workload.formats):
+            return None
+        from vla_policy.core.backends.openvino.graphs import check_processor
+
+        try:
+            check_processor(self._precision)
+        except ArtefactError:
+            return None
+        return f"16-bit activations and {LARGE:.0e} weights or more, and this processor multiplies bfloat16"
 
     def files_named_in(self, graph: Path) -> set[str]:
         return external_files(graph)

@@ -6,11 +6,10 @@ in blocks of 64 or 128 along the inputs. "Support Matrix" and the release notes:
 engine carries came with 10.9.
 """
 
-from collections.abc import Collection
 from pathlib import Path
 
-from vla_policy.core.backends.base import ROW, LayerKind, Rule, Version
-from vla_policy.core.formats import Format, Rounding
+from vla_policy.core.backends.base import ROW, LayerKind, Rule, Version, Workload
+from vla_policy.core.formats import Rounding
 from vla_policy.core.manifest import Manifest
 from vla_policy.core.program import Session
 
@@ -65,8 +64,8 @@ class TensorRt:
     def refused(self, version: Version) -> tuple[tuple[str, str], ...]:
         return REFUSED + (() if version >= _PLUGINS_SINCE else _NO_PLUGINS)
 
-    def is_faster_here(self, formats: Collection[Format]) -> bool:
-        return False
+    def why_faster_here(self, workload: Workload) -> None:
+        return None
 
     def files_named_in(self, graph: Path) -> set[str]:
         """None: an engine holds all that it needs."""

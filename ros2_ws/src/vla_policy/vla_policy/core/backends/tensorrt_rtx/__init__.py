@@ -3,12 +3,10 @@
 It takes INT4 in blocks of any size and, unlike TensorRT, with one scale per tensor: two 2-bit codes fit in one INT4.
 """
 
-from collections.abc import Collection
 from pathlib import Path
 
-from vla_policy.core.backends.base import ROW, Rule, Version
+from vla_policy.core.backends.base import ROW, Rule, Version, Workload
 from vla_policy.core.backends.tensorrt import COMMON_RULES, REFUSED
-from vla_policy.core.formats import Format
 from vla_policy.core.manifest import Manifest
 from vla_policy.core.program import Session
 
@@ -32,8 +30,8 @@ class TensorRtRtx:
     def refused(self, version: Version) -> tuple[tuple[str, str], ...]:
         return REFUSED
 
-    def is_faster_here(self, formats: Collection[Format]) -> bool:
-        return False
+    def why_faster_here(self, workload: Workload) -> None:
+        return None
 
     def files_named_in(self, graph: Path) -> set[str]:
         """None: an engine holds all that it needs."""
