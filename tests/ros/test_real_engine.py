@@ -17,8 +17,11 @@ from tests.core.ros_messages import picture
 from tests.demo.materials import tiny_bag, tiny_contract
 from tests.ros.world import CONTRACT, WRIST, World, fresh_domain, process
 from tests.tiny import overflowing_policy_folder, tiny_policy_folder, with_two_statistics
+from vla_policy.core.backends.openvino import Precision
+from vla_policy.core.backends.openvino.graphs import check_processor
 from vla_policy.core.bag import open_bag
 from vla_policy.core.contract import STRING
+from vla_policy.core.errors import ArtefactError
 from vla_policy.core.files import sha256_file
 from vla_policy.core.observation import Observation
 from vla_policy.core.processor import cpu_name
@@ -180,6 +183,34 @@ def test_one_command_replays_live_and_finds_the_decisions_of_the_same_engine_in_
     assert (content["comparison"]["identical_frames"], content["comparison"]["only_candidate"]) == (1, 19)
     failed = [item["name"] for item in content["checks"] if not item["passed"]]
     assert failed == ["drops of the reference", "unmatched frames", "identical"]
+
+
+@pytest.mark.parametrize("backend", ["openvino", "openvino_bf16"])
+def test_an_openvino_engine_serves_what_it_decides_in_process(
+    backend: str, material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("openvino", reason="the extra openvino is not installed")
+    if why := lacks_bfloat16() if backend == "openvino_bf16" else "":
+        pytest.skip(why)
+    monkeypatch.setenv("ROS_DOMAIN_ID", str(fresh_domain()))
+    engine = tmp_path / "engine"
+    built = ["build", "--policy", str(material / "policy"), "--uniform", "w4a16_g32", "--backend", backend]
+    assert engine_build([*built, "--out", str(engine)]) == 0
+    replay = ["replay", "--bag", str(material / "bag"), "--contract", str(material / "contract.yaml"), "--live"]
+    assert evaluation([*replay, "--rate", "0", "--engine", str(engine), "--out", str(tmp_path / "out")]) == 0
+    content = json.loads((tmp_path / "out/replay.json").read_text())
+    assert content["candidate"]["frames"] == content["comparison"]["identical_frames"] == 20
+    first = next(iter(read_served(tmp_path / "out/served")))
+    assert first.engine_id == sha256_file(engine / "manifest.json")
+
+
+def lacks_bfloat16() -> str:
+    """Why bfloat16 cannot be tested here."""
+    try:
+        check_processor(Precision.BFLOAT16)
+    except ArtefactError as error:
+        return str(error)
+    return ""
 
 
 def first_of(served: Path, path: Path) -> Path:
