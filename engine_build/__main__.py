@@ -40,8 +40,8 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backend",
         choices=backend_names(),
-        help="what runs the engine (default: the target's first; on a CPU that this machine shows to have the "
-        "instructions, what multiplies a plan's 8-bit activations fastest)",
+        help="what runs the engine (default: what the plan's latencies were measured with; else on this machine "
+        "onnxruntime_vnni for activations of 8 bits, openvino_bf16 for large policies without; else the first)",
     )
     parser.add_argument("--out", type=Path, required=True, help="engine folder to write; replaced when complete")
     parser.add_argument(
@@ -149,7 +149,7 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
 
 
 def _bench(arguments: argparse.Namespace) -> int:
-    from engine_build.bench import bench, report
+    from engine_build.bench import baselines_missing, bench, report
     from engine_build.costs import KIND as COST_TABLE
     from engine_build.costs import cost_table
     from vla_policy.core.bench import KIND as BENCH
@@ -162,7 +162,7 @@ def _bench(arguments: argparse.Namespace) -> int:
             check_file(path, kind, [arguments.engine, *arguments.against])
     key = arguments.unnorm_key
     result = bench(arguments.engine, arguments.against, arguments.repeats, arguments.threads, unnorm_key=key)
-    print(report(result))
+    print("\n".join([report(result), *baselines_missing(result)]))
     if arguments.out is not None:
         result.save(arguments.out)
     if arguments.cost_table is not None:

@@ -9,7 +9,7 @@ import os
 import platform
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from engine_build.backends import find_backend
 from vla_policy.core.bench import Bench, EngineFigures, Quantiles
 from vla_policy.core.errors import ArtefactError, EngineError, VlaError
 from vla_policy.core.files import sha256_file
@@ -28,6 +29,8 @@ from vla_policy.core.processor import cpu_name
 from vla_policy.core.runner import Timings, load_engine
 
 _KIB = 1024
+_CPU_BASELINES = ("onnxruntime", "openvino_bf16")
+"""How 16 bits run on a CPU: in float32, and in bfloat16 where the processor multiplies it and OpenVINO is installed."""
 _INSTRUCTION = "pick up the object and place it in the basket"
 
 
@@ -91,6 +94,20 @@ def report(result: Bench) -> str:
         ratio = result.speedup_over(reference)
         lines.append(f"speed-up of a whole action, medians, over {reference.engine} ({reference.backend}): {ratio:.2f}")
     return "\n".join(lines)
+
+
+def baselines_missing(result: Bench) -> list[str]:
+    """Further 16-bit engines that this machine could run beside ONNX Runtime's: a line for each, with the command."""
+    measured = {figures.backend for figures in result.references}
+    lines = []
+    for name in _CPU_BASELINES if measured & set(_CPU_BASELINES) else ():
+        with suppress(ArtefactError):
+            if name not in measured and find_backend(name).version():
+                lines.append(
+                    f"note: {name} runs here, too, and may be the faster 16-bit engine; make one with `engine_build "
+                    f"build --uniform w16a16 --backend {name}` and name both with --against"
+                )
+    return lines
 
 
 def _figures(worker: "_Worker", path: Path, manifest: Manifest, timings: Sequence[Timings]) -> EngineFigures:

@@ -8,6 +8,7 @@ import pytest
 from ragged import write_policy
 from safetensors.torch import load_file, save_file
 
+from engine_build import bench as benching
 from engine_build import costs
 from engine_build.__main__ import main
 from engine_build.bench import bench
@@ -124,3 +125,23 @@ def test_an_engine_that_overflows_is_named(tmp_path: Path) -> None:
     build(Request(path.parent, find_target("cpu"), engine, uniform=FULL))
     with pytest.raises(EngineError, match=f"^{engine}: logits of the action tokens: 256 of 256 values are not finite"):
         bench(engine, [engine], repeats=1, threads=1)
+
+
+def test_a_stronger_baseline_that_runs_here_is_named(
+    workshop: Path, reference: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = bench(workshop / "engine", [reference], 1, 1)
+
+    class Installed:
+        def version(self) -> str:
+            return "2026.4.1"
+
+    class Missing:
+        def version(self) -> str:
+            raise ArtefactError("no bfloat16 products")
+
+    monkeypatch.setattr(benching, "find_backend", lambda name: Installed())
+    (line,) = benching.baselines_missing(result)
+    assert "build --uniform w16a16 --backend openvino_bf16" in line
+    monkeypatch.setattr(benching, "find_backend", lambda name: Missing())
+    assert benching.baselines_missing(result) == []

@@ -233,7 +233,7 @@ def test_a_damaged_graph_is_one_line(engine: Path, tmp_path: Path) -> None:
 
 
 def test_the_backend_and_why_stand_in_the_manifest(engine: Path) -> None:
-    assert Manifest.load(engine).notes[-1] == "backend openvino: named with --backend"
+    assert "backend openvino: named with --backend" in Manifest.load(engine).notes
 
 
 @pytest.mark.parametrize(
