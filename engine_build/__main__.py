@@ -162,13 +162,14 @@ def _bench(arguments: argparse.Namespace) -> int:
             check_file(path, kind, [arguments.engine, *arguments.against])
     key = arguments.unnorm_key
     result = bench(arguments.engine, arguments.against, arguments.repeats, arguments.threads, unnorm_key=key)
-    print("\n".join([report(result), *baselines_missing(result)]))
+    manifest = Manifest.load(arguments.engine)
+    target = find_target(manifest.target).on(manifest.backend)
+    print("\n".join([report(result), *baselines_missing(result, target)]))
     if arguments.out is not None:
         result.save(arguments.out)
     if arguments.cost_table is not None:
         action_ms = result.engine.stages["action"].median_ms
-        manifest = Manifest.load(arguments.engine)
-        formats = arguments.formats or find_target(manifest.target).on(manifest.backend).legal()
+        formats = arguments.formats or target.legal()
         table = cost_table(manifest, formats, arguments.threads, action_ms, unnorm_key=key)
         write_json(arguments.cost_table, table)
     return 0

@@ -27,10 +27,9 @@ from vla_policy.core.manifest import MANIFEST, Manifest
 from vla_policy.core.observation import Observation
 from vla_policy.core.processor import cpu_name
 from vla_policy.core.runner import Timings, load_engine
+from vla_policy.core.targets import Target
 
 _KIB = 1024
-_CPU_BASELINES = ("onnxruntime", "openvino_bf16")
-"""How 16 bits run on a CPU: in float32, and in bfloat16 where the processor multiplies it and OpenVINO is installed."""
 _INSTRUCTION = "pick up the object and place it in the basket"
 
 
@@ -96,11 +95,11 @@ def report(result: Bench) -> str:
     return "\n".join(lines)
 
 
-def baselines_missing(result: Bench) -> list[str]:
-    """Further 16-bit engines that this machine could run beside ONNX Runtime's: a line for each, with the command."""
+def baselines_missing(result: Bench, target: Target) -> list[str]:
+    """The target's 16-bit engines that were not measured and could be here: a line for each, with the command."""
     measured = {figures.backend for figures in result.references}
     lines = []
-    for name in _CPU_BASELINES if measured & set(_CPU_BASELINES) else ():
+    for name in target.baselines:
         with suppress(ArtefactError):
             if name not in measured and find_backend(name).version():
                 lines.append(

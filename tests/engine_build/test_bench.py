@@ -130,7 +130,7 @@ def test_an_engine_that_overflows_is_named(tmp_path: Path) -> None:
 def test_a_stronger_baseline_that_runs_here_is_named(
     workshop: Path, reference: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    result = bench(workshop / "engine", [reference], 1, 1)
+    cpu, result = find_target("cpu"), bench(workshop / "engine", [reference], 1, 1)
 
     class Installed:
         def version(self) -> str:
@@ -141,7 +141,7 @@ def test_a_stronger_baseline_that_runs_here_is_named(
             raise ArtefactError("no bfloat16 products")
 
     monkeypatch.setattr(benching, "find_backend", lambda name: Installed())
-    (line,) = benching.baselines_missing(result)
+    (line,) = benching.baselines_missing(result, cpu)
     assert "build --uniform w16a16 --backend openvino_bf16" in line
     monkeypatch.setattr(benching, "find_backend", lambda name: Missing())
-    assert benching.baselines_missing(result) == []
+    assert benching.baselines_missing(result, cpu) == []

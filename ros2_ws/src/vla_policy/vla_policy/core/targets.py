@@ -16,10 +16,12 @@ from vla_policy.core.formats import Choice, Format, Rounding
 
 @dataclass(frozen=True)
 class Runtime:
-    """A backend on a machine. version: the lowest that the machine's release of software has."""
+    """A backend on a machine. version: the lowest that the machine's release of software has. baseline: whether its
+    16 bits may be the fastest there, so that they are what other engines are measured against."""
 
     backend: str
     version: Version
+    baseline: bool = False
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,11 @@ class Target:
     def backends(self) -> tuple[str, ...]:
         """Names of what can run there, the default first."""
         return tuple(runtime.backend for runtime in self.runtimes)
+
+    @property
+    def baselines(self) -> tuple[str, ...]:
+        """Names of the backends whose 16-bit engines others are measured against, where there are several."""
+        return tuple(runtime.backend for runtime in self.runtimes if runtime.baseline)
 
     @property
     def backend(self) -> str:
@@ -143,9 +150,10 @@ def _group_distance(legal: Format, wanted: Format) -> tuple[bool, float]:
     return have > want, have if have > want else -have
 
 
-_ONNX_RUNTIME = Runtime("onnxruntime", (1, 31))
+_ONNX_RUNTIME = Runtime("onnxruntime", (1, 31), baseline=True)
 _ONNX_RUNTIME_VNNI = Runtime("onnxruntime_vnni", (1, 31))
-_OPENVINO, _OPENVINO_BF16 = (Runtime(name, (2026, 4)) for name in ("openvino", "openvino_bf16"))
+_OPENVINO = Runtime("openvino", (2026, 4))
+_OPENVINO_BF16 = Runtime("openvino_bf16", (2026, 4), baseline=True)
 _TENSORRT_RTX = Runtime("tensorrt_rtx", (1, 7))
 _WORKSTATION, _JETPACK_6, _JETPACK_7 = (Runtime("tensorrt", version) for version in ((10, 13), (10, 3), (11, 4, 1)))
 _ALL = (
