@@ -50,7 +50,7 @@ def left_by(choice: Choice, units: Sequence[Unit], inputs: Inputs) -> Left:
         result = quantize(weight, choice, inputs.seen.get(unit.name))
         spent_s += time.process_time() - started
         rows = weight.flatten(1).double()
-        change = result.dequantize().flatten(1).double() - rows
+        change = result.seen_from_outside().flatten(1) - rows
         lost, held = lost + float(change.square().sum()), held + float(rows.square().sum())
         if inputs.held_out:
             moment = inputs.held_out[unit.name].second_moment

@@ -125,5 +125,4 @@ class KeptCodes:
         """Raises ArtefactError for codes that should be there and are not, or are damaged."""
         if not are_kept(choice):
             return Computed().of(unit, weight, choice)
-        found = read_layer(layer_path(self.place(choice), unit), weight, choice)
-        return QuantizedWeight(found.codes.to(weight.device), found.scales.to(weight.device), found.format, found.shape)
+        return read_layer(layer_path(self.place(choice), unit), weight, choice).to(weight.device)

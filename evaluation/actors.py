@@ -83,10 +83,10 @@ class ActorSpec:
         for unit in units:
             if unit.name in rows.bits:
                 parts = rows.of(unit.name)
-                bits += sum(matrix_bits(len(part.rows), unit.inputs, choices[part.name].format) for part in parts)
+                bits += sum(matrix_bits(len(part.rows), unit.inputs, choices[part.name]) for part in parts)
                 bits += PLACE_BITS * unit.outputs
             else:
-                bits += matrix_bits(unit.outputs, unit.inputs, choices.get(unit.name, FULL).format)
+                bits += matrix_bits(unit.outputs, unit.inputs, choices.get(unit.name, FULL))
         return bits // 8
 
     def load(self) -> Actor:

@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
-from calibrator.quantizers import groups_per_row, parse_choice
+from calibrator.quantizers import groups_per_row, operator_bits, parse_choice
 from calibrator.sensitivity.table import Objective, Sensitivity, UnitScores
 from vla_policy.core.backends.base import LayerKind
 from vla_policy.core.errors import ArtefactError, BudgetError
@@ -198,7 +198,9 @@ def _option(
         choice=runs,
         score=sum(objective.score(unit, measured) for unit in units),
         code_bits=sum(unit.params * fmt.weight_bits for unit in units),
-        size_bits=sum(weight_bits(unit, fmt, float_bits) + scale_bits(unit, fmt) for unit in units),
+        size_bits=sum(
+            weight_bits(unit, fmt, float_bits) + added_bits(unit.outputs, unit.inputs, runs) for unit in units
+        ),
         bitops=sum(unit.macs * fmt.weight_bits * fmt.activation_bits for unit in units),
         latency_ms=sum(latency.latency_ms(unit.name, fmt) for unit in units) if latency else 0.0,
     )
@@ -209,17 +211,16 @@ def weight_bits(unit: UnitScores, fmt: Format, float_bits: int) -> int:
     return unit.params * (fmt.weight_bits if fmt.weight_bits < FULL_PRECISION.weight_bits else float_bits)
 
 
-def scale_bits(unit: UnitScores, fmt: Format) -> int:
-    """Bits of a layer's weight scales: one float16 per group of inputs and output."""
-    if fmt.weight_bits >= FULL_PRECISION.weight_bits:
+def added_bits(outputs: int, inputs: int, choice: Choice) -> int:
+    """Bits of what comes with a matrix's codes: a float16 scale per group of inputs and output, an input operator."""
+    if choice.recipe is None:
         return 0
-    return unit.outputs * groups_per_row(unit.inputs, fmt) * SCALE_BITS
+    return outputs * groups_per_row(inputs, choice.format) * SCALE_BITS + operator_bits(choice.recipe, inputs)
 
 
-def matrix_bits(outputs: int, inputs: int, fmt: Format) -> int:
-    """Bits of a matrix with its scales; 16-bit weights count 16."""
-    scales = 0 if fmt.weight_bits >= FULL_PRECISION.weight_bits else groups_per_row(inputs, fmt) * SCALE_BITS
-    return outputs * (inputs * fmt.weight_bits + scales)
+def matrix_bits(outputs: int, inputs: int, choice: Choice) -> int:
+    """Bits of a matrix with what comes with it; 16-bit weights count 16."""
+    return outputs * inputs * choice.format.weight_bits + added_bits(outputs, inputs, choice)
 
 
 @dataclass(frozen=True)

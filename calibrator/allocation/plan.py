@@ -18,7 +18,8 @@ _ROUNDING = 1e-12
 
 @dataclass(frozen=True)
 class PlanSize:
-    """Bits on disk by kind: integer codes (or 16-bit weights), weight scales, and tensors that are not quantized."""
+    """Bits on disk by kind: integer codes (or 16-bit weights), weight scales with input operators, where there are any,
+    and tensors that are not quantized."""
 
     weight_bits: int
     scale_bits: int

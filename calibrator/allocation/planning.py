@@ -14,9 +14,9 @@ from calibrator.allocation.options import (
     Group,
     LatencyTable,
     Pin,
+    added_bits,
     build_groups,
     offered,
-    scale_bits,
     totals,
     weight_bits,
 )
@@ -259,10 +259,10 @@ class Planner:
         ]
 
     def _size(self, solution: Solution) -> PlanSize:
-        formats = {name: choice.format for name, choice in self._assignment(solution).items()}
+        chosen, units = self._assignment(solution), self.sensitivity.units
         return PlanSize(
-            weight_bits=sum(weight_bits(u, formats[u.name], self.request.float_bits) for u in self.sensitivity.units),
-            scale_bits=sum(scale_bits(unit, formats[unit.name]) for unit in self.sensitivity.units),
+            weight_bits=sum(weight_bits(u, chosen[u.name].format, self.request.float_bits) for u in units),
+            scale_bits=sum(added_bits(unit.outputs, unit.inputs, chosen[unit.name]) for unit in units),
             unquantized_bits=self.unquantized_bits,
         )
 

@@ -18,6 +18,7 @@ from vla_policy.core.observation import check_strays
 
 T = TypeVar("T")
 _MOMENT_BYTES = 4 << 30
+_ROWS = 64
 
 
 def input_statistics(
@@ -25,9 +26,9 @@ def input_statistics(
 ) -> dict[str, LayerStatistics]:
     """Statistics of every named layer's input while the full-precision policy decides each state.
 
-    second_moments: also E[x x^T], float64 [in, in] per layer. source: what the states are called in messages. Raises
-    ArtefactError for a layer whose input is zero or not finite throughout, and PolicyError for a policy that decides
-    something else than actions.
+    second_moments: also E[x x^T], float64 [in, in] per layer, and some rows. source: what the states are called in
+    messages. Raises ArtefactError for a layer whose input is zero or not finite throughout, and PolicyError for a
+    policy that decides something else than actions.
     """
     sums = {name: _Sums(find_layer(actor.policy, name), second_moments) for name in names}
     strays = 0
@@ -91,6 +92,8 @@ class _Sums:
         self.peaks = torch.zeros(inputs)
         self.magnitudes = torch.zeros(inputs, dtype=torch.float64)
         self.products = torch.zeros(inputs, inputs, dtype=torch.float64) if second_moment else None
+        self.largest, self.random = _Kept(inputs), _Kept(inputs)
+        self.generator = torch.Generator().manual_seed(0)
 
     @torch.no_grad()
     def see(self, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
@@ -102,10 +105,26 @@ class _Sums:
         if self.products is not None:
             wide = rows.double().cpu()
             self.products.addmm_(wide.T, wide)
+            kept = rows.cpu()
+            self.largest.see(kept, kept.abs().amax(1))
+            self.random.see(kept, torch.rand(len(kept), generator=self.generator))
 
     def statistics(self) -> LayerStatistics:
         moment = None if self.products is None else self.products / self.tokens
-        return LayerStatistics(self.tokens, self.peaks, (self.magnitudes / self.tokens).float(), moment)
+        rows = None if self.products is None else torch.cat([self.largest.rows, self.random.rows])
+        return LayerStatistics(self.tokens, self.peaks, (self.magnitudes / self.tokens).float(), moment, rows)
+
+
+class _Kept:
+    """The rows with the highest numbers so far."""
+
+    def __init__(self, inputs: int) -> None:
+        self.rows, self._numbers = torch.zeros(0, inputs), torch.zeros(0)
+
+    def see(self, rows: Tensor, numbers: Tensor) -> None:
+        every, joined = torch.cat([self._numbers, numbers]), torch.cat([self.rows, rows])
+        self._numbers, places = every.topk(min(_ROWS, len(every)))
+        self.rows = joined[places]
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from calibrator.quantizers.activations import InputScale, InputScales
 from calibrator.quantizers.apply import find_layer, quantize_policy, quantized
 from calibrator.quantizers.base import Codes, LayerStatistics, WeightQuantizer
 from calibrator.quantizers.choices import find_method, parse_choice, parse_choices, parse_recipe
-from calibrator.quantizers.compute import Computed, needs_statistics, quantize
+from calibrator.quantizers.compute import Computed, needs_statistics, operator_bits, quantize
 from calibrator.quantizers.weights import QuantizedWeight, groups_per_row
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "find_method",
     "groups_per_row",
     "needs_statistics",
+    "operator_bits",
     "parse_choice",
     "parse_choices",
     "parse_recipe",

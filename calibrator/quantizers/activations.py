@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from calibrator.quantizers.methods.rtn import levels
+from calibrator.quantizers.turning import InputOperator
 from calibrator.quantizers.weights import code_range, half
 from vla_policy.core.errors import ArtefactError, PolicyError
 from vla_policy.core.formats import FULL_PRECISION, Format, Rounding
@@ -106,20 +107,38 @@ def _fixed(values: Tensor, bits: int, step: float) -> Tensor:
     return (values / steps).round_().clamp_(*code_range(bits)).mul_(steps)
 
 
-def quantize_input(module: nn.Module, x: Tensor, fmt: Format, scale: InputScale = PER_TOKEN) -> Tensor:
-    """A layer's input as its engine sees it: per token for a linear layer, per patch for a patch convolution, or by a
-    fixed scale."""
-    bits = fmt.activation_bits
-    if bits >= FULL_PRECISION.activation_bits:
+def quantize_input(
+    module: nn.Module,
+    x: Tensor,
+    fmt: Format,
+    scale: InputScale = PER_TOKEN,
+    operator: InputOperator | None = None,
+) -> Tensor:
+    """A layer's input as its engine multiplies it: gone through an operator, then rounded per token of a linear layer,
+    per patch of a patch convolution, or by a fixed scale.
+
+    Raises ArtefactError for an operator and a fixed scale, which is of the input as it comes.
+    """
+    if operator is None and fmt.activation_bits >= FULL_PRECISION.activation_bits:
         return x
-    if scale.step is not None:
-        return _passing(x, _fixed(x.detach().float(), bits, scale.step))
-    group = fmt.group_size if scale.rounding is Rounding.GROUP else None
+    if operator is not None and scale.step is not None:
+        raise ArtefactError(f"{fmt}: its fixed scale is of inputs as they come, not of turned ones; use another format")
     if not isinstance(module, nn.Conv2d):
-        return quantize_activation(x, bits, group)
+        return _tokens(x, fmt, scale, operator)
     patches = _patches(module, x)
-    tokens = quantize_activation(patches.flatten(3), bits, group).view(patches.shape)
+    tokens = _tokens(patches.flatten(3), fmt, scale, operator).view(patches.shape)
     return tokens.permute(0, 3, 1, 4, 2, 5).reshape(x.shape)
+
+
+def _tokens(x: Tensor, fmt: Format, scale: InputScale, operator: InputOperator | None) -> Tensor:
+    """Of [..., in]."""
+    bits = fmt.activation_bits
+    turned = x if operator is None else operator.apply(x)
+    if bits >= FULL_PRECISION.activation_bits:
+        return turned
+    if scale.step is not None:
+        return _passing(turned, _fixed(turned.detach().float(), bits, scale.step))
+    return quantize_activation(turned, bits, fmt.group_size if scale.rounding is Rounding.GROUP else None)
 
 
 def input_rows(module: nn.Module, x: Tensor) -> Tensor:

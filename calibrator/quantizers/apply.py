@@ -10,7 +10,7 @@ from calibrator.quantizers.activations import PER_TOKEN, InputScale, InputScales
 from calibrator.quantizers.base import Codes
 from calibrator.quantizers.compute import Computed
 from calibrator.quantizers.rows import WHOLE, Part, RowBits
-from vla_policy.core.errors import PolicyError
+from vla_policy.core.errors import ArtefactError, PolicyError
 from vla_policy.core.formats import FULL_PRECISION, Choice
 
 
@@ -34,12 +34,13 @@ def _apply(policy: nn.Module, unit: str, choice: Choice, codes: Codes, scale: In
     """Puts one layer into its choice; returns what takes that back, bit for bit."""
     module = find_layer(policy, unit)
     original, fmt = module.weight.data, choice.format
+    operator, hook = None, None
     if choice.recipe is not None:
-        module.weight.data = codes.of(unit, original, choice).dequantize().to(computes_in(policy))
-    hook = None
-    if fmt.activation_bits < FULL_PRECISION.activation_bits:
+        coded = codes.of(unit, original, choice)
+        module.weight.data, operator = coded.dequantize().to(computes_in(policy)), coded.operator
+    if operator is not None or fmt.activation_bits < FULL_PRECISION.activation_bits:
         hook = module.register_forward_pre_hook(
-            lambda layer, args: (quantize_input(layer, args[0], fmt, scale), *args[1:])
+            lambda layer, args: (quantize_input(layer, args[0], fmt, scale, operator), *args[1:])
         )
 
     def restore() -> None:
@@ -99,6 +100,11 @@ def _apply_parts(
     changed = torch.zeros_like(original, dtype=computes_in(policy))
     for part in parts:
         rows, choice = original[part.rows], assignment[part.name]
-        found = rows if choice.recipe is None else codes.of(part.name, rows, choice).dequantize()
+        found = rows
+        if choice.recipe is not None:
+            coded = codes.of(part.name, rows, choice)
+            if coded.operator is not None:
+                raise ArtefactError(f"{part.name} in {choice}: a layer with several widths has one input for all rows")
+            found = coded.dequantize()
         changed[part.rows] = found.to(changed.dtype)
     module.weight.data = changed

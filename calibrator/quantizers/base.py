@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -15,13 +15,15 @@ class LayerStatistics:
     """What a layer's input looked like over a calibration set, in full precision.
 
     tokens: how many there were. peaks, means: float32 [in], largest and mean |x| per channel. second_moment: float64
-    [in, in], mean of x x^T over the tokens; None where nobody asked for it.
+    [in, in], mean of x x^T over the tokens. rows: float32 [n, in], some inputs as they are, half of them those with the
+    largest values. Both None where nobody asked for them.
     """
 
     tokens: int
     peaks: Tensor
     means: Tensor
     second_moment: Tensor | None = None
+    rows: Tensor | None = None
 
     @property
     def peak(self) -> float:
@@ -49,6 +51,15 @@ class WeightQuantizer(Protocol):
         self, weight: Tensor, fmt: Format, parameters: Mapping[str, Parameter], statistics: LayerStatistics | None
     ) -> QuantizedWeight:
         """Codes and scales of a finite weight [out, ...]. parameters: all of `defaults`, some with other values."""
+        ...
+
+
+@runtime_checkable
+class TurnsInputs(Protocol):
+    """A rounding method whose layers have an input operator; see `turning`."""
+
+    def operator_bits(self, inputs: int, parameters: Mapping[str, Parameter]) -> int:
+        """What the operator of a layer with so many inputs takes. parameters: as in `WeightQuantizer.quantize`."""
         ...
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from calibrator.quantizers.base import LayerStatistics
+from calibrator.quantizers.base import LayerStatistics, TurnsInputs
 from calibrator.quantizers.choices import find_method
 from calibrator.quantizers.weights import QuantizedWeight, code_range
 from vla_policy.core.errors import ArtefactError, PolicyError
@@ -38,6 +38,13 @@ def quantize(weight: Tensor, choice: Choice, statistics: LayerStatistics | None 
 def needs_statistics(recipe: Recipe | None) -> bool:
     """Whether codes by this recipe depend on the layer's input."""
     return recipe is not None and find_method(recipe.method).needs_statistics
+
+
+def operator_bits(recipe: Recipe, inputs: int) -> int:
+    """What the input operator of a layer with so many inputs takes by this recipe; 0 where there is none."""
+    method = find_method(recipe.method)
+    given = {**method.defaults, **dict(recipe.parameters)}
+    return method.operator_bits(inputs, given) if isinstance(method, TurnsInputs) else 0
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
 `weights.json` says what every layer is and from what the codes were made; beside it lies a safetensors file for every
 layer below 16 bits, or every part of one that is split (`calibrator.quantizers.rows`), with `codes` (packed bits,
-row-major) and `scales` (float16 [out, groups]). A store is filled layer by layer; until `files` stand in its index, it
-is unfinished.
+row-major), `scales` (float16 [out, groups]) and, of an input operator, `turns.N.order` (int32 [in]) and
+`turns.N.blocks` (float16 [n, size, size]). A store is filled layer by layer; until `files` stand in its index, it is
+unfinished.
 """
 
 from collections.abc import Collection, Mapping
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from calibrator.quantizers.packing import pack, unpack
 from calibrator.quantizers.rows import ROWS, WHOLE, RowBits
+from calibrator.quantizers.turning import InputOperator
 from calibrator.quantizers.weights import QuantizedWeight, groups_per_row
 from calibrator.tensors import save_tensors
 from vla_policy.core.errors import ArtefactError
@@ -109,6 +111,9 @@ def write_layer(folder: Path, unit: str, weight: QuantizedWeight) -> None:
     """Writes one layer, whole or not at all."""
     packed = np.frombuffer(pack(weight.codes.cpu().numpy(), weight.format.weight_bits), np.uint8)
     tensors: dict[str, np.ndarray] = {"codes": packed, "scales": weight.scales.cpu().numpy().astype(np.float16)}
+    for number, turn in enumerate(weight.operator.turns if weight.operator else ()):
+        tensors[f"turns.{number}.order"] = turn.order.cpu().numpy().astype(np.int32)
+        tensors[f"turns.{number}.blocks"] = turn.blocks.cpu().numpy().astype(np.float16)
     with atomic_path(layer_path(folder, unit), None) as temporary:
         save_tensors(temporary, tensors, WEIGHTS.name)
 
@@ -128,7 +133,23 @@ def read_layer(path: Path, weight: Tensor, choice: Choice) -> QuantizedWeight:
     if codes.size != outputs * inputs or scales.shape != (outputs, groups_per_row(inputs, choice.format)):
         raise ArtefactError(f"{path}: of another shape than {path.stem}, {list(weight.shape)}; quantize this policy")
     rows = torch.from_numpy(codes.reshape(outputs, inputs))
-    return QuantizedWeight(rows, torch.from_numpy(scales), choice.format, tuple(weight.shape))
+    shape = tuple(weight.shape)
+    return QuantizedWeight(rows, torch.from_numpy(scales), choice.format, shape, _operator(path, tensors, inputs))
+
+
+def _operator(path: Path, tensors: Mapping[str, np.ndarray], inputs: int) -> InputOperator | None:
+    """Raises ArtefactError for one that does not belong to so many inputs."""
+    numbers = range(sum(name.endswith(".order") for name in tensors))
+    try:
+        steps = [(tensors[f"turns.{number}.order"], tensors[f"turns.{number}.blocks"]) for number in numbers]
+    except KeyError as error:
+        raise ArtefactError(f"{path}: tensor {error} is missing; quantize again") from error
+    for order, blocks in steps:
+        square = blocks.ndim == 3 and blocks.shape[1] == blocks.shape[2]
+        if not square or len(blocks) not in (1, inputs // blocks.shape[1]) or sorted(order) != list(range(inputs)):
+            raise ArtefactError(f"{path}: its input operator is not of {inputs} inputs; quantize this policy")
+    found = InputOperator.of([(torch.from_numpy(order), torch.from_numpy(blocks)) for order, blocks in steps])
+    return found if steps else None
 
 
 def finish(folder: Path, identity: Identity) -> Store:

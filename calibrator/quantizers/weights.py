@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from calibrator.quantizers.turning import InputOperator
 from vla_policy.core.errors import PolicyError
 from vla_policy.core.formats import Format
 
@@ -30,12 +31,14 @@ class QuantizedWeight:
     scales: float32 [out, groups] holding float16 numbers, groups = ceil(in / group size), or 1 per output channel;
         always positive.
     shape: the weight's own shape, e.g. [out, channels, height, width] of a convolution.
+    operator: what the layer's input goes through first; codes are of the weight that belongs to what comes out.
     """
 
     codes: Tensor
     scales: Tensor
     format: Format
     shape: tuple[int, ...]
+    operator: InputOperator | None = None
 
     @property
     def peak(self) -> float:
@@ -48,11 +51,21 @@ class QuantizedWeight:
         return QuantizedWeight(codes, self.scales[rows], self.format, (len(codes), *self.shape[1:]))
 
     def dequantize(self) -> Tensor:
-        """codes * scales as float32, in the weight's own shape."""
+        """codes * scales as float32, in the weight's own shape: what multiplies the layer's input, or what its operator
+        makes of it."""
         inputs = self.codes.shape[1]
         size = self.format.group_size or inputs
         scales = self.scales.repeat_interleave(size, dim=1)[:, :inputs]
         return (self.codes.float() * scales).reshape(self.shape)
+
+    def seen_from_outside(self) -> Tensor:
+        """float64: the weight that multiplies the layer's own input, whatever operator it goes through."""
+        weight = self.dequantize().double()
+        return weight if self.operator is None else self.operator.back(weight.flatten(1)).reshape(self.shape)
+
+    def to(self, device: torch.device) -> "QuantizedWeight":
+        operator = self.operator and self.operator.to(device)
+        return QuantizedWeight(self.codes.to(device), self.scales.to(device), self.format, self.shape, operator)
 
 
 def groups_per_row(inputs: int, fmt: Format) -> int:

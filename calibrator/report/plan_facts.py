@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from calibrator.allocation.options import Group, Option, Pin, build_groups, ladder, scale_bits, totals, weight_bits
+from calibrator.allocation.options import Group, Option, Pin, added_bits, build_groups, ladder, totals, weight_bits
 from calibrator.allocation.plan import Plan
 from calibrator.report.artefacts import Frontier, FrontierPoint
 from calibrator.report.labels import Labels
@@ -114,9 +114,10 @@ def _stages(plan: Plan, sensitivity: Sensitivity) -> list[StageShare]:
         by_choice = {choice: 0 for choice in planned_choices(plan)}
         size_bits = 0
         for unit in units:
-            fmt = plan.assignment[unit.name].format
-            by_choice[plan.assignment[unit.name]] += unit.params
-            size_bits += weight_bits(unit, fmt, plan.details["float_bits"]) + scale_bits(unit, fmt)
+            choice = plan.assignment[unit.name]
+            by_choice[choice] += unit.params
+            size_bits += weight_bits(unit, choice.format, plan.details["float_bits"])
+            size_bits += added_bits(unit.outputs, unit.inputs, choice)
         shares.append(StageShare(stage, len(units), sum(unit.params for unit in units), by_choice, size_bits / 8))
     return shares
 

@@ -27,7 +27,7 @@ from calibrator.sensitivity.evidence import BOUNDARIES, evidence_map
 from calibrator.sensitivity.passes import Batch
 from calibrator.sensitivity.sweep import Sweep
 from vla_policy.core.errors import DataError
-from vla_policy.core.formats import Choice
+from vla_policy.core.formats import FULL_PRECISION, Choice
 
 _KEPT_BYTES = 2 << 30
 _FLOAT_BYTES = 4
@@ -172,17 +172,26 @@ class _Layer:
     @torch.no_grad()
     def estimate(self, choice: Choice, sweep: Sweep) -> tuple[Tensor, Tensor]:
         """Squared action error [B] and change of ln M [B, boundaries], float32; codes and rounding are the sweep's."""
-        weight = self.module.weight.float()
-        change = sweep.coded(self.unit, weight, choice) - weight
-        rounded = quantize_input(self.module, self.x, choice.format, sweep.scale(self.unit, choice))
+        weight, x, operator = self.module.weight.float(), self.x, None
+        coded = weight
+        if choice.recipe is not None:
+            found = sweep.codes.of(self.unit, weight, choice)
+            coded, operator = found.dequantize(), found.operator
+        if operator is not None:
+            # The layer as it is in the operator's channels: the same product.
+            weight = operator.weight(weight.flatten(1).double()).float().reshape(weight.shape)
+            x = quantize_input(self.module, x, FULL_PRECISION, operator=operator)
+        change = coded - weight
+        rounded = quantize_input(self.module, x, choice.format, sweep.scale(self.unit, choice))
         # Q(W)Q(x) - Wx = (Q(W) - W)Q(x) + W(Q(x) - x): differences first, or they drown in rounding.
         moved = self._apply(rounded, change)
-        if rounded is not self.x:
-            moved = moved + self._apply(rounded - self.x, weight)
+        if rounded is not x:
+            moved = moved + self._apply(rounded - x, weight)
         action = (self.action * moved.square().sum(1)).sum(-1)
         mass = [(slope.float() * moved).sum((1, 2)) for slope in self.forward]
         if self.backward is not None:
             passed = nn.functional.linear(self.backward.arriving, change.T).float()
+            passed = passed if operator is None else operator.back(passed)
             turned = [(slope.float() * passed).sum((1, 2)) for slope in self.backward.slopes]
             mass = [one + other for one, other in zip(mass, turned, strict=True)]
         return action, torch.stack(mass, dim=1) if mass else action.new_zeros(len(action), 0)

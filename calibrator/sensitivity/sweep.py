@@ -170,8 +170,14 @@ class Sweep:
         return quantized(self.policy, unit, choice, self.codes, self.scale(unit, choice))
 
     def coded(self, unit: str, weight: Tensor, choice: Choice) -> Tensor:
-        """A layer's weight [out, ...] as the choice has it, float32."""
-        return weight if choice.recipe is None else self.codes.of(unit, weight, choice).dequantize()
+        """A layer's weight [out, ...] as the choice has it, float32. Raises PolicyError for one that belongs to a turned
+        input, whose output channels cannot have choices of their own."""
+        if choice.recipe is None:
+            return weight
+        found = self.codes.of(unit, weight, choice)
+        if found.operator is not None:
+            raise PolicyError(f"{unit} in {choice}: its input goes through an operator, the same for all channels")
+        return found.dequantize()
 
     def scale(self, unit: str, choice: Choice) -> InputScale:
         """How a layer's input is rounded."""

@@ -21,7 +21,8 @@ def statistics(inputs: int, seed: int = 0) -> LayerStatistics:
     generator = torch.Generator().manual_seed(seed)
     mixing = torch.randn(inputs, inputs, generator=generator, dtype=torch.float64)
     rows = torch.randn(4 * inputs, inputs, generator=generator, dtype=torch.float64) @ mixing
-    return LayerStatistics(len(rows), rows.abs().amax(0).float(), rows.abs().mean(0).float(), rows.T @ rows / len(rows))
+    peaks, means = rows.abs().amax(0).float(), rows.abs().mean(0).float()
+    return LayerStatistics(len(rows), peaks, means, rows.T @ rows / len(rows), rows[:32].float())
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

@@ -51,7 +51,7 @@ class Gptq:
 
 def lost_outputs(weight: Tensor, result: QuantizedWeight, moment: Tensor) -> Tensor:
     """E |(Q(w) - w) x|^2 of every row, float64 [out]."""
-    change = (result.dequantize().double() - weight.detach().double()).flatten(1)
+    change = (result.seen_from_outside() - weight.detach().double()).flatten(1)
     return ((change @ moment) * change).sum(1)
 
 
