@@ -1,7 +1,7 @@
 """A weight as integers: codes per weight, one scale per group of consecutive inputs or per output channel."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -48,7 +48,7 @@ class QuantizedWeight:
     def part(self, rows: slice) -> "QuantizedWeight":
         """Some of the outputs."""
         codes = self.codes[rows]
-        return QuantizedWeight(codes, self.scales[rows], self.format, (len(codes), *self.shape[1:]))
+        return replace(self, codes=codes, scales=self.scales[rows], shape=(len(codes), *self.shape[1:]))
 
     def dequantize(self) -> Tensor:
         """codes * scales as float32, in the weight's own shape: what multiplies the layer's input, or what its operator
@@ -65,7 +65,7 @@ class QuantizedWeight:
 
     def to(self, device: torch.device) -> "QuantizedWeight":
         operator = self.operator and self.operator.to(device)
-        return QuantizedWeight(self.codes.to(device), self.scales.to(device), self.format, self.shape, operator)
+        return replace(self, codes=self.codes.to(device), scales=self.scales.to(device), operator=operator)
 
 
 def groups_per_row(inputs: int, fmt: Format) -> int:

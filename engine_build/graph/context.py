@@ -10,6 +10,7 @@ from calibrator.families.loading import Tensors
 from calibrator.quantizers import Codes
 from calibrator.quantizers.rows import WHOLE, RowBits
 from engine_build.graph.builder import GraphBuilder
+from engine_build.graph.turning import turned
 from engine_build.weights import Layer, LayerWeights, as_float32, layer_weights, part_of
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.formats import Choice
@@ -86,7 +87,9 @@ class GraphContext:
                 f"{name}: its weights reach {weights.quantized.peak:.3g}, not finite in the activations' "
                 f"{np.dtype(self.builder.float_dtype)} (at most {most:.3g}); check the checkpoint"
             )
-        result = self.write_linear(self.builder, x, weights)
+        operator = weights.quantized.operator if weights.quantized else None
+        multiplied = x if operator is None else turned(self.builder, x, operator, name)
+        result = self.write_linear(self.builder, multiplied, weights)
         self.on_layer(layer, x, result)
         return result
 
