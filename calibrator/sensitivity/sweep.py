@@ -170,8 +170,8 @@ class Sweep:
         return quantized(self.policy, unit, choice, self.codes, self.scale(unit, choice))
 
     def coded(self, unit: str, weight: Tensor, choice: Choice) -> Tensor:
-        """A layer's weight [out, ...] as the choice has it, float32. Raises PolicyError for one that belongs to a turned
-        input, whose output channels cannot have choices of their own."""
+        """A layer's weight [out, ...] as the choice has it, float32. Raises PolicyError for one that multiplies a turned
+        input: output channels cannot choose that for themselves."""
         if choice.recipe is None:
             return weight
         found = self.codes.of(unit, weight, choice)
