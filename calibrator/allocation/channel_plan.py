@@ -7,7 +7,7 @@ from typing import Any, Literal
 import numpy as np
 
 from calibrator.allocation.channels import Channels, greedy, optimum
-from calibrator.allocation.options import PLACE_BITS, matrix_bits
+from calibrator.allocation.options import PLACE_BITS, added_bits
 from calibrator.allocation.plan import Plan, PlanSize
 from calibrator.modules.chain import Stage
 from calibrator.quantizers.rows import RowBits
@@ -157,9 +157,8 @@ def _size(
         part = rows.parts.get(name)
         shape = by_name[part.layer if part else name]
         outputs = len(part.rows) if part else shape.outputs
-        codes = outputs * shape.inputs * choice.format.weight_bits
-        code_bits += codes
-        scale_bits += matrix_bits(outputs, shape.inputs, choice.format) - codes
+        code_bits += outputs * shape.inputs * choice.format.weight_bits
+        scale_bits += added_bits(outputs, shape.inputs, choice)
         weight_bits += outputs * shape.inputs * (float_bits if choice == FULL else choice.format.weight_bits)
     unquantized = table.meta["unquantized_params"] * float_bits
     unquantized += PLACE_BITS * sum(by_name[name].outputs for name in rows.bits)

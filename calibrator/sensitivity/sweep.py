@@ -170,8 +170,10 @@ class Sweep:
         return quantized(self.policy, unit, choice, self.codes, self.scale(unit, choice))
 
     def coded(self, unit: str, weight: Tensor, choice: Choice) -> Tensor:
-        """A layer's weight [out, ...] as the choice has it, float32. Raises PolicyError for one that multiplies a turned
-        input: output channels cannot choose that for themselves."""
+        """A layer's weight [out, ...] as the choice has it, float32.
+
+        Raises PolicyError for one that multiplies a turned input: output channels cannot choose that for themselves.
+        """
         if choice.recipe is None:
             return weight
         found = self.codes.of(unit, weight, choice)
