@@ -11,13 +11,14 @@ from typing import Literal
 
 import numpy as np
 
-from calibrator.allocation.channel_plan import ChannelRequest, ChannelSolver, plan_channels
+from calibrator.allocation.channel_plan import PUBLISHED_KEEP, ChannelRequest, ChannelSolver, plan_channels
 from calibrator.allocation.options import Pin
 from calibrator.allocation.plan import Plan
 from calibrator.allocation.planning import Limits, Planner, PlanRequest
 from calibrator.data.calibration import collect
 from calibrator.data.layout import RecordLayout
 from calibrator.data.sources import open_sources
+from calibrator.modules.chain import Stage
 from calibrator.quantize import QuantizeRequest, quantize
 from calibrator.sensitivity.channel_table import ChannelTable
 from calibrator.sensitivity.channels import ChannelOptions, measure_channels
@@ -58,8 +59,8 @@ class Arm:
 
     transform: what the policy goes through first, e.g. `quantvla`. signal: what the plan minimises; a control:
     priorities of layers drawn at random, or falling with depth; or QVLA's widths per output channel, of the choices
-    those with 2, 4 and 8 bits, projector and head at 16. alpha, beta: of Eq. (14a). pins: layers with a fixed
-    choice. method: rounding in place of the choices' own. seed: of the calibration states, and of a random control.
+    those with 2, 4 and 8 bits. alpha, beta: of Eq. (14a). pins: layers with a fixed choice. method: rounding in place
+    of the choices' own. keep: of QVLA, stages with 16 bits. seed: of the calibration states, and of a random control.
     """
 
     uniform: Choice | None = None
@@ -70,6 +71,7 @@ class Arm:
     beta: float = 0.25
     pins: tuple[Pin, ...] = ()
     method: str | None = None
+    keep: tuple[Stage, ...] = PUBLISHED_KEEP
     seed: int = 0
 
 
@@ -100,7 +102,7 @@ def _plan(materials: Materials, arm: Arm, states: Path, folder: Path, of: str) -
         assert arm.average_bits is not None
         channels = _channels(materials, states, folder / f"{of}channels-{arm.seed}.json")
         solver: ChannelSolver = "HIGHS" if arm.signal == "channels" else "GREEDY"
-        return plan_channels(channels, ChannelRequest(arm.average_bits, solver=solver))
+        return plan_channels(channels, ChannelRequest(arm.average_bits, arm.keep, solver))
     return _planner(_table(materials, states, folder / f"{of}table-{arm.seed}.json"), arm, arm.signal).plan()
 
 

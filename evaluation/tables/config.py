@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from calibrator.allocation.options import Pin
+from calibrator.modules.chain import Stage
 from calibrator.quantizers import needs_statistics, parse_choice, parse_choices
 from calibrator.sensitivity.table import Signal
 from calibrator.transforms import parse_transform
@@ -25,7 +26,7 @@ _SECTION_KEYS = {
     "name", "title", "benchmark", "policy", "unnorm_key", "tasks", "trials", "seed", "runs", "compare", "calibration",
 }  # fmt: skip
 _CALIBRATION_KEYS = {"sources", "samples", "choices"}
-_ARM_KEYS = {"average_bits", "transform", "signal", "alpha", "beta", "pins", "method", "states_seed"}
+_ARM_KEYS = {"average_bits", "transform", "signal", "alpha", "beta", "pins", "method", "keep", "states_seed"}
 _RUN_KEYS = {"name", "engine", "uniform", "dtype", "control", "trials"} | _ARM_KEYS
 _LAYER_SIGNALS = (*get_args(Signal), *get_args(PlanControl))
 _SIGNALS = (*_LAYER_SIGNALS, *get_args(ChannelSignal))
@@ -134,6 +135,10 @@ def _arm(entry: dict[str, Any], where: str) -> Arm | None:
     signal = entry.get("signal", Arm.signal)
     if signal not in _SIGNALS:
         raise ArtefactError(f"{where}.signal: {signal!r} is unknown; choose from {', '.join(_SIGNALS)}")
+    if signal in _LAYER_SIGNALS and "keep" in entry:
+        raise ArtefactError(f"{where}: key 'keep' belongs to the signals {' and '.join(get_args(ChannelSignal))}")
+    if unknown := sorted(set(entry.get("keep", ())) - set(get_args(Stage))):
+        raise ArtefactError(f"{where}.keep: {unknown[0]!r} is unknown; choose from {', '.join(get_args(Stage))}")
     if signal not in _LAYER_SIGNALS and (idle := sorted({"alpha", "beta", "pins"} & set(entry))):
         raise ArtefactError(f"{where}: key {idle[0]!r} belongs to a plan of layers; signal {signal!r} knows none")
     try:
@@ -150,6 +155,7 @@ def _arm(entry: dict[str, Any], where: str) -> Arm | None:
             beta=entry.get("beta", Arm.beta),
             pins=tuple(map(Pin.parse, entry.get("pins", ()))),
             method=entry.get("method"),
+            keep=tuple(entry.get("keep", Arm.keep)),
             seed=entry.get("states_seed", Arm.seed),
         )
     except VlaError as error:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from choices import CHOICES, W2, W4, W8
@@ -26,6 +27,7 @@ from calibrator.codes import KeptCodes
 from calibrator.data.calibration import collect
 from calibrator.quantize import QuantizeRequest, quantize
 from calibrator.quantizers import parse_choice, parse_choices
+from calibrator.quantizers.packing import unpack
 from calibrator.sensitivity.executors import LocalExecutor, Task
 from calibrator.sensitivity.journal import Journal, difference
 from calibrator.sensitivity.measure import journal_folder, measure
@@ -34,8 +36,10 @@ from calibrator.sensitivity.scores import ScoreSettings, phase_of, soft_bottlene
 from calibrator.sensitivity.screening import ScreenSettings
 from calibrator.sensitivity.sweep import Sweep, SweepSettings, SweepSpec, UnitLosses
 from calibrator.sensitivity.table import Objective, Sensitivity, below_floor, inversions, load_tensors
+from engine_build.build import Request, build
 from vla_policy.core.errors import ArtefactError, DataError, PolicyError, VlaError
 from vla_policy.core.formats import FULL, Choice
+from vla_policy.core.targets import find_target
 
 
 class SilentBar:
@@ -325,8 +329,9 @@ def test_the_check_of_conventions_is_not_repeated(
 def test_codes_that_are_scored_are_those_that_are_packed(
     spec: SweepSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A method that looks at the layer's inputs: `sensitivity` measures what `quantize` writes, to the last code."""
-    choice, unit = parse_choice("w3a16_g32:gptq"), "projector.fc2"
+    """A method that looks at the layer's inputs: `sensitivity` measures what `quantize` writes and an engine holds, to
+    the last code."""
+    choice, unit = parse_choice("w4a16_g32:gptq"), "projector.fc2"
     scored: list[Any] = []
     original = KeptCodes.of
 
@@ -338,11 +343,16 @@ def test_codes_that_are_scored_are_those_that_are_packed(
     mine = replace(spec, settings=SweepSettings((choice,)))
     result = measure(mine, tmp_path / "s.json", SCORES, replace(OPTIONS, unit_globs=(unit,)))
     request = QuantizeRequest(Path(spec.policy), tmp_path / "w", None, choice, None, Path(spec.calibration))
-    packed = quantize(request).of(unit, spec.load_policy().get_submodule(unit).weight, choice)
+    store = quantize(request)
+    packed = store.of(unit, spec.load_policy().get_submodule(unit).weight, choice)
     assert len(scored) > 1 and all((one.codes == packed.codes).all() for one in scored)
     assert all((one.scales == packed.scales).all() for one in scored)
+    build(Request(Path(spec.policy), find_target("cpu"), tmp_path / "engine", weights=store.folder))
+    stored = {tensor.name: tensor for tensor in onnx.load(str(tmp_path / "engine" / "vision.onnx")).graph.initializer}
+    held = unpack(stored[f"{unit}.codes"].raw_data, 4, packed.codes.numel()).reshape(packed.codes.T.shape).T
+    assert (held == scored[0].codes.numpy()).all()
     nearest = measure(
-        replace(spec, settings=SweepSettings(parse_choices(("w3a16_g32",)))), tmp_path / "n.json", SCORES,
+        replace(spec, settings=SweepSettings(parse_choices(("w4a16_g32",)))), tmp_path / "n.json", SCORES,
         replace(OPTIONS, unit_globs=(unit,)),
     )
     (mine_omega,), (other,) = ([v for k, v in r.units[0].omega.items() if k != FULL] for r in (result, nearest))

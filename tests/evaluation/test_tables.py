@@ -117,7 +117,7 @@ def test_qvla_s_arms_share_one_table_and_differ_in_the_solver(
     monkeypatch.setattr("evaluation.tables.arms.open_sources", lambda *_: [FakeSource((5, 4))])
     stores = {}
     for signal in ("channels", "channels-greedy"):
-        _, weights = prepare(materials, Arm(average_bits=6.0, signal=signal), tmp_path, signal)  # type: ignore[arg-type]
+        _, weights = prepare(materials, Arm(average_bits=6.0, signal=signal, keep=("head",)), tmp_path, signal)  # type: ignore[arg-type]
         stores[signal] = Store.open(weights)
         assert stores[signal].identity.rows.bits
         ActorSpec("policy", materials.policy, weights=weights).load()
@@ -218,6 +218,8 @@ def test_arms_are_read(tmp_path: Path) -> None:
         ("average_bits: 3.0", "signal: action", r"runs\[3\]: key 'pins' needs 'uniform' or 'average_bits'"),
         ("uniform: w4a16_g64}", "uniform: w4a16_g64, alpha: 1}", r"runs\[1\]: key 'alpha' belongs to a plan"),
         ("average_bits: 3.0", "average_bits: 3.0, signal: channels", "key 'pins' belongs to a plan of layers"),
+        ("average_bits: 3.0", "average_bits: 3.0, keep: [head]", "key 'keep' belongs to the signals channels and"),
+        ('pins: ["*.lm_head=w4a16_g64"]', "signal: channels, keep: [hat]", r"runs\[3\].keep: 'hat' is unknown"),
         ("average_bits: 3.0", "average_bits: 3.0, signal: luck", r"runs\[3\].signal: 'luck' is unknown"),
         ("{name: bf16}", "{name: bf16, engine: e, uniform: w4a16_g64}", "an engine has its formats built in"),
         ("[[evidence, gptq]]", "[[evidence, awq]]", r"compare\[0\]: expected the names of two runs"),
