@@ -19,7 +19,7 @@ from calibrator.sensitivity.table import Objective
 from vla_policy.core.backends import find_backend
 from vla_policy.core.errors import ArtefactError, BudgetError
 from vla_policy.core.formats import FULL
-from vla_policy.core.targets import find_target, no_kernel
+from vla_policy.core.targets import TARGETS, find_target, no_kernel
 
 
 def brute_force(groups: list[Group], budgets: list[Budget]) -> float | None:
@@ -212,6 +212,15 @@ def test_only_formats_of_the_target_are_chosen(tmp_path: Path) -> None:
     assert Plan.load(tmp_path / "plan.json") == on_a100
     with pytest.raises(ArtefactError, match="target 'toaster' is unknown"):
         Planner.of(sensitivity, replace(request(average_bits=6.0), target="toaster"))
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_every_release_is_offered_what_it_runs(name: str) -> None:
+    """Formats that were measured and that a release lacks give way to its own, never to none."""
+    target, tight = find_target(name), replace(request(average_bits=4.5), target=name)
+    plan = Planner.of(random_table(6, 9), tight).plan()
+    assert {target.why_not(choice.format) for choice in plan.assignment.values()} == {None}
+    assert min(choice.format.weight_bits for choice in plan.assignment.values()) <= 4
 
 
 def test_a_width_that_the_target_lacks_is_not_offered(monkeypatch: pytest.MonkeyPatch) -> None:
