@@ -96,3 +96,7 @@ def test_states_and_actions_that_are_not_the_policy_s_are_refused() -> None:
     action = replace(CONTRACT.action, dimensions=CONTRACT.action.dimensions[:-1])
     with pytest.raises(ContractError, match="actions have 7 values; the contract names 6"):
         check_contract(replace(CONTRACT, action=action), CONFIG)
+    chunks = replace(CONTRACT, action=replace(CONTRACT.action, chunk_rows=8))
+    check_contract(chunks, replace(CONFIG, horizon=8))
+    with pytest.raises(ContractError, match="chunk_rows: the policy decides 7 actions at once, the contract carries"):
+        check_contract(chunks, replace(CONFIG, horizon=7))

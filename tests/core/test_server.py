@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,22 +28,37 @@ CAMERA, STATE, INSTRUCTION = CONTRACT.primary.topic, CONTRACT.states[0].topic, C
 TIMEOUT_S = 20.0
 
 
+@dataclass(frozen=True, kw_only=True)
+class FakeConfig(PolicyConfig):
+    """Of a policy that says itself how many of its rows are to be carried out."""
+
+    carried_out: int
+
+    @property
+    def executed(self) -> int:
+        return self.carried_out
+
+
 class FakeActor:
     """Answers with the state's first value; waits for `gate` before each answer."""
 
     unnorm_key = "fake"
 
     def __init__(self) -> None:
-        stats = {"fake": NormStats(ActionStats((-1.0,) * 7, (1.0,) * 7, (True,) * 7), None)}
-        self.config = PolicyConfig(
-            norm_stats=stats, num_images=1, image_size=112, takes_state=False, horizon=1, steps_per_action=4, raw={}
-        )
         self.gate = threading.Event()
         self.gate.set()
         self.entered = threading.Semaphore(0)
         self.error: Exception | None = None
         self.value: float | None = None
         self.rows: np.ndarray | None = None
+        self.executed: int | None = None
+
+    @property
+    def config(self) -> PolicyConfig:
+        stats = {"fake": NormStats(ActionStats((-1.0,) * 7, (1.0,) * 7, (True,) * 7), None)}
+        rows = 1 if self.rows is None else len(np.atleast_2d(self.rows))
+        told = {"norm_stats": stats, "num_images": 1, "image_size": 112, "takes_state": False, "raw": {}}
+        return FakeConfig(**told, horizon=rows, steps_per_action=4, carried_out=self.executed or rows)
 
     def act(self, observation: Observation) -> Decision:
         self.entered.release()
@@ -699,17 +714,26 @@ def test_the_workspace_counts_the_way_since_the_measurement() -> None:
     assert velocities == pytest.approx([0.03 / 0.05, 0.03 / 0.1, 0.03 / 0.2])
 
 
-def test_only_as_many_actions_of_a_chunk_are_carried_out_as_the_contract_allows() -> None:
-    bench = Bench(replace(CONTRACT, action=replace(CONTRACT.action, chunk_rows=1)))
+@pytest.mark.parametrize(
+    ("contract_rows", "policy_rows", "expected"), [(1, None, 1), (0, 1, 1), (2, 1, 2), (0, None, 2)]
+)
+def test_only_as_many_actions_of_a_chunk_are_carried_out_as_contract_or_policy_say(
+    contract_rows: int, policy_rows: int | None, expected: int
+) -> None:
+    """The contract's word counts where it has one."""
+    bench = Bench(replace(CONTRACT, action=replace(CONTRACT.action, chunk_rows=contract_rows)))
     bench.actor.rows = np.hstack([[[0.1], [0.2]], np.zeros((2, 5)), np.ones((2, 1))])
+    bench.actor.executed = policy_rows
     bench.moving()
     bench.actor.gate.clear()
     found = []
-    for _ in range(8):
+    for _ in range(12):
         bench.see()
         step = bench.server.tick()
         found.append(None if step.reasons else step.command)
-    assert {command.motion[0] for command in found if command} == {0.1} and found[-1] is None
+    assert {command.motion[0] for command in found if command} == {0.1, 0.2} - ({0.2} if expected == 1 else set())
+    bench.actor.gate.set()
+    assert found[-1] is None
 
 
 @pytest.mark.parametrize("topic", [CAMERA, STATE])

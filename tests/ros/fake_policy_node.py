@@ -19,12 +19,18 @@ from vla_policy.nodes.policy_node import main
 STATES = ("x", "y", "z", "gripper_width", "gripper_velocity")
 
 
-def fake_config(images: int = 1, steps: int = 4) -> PolicyConfig:
+def fake_config(images: int = 1, steps: int = 4, rows: int = 1) -> PolicyConfig:
     action = ActionStats((-1.0,) * 7, (1.0,) * 7, (True,) * 7)
     proprio = ProprioStats(STATES, (-1.0,) * 5, (1.0,) * 5, (True,) * 5)
     stats = {"fake": NormStats(action, proprio)}
     return PolicyConfig(
-        norm_stats=stats, num_images=images, image_size=112, takes_state=True, horizon=1, steps_per_action=steps, raw={}
+        norm_stats=stats,
+        num_images=images,
+        image_size=112,
+        takes_state=True,
+        horizon=rows,
+        steps_per_action=steps,
+        raw={},
     )
 
 
@@ -37,7 +43,9 @@ class FakeEngine:
         self._folder = folder
         self._decisions = 0
         settings = json.loads((folder / "fake.json").read_text())
-        self.config = fake_config(settings.get("images", 1), settings.get("steps", 4))
+        action = settings.get("action", "echo")
+        rows = len(action) if isinstance(action[0], list) else 1
+        self.config = fake_config(settings.get("images", 1), settings.get("steps", 4), rows)
 
     def act(self, observation: Observation) -> Decision:
         settings = json.loads((self._folder / "fake.json").read_text())

@@ -106,3 +106,21 @@ def test_a_choice_near_its_threshold_does_not_chatter(world: World, tmp_path: Pa
             count = len(world.gripper)
             world.wait(lambda count=count: len(world.gripper) > count + 2, "its commands")
             assert world.gripper[-1] == pytest.approx(opening), value
+
+
+def test_another_client_of_the_action_is_seen(world: World, tmp_path: Path, control_msgs: None) -> None:
+    """As another publisher of a command topic: a teleoperation that closes the fingers while the policy opens them."""
+    action = {"type": "control_msgs/action/GripperCommand", "topic": "grip", "max_effort_n": 1}
+    contract = with_gripper(tmp_path / "contract.yaml", **action)
+    engine = fake_engine(tmp_path / "engine")
+    client = [sys.executable, str(ROOT / "tests/ros/gripper_client.py"), "grip"]
+    with (
+        process([*SERVER, "grip"], world.domain, tmp_path / "server"),
+        process(node_command(engine, contract), world.domain, tmp_path / "log"),
+    ):
+        world.start_policy()
+        assert "other publishers /grip" not in world.diagnostics
+        with process(client, world.domain, tmp_path / "client"):
+            world.wait(lambda: world.diagnostics.get("other publishers /grip") == "/teleoperation", "its name")
+            world.wait_holding("other_publisher")
+        world.wait(lambda: world.diagnostics["holding"] == "not_started", "a robot that waits for its operator")

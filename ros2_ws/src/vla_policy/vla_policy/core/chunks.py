@@ -40,13 +40,13 @@ class Chunk:
     held: bool
 
     @staticmethod
-    def of(observed_ns: int, actions: np.ndarray, steps_per_action: int, most: int = 0) -> "Chunk":
+    def of(observed_ns: int, actions: np.ndarray, steps_per_action: int, most: int | None = None) -> "Chunk":
         """From `actions` [horizon, K] or [K], each held for `steps_per_action` control steps; the first `most` of them,
-        0 for all."""
+        None for all."""
         rows = np.atleast_2d(np.asarray(actions, np.float64))
         if rows.ndim != 2 or not rows.size:
             raise DataError(f"chunk: expected actions of shape [horizon, K], got {list(np.shape(actions))}")
-        return Chunk(observed_ns, np.repeat(rows[: most or None], steps_per_action, axis=0), len(rows) == 1)
+        return Chunk(observed_ns, np.repeat(rows[:most], steps_per_action, axis=0), len(rows) == 1)
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ def _view(encoded: EncodedImage, camera: CameraTopic) -> np.ndarray:
 
 
 def check_contract(contract: Contract, config: PolicyConfig, unnorm_key: str | None = None) -> None:
-    """Raises ContractError unless cameras, states and action dimensions are those of the policy, in its order.
+    """Raises ContractError unless cameras, states, action dimensions and rows are those of the policy, in its order.
 
     unnorm_key: of the statistics in use; may be left out if there is only one.
     """
@@ -47,6 +47,11 @@ def check_contract(contract: Contract, config: PolicyConfig, unnorm_key: str | N
         raise ContractError(
             f"{contract.path}: the policy's actions have {dimensions} values; "
             f"the contract names {len(contract.action.dimensions)}"
+        )
+    if contract.action.chunk_rows > config.horizon:
+        raise ContractError(
+            f"{contract.path}: action: chunk_rows: the policy decides {config.horizon} actions at once, the contract "
+            f"carries out {contract.action.chunk_rows}; 0 takes the policy's own {config.executed}"
         )
 
 

@@ -235,9 +235,9 @@ class PolicyServer:
             usable = current and not late
             self._late_since_chunk = late
             if usable:
-                steps = self._actor.config.steps_per_action
-                most = self._contract.action.chunk_rows
-                self._chunks.submit(Chunk.of(answer.frame.stamp_ns, actions, steps, most))
+                config = self._actor.config
+                most = self._contract.action.chunk_rows or config.executed
+                self._chunks.submit(Chunk.of(answer.frame.stamp_ns, actions, config.steps_per_action, most))
             chunk = ServedChunk(
                 sequence=self._figures.chunks,
                 frame=answer.frame,

@@ -59,6 +59,7 @@ class GripperAction:
     def __init__(self, node: LifecycleNode, contract: GripperCommand) -> None:
         self._node, self._contract = node, contract
         self._type = _action_type()
+        self.name = node.resolve_topic_name(contract.topic)
         self._client = ActionClient(node, self._type, contract.topic)
         self._lock = threading.Lock()
         self._sent_m: float | None = None

@@ -11,8 +11,8 @@ from vla_policy_interfaces.msg import ActionChunk
 from vla_policy.core.contract import Contract
 from vla_policy.core.safety import Command
 from vla_policy.core.server import ServedChunk
-from vla_policy.nodes.gripper import GripperTopic, make_gripper
-from vla_policy.nodes.rivals import rivals
+from vla_policy.nodes import rivals
+from vla_policy.nodes.gripper import GripperAction, GripperTopic, make_gripper
 
 CHUNK_TOPIC = "action_chunk"
 
@@ -43,11 +43,11 @@ class Outputs:
             self._node.destroy_lifecycle_publisher(publisher)
 
     def rivals(self) -> dict[str, str]:
-        """Other nodes that publish commands: their names by topic."""
-        own = [self._commands]
-        if isinstance(self._gripper, GripperTopic):
-            own.append(self._gripper.publisher)
-        return rivals(self._node, own)
+        """Other nodes that command: their names by topic, or by the gripper's action."""
+        gripper = self._gripper
+        own = [self._commands, *([gripper.publisher] if isinstance(gripper, GripperTopic) else [])]
+        found = rivals.publishers(self._node, own)
+        return found | rivals.action_clients(self._node, gripper.name) if isinstance(gripper, GripperAction) else found
 
     @property
     def gripper_ready(self) -> bool:

@@ -8,30 +8,24 @@ the decisions, the contract's command topics the motion. Nothing moves unless th
 
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 from rcl_interfaces.msg import SetParametersResult
 from rclpy.clock import Clock, ClockType
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
 from rclpy.parameter import Parameter
 from rclpy.timer import Timer
-from std_srvs.srv import SetBool, Trigger
-from vla_policy_interfaces.srv import SetInstruction
 
-from vla_policy.core.contract import GRIPPER_ACTION, Contract, load_contract
-from vla_policy.core.errors import ArtefactError, DataError, VlaError
+from vla_policy.core.contract import Contract, load_contract
+from vla_policy.core.errors import VlaError
 from vla_policy.core.files import sha256_file
-from vla_policy.core.observation import Actor, Observation
+from vla_policy.core.observation import Actor
 from vla_policy.core.observe import check_contract
 from vla_policy.core.requirements import not_installed
-from vla_policy.core.safety import HoldReason
 from vla_policy.core.server import PolicyServer, ServedChunk
 from vla_policy.core.status import Latch
 from vla_policy.nodes import diagnostics, inputs, parameters
@@ -43,7 +37,10 @@ from vla_policy.nodes.lifecycle import refuse_impossible_transitions
 from vla_policy.nodes.outputs import Outputs
 from vla_policy.nodes.process import run_node
 from vla_policy.nodes.run_policy import RunPolicyServer
+from vla_policy.nodes.services import Services
 from vla_policy.nodes.source_check import Patience, SourceMissing, check_sources
+from vla_policy.nodes.surroundings import Surroundings
+from vla_policy.nodes.warm_up import warm_up
 from vla_policy.nodes.watchdog import OutputWatchdog
 
 _WARM_UP_DECISIONS = 3
@@ -93,7 +90,7 @@ class PolicyNode(LifecycleNode):
         self._inputs: inputs.Inputs | None = None
         self._periodic: list[Timer] = []
         self._latch: Latch | None = None
-        self._rivals: dict[str, str] = {}
+        self._around: Surroundings | None = None
         self._bond: ManagerBond | None = None
         self._stalled = False
         self._awaited: tuple[str, ...] = ()
@@ -102,11 +99,7 @@ class PolicyNode(LifecycleNode):
         self._diagnostics = Diagnostics(self, self._report, lambda: self._identity.get("engine", ""))
         self._runs = RunPolicyServer(self, lambda: self._server, lambda: self._contract)
         self._emergency_stop = EmergencyStop(self, self._on_emergency_stop)
-        self.create_service(SetBool, "~/enable", self._on_enable)
-        self.create_service(Trigger, "~/start", self._on_start)
-        self.create_service(Trigger, "~/stop", self._on_stop)
-        self.create_service(Trigger, "~/reset", self._on_reset)
-        self.create_service(SetInstruction, "~/set_instruction", self._on_set_instruction)
+        Services(self, lambda: self._server, self._enable, self._control, self._unheard, self._diagnostics.tell)
         refuse_impossible_transitions(self)
         self._diagnostics.start()
         if autostart:
@@ -156,7 +149,7 @@ class PolicyNode(LifecycleNode):
             Path(settings.engine_path), settings.unnorm_key or None, settings.engine_threads or None
         )
         check_contract(contract, actor.config, actor.unnorm_key)
-        warm_up_ms = self._warm_up(actor, contract, settings.server.inference_deadline_s)
+        warm_up_ms = warm_up(actor, contract, settings.server.inference_deadline_s, settings.instruction)
         patience = Patience(
             settings.source_wait_s, self._ending, lambda topics: self._stand(WARN, f"configuring: waiting for {topics}")
         )
@@ -180,6 +173,7 @@ class PolicyNode(LifecycleNode):
             "statistics": actor.unnorm_key,
             "contract": contract.sha256,
             "mode": "lossless" if settings.server.lossless else "newest frame",
+            "chunk": f"{actor.config.horizon} rows, {contract.action.chunk_rows or actor.config.executed} carried out",
             "warm-up (ms)": f"{warm_up_ms:.2f}",
         }
         self._stand(
@@ -199,20 +193,20 @@ class PolicyNode(LifecycleNode):
         return result
 
     def _activate(self, undo: ExitStack) -> None:
-        settings, contract, actor = self._settings, self._contract, self._actor
-        assert settings is not None and contract is not None and actor is not None
+        settings, contract, actor, outputs = self._settings, self._contract, self._actor, self._outputs
+        assert settings is not None and contract is not None and actor is not None and outputs is not None
         clock = self.get_clock()
         server = PolicyServer(
             contract, actor, settings.server, lambda: clock.now().nanoseconds, self._on_chunk, self._diagnostics.dropped
         )
         undo.callback(self._end_serving)
-        self._server = server
+        self._server, self._around = server, Surroundings(self, contract, outputs, server)
         if self._latch is not None:
             server.stop(self._latch)
             self._latch = None
         if settings.instruction:
             server.instruct(settings.instruction)
-        self._look()
+        self._around.look()
         server.enable(settings.enabled)
         server.activate()
         self._watchdog = OutputWatchdog(settings.output_watchdog_timeout_s, self._watchdog_hold)
@@ -220,7 +214,7 @@ class PolicyNode(LifecycleNode):
         self._periodic = [
             self.create_timer(contract.action.control_period_ns / 1e9, self._control),
             self.create_timer(_EXPIRE_PERIOD_S, server.expire, clock=steady),
-            self.create_timer(_LOOK_PERIOD_S, self._look, clock=steady),
+            self.create_timer(_LOOK_PERIOD_S, self._around.look, clock=steady),
         ]
         self._inputs = inputs.Inputs(self, contract, settings.server, server)
         if settings.bond_heartbeat_period_s > 0:
@@ -294,7 +288,7 @@ class PolicyNode(LifecycleNode):
             self._bond.close()
         if self._watchdog is not None:
             self._watchdog.close()
-        self._bond = self._watchdog = None
+        self._bond = self._watchdog = self._around = None
         if not server.deactivate():
             self.get_logger().error("the engine did not return from its decision; its thread is abandoned")
 
@@ -312,27 +306,6 @@ class PolicyNode(LifecycleNode):
             return SetParametersResult(successful=False, reason=reason)
         return SetParametersResult(successful=True)
 
-    @staticmethod
-    def _warm_up(actor: Actor, contract: Contract, deadline_s: float) -> float:
-        """Median milliseconds of a decision. Raises ArtefactError when it misses the deadline, EngineError as `act`."""
-        size = actor.config.image_size
-        names = contract.state_names
-        state = np.zeros(len(names), np.float32) if names else None
-        image, *further = [np.zeros((size, size, 3), np.uint8)] * actor.config.num_images
-        observation = Observation(image, "warm up", state, tuple(further))
-        times_ms = []
-        for _ in range(_WARM_UP_DECISIONS):
-            begun = time.perf_counter()
-            actor.act(observation)
-            times_ms.append((time.perf_counter() - begun) * 1e3)
-        median_ms = float(np.median(times_ms))
-        if median_ms > deadline_s * 1e3:
-            raise ArtefactError(
-                f"engine: a warm-up decision took {median_ms:.1f} ms, above inference_deadline "
-                f"{deadline_s * 1e3:.1f} ms; choose a smaller plan or raise the deadline"
-            )
-        return median_ms
-
     # --- serving ------------------------------------------------------------------------------------------------
 
     def _on_chunk(self, chunk: ServedChunk) -> None:
@@ -340,6 +313,13 @@ class PolicyNode(LifecycleNode):
         if outputs is None or self._server is None:
             return
         outputs.chunk(chunk)
+
+    def _enable(self, server: PolicyServer, enabled: bool) -> None:
+        with self._output_lock:
+            server.enable(enabled)
+
+    def _unheard(self) -> list[str]:
+        return [] if self._around is None else self._around.unheard()
 
     def _control(self) -> None:
         server, outputs, watchdog = self._server, self._outputs, self._watchdog
@@ -354,23 +334,15 @@ class PolicyNode(LifecycleNode):
             self._stalled = False
             self.get_logger().info("the control loop goes on")
 
-    def _look(self) -> None:
-        """What is wrong around the node: others that command the robot, a gripper that nobody moves."""
-        server, outputs, contract = self._server, self._outputs, self._contract
-        if server is None or outputs is None or contract is None:
-            return
-        rivals = outputs.rivals()
-        faults: dict[str, HoldReason] = {}
-        if contract.action.other_publishers != "ignore":
-            faults |= {f"{topic} from {names}": HoldReason.OTHER_PUBLISHER for topic, names in rivals.items()}
-        if contract.action.gripper is not None and not outputs.gripper_ready:
-            faults[contract.action.gripper.topic] = HoldReason.NO_GRIPPER
-        server.report(faults)
-        if rivals != self._rivals:
-            told = "; ".join(f"{names} on {topic}" for topic, names in rivals.items()) or "nobody any more"
-            policy = contract.action.other_publishers
-            self.get_logger().warning(f"others command the robot: {told} (other_publishers: {policy})")
-            self._rivals = rivals
+    def _on_emergency_stop(self, reason: str) -> None:
+        """From the e-stop's own thread. Kept while the node is not active, too: it begins with the latch."""
+        latch, server = Latch(reason), self._server
+        if server is None:
+            self._latch = self._latch or latch
+        else:
+            server.stop(latch)
+            self._control()
+            self._diagnostics.tell()
 
     def _watchdog_hold(self) -> None:
         server, outputs = self._server, self._outputs
@@ -387,88 +359,13 @@ class PolicyNode(LifecycleNode):
         self._diagnostics.tell()
 
     def _report(self) -> Report:
-        server, watchdog, standing = self._server, self._watchdog, self._standing
-        if server is None or watchdog is None:
+        server, around, watchdog, standing = self._server, self._around, self._watchdog, self._standing
+        if server is None or around is None or watchdog is None:
             if self._latch is None:
                 return Report(standing.level, standing.state, self._identity)
             state = f"{standing.state}; stopped until reset: {self._latch.reason}"
             return Report(max(standing.level, WARN), state, self._identity | {"latch": self._latch.reason})
-        identity = self._identity | self._told_rivals()
-        return diagnostics.serving(identity, watchdog.holds, server.status(), self._unheard())
-
-    def _unheard(self) -> list[str]:
-        """Command topics that nobody subscribes to."""
-        contract = self._contract
-        if contract is None:
-            return []
-        action = contract.action
-        topics = [action.topic]
-        if action.gripper is not None and action.gripper.type != GRIPPER_ACTION:
-            topics.append(action.gripper.topic)
-        return [name for topic in topics if not self.count_subscribers(name := self.resolve_topic_name(topic))]
-
-    def _told_rivals(self) -> dict[str, str]:
-        return {f"other publishers {topic}": names for topic, names in self._rivals.items()}
-
-    # --- services -----------------------------------------------------------------------------------------------
-
-    def _on_enable(self, request: SetBool.Request, response: SetBool.Response) -> SetBool.Response:
-        def act(server: PolicyServer) -> None:
-            with self._output_lock:
-                server.enable(request.data)
-            if not request.data:
-                self._control()  # the first hold, not a control period later
-            obstacle = server.obstacle() if request.data else None
-            response.message = "disabled: dry run" if not request.data else "enabled"
-            if obstacle is not None:
-                response.message = f"enabled, but {obstacle}, then start"
-            elif request.data and (unheard := self._unheard()):
-                response.message = f"enabled, but nobody subscribes to {', '.join(unheard)}"
-
-        return self._answer(response, act, None)
-
-    def _on_start(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
-        return self._answer(response, lambda server: server.start(), "started")
-
-    def _on_stop(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
-        def act(server: PolicyServer) -> None:
-            server.stop(Latch("stop service"))
-            self._control()
-
-        return self._answer(response, act, "stopped until reset")
-
-    def _on_emergency_stop(self, reason: str) -> None:
-        """From the e-stop's own thread. Kept while the node is not active, too: it begins with the latch."""
-        latch, server = Latch(reason), self._server
-        if server is None:
-            self._latch = self._latch or latch
-        else:
-            server.stop(latch)
-            self._control()
-            self._diagnostics.tell()
-
-    def _on_reset(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
-        return self._answer(response, lambda server: server.reset(), "latch reset; start to move again")
-
-    def _on_set_instruction(
-        self, request: SetInstruction.Request, response: SetInstruction.Response
-    ) -> SetInstruction.Response:
-        def act(server: PolicyServer) -> str | None:
-            try:
-                response.message = server.instruct(request.instruction)
-            except DataError as error:
-                return str(error)
-            return None
-
-        return self._answer(response, act, None)
-
-    def _answer(self, response: Any, act: Callable[[PolicyServer], str | None], done: str | None) -> Any:
-        refused = "the node is not active" if self._server is None else act(self._server)
-        self._diagnostics.tell()
-        response.success = refused is None
-        if refused is not None or done is not None:
-            response.message = refused or done
-        return response
+        return diagnostics.serving(self._identity | around.told, watchdog.holds, server.status(), around.unheard())
 
 
 @contextmanager

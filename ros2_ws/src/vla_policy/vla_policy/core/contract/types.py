@@ -164,8 +164,8 @@ class GripperCommand:
 class ActionContract:
     """The robot's command interface.
 
-    chunk_rows: how many actions of a chunk may be carried out, 0: all. Those behind, which a policy foresees less well,
-        are then never used, however late the next chunk is.
+    chunk_rows: how many actions of a chunk may be carried out, 0: as many as the policy says (all, unless it has a
+        number of its own). Those behind, which a policy foresees less well, are never used, however late the next is.
     hold_commands: how many holds end a motion before the node falls silent, 0: as many as the hold lasts.
     other_publishers: what it means that another node publishes on a command topic: `disarm` holds, and motion needs a
         new start; `hold` holds as long as it is there; `ignore` only tells.

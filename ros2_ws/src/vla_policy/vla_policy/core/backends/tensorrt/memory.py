@@ -88,9 +88,7 @@ class Memory:
         if not appended:
             return None
         first = self._places[next(iter(appended.values()))]
-        return Appending(
-            self._new_rows, self._pitch(sizes[ROWS]), first, self._cache_pitch, self._row, len(appended)
-        )
+        return Appending(self._new_rows, self._pitch(sizes[ROWS]), first, self._cache_pitch, self._row, len(appended))
 
     def _check(self) -> None:
         """What is carried into the call's own graph must be of the input's shape: it is the same memory."""

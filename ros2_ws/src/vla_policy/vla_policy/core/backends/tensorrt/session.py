@@ -191,9 +191,7 @@ class TensorRtSession:
             value, shape = feeds[tensor.name], ready.shapes[tensor.name]
             if isinstance(value, Kept):
                 if self._writings.get(value.address) != value.writing:
-                    raise ArtefactError(
-                        f"call {call}: what {tensor.name} is fed with was overwritten by a later call"
-                    )
+                    raise ArtefactError(f"call {call}: what {tensor.name} is fed with was overwritten by a later call")
                 position = max(position, value.rows)
             elif value is not None:
                 filling = max(filling, *(want - have for want, have in zip(shape, value.shape, strict=True)))
