@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from tests.ros.interfaces import installed
-from tests.ros.world import CONTRACT, ROOT, World, fake_engine, fresh_domain, node_command, process
+from tests.ros.world import CONTRACT, ROOT, World, end, fake_engine, fresh_domain, node_command, process
 
 SERVER = [sys.executable, str(ROOT / "tests/ros/gripper_server.py")]
 
@@ -120,7 +120,8 @@ def test_another_client_of_the_action_is_seen(world: World, tmp_path: Path, cont
     ):
         world.start_policy()
         assert "other publishers /grip" not in world.diagnostics
-        with process(client, world.domain, tmp_path / "client"):
+        with process(client, world.domain, tmp_path / "client") as teleoperation:
             world.wait(lambda: world.diagnostics.get("other publishers /grip") == "/teleoperation", "its name")
             world.wait_holding("other_publisher")
+            end(teleoperation)  # in order, so that the others know it at once
         world.wait(lambda: world.diagnostics["holding"] == "not_started", "a robot that waits for its operator")
