@@ -1,18 +1,20 @@
-"""The 2-bit and W4A8 kernels on the GPU that is here: right against float64, and how fast beside bfloat16.
+"""The 2- and 4-bit kernels on the GPU that is here: right against float64, and how fast beside bfloat16.
 
     python benchmarks/kernels.py [--sweep] [--out kernels.json]
 
 Compiles what an engine carries, PTX for this GPU and for the A100, and lets the driver load it, as TensorRT does. Every
 kernel is checked on every shape before any is timed. Times are of CUDA graphs, as a decode step runs, over as many
 copies of the weights as the GPU's cache cannot hold; the bfloat16 product of the same shape is torch's, in the same
-run. First come the bounds of every shape on an A100 and an Orin by arithmetic, which need no GPU; the rest needs an
-NVIDIA GPU, its driver, nvcc, and PyTorch with CUDA.
+run. First come, without a GPU, the bounds of every shape on an A100 and an Orin by arithmetic, and, with nvcc, what
+every kernel takes of a multiprocessor. The rest needs an NVIDIA GPU, its driver, nvcc, and PyTorch with CUDA; it ends
+with the goals and whether they are reached.
 """
 
 import argparse
 import ctypes
 import functools
 import itertools
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,8 +25,23 @@ from typing import Any
 import numpy as np
 import torch
 
-from engine_build.backends.tensorrt.kernels import CUTS, GROUPS, ROW, Few, Kernel, Many, compile_ptx, product_kernel
-from engine_build.backends.tensorrt.kernels.roofline import DECODER, PREFILL
+from engine_build.backends.tensorrt.kernels import (
+    CUTS,
+    FAMILIES,
+    GROUPS,
+    ROUNDING,
+    ROW,
+    Cut,
+    Family,
+    Few,
+    Kernel,
+    Many,
+    compile_ptx,
+    grid_outputs,
+    product_kernel,
+)
+from engine_build.backends.tensorrt.kernels.occupancy import table as occupancy
+from engine_build.backends.tensorrt.kernels.roofline import DECODER, JOINED, PREFILL
 from engine_build.backends.tensorrt.kernels.roofline import table as roofline
 from engine_build.packing import RUN, pack_runs, pack_scales
 from vla_policy.core.backends.tensorrt.cuda_graph import CudaGraph, load_driver
@@ -35,34 +52,48 @@ from vla_policy.core.outputs import check_file
 
 _KIND = "kernel-benchmark"
 A100 = (8, 0)
-FAMILIES = {"W2A16": 2, "W4A8": 4}
+GOALS = {("w2a16", 1): 1 / 3.3, ("w4a8", 1): 1 / 3.3, ("w2a16", PREFILL): 1.0, ("w4a8", PREFILL): 0.7}
+"""Of bfloat16's time, at most, by family and tokens."""
+ROWS = (1, 8, 16, 32, 64, PREFILL)
+"""Tokens at which both cuts are timed: where the one for many becomes the faster."""
 _HALF_ULP = 2.0**-11
 _ROTATION = 4  # times the GPU's cache
 _LAUNCHES = 64  # in one graph, so that its own start is little of the time
 _WARM_UP, _LAPS = 3, 15
-_SWEPT: list[Few | Many] = [
+_SWEPT: list[Cut] = [
     Few(warps, ahead, f"few_w{warps}_a{ahead}")
     for warps in (4, 8, 16)
     for ahead in (1, 2, 4)
     if (warps, ahead) != (16, 1)
 ]
 _SWEPT += [
-    Many(tiles, slabs, warps, f"many_t{tiles}_s{slabs}_w{warps}")
-    for tiles, slabs, warps in ((4, 1, 4), (4, 1, 8), (4, 2, 8), (8, 1, 4), (8, 1, 8), (4, 4, 4), (12, 1, 4))
+    Many(tokens, slabs, warps, stages, f"many_t{tokens}_s{slabs}_w{warps}_n{stages}")
+    for tokens, slabs, warps, stages in (
+        (64, 2, 4, 3),
+        (64, 2, 8, 3),
+        (64, 1, 8, 4),
+        (64, 2, 2, 4),
+        (96, 1, 4, 3),
+        (96, 2, 4, 3),
+        (128, 1, 4, 2),
+        (32, 2, 4, 4),
+    )
 ]
 
 
 @dataclass(frozen=True)
 class Case:
-    """A product's sizes. group: inputs per scale, None for one scale per row."""
+    """A launch's sizes. outputs: of every part. group: inputs per scale, None for one scale per row."""
 
     tokens: int
     outputs: int
     inputs: int
     group: int | None
+    parts: int = 1
 
     def __str__(self) -> str:
-        return f"{self.tokens} x {self.outputs} x {self.inputs}" + (f" g{self.group}" if self.group else "")
+        outputs = f"{self.parts}*{self.outputs}" if self.parts > 1 else f"{self.outputs}"
+        return f"{self.tokens} x {outputs} x {self.inputs}" + (f" g{self.group}" if self.group else "")
 
 
 CHECKED = [
@@ -77,6 +108,19 @@ CHECKED = [
     Case(33, 1152, 4304, None),
     Case(7, 4100, 4096, 128),
     Case(300, 1000, 1000, 64),
+    Case(PREFILL, 4096, 4096, 128, 3),
+    Case(1, 11008, 4096, None, 2),
+]
+TIMED = [
+    *(
+        Case(tokens, outputs, inputs, group)
+        for (outputs, inputs), tokens, group in itertools.product(DECODER, (1, PREFILL), (GROUPS[-1], None))
+    ),
+    *(
+        Case(tokens, outputs, inputs, group, parts)
+        for (outputs, inputs, parts), tokens, group in itertools.product(JOINED, (1, PREFILL), (GROUPS[-1], None))
+    ),
+    *(Case(tokens, *DECODER[0], GROUPS[-1]) for tokens in ROWS if tokens not in (1, PREFILL)),
 ]
 
 
@@ -167,62 +211,64 @@ def _weights(
 
 
 class Product:
-    """One product's operands on the GPU, its weights in several copies, and its launches."""
+    """One launch's operands on the GPU, its weights in several copies."""
 
-    def __init__(self, gpu: Gpu, case: Case, family: str, copies: int = 1) -> None:
-        device, self.bits = gpu.device, FAMILIES[family]
+    def __init__(self, gpu: Gpu, case: Case, family: Family, copies: int = 1) -> None:
+        device = gpu.device
         self.gpu, self.case, self.family, self.copies = gpu, case, family, copies
-        self.codes, self.scales, words, packed = _weights(case.outputs, case.inputs, case.group, self.bits)
-        self.words = [torch.tensor(words, device=device) for _ in range(copies)]
-        self.packed = [torch.tensor(packed, device=device) for _ in range(copies)]
+        self.codes, self.scales, words, packed = _weights(case.outputs, case.inputs, case.group, family.weight_bits)
+        self.matrices = [
+            [torch.tensor(one, device=device) for _ in range(case.parts) for one in (words, packed)]
+            for _ in range(copies)
+        ]
         generator = torch.Generator().manual_seed(case.tokens)
         self.x = torch.randn(case.tokens, case.inputs, generator=generator).half().to(device)
-        self.y = torch.empty(case.tokens, len(words), dtype=torch.float16, device=device)
+        self.y = [torch.empty(case.tokens, len(words), dtype=torch.float16, device=device) for _ in range(case.parts)]
         self.x_codes = torch.zeros(case.tokens, -(-case.inputs // RUN) * RUN, dtype=torch.int8, device=device)
         self.x_scales = torch.zeros(case.tokens, dtype=torch.float32, device=device)
 
-    def kernel(self, cut: Few | Many) -> Kernel:
-        """The kernel that a layer of these shapes gets."""
-        (rows, words), (_, groups) = self.words[0].shape, self.packed[0].shape
-        return product_kernel(self.bits, cut, (rows, words), (rows, groups))
+    def kernel(self, cut: Cut) -> Kernel:
+        """The kernel that layers of these shapes get."""
+        (rows, words), (_, groups) = self.matrices[0][0].shape, self.matrices[0][1].shape
+        return product_kernel(self.family, cut, (rows, words), (rows, groups), self.case.parts)
 
     @property
     def moved_bytes(self) -> int:
-        """What one product has to read and write at least."""
-        tensors = (self.words[0], self.packed[0], self.x if self.family == "W2A16" else self.x_codes, self.y)
+        """What one launch has to read and write at least."""
+        tensors = (*self.matrices[0], self.x_codes if self.family.rounded else self.x, *self.y)
         return sum(tensor.nbytes for tensor in tensors)
 
     def quantize(self, capability: tuple[int, int]) -> None:
-        """Rounds the tokens to 8 bits, for 4-bit weights."""
+        """Rounds the tokens to 8 bits."""
         arguments: list[torch.Tensor | int] = [self.x, self.case.inputs, self.x_codes, self.x_scales]
-        self.gpu.launch(Kernel("QUANTIZE_ROWS"), capability, (self.case.tokens, 1), arguments)
+        self.gpu.launch(ROUNDING, capability, (self.case.tokens, 1), arguments)
 
-    def multiply(self, cut: Few | Many, capability: tuple[int, int], copy: int = 0) -> None:
-        """The product itself."""
-        x = [self.x] if self.bits == 2 else [self.x_codes, self.x_scales]
-        (tokens, outputs), inputs, groups = self.y.shape, x[0].shape[1], self.packed[copy].shape[1]
-        grid = (-(-outputs // cut.outputs), -(-tokens // cut.tokens))
-        arguments: list[torch.Tensor | int] = [*x]
-        arguments += [self.words[copy], self.packed[copy], tokens, outputs, inputs, groups, self.y]
-        self.gpu.launch(self.kernel(cut), capability, grid, arguments)
+    def multiply(self, cut: Cut, capability: tuple[int, int], copy: int = 0) -> None:
+        """The launch itself."""
+        x = [self.x_codes, self.x_scales] if self.family.rounded else [self.x]
+        matrices, rows = self.matrices[copy], [len(words) for words in self.matrices[copy][::2]]
+        grid = (grid_outputs(cut, rows), -(-self.case.tokens // cut.tokens))
+        numbers = [self.case.tokens, x[0].shape[1], matrices[1].shape[1], *rows]
+        self.gpu.launch(self.kernel(cut), capability, grid, [*x, *matrices, *numbers, *self.y])
 
-    def worst(self, cut: Few | Many, capability: tuple[int, int]) -> float:
-        """Largest error over what rounding allows, of the result against the sum in float64; 1 is the limit.
+    def worst(self, cut: Cut, capability: tuple[int, int]) -> float:
+        """Largest error over what rounding allows, of the results against the sum in float64; 1 is the limit.
 
         Allowed: the rounding of the result, and 2^-20 of the sum of magnitudes for float32 sums.
         """
-        self.y.fill_(float("nan"))
+        for y in self.y:
+            y.fill_(float("nan"))
         self.gpu.synchronize()
-        if self.bits == 4:
+        if self.family.rounded:
             self.quantize(capability)
         self.multiply(cut, capability)
         self.gpu.synchronize()
         weight = self.codes.to(self.gpu.device).double() * self._spread(self.scales.to(self.gpu.device).double())
-        x = self.x.double() if self.bits == 2 else _rounded(self.x)
+        x = _rounded(self.x) if self.family.rounded else self.x.double()
         expected, size = x @ weight.T, x.abs() @ weight.abs().T
         allowed = _HALF_ULP * expected.abs() + 2.0**-20 * size + 1e-7
-        errors = (self.y[:, : self.case.outputs].double() - expected).abs() / allowed
-        return float(errors.nan_to_num(torch.inf).max())
+        errors = [(y[:, : self.case.outputs].double() - expected).abs() / allowed for y in self.y]
+        return max(float(one.nan_to_num(torch.inf).max()) for one in errors)
 
     def _spread(self, scales: torch.Tensor) -> torch.Tensor:
         """A scale per code, from one per group."""
@@ -237,8 +283,11 @@ def _rounded(x: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Row:
-    """Times of one product in microseconds. bf16_us: torch's; quantize_us: rounding the tokens, once per input."""
+    """Times of one launch in microseconds. bf16_us: torch's, of all parts as one matrix; quantize_us: rounding the
+    tokens, once per input."""
 
+    family: str
+    tokens: int
     kernel: str
     case: str
     us: float
@@ -270,22 +319,22 @@ def _sm(capability: tuple[int, int]) -> str:
     return "sm_{}{}".format(*capability)
 
 
-def time_products(gpu: Gpu, capability: tuple[int, int], cuts: Sequence[Few | Many]) -> list[Row]:
-    """All of OpenVLA's decoder shapes, one token and a prompt."""
+def time_products(gpu: Gpu, capability: tuple[int, int], cuts: Sequence[Cut]) -> list[Row]:
+    """All of OpenVLA's decoder shapes, one token and a prompt, and the numbers of tokens in between on one of them."""
     rows = []
-    for (outputs, inputs), tokens, group in itertools.product(DECODER, (1, PREFILL), (GROUPS[-1], None)):
-        case = Case(tokens, outputs, inputs, group)
+    for case in TIMED:
         plain = _bf16_microseconds(gpu, case)
-        for family, bits in FAMILIES.items():
-            copies = _copies(gpu, outputs * inputs * bits // 8)
+        for family in FAMILIES:
+            copies = _copies(gpu, case.parts * case.outputs * case.inputs * family.weight_bits // 8)
             product = Product(gpu, case, family, copies)
             quantize = None
-            if bits == 4:
+            if family.rounded:
                 quantize = gpu.microseconds(functools.partial(_quantize, product, capability), 32)
             for cut in cuts:
                 us = gpu.microseconds(functools.partial(product.multiply, cut, capability), copies)
                 bandwidth = product.moved_bytes / us / 1e3
-                rows.append(Row(product.kernel(cut).name, str(case), us, plain, bandwidth, quantize))
+                name = product.kernel(cut).name
+                rows.append(Row(family.name, case.tokens, name, str(case), us, plain, bandwidth, quantize))
     return rows
 
 
@@ -300,13 +349,14 @@ def _copies(gpu: Gpu, weight_bytes: int) -> int:
 
 def _bf16_microseconds(gpu: Gpu, case: Case) -> float:
     """torch's product of the same shape."""
-    copies = _copies(gpu, 2 * case.outputs * case.inputs)
+    outputs = case.parts * case.outputs
+    copies = _copies(gpu, 2 * outputs * case.inputs)
 
     def random(rows: int) -> torch.Tensor:
         return torch.randn(rows, case.inputs, device=gpu.device, dtype=torch.bfloat16)
 
-    x, weights = random(case.tokens), [random(case.outputs) for _ in range(copies)]
-    y = torch.empty(case.tokens, case.outputs, device=gpu.device, dtype=torch.bfloat16)
+    x, weights = random(case.tokens), [random(outputs) for _ in range(copies)]
+    y = torch.empty(case.tokens, outputs, device=gpu.device, dtype=torch.bfloat16)
 
     def multiply(copy: int) -> None:
         torch.matmul(x, weights[copy].T, out=y)
@@ -320,10 +370,25 @@ def table(rows: Sequence[Row]) -> str:
     titles = ("us", "bf16 us", "ratio", "GB/s", "rounding us")
     lines = [f"{'tokens x outputs x inputs':28}{'kernel':24}" + "".join(f"{title:>12}" for title in titles)]
     for row in rows:
-        rivals = [other.us for other in rows if other.case == row.case and other.kernel[:4] == row.kernel[:4]]
+        rivals = [other.us for other in rows if (other.case, other.family) == (row.case, row.family)]
         numbers = (row.us, row.bf16_us, row.ratio, row.gb_per_s, row.quantize_us or 0.0)
         mark = " *" if row.us == min(rivals) else ""
         lines.append(f"{row.case:28}{row.kernel:24}" + "".join(f"{number:12.2f}" for number in numbers) + mark)
+    return "\n".join(lines)
+
+
+def goals(rows: Sequence[Row]) -> str:
+    """By family and tokens, the slowest shape's time with the faster cut, over bfloat16's, beside what it shall be."""
+    lines = [f"{'of bf16s time, the slowest shape':40}{'seen':>12}{'goal':>12}"]
+    for (family, tokens), most in GOALS.items():
+        fastest: dict[str, float] = {}
+        for row in rows:
+            if (row.family, row.tokens) == (family, tokens):
+                fastest[row.case] = min(fastest.get(row.case, float("inf")), row.us / row.bf16_us)
+        seen = max(fastest.values())
+        lines.append(
+            f"{family + ', ' + str(tokens) + ' rows':40}{seen:12.2f}{most:12.2f}{'' if seen <= most else '  missed'}"
+        )
     return "\n".join(lines)
 
 
@@ -336,20 +401,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.out:
         check_file(arguments.out, _KIND)
     print(roofline(), flush=True)
+    kernels = [
+        Kernel(family, cut, group, parts)
+        for family, cut, group, parts in itertools.product(FAMILIES, CUTS, GROUPS, (1, 2, 3))
+    ]
+    shown = [kernel for kernel in kernels if kernel.parts == 1]
+    print(
+        occupancy(shown) if shutil.which("nvcc") else "nvcc is not on PATH: what kernels take is not told", flush=True
+    )
     gpu = Gpu()
     print(f"{gpu.name}, {_sm(gpu.capability)}, torch {torch.__version__}")
-    kernels = [Kernel(family, cut, group) for family in FAMILIES for cut in CUTS for group in GROUPS]
     capabilities = list(dict.fromkeys((A100, gpu.capability)))
     for capability in capabilities:
-        gpu.load([*kernels, Kernel("QUANTIZE_ROWS")], capability)
+        gpu.load([*kernels, ROUNDING], capability)
     worst = check(gpu, capabilities, CHECKED)
     names = " and ".join(_sm(capability) for capability in capabilities)
     print(f"PTX for {names}: {len(CHECKED)} shapes right, errors up to {worst:.3f} of what rounding allows", flush=True)
     swept = _SWEPT if arguments.sweep else []
-    timed = itertools.product(FAMILIES, swept, (GROUPS[-1], ROW))
-    gpu.load([Kernel(family, cut, group) for family, cut, group in timed], gpu.capability)
+    timed = itertools.product(FAMILIES, swept, (GROUPS[-1], ROW), (1, 2, 3))
+    gpu.load([Kernel(*one) for one in timed], gpu.capability)
     rows = time_products(gpu, gpu.capability, [*CUTS, *swept])
     print(table(rows))
+    print(goals(rows))
     if arguments.out:
         content = {"gpu": gpu.name, "torch": torch.__version__, "error_over_allowed": worst}
         rows_json = [asdict(row) | {"ratio": row.ratio} for row in rows]

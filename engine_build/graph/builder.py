@@ -115,6 +115,10 @@ class GraphBuilder:
             self._domains.add(domain)
         return list(outputs)
 
+    def maker(self, value: str) -> onnx.NodeProto:
+        """The node that gives `value`; what is changed in it is written."""
+        return next(node for node in reversed(self._nodes) if value in node.output)
+
     def shared(self, what: str, value: str, write: Callable[[], list[str]]) -> list[str]:
         """What `write` returned when `what` was first wanted of `value`: layers of one input share it."""
         if (what, value) not in self._shared:

@@ -70,7 +70,9 @@ struct Fiber
 struct Warp
 {
     Barrier barrier;
-    uint32_t a[kWarp][4], b[kWarp][2];
+    uint32_t a[kWarp][4], b[kWarp][2]; // of a product: registers by lane,
+    double rows[16][32], columns[32][8]; // and the matrices that they hold, once a lane has put them together
+    bool together = false;
 };
 
 inline ucontext_t scheduler;

@@ -36,24 +36,26 @@ void matrix_multiply(Sum (&sum)[4], uint32_t const (&a)[4], uint32_t b0, uint32_
     warp.b[lane][0] = b0;
     warp.b[lane][1] = b1;
     wait(warp.barrier);
-    Sum rows[16][kDepth], columns[kDepth][8];
-    for (int other = 0; other < kWarp; ++other)
-    {
-        for (int part = 0; part < 4 * kPerRegister; ++part)
+    if (!warp.together)
+        for (int other = 0; other < kWarp; ++other)
         {
-            Element const at = of_a(other, part, kPerRegister);
-            rows[at.row][at.column] = read(warp.a[other][at.place], part % kPerRegister);
+            for (int part = 0; part < 4 * kPerRegister; ++part)
+            {
+                Element const at = of_a(other, part, kPerRegister);
+                warp.rows[at.row][at.column] = read(warp.a[other][at.place], part % kPerRegister);
+            }
+            for (int part = 0; part < 2 * kPerRegister; ++part)
+            {
+                Element const at = of_b(other, part, kPerRegister);
+                warp.columns[at.row][at.column] = read(warp.b[other][at.place], part % kPerRegister);
+            }
         }
-        for (int part = 0; part < 2 * kPerRegister; ++part)
-        {
-            Element const at = of_b(other, part, kPerRegister);
-            columns[at.row][at.column] = read(warp.b[other][at.place], part % kPerRegister);
-        }
-    }
-    wait(warp.barrier);
+    warp.together = true;
     for (int place = 0; place < 4; ++place)
         for (int k = 0; k < kDepth; ++k)
-            sum[place] += rows[lane / 4 + place / 2 * 8][k] * columns[k][lane % 4 * 2 + place % 2];
+            sum[place] += Sum(warp.rows[lane / 4 + place / 2 * 8][k] * warp.columns[k][lane % 4 * 2 + place % 2]);
+    wait(warp.barrier);
+    warp.together = false;
 }
 
 inline float read_half(uint32_t word, int part) { return __half2float({uint16_t(word >> (16 * part))}); }
@@ -79,6 +81,28 @@ inline uint32_t fma2(uint32_t a, uint32_t b, uint32_t c)
     return result;
 }
 
+inline uint32_t mul2(uint32_t a, uint32_t b)
+{
+    using namespace cuda_on_cpu;
+    uint32_t result = 0;
+    for (int part = 0; part < 2; ++part)
+        result |= uint32_t(__float2half_rn(read_half(a, part) * read_half(b, part)).bits) << (16 * part);
+    return result;
+}
+
+inline uint32_t pick_bytes(uint32_t word, uint32_t order)
+{
+    uint32_t result = 0;
+    for (int place = 0; place < 4; ++place)
+    {
+        uint32_t const wanted = order >> (4 * place) & 7;
+        result |= (wanted < 4 ? word >> (8 * wanted) & 0xFF : 0) << (8 * place);
+    }
+    return result;
+}
+
+inline float as_float(int32_t bits) { return as<float>(bits); }
+
 inline float low_half(uint32_t bits) { return __half2float({uint16_t(bits)}); }
 
 // Copies happen when they are awaited: whoever reads before sees what was there.
@@ -89,10 +113,11 @@ inline void copy_async(void* shared, void const* global, bool there)
 
 inline void commit_copies() { cuda_on_cpu::fibers[threadIdx.x].copies.emplace_back(); }
 
-inline void await_copies_but_last()
+template <int kLeft>
+inline void await_copies()
 {
     auto& groups = cuda_on_cpu::fibers[threadIdx.x].copies; // the last of them is not committed yet
-    for (; groups.size() > 2; groups.pop_front())
+    for (; groups.size() > kLeft + 1; groups.pop_front())
         for (cuda_on_cpu::Copy const& copy : groups.front())
             if (copy.from)
                 std::memcpy(copy.to, copy.from, 16);

@@ -18,7 +18,7 @@ from onnx.reference import ReferenceEvaluator
 
 from calibrator.quantizers.activations import quantize_activation
 from engine_build.backends import find_backend
-from engine_build.backends.tensorrt import plugins
+from engine_build.backends.tensorrt import plugin_family, plugins
 from engine_build.backends.tensorrt.kernels import Kernel
 from engine_build.backends.tensorrt.linear_plugin import linear
 from engine_build.compiled import planned_bytes
@@ -31,7 +31,7 @@ from vla_policy.core.targets import find_target
 
 INPUTS, OUTPUTS = 150, 40
 ORIN = find_target("orin-jp7")
-FORMATS = [fmt for fmt in ORIN.legal() if (fmt.weight_bits, fmt.activation_bits) in ((2, 16), (4, 8))]
+FORMATS = [fmt for fmt in ORIN.legal() if plugin_family(fmt)]
 TENSORRT = {"float16": "FP16", "float32": "FP32", "int32": "INT32"}
 
 
@@ -80,6 +80,8 @@ class Machine:
         dtype = sys.modules["tensorrt"].DataType
         types = {"float16": dtype.HALF, "float32": dtype.FLOAT, "int32": dtype.INT32}
         seen = [self.trtp.from_shape_expr(value.shape, types[value.dtype.name]) for value in inputs]
+        unknown = [[self.trtp.UnknownShapeExpr(size) for size in value.shape] for value in inputs]
+        plugin.describe(*map(self.trtp.from_shape_expr, unknown, [desc.dtype for desc in seen]))
         described = plugin.describe(*seen)
         described = described if isinstance(described, tuple) else (described,)
         names = {value: name for name, value in types.items()}
@@ -97,11 +99,11 @@ class Machine:
 
 
 def write(path: Path, all_weights: list[LayerWeights]) -> None:
-    """The layers' sum over one input."""
+    """The layers' sum over one input, each layer after what the one before gave was used."""
     with GraphBuilder(path, TensorProto.FLOAT16) as builder:
         result = linear(builder, "x", all_weights[0])
         for weights in all_weights[1:]:
-            result = builder.add(result, linear(builder, "x", weights))
+            result = builder.add(builder.mul(result, builder.scalar(1.0)), linear(builder, "x", weights))
         builder.rename(result, "y")
         infos = [
             helper.make_tensor_value_info(name, TensorProto.FLOAT16, [1, "tokens", size])
@@ -133,11 +135,36 @@ def test_a_layer_computes_the_planned_numbers(
     assert {"few", "many"} & set(machine.launched[-1].split("_")) == {"few" if choose is min else "many"}
 
 
-def test_layers_of_one_input_round_it_once(registry: Any, tmp_path: Path) -> None:
-    write(tmp_path / "pair.onnx", [layer_weights(f"stack.{name}", Format(4, 8, 32), seed=7) for name in "qk"])
-    nodes = [node.op_type for node in onnx.load(str(tmp_path / "pair.onnx")).graph.node]
-    assert nodes.count("quantize_rows") == 1
-    assert nodes.count("w4a8") == 2
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to run the kernels on the CPU")
+@pytest.mark.parametrize("name", ["w2a16_g64", "w4a16", "w4a8_g32"])
+def test_layers_of_one_input_and_format_are_one_launch(name: str, registry: Any, tmp_path: Path) -> None:
+    """Four layers: three in one launch, the fourth in another; their sum is that of float64."""
+    fmt = Format.parse(name)
+    layers = [layer_weights(f"stack.{part}", fmt, seed) for seed, part in enumerate("qkvr")]
+    write(tmp_path / "group.onnx", layers)
+    nodes = [node.op_type for node in onnx.load(str(tmp_path / "group.onnx")).graph.node if node.domain]
+    bare = name.split("_")[0]
+    assert nodes == ["quantize_rows"] * (fmt.activation_bits == 8) + [f"{bare}_x3", bare]
+    machine = Machine(registry, min)
+    x = torch.randn(1, 9, INPUTS, generator=torch.Generator().manual_seed(6)).half()
+    y = machine.run(tmp_path / "group.onnx", x.numpy())
+    assert [launched.split("_")[0] for launched in machine.launched if launched != "quantize_rows"] == [bare, bare]
+    seen = (quantize_activation(x.float(), 8) if fmt.activation_bits == 8 else x).double()
+    expected = np.zeros((1, 9, OUTPUTS))
+    largest = np.zeros_like(expected)
+    for weights in layers:
+        assert weights.quantized is not None and weights.bias is not None
+        expected += (seen @ weights.quantized.dequantize().double().T).numpy() + weights.bias
+        largest = np.maximum(largest, np.abs(expected))
+    # Each layer is rounded, again with its bias, and the sum after it: three roundings of at most what is reached.
+    assert (np.abs(y - expected) <= 4 * 3 * rounding.HALF * (largest + 4)).all()
+
+
+def test_layers_of_other_formats_stay_apart(tmp_path: Path) -> None:
+    layers = [layer_weights(f"stack.{name}", Format.parse(name), 7) for name in ("w4a8_g32", "w4a8_g64", "w2a16_g32")]
+    write(tmp_path / "apart.onnx", layers)
+    nodes = [node.op_type for node in onnx.load(str(tmp_path / "apart.onnx")).graph.node if node.domain]
+    assert nodes == ["quantize_rows", "w4a8", "w4a8", "w2a16"]
 
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)

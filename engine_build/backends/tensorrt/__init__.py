@@ -24,9 +24,10 @@ from engine_build.backends.base import (
 )
 from engine_build.backends.tensorrt import inspector, readback
 from engine_build.backends.tensorrt.builder import Module, build_engines, inspect
+from engine_build.backends.tensorrt.kernels import FAMILIES, Family
 from engine_build.backends.tensorrt.stored import StoredGraph
 from vla_policy.core.backends.base import Version
-from vla_policy.core.backends.tensorrt import SEQUENCE_LAYERS_SINCE
+from vla_policy.core.backends.tensorrt import INT4_BLOCKS, SEQUENCE_LAYERS_SINCE
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.formats import FULL_PRECISION, Format
 from vla_policy.core.manifest import Manifest
@@ -117,7 +118,7 @@ class WithPlugins(TensorRt):
         return replace(super().dialect(version), sequences=sequences)
 
     def filling(self, fmt: Format) -> tuple[int, int]:
-        return (SLAB, RUN) if is_plugin(fmt) else super().filling(fmt)
+        return (SLAB, RUN) if plugin_family(fmt) else super().filling(fmt)
 
     def read_back(
         self, written: Path, built: Path, layers: Mapping[str, Layer], planned: Mapping[str, Format], scratch: Path
@@ -141,9 +142,11 @@ class WithPlugins(TensorRt):
         return ReadBack(realised, found)
 
 
-def is_plugin(fmt: Format) -> bool:
-    """Whether a layer of this format becomes a plugin."""
-    return (fmt.weight_bits, fmt.activation_bits) in ((2, 16), (4, 8))
+def plugin_family(fmt: Format) -> Family | None:
+    """By which kernels of ours a layer of this format runs; None where TensorRT has its own."""
+    if (fmt.weight_bits, fmt.activation_bits) == (4, 16) and fmt.group_size in INT4_BLOCKS:
+        return None
+    return next((one for one in FAMILIES if (one.weight_bits, one.activation_bits) == fmt.precision[:2]), None)
 
 
 def _widths(bits: Collection[int]) -> str:

@@ -1,17 +1,34 @@
-"""The kernels of this package as TensorRT plugins, compiled ahead of time: engines carry them, a robot needs no file.
+"""TensorRT plugins for formats that it has no kernels for, compiled ahead of time: engines carry them, a robot needs no
+file.
 
-`register` adds `vla_policy::w2a16`, `w4a8` and `quantize_rows`. TensorRT's ONNX parser maps nodes of the same names to
-them, times both cuts of a product for each optimisation profile and keeps the faster. All numbers that a kernel needs
-follow from shapes, so the plugins have no attributes.
+`register` adds `vla_policy::w2a16`, `w4a16` and `w4a8`, each for one matrix, two (`w2a16_x2`) or three of one input,
+and `quantize_rows`. TensorRT's ONNX parser maps nodes of the same names to them, times both cuts of a product for each
+optimisation profile and keeps the faster. All numbers that a kernel needs follow from shapes, so the plugins have no
+attributes.
 
-Written against the documented interface of `tensorrt.plugin`, which has not run here; the kernels have.
+Written against the documented interface of `tensorrt.plugin`, which has not run here; the kernels have. It calls
+`describe` once with shapes that are not known, so that only arithmetic of shapes may stand there.
 """
 
 import functools
+import inspect
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from engine_build.backends.base import RUN
-from engine_build.backends.tensorrt.kernels import CUTS, NAMESPACE, Kernel, compile_ptx, product_kernel
+from engine_build.backends.tensorrt.kernels import (
+    CUTS,
+    FAMILIES,
+    MOST_PARTS,
+    NAMESPACE,
+    ROUNDING,
+    Family,
+    Kernel,
+    compile_ptx,
+    grid_outputs,
+    node_name,
+    product_kernel,
+)
 from vla_policy.core.errors import ArtefactError
 
 _TACTICS = dict(enumerate(CUTS, start=1))
@@ -30,48 +47,49 @@ def register(capability: tuple[int, int]) -> None:
             f"layers in w2a16 and w4a8 need TensorRT 10.9 or later, which embeds compiled kernels ({error}); install "
             "it, or plan other formats"
         ) from error
-    _register_w2a16(capability)
-    _register_w4a8(capability)
+    for family in FAMILIES:
+        for parts in range(1, MOST_PARTS + 1):
+            _register_product(family, parts, capability)
     _register_quantize_rows(capability)
 
 
-def _register_w2a16(capability: tuple[int, int]) -> None:
-    import tensorrt.plugin as trtp
-
-    name = f"{NAMESPACE}::w2a16"
-
-    @trtp.register(name)
-    def describe(x: trtp.TensorDesc, codes: trtp.TensorDesc, scales: trtp.TensorDesc) -> trtp.TensorDesc:
-        return trtp.from_shape_expr((x.shape_expr[0], x.shape_expr[1], codes.shape_expr[0]), dtype=x.dtype)
-
-    @trtp.autotune(name)
-    def tune(x: Any, codes: Any, scales: Any, outputs: Any) -> list[Any]:
-        return [trtp.AutoTuneCombination("FP16, INT32, FP16, FP16", "LINEAR", list(_TACTICS))]
-
-    @trtp.aot_impl(name)
-    def launch(x: Any, codes: Any, scales: Any, outputs: Any, tactic: int) -> Any:
-        return _launch_product(2, tactic, capability, x, x.shape_expr[2], codes, scales)
-
-
-def _register_w4a8(capability: tuple[int, int]) -> None:
+def _register_product(family: Family, parts: int, capability: tuple[int, int]) -> None:
+    """x [1, tokens, in], codes and scales of every part -> [1, tokens, out of the part] each."""
     import tensorrt as trt
     import tensorrt.plugin as trtp
 
-    name = f"{NAMESPACE}::w4a8"
+    name = f"{NAMESPACE}::{node_name(family, parts)}"
+    tokens = ["x", "token_scales"] if family.rounded else ["x"]
+    names = [*tokens, *(f"{what}{part}" for part in range(parts) for what in ("codes", "scales"))]
+    described = trtp.TensorDesc if parts == 1 else tuple[(trtp.TensorDesc,) * parts]  # type: ignore[misc]
 
     @trtp.register(name)
-    def describe(
-        x: trtp.TensorDesc, token_scales: trtp.TensorDesc, codes: trtp.TensorDesc, scales: trtp.TensorDesc
-    ) -> trtp.TensorDesc:
-        return trtp.from_shape_expr((x.shape_expr[0], x.shape_expr[1], codes.shape_expr[0]), dtype=trt.float16)
+    @_taking(names, trtp.TensorDesc, described)
+    def describe(*inputs: trtp.TensorDesc) -> Any:
+        x, codes = inputs[0].shape_expr, inputs[len(tokens) :: 2]
+        results = [trtp.from_shape_expr((x[0], x[1], part.shape_expr[0]), dtype=trt.float16) for part in codes]
+        return results[0] if parts == 1 else tuple(results)
 
     @trtp.autotune(name)
-    def tune(x: Any, token_scales: Any, codes: Any, scales: Any, outputs: Any) -> list[Any]:
-        return [trtp.AutoTuneCombination("INT32, FP32, INT32, FP16, FP16", "LINEAR", list(_TACTICS))]
+    @_taking([*names, "outputs"])
+    def tune(*tensors: Any) -> list[Any]:
+        types = ["INT32", "FP32"] if family.rounded else ["FP16"]
+        types += ["INT32", "FP16"] * parts + ["FP16"] * parts
+        return [trtp.AutoTuneCombination(", ".join(types), "LINEAR", list(_TACTICS))]
 
     @trtp.aot_impl(name)
-    def launch(x: Any, token_scales: Any, codes: Any, scales: Any, outputs: Any, tactic: int) -> Any:
-        return _launch_product(4, tactic, capability, x, x.shape_expr[2] * 4, codes, scales)
+    @_taking([*names, "outputs", "tactic"])
+    def launch(*given: Any) -> Any:
+        *inputs, _, tactic = given
+        x, matrices = inputs[0].shape_expr, inputs[len(tokens) :]
+        shapes = [tuple(size.constant_value() for size in one.shape_expr) for one in matrices]
+        codes, scales = shapes[::2], shapes[1::2]
+        cut, count = _TACTICS[tactic], x[0] * x[1]
+        kernel = product_kernel(family, cut, codes[0], scales[0], parts)
+        outputs = [rows for rows, _ in codes]
+        grid = (grid_outputs(cut, outputs), trtp.cdiv(count, cut.tokens))
+        width = x[2] * 4 if family.rounded else x[2]  # four codes to a word
+        return _launch(kernel, capability, grid, [count, width, scales[0][1], *outputs])
 
 
 def _register_quantize_rows(capability: tuple[int, int]) -> None:
@@ -82,7 +100,7 @@ def _register_quantize_rows(capability: tuple[int, int]) -> None:
 
     @trtp.register(name)
     def describe(x: trtp.TensorDesc) -> tuple[trtp.TensorDesc, trtp.TensorDesc]:
-        words = -(-x.shape_expr[2].constant_value() // RUN) * RUN // 4
+        words = (x.shape_expr[2] + (RUN - 1)) // RUN * (RUN // 4)
         codes = trtp.from_shape_expr((x.shape_expr[0], x.shape_expr[1], words), dtype=trt.int32)
         return codes, trtp.from_shape_expr((x.shape_expr[0], x.shape_expr[1]), dtype=trt.float32)
 
@@ -93,20 +111,22 @@ def _register_quantize_rows(capability: tuple[int, int]) -> None:
     @trtp.aot_impl(name)
     def launch(x: Any, outputs: Any, tactic: int) -> Any:
         grid = (x.shape_expr[0] * x.shape_expr[1], 1)
-        return _launch(Kernel("QUANTIZE_ROWS"), capability, grid, [x.shape_expr[2]])
+        return _launch(ROUNDING, capability, grid, [x.shape_expr[2]])
 
 
-def _launch_product(
-    bits: int, tactic: int, capability: tuple[int, int], x: Any, inputs: Any, codes: Any, scales: Any
-) -> Any:
-    """A product's launch. Only the number of tokens may be free. inputs: of a token of `x`, filled up for 8 bits."""
-    import tensorrt.plugin as trtp
+def _taking(
+    names: Sequence[str], kind: Any = inspect.Parameter.empty, result: Any = inspect.Signature.empty
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Gives a function of any number of tensors the parameters that TensorRT reads off its signature."""
 
-    cut, tokens = _TACTICS[tactic], x.shape_expr[0] * x.shape_expr[1]
-    codes_shape, scales_shape = (tuple(size.constant_value() for size in one.shape_expr) for one in (codes, scales))
-    kernel = product_kernel(bits, cut, codes_shape, scales_shape)
-    grid = (-(-codes_shape[0] // cut.outputs), trtp.cdiv(tokens, cut.tokens))
-    return _launch(kernel, capability, grid, [tokens, codes_shape[0], inputs, scales_shape[1]])
+    def sign(function: Callable[..., Any]) -> Callable[..., Any]:
+        parameters = [
+            inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=kind) for name in names
+        ]
+        function.__signature__ = inspect.Signature(parameters, return_annotation=result)  # type: ignore[attr-defined]
+        return function
+
+    return sign
 
 
 def _launch(kernel: Kernel, capability: tuple[int, int], grid: tuple[Any, Any], numbers: list[Any]) -> Any:

@@ -14,7 +14,20 @@ class ShapeExpr(int):
         return int(self)
 
     def __mul__(self, other: int) -> "ShapeExpr":
-        return ShapeExpr(int(self) * int(other))
+        return type(self)(int(self) * int(other))
+
+    def __add__(self, other: int) -> "ShapeExpr":
+        return type(self)(int(self) + int(other))
+
+    def __floordiv__(self, other: int) -> "ShapeExpr":
+        return type(self)(int(self) // int(other))
+
+
+class UnknownShapeExpr(ShapeExpr):
+    """A size that is not known yet: TensorRT asks for the outputs' types before it knows any shape."""
+
+    def constant_value(self) -> int:
+        raise RuntimeError("Not accessible for fake ShapeExprs")
 
 
 @dataclass
@@ -66,7 +79,9 @@ REGISTRY: dict[str, Plugin] = {}
 
 
 def from_shape_expr(shape_expr: Sequence[int], dtype: Any) -> TensorDesc:
-    return TensorDesc(tuple(ShapeExpr(size) for size in shape_expr), dtype)
+    return TensorDesc(
+        tuple(size if isinstance(size, ShapeExpr) else ShapeExpr(size) for size in shape_expr), dtype
+    )
 
 
 def cdiv(first: int, second: int) -> ShapeExpr:

@@ -13,8 +13,8 @@ PREFILL = 290
 DECODER = ((4096, 4096), (11008, 4096), (4096, 11008))
 """Outputs and inputs of the decoder's products: attention, gate and up, down."""
 
-JOINED = ((12288, 4096), (22016, 4096))
-"""The same with all products of one input as one: q/k/v, gate and up."""
+JOINED = ((4096, 4096, 3), (11008, 4096, 2))
+"""Those of one input, which are one launch: q, k and v, gate and up. Outputs of each, inputs, and how many they are."""
 
 GROUP = 128
 _SCALE = 2  # bytes
@@ -70,7 +70,7 @@ def bound(machine: Machine, kind: Kind, tokens: int, outputs: int, inputs: int) 
 def table() -> str:
     """Bounds of every shape, and how many times faster than bf16 a kernel at its bound is; `m` and `c`: by what."""
     lines = [f"{'at least, us (times faster than bf16)':40}" + "".join(f"{kind.name:>20}" for kind in KINDS)]
-    shapes = (*DECODER, *JOINED)
+    shapes = (*DECODER, *((parts * outputs, inputs) for outputs, inputs, parts in JOINED))
     for machine, tokens, (outputs, inputs) in itertools.product(MACHINES, (1, PREFILL), shapes):
         bounds = [bound(machine, kind, tokens, outputs, inputs) for kind in KINDS]
         cells = [

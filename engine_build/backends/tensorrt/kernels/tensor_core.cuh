@@ -28,10 +28,24 @@ inline __device__ uint32_t fma2(uint32_t a, uint32_t b, uint32_t c)
     return result;
 }
 
+// a * b for two float16 at once.
+inline __device__ uint32_t mul2(uint32_t a, uint32_t b)
+{
+    uint32_t result;
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+    return result;
+}
+
+// The bytes of `word` that the nibbles of `order` name, lowest first; 4 names a zero.
+inline __device__ uint32_t pick_bytes(uint32_t word, uint32_t order) { return __byte_perm(word, 0, order); }
+
 // The float16 in the lower half of `bits`.
 inline __device__ float low_half(uint32_t bits) { return __half2float(__ushort_as_half(uint16_t(bits))); }
 
-// Copies 16 bytes into shared memory, or zeros if they are not `there`, until `await_copies_but_last` has returned.
+// The float32 of these bits.
+inline __device__ float as_float(int32_t bits) { return __int_as_float(bits); }
+
+// Copies 16 bytes into shared memory, or zeros if they are not `there`, until `await_copies` has returned.
 inline __device__ void copy_async(void* shared, void const* global, bool there)
 {
     uint32_t const place = uint32_t(__cvta_generic_to_shared(shared));
@@ -42,5 +56,9 @@ inline __device__ void copy_async(void* shared, void const* global, bool there)
 // The copies of this thread since the last call are one group.
 inline __device__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// Waits for all groups of this thread but the last; a barrier then makes them visible to the other threads.
-inline __device__ void await_copies_but_last() { asm volatile("cp.async.wait_group 1;" ::: "memory"); }
+// Waits for all groups of this thread but the last kLeft; a barrier then makes them visible to the other threads.
+template <int kLeft>
+inline __device__ void await_copies()
+{
+    asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
+}

@@ -117,10 +117,11 @@ class Target:
         if reason is not None:
             return reason
         bits = fmt.weight_bits, fmt.activation_bits
-        groups = [rule.groups for rule in self._rules(kind) if (rule.weight_bits, rule.activation_bits) == bits]
+        rules = [rule for rule in self._rules(kind) if (rule.weight_bits, rule.activation_bits) == bits]
+        groups = [group for rule in rules for group in rule.groups]
         where = f"{self.backend} {_text(version)}"
         if groups:
-            return f"{where} runs {bare} with {', '.join(_group(group) for group in groups[0])} only"
+            return f"{where} runs {bare} with {', '.join(_group(group) for group in groups)} only"
         for other in self.backends[1:]:
             if fmt in self.on(other).legal(kind):
                 return f"{self.backend} has no kernel for {bare} and takes none of ours; build with --backend {other}"

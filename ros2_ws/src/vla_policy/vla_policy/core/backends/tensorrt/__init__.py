@@ -30,7 +30,9 @@ REFUSED = (
     ("w2a8", "TensorRT has no such kernel, nor is there a plugin"),
     ("w3a16", "TensorRT has no 3-bit type"),
 )
-_INT4 = Rule(4, 16, (64, 128), "INT4 weights in blocks of 64 or 128, float16 MatMul")
+INT4_BLOCKS = (64, 128)
+"""Inputs per scale that TensorRT takes for its INT4."""
+_INT4 = Rule(4, 16, INT4_BLOCKS, "INT4 weights in blocks of 64 or 128, float16 MatMul")
 SEQUENCE_LAYERS_SINCE = (10, 15)
 """Layers that write into a cache where it is and that turn queries and keys, and the parser's operators for them."""
 _PLUGINS_SINCE = (10, 9)  # plugins whose compiled kernels the engine carries
@@ -39,6 +41,7 @@ _DECODER: tuple[LayerKind, ...] = ("linear", "head")
 _GROUPS = (ROW, 32, 64, 128)
 _PLUGIN_RULES = (
     Rule(2, 16, _GROUPS, "plugin of TensorRT 10.9: codes decoded in registers, float16 tensor cores", _DECODER),
+    Rule(4, 16, (ROW, 32), "plugin of TensorRT 10.9: codes decoded in registers, float16 tensor cores", _DECODER),
     Rule(4, 8, _GROUPS, "plugin of TensorRT 10.9: activations per token, int8 tensor cores", _DECODER),
 )
 _NO_PLUGINS = (
