@@ -24,7 +24,7 @@ from calibrator.families import live_units
 from calibrator.families.loading import empty_policy
 from calibrator.quantizers import parse_choice
 from engine_build.bench import peak_bytes
-from engine_build.build import Policy, build_engine
+from engine_build.build import Policy, build_engine, chosen
 from engine_build.plan import Plan, check_legal
 from engine_build.weights import layers_of
 from vla_policy.core.cli import run
@@ -144,8 +144,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = FAMILY.config(_CONFIG, "published sizes")
     choice = parse_choice(arguments.choice)
     plan = plan_of(config, arguments.layout, choice)
-    target = find_target("cpu").fastest_here(set(plan.formats.values()))
-    check_legal(plan, layers_of(config), target)
+    layers = layers_of(config)
+    target, _ = chosen(find_target("cpu"), None, plan, layers)
+    check_legal(plan, layers, target)
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         write_files(Path(folder), config)

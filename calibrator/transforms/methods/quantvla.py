@@ -9,13 +9,14 @@ in the expert's attention, which is corrected by factors that fold into the weig
 L are the attention's logits of all query-key pairs, Z its output; T is the policy as it is, Q as it is rounded, both
 from the same states and noises. Means are over states and denoising steps, which share a factor. As in the published
 code (the text divides) both multiply, come from one uncorrected run, are clipped, and are 1 where they are close to it.
-Its rotation of inputs is a transform of its own; its static activation scales per channel are left out: no integer
-kernel can run them, and the text rounds per token, as is done here.
+Layers are rounded with its rotation of inputs, which is the rounding method `duquant`. Its static activation scales per
+channel are left out: no integer kernel can run them, and the text rounds per token, as is done here.
 """
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,11 +24,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 from calibrator.data.calibration import CalibrationSet
+from calibrator.data.statistics import input_statistics, portions
 from calibrator.families import Policy, TorchActor, live_units
 from calibrator.modules.gemma import Attention
-from calibrator.quantizers import parse_choice, quantized
+from calibrator.quantizers import (
+    Computed,
+    LayerStatistics,
+    find_layer,
+    needs_statistics,
+    parse_choice,
+    quantized,
+)
 from vla_policy.core.errors import ArtefactError, PolicyError
-from vla_policy.core.formats import Parameter
+from vla_policy.core.formats import Choice, Parameter
 
 _TEMPERATURES, _NEUTRAL_TEMPERATURE = (0.7, 1.4), 0.02
 _LOG_BALANCE, _NEUTRAL_LOG_BALANCE = 0.30, 0.03
@@ -78,20 +87,19 @@ class _Seen:
 @dataclass(frozen=True)
 class QuantVla:
     """See the module. weight_bits, activation_bits, group: what layers are rounded to; group 0 is one scale per output.
-    temperature, balance: whether each correction is made."""
+    rotated: whether with the rotation, or to nearest. temperature, balance: whether each correction is made."""
 
     version: int = 1
     defaults: Mapping[str, Parameter] = field(
         default_factory=lambda: {
-            "weight_bits": 4, "activation_bits": 8, "group": 64, "temperature": True, "balance": True,
+            "weight_bits": 4, "activation_bits": 8, "group": 64, "rotated": True, "temperature": True, "balance": True,
         }
     )  # fmt: skip
 
     def apply(
         self, actor: TorchActor, states: CalibrationSet, parameters: Mapping[str, Parameter], source: str
     ) -> str:
-        bits, group = f"w{parameters['weight_bits']}a{parameters['activation_bits']}", parameters["group"]
-        choice = parse_choice(f"{bits}_g{group}" if group else bits)
+        choice = _choice(parameters)
         attentions = actor.policy.action_attention()
         if not attentions:
             raise PolicyError("quantvla corrects the attention of an action expert; this policy has none")
@@ -103,9 +111,11 @@ class QuantVla:
             )
         with _watched(attentions) as wanted:
             _decide(actor, states, "as it is")
+        names = rounded_layers(actor.policy)
+        codes = Computed(_inputs(actor, states, names, source) if needs_statistics(choice.recipe) else {})
         with ExitStack() as stack:
-            for name in rounded_layers(actor.policy):
-                stack.enter_context(quantized(actor.policy, name, choice))
+            for name in names:
+                stack.enter_context(quantized(actor.policy, name, choice, codes))
             seen = stack.enter_context(_watched(attentions))
             _decide(actor, states, f"{choice}")
         alphas, betas = [], []
@@ -116,6 +126,22 @@ class QuantVla:
             betas.append(beta if parameters["balance"] else torch.ones_like(beta))
             correct(attention, alphas[-1], betas[-1])
         return f"{_told('temperature', 'heads', torch.cat(alphas))}, {_told('balance', 'layers', torch.stack(betas))}"
+
+
+def _choice(parameters: Mapping[str, Parameter]) -> Choice:
+    """What layers are rounded to."""
+    group = f"_g{parameters['group']}" if parameters["group"] else ""
+    method = "duquant(block=64,rotations=1,shared=false)" if parameters["rotated"] else "rtn"
+    return parse_choice(f"w{parameters['weight_bits']}a{parameters['activation_bits']}{group}:{method}")
+
+
+def _inputs(actor: TorchActor, states: CalibrationSet, names: list[str], source: str) -> dict[str, LayerStatistics]:
+    """What the rotation looks at: rows of every layer's input, which are kept, and no second moments, which are not."""
+    found: dict[str, LayerStatistics] = {}
+    for share in portions(names, partial(find_layer, actor.policy)):
+        seen = input_statistics(actor, states, share, source, second_moments=True)
+        found |= {name: replace(statistics, second_moment=None) for name, statistics in seen.items()}
+    return found
 
 
 def _told(what: str, of: str, factors: Tensor) -> str:
