@@ -316,8 +316,8 @@ def test_figures_of_other_engines_are_refused(
     artefacts: FakeArtefacts, tmp_path: Path, file: str, side: str, what: str
 ) -> None:
     content = read_json(artefacts.folder / f"{file}.json")
-    place = content[side][0] if side == "references" else content[side]
-    place["engine" if side == "parents" else "sha256"] = "f" * 64
+    for place in content[side] if side == "references" else [content[side]]:
+        place["engine" if side == "parents" else "sha256"] = "f" * 64
     write_json(tmp_path / f"{file}.json", content)
     with pytest.raises(ArtefactError, match=f"{file}.json: was made with {what} ffffffffffff"):
         Inputs.load(replace(artefacts.paths, **{file: tmp_path / f"{file}.json"}))

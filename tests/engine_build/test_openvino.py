@@ -25,6 +25,7 @@ from engine_build.plan import uniform_plan
 from engine_build.weights import Layer, LayerWeights, layers_of
 from vla_policy.core.backends.base import Workload
 from vla_policy.core.backends.openvino import LARGE, Precision, graphs
+from vla_policy.core.backends.openvino.session import OpenVinoSession
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.files import sha256_policy
 from vla_policy.core.formats import FULL, Format
@@ -157,7 +158,9 @@ def test_a_layer_that_would_be_unpacked_is_refused_when_it_is_built(tmp_path: Pa
     assert not (tmp_path / "engine").exists()
 
 
-def test_a_processor_without_bfloat16_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_processor_without_bfloat16_is_refused(
+    engine: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     class Core:
         def get_property(self, device: str, name: str) -> list[str]:
             return ["FP32", "INT8"]
@@ -169,6 +172,8 @@ def test_a_processor_without_bfloat16_is_refused(monkeypatch: pytest.MonkeyPatch
     ):
         main([*command, "--backend", "openvino_bf16", "--out", str(tmp_path / "engine")])
     assert not (tmp_path / "engine").exists()
+    with pytest.raises(ArtefactError, match=r"has no bfloat16 products"):
+        OpenVinoSession(engine, Manifest.load(engine), BFLOAT16)
 
 
 @needs_bfloat16
