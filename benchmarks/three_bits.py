@@ -5,8 +5,9 @@
     python benchmarks/three_bits.py --sensitivity table.json --policy demo/policies/libero_object
 
 Scales of equal groups are equal bytes in every format, so equal average bits are equal bytes. Two objectives are
-planned: the table's evidence (Eq. (14a)), and the squared error of the weights by `--method`. For each budget: how far
-the certified optimum without 3 bits is above that with them, and how many layers take 3 bits.
+planned: the table's evidence (Eq. (14a)), and the squared error of the weights by `--methods`. For each budget: how
+many layers take 3 bits, how far the certified optimum without them is above that with them, and how many more bits on
+average it takes without them to come as low.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from vla_policy.core.errors import ArtefactError
 from vla_policy.core.formats import FULL, Choice
 
 _BITS = 3
+_FINE = 0.005
 
 
 def squared_errors(table: Sensitivity, policy: Path, method: str) -> Sensitivity:
@@ -52,12 +54,24 @@ def plan(table: Sensitivity, objective: Objective, average_bits: float, bits: se
 def compare(title: str, table: Sensitivity, objective: Objective, budgets: Sequence[float]) -> None:
     """Prints a row per budget."""
     every = {choice.format.weight_bits for choice in table.choices}
-    print(f"\n| average bits, {title} | layers of 3 bits | objective with | without, above it |\n|---|---|---|---|")
+    print(f"\n| average bits, {title} | layers of 3 bits | objective with | without, above it | worth, bits |")
+    print("|---|---|---|---|---|")
     for budget in budgets:
         best, without = (plan(table, objective, budget, bits) for bits in (every, every - {_BITS}))
         layers = sum(choice.format.weight_bits == _BITS for choice in best.assignment.values())
         above = without.objective / best.objective - 1
-        print(f"| {budget:g} | {layers} of {len(table.units)} | {best.objective:.5g} | {100 * above:.1f} % |")
+        worth = _needed(table, objective, best.objective, every - {_BITS}, budget) - budget
+        told = f"{layers} of {len(table.units)} | {best.objective:.5g} | {100 * above:.1f} % | {worth:.2f}"
+        print(f"| {budget:g} | {told} |", flush=True)
+
+
+def _needed(table: Sensitivity, objective: Objective, wanted: float, bits: set[int], low: float) -> float:
+    """The average bits, from `low` on, with which these widths come as low as `wanted`; to a hundredth."""
+    high = float(max(choice.format.weight_bits for choice in table.choices))
+    while high - low > _FINE:
+        middle = (low + high) / 2
+        low, high = (low, middle) if plan(table, objective, middle, bits).objective <= wanted else (middle, high)
+    return high
 
 
 def main(argv: Sequence[str]) -> int:

@@ -73,6 +73,8 @@ FILES: dict[str, tuple[Main, str]] = {
     "sensitivity": (calibrator, "sensitivity --policy none --calibration none --no-resume --out OUT"),
     "losses": (calibrator, "sensitivity --policy none --calibration none --out FOLDER/sensitivity.json"),
     "allocate": (calibrator, "allocate --sensitivity none --average-bits 4 --out OUT"),
+    "channels": (calibrator, "channels measure --policy none --calibration none --no-resume --out OUT"),
+    "plan of channels": (calibrator, "channels allocate --channels none --average-bits 4 --out OUT"),
     "frontier": (calibrator, "allocate --sensitivity none --average-bits 4 --out FOLDER/plan.json --frontier OUT"),
     "report": (calibrator, "report --sensitivity none --out OUT"),
     "bench": (engine_build, "bench none --against none2 --out OUT"),

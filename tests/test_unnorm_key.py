@@ -60,6 +60,7 @@ def commands(folder: Path, out: Path) -> dict[str, tuple[Callable[[list[str]], i
 
     return {
         "sensitivity": (calibrator, ["sensitivity", *states, "--out", str(out / "sensitivity.json")]),
+        "channels": (calibrator, ["channels", "measure", *states, "--out", str(out / "channels.json")]),
         "build": (line(engine_build), ["build", *states, *uniform]),
         "verify": (
             line(engine_build),
