@@ -2,16 +2,22 @@
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from choices import rtn
+from ragged import write_plan
 
 from engine_build.backends.tensorrt import inspector
 from engine_build.build import Request, build
+from engine_build.verify import verify
+from engine_build.weights import layers_of
 from vla_policy.core.errors import ArtefactError
+from vla_policy.core.files import sha256_policy
 from vla_policy.core.formats import Format
+from vla_policy.core.policy_config import PolicyConfig
 from vla_policy.core.targets import find_target
 
 ENGINE = Path("decoder.engine")
@@ -52,16 +58,30 @@ def test_an_engine_that_tells_no_details_is_one_line(text: str) -> None:
         inspector.parse(text, ENGINE)
 
 
+def test_a_plugin_is_told_by_its_kind() -> None:
+    plugin = {"Name": "fused", "LayerType": "PluginV3", "Metadata": "[ONNX Layer: mlp.up]"}
+    found = told(TEN, plugin)
+    assert inspector.became_plugin(found, "mlp.up")
+    assert not inspector.became_plugin(found, "q_proj") and not inspector.became_plugin(found, "mlp")
+
+
 @pytest.fixture
-def folding(device: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A stand-in for a builder that folds 8-bit codes into float16 weights, in the processes that a build starts."""
-    real = Path(__file__).parents[1] / "fake_tensorrt" / "tensorrt" / "__init__.py"
-    folder = tmp_path / "path" / "tensorrt"
-    folder.mkdir(parents=True)
-    (folder / "__init__.py").write_text(real.read_text().replace('else "Int8"', 'else "Half"'))
-    (folder / "plugin.py").write_text((real.parent / "plugin.py").read_text())
-    monkeypatch.syspath_prepend(str(tmp_path / "path"))
-    sys.modules.pop("tensorrt", None)
+def builder_that(device: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None]:
+    """A stand-in for a builder that does otherwise, in the processes that a build starts."""
+
+    def change(*changes: tuple[str, str]) -> None:
+        real = Path(__file__).parents[1] / "fake_tensorrt" / "tensorrt" / "__init__.py"
+        folder, text = tmp_path / "path" / "tensorrt", real.read_text()
+        folder.mkdir(parents=True)
+        for before, after in changes:
+            assert before in text
+            text = text.replace(before, after)
+        (folder / "__init__.py").write_text(text)
+        (folder / "plugin.py").write_text((real.parent / "plugin.py").read_text())
+        monkeypatch.syspath_prepend(str(tmp_path / "path"))
+        sys.modules.pop("tensorrt", None)
+
+    return change
 
 
 def test_what_the_inspector_proves_is_realised(workshop: Path, tmp_path: Path, device: None) -> None:
@@ -73,7 +93,40 @@ def test_what_the_inspector_proves_is_realised(workshop: Path, tmp_path: Path, d
     }
 
 
-def test_codes_that_the_builder_has_folded_are_noticed(workshop: Path, tmp_path: Path, folding: None) -> None:
+def test_codes_that_the_builder_has_folded_are_noticed(
+    workshop: Path, tmp_path: Path, builder_that: Callable[..., None]
+) -> None:
+    builder_that(('else "Int8"', 'else "Half"'))
     request = Request(workshop / "policy", find_target("orin-jp6"), tmp_path / "e", uniform=rtn(Format(8, 16)))
     with pytest.raises(ArtefactError, match=r"was planned as w8a16 but runs as w16a16 \(.*inspector \(no integers\)\)"):
         build(request)
+
+
+BYTES = ('.with_suffix(".data").read_bytes()', '.with_suffix(".data").read_bytes()[::-1]')
+"""An engine in which nothing stands as it was given."""
+
+
+def with_plugins(workshop: Path, out: Path) -> Request:
+    layers = layers_of(PolicyConfig.load(workshop / "policy"))
+    kinds = {"linear": Format(2, 16, 32), "head": Format(4, 8, 64)}
+    plan = {name: rtn(kinds.get(layer.kind, Format(8, 16))) for name, layer in layers.items()}
+    path = write_plan(out.parent / "plan.json", sha256_policy(workshop / "policy"), plan)
+    return Request(workshop / "policy", find_target("orin-jp7"), out, plan=path)
+
+
+def test_no_format_needs_its_bytes_to_stand_in_the_engine(
+    workshop: Path, tmp_path: Path, builder_that: Callable[..., None]
+) -> None:
+    builder_that(BYTES)
+    manifest = build(with_plugins(workshop, tmp_path / "e"))
+    assert {unit.realised for unit in manifest.units} >= {"w2a16_g32", "w8a16", "w4a8"}
+    assert not any("found" in unit.arithmetic for unit in manifest.units)
+    assert verify(tmp_path / "e", workshop / "policy", None).reference is None
+
+
+def test_a_plugin_that_is_neither_told_nor_found_is_refused(
+    workshop: Path, tmp_path: Path, builder_that: Callable[..., None]
+) -> None:
+    builder_that(BYTES, ('"LayerType": "PluginV3"', '"LayerType": "gemm"'))
+    with pytest.raises(ArtefactError, match=r"codes of \d+ layers are not in the engine, e\.g\. language_model"):
+        build(with_plugins(workshop, tmp_path / "e"))

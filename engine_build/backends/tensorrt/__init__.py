@@ -123,15 +123,20 @@ class WithPlugins(TensorRt):
     def read_back(
         self, written: Path, built: Path, layers: Mapping[str, Layer], planned: Mapping[str, Format], scratch: Path
     ) -> ReadBack:
-        """Codes of plugins by the engine's bytes, all else by TensorRT's engine inspector."""
+        """By TensorRT's engine inspector. Codes that a plugin takes are as they were: the inspector tells the plugin,
+        and where they stand in the file byte for byte that is said."""
         packed, found = readback.packed_layers(written, layers), readback.find_tensors(written, built, layers, False)
         plugins = {name for name, plugin in packed.items() if plugin}
-        readback.check_found(built, plugins, found, planned)
         told = inspector.parse(inspect(self.module, built), built)
+        seen = {name for name in plugins if f"{name}.codes" in found}
+        nodes = readback.readers(written, plugins - seen)
+        kept_by = {name for name, node in nodes.items() if inspector.became_plugin(told, node)}
+        readback.check_found(built, plugins - kept_by, found, planned)
         realised = {}
         for name, layer in layers.items():
             if name in plugins:
-                realised[name] = readback.realised(layer, planned[name], True, "found in the engine")
+                how = "found in the engine" if name in seen else "told by TensorRT's inspector"
+                realised[name] = readback.realised(layer, planned[name], True, how)
                 continue
             bits = inspector.bits_of(told, frozenset((name, f"{name}.dequantized", f"{name}.input_rounded")))
             if bits is None:

@@ -4,8 +4,9 @@ An engine that is built with `ProfilingVerbosity.DETAILED` tells of every layer,
 writes, and in its metadata which nodes of the ONNX graph went into it ("[ONNX Layer: name]"). TensorRT 10 calls a type
 "Format/Datatype", 11 "DataType"; other keys changed as well, so types are taken wherever they stand in a layer.
 
-A layer that was planned with N bits has N bits if integers of N bits come into the engine's layers that its nodes went
-into. If they do not, the builder has folded the codes into float16 weights.
+A layer whose codes a plugin takes has them as they are, since TensorRT does not understand them; that its node became a
+plugin is told as well. Any other layer that was planned with N bits has N bits if integers of N bits come into the
+engine's layers that its nodes went into. If they do not, the builder has folded the codes into float16 weights.
 """
 
 import json
@@ -19,16 +20,19 @@ from vla_policy.core.errors import ArtefactError
 
 _NODE = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
 _TYPE_KEYS = ("Format/Datatype", "DataType", "Datatype", "Type")
+_KIND_KEYS = ("LayerType", "PluginType", "Type")
 _INTEGERS = {"int4": 4, "int8": 8}
 
 
 @dataclass(frozen=True)
 class EngineLayer:
-    """One layer of an engine. nodes: of the ONNX graph, that went into it. bits: of the integers that it reads."""
+    """One layer of an engine. nodes: of the ONNX graph, that went into it. bits: of the integers that it reads. plugin:
+    whether it is one."""
 
     name: str
     nodes: frozenset[str]
     bits: frozenset[int]
+    plugin: bool = False
 
 
 def parse(information: str, engine: Path) -> list[EngineLayer]:
@@ -46,7 +50,8 @@ def parse(information: str, engine: Path) -> list[EngineLayer]:
 def _layer(raw: Mapping[str, Any]) -> EngineLayer:
     nodes = _NODE.findall(str(raw.get("Metadata", "")))
     read = {key: value for key, value in raw.items() if key not in ("Name", "Metadata", "Outputs")}
-    return EngineLayer(str(raw["Name"]), frozenset(nodes), frozenset(_integers(read)))
+    kinds = " ".join(str(raw.get(key, "")) for key in _KIND_KEYS)
+    return EngineLayer(str(raw["Name"]), frozenset(nodes), frozenset(_integers(read)), "plugin" in kinds.lower())
 
 
 def _integers(value: Any) -> Iterator[int]:
@@ -66,3 +71,8 @@ def bits_of(layers: list[EngineLayer], nodes: frozenset[str]) -> frozenset[int] 
     """Widths of the integers that come into the layers that any of `nodes` went into; None where no layer names one."""
     found = [layer for layer in layers if layer.nodes & nodes]
     return frozenset[int]().union(*(layer.bits for layer in found)) if found else None
+
+
+def became_plugin(layers: list[EngineLayer], node: str) -> bool:
+    """Whether a node of the graph is a plugin in the engine."""
+    return any(layer.plugin and node in layer.nodes for layer in layers)

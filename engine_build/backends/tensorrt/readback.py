@@ -62,6 +62,13 @@ def packed_layers(graph: Path, layers: Mapping[str, Layer]) -> dict[str, bool]:
     return {name: tensor.data_type == TensorProto.INT32 for name, tensor in codes.items()}
 
 
+def readers(graph: Path, layers: Collection[str]) -> dict[str, str]:
+    """Of each of the layers, the node that reads its codes; layers of one input may have one node."""
+    nodes = onnx.load(str(graph), load_external_data=False).graph.node
+    read = {name: node.name for node in nodes for name in node.input}
+    return {layer: read[f"{layer}.codes"] for layer in layers}
+
+
 def check_found(engine: Path, names: Collection[str], found: Collection[str], planned: Mapping[str, Format]) -> None:
     """Raises ArtefactError unless the codes of all the layers `names` were found."""
     missing = sorted(name for name in names if f"{name}.codes" not in found)

@@ -167,6 +167,10 @@ def describe(graph: onnx.GraphProto) -> list[dict[str, Any]]:
     makers = {output: node for node in graph.node for output in node.output}
     layers = []
     for node in graph.node:
+        if node.domain:
+            read = [{"Name": name, "Format/Datatype": "Int32"} for name in node.input]
+            said = f"[ONNX Layer: {node.name}]"
+            layers.append({"Name": node.name, "LayerType": "PluginV3", "Inputs": read, "Metadata": said})
         if node.op_type != "MatMul":
             continue
         joined, read = [node.name], [("x", "Half")]
