@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from calibrator.families import TorchActor
 from calibrator.families.loading import Tensors, open_checkpoint
-from calibrator.quantizers import Codes, Computed, InputScales, groups_per_row, quantize_policy
+from calibrator.quantizers import Codes, Computed, InputScales, groups_per_row, quantize_policy, turns_inputs
 from calibrator.quantizers.rows import ROWS, WHOLE, RowBits
 from calibrator.quantizers.store import Store
 from engine_build import exported
@@ -107,6 +107,8 @@ def build(request: Request) -> Manifest:
         raise ArtefactError(f"target {target.name} with {target.backend} compiles nothing; build without --pack")
     installed = None if request.pack else parse_version(backend.version())
     plan = _runnable(request, plan, target.on(None, installed), layers)
+    if backend.compiles:
+        _refuse_operators(plan, target)
     known = request.policy, request.plan, request.calibration, request.unnorm_key, request.accept_conventions
     notes = (conventions_note(*known), f"backend {target.backend}: {why}")
     peaks = _input_peaks(request, backend, plan)
@@ -227,6 +229,17 @@ def _runnable(request: Request, plan: Plan, target: Target, layers: Mapping[str,
         what = f"--plan {request.plan}" if request.plan else f"--uniform {request.uniform}"
         check_computable(plan, f"calibrator quantize --policy {request.policy} {what} --calibration C --out W")
     return plan
+
+
+def _refuse_operators(plan: Plan, target: Target) -> None:
+    """Raises ArtefactError for layers whose input goes through an operator: `prove` does not know them, nor do fixed
+    scales, which are of inputs as they come."""
+    turned = [name for name, choice in plan.assignment.items() if choice.recipe and turns_inputs(choice.recipe)]
+    if turned:
+        raise ArtefactError(
+            f"plan: {turned[0]} is planned as {plan.assignment[turned[0]]}, whose input goes through an operator; "
+            f"engines for {target.name} with {target.backend} have none; choose another method"
+        )
 
 
 def _input_peaks(request: Request, backend: Backend, plan: Plan) -> dict[str, float]:

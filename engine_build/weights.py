@@ -94,9 +94,8 @@ def layer_weights(
     if choice.recipe is None:
         return LayerWeights(layer, choice.format, None, weight.flatten(1)[kept], bias)
     rounded = codes.of(layer.name, weight, choice)
-    if rounded.operator is not None and (layer.part is not None or input_peak is not None):
-        why = "its fixed scale is of inputs as they come" if layer.part is None else "several widths have one input"
-        raise ArtefactError(f"{layer.name} in {choice}: its input goes through an operator, but {why}; choose another")
+    if rounded.operator is not None and layer.part is not None:
+        raise ArtefactError(f"{layer.name} in {choice}: a layer with several widths has one input for all rows")
     rounded = rounded.part(kept) if layer.rows else rounded
     return LayerWeights(layer, choice.format, rounded, None, bias, input_peak)
 

@@ -7,7 +7,7 @@ from calibrator.quantizers.activations import InputScale, InputScales
 from calibrator.quantizers.apply import find_layer, quantize_policy, quantized
 from calibrator.quantizers.base import Codes, LayerStatistics, WeightQuantizer
 from calibrator.quantizers.choices import find_method, parse_choice, parse_choices, parse_recipe
-from calibrator.quantizers.compute import Computed, needs_statistics, operator_bits, quantize
+from calibrator.quantizers.compute import Computed, needs_statistics, operator_bits, quantize, turns_inputs
 from calibrator.quantizers.weights import QuantizedWeight, groups_per_row
 
 __all__ = [
@@ -29,4 +29,5 @@ __all__ = [
     "quantize",
     "quantize_policy",
     "quantized",
+    "turns_inputs",
 ]

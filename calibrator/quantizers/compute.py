@@ -47,6 +47,11 @@ def operator_bits(recipe: Recipe, inputs: int) -> int:
     return method.operator_bits(inputs, given) if isinstance(method, TurnsInputs) else 0
 
 
+def turns_inputs(recipe: Recipe) -> bool:
+    """Whether codes by this recipe come with an input operator."""
+    return isinstance(find_method(recipe.method), TurnsInputs)
+
+
 @dataclass(frozen=True)
 class Computed:
     """Codes that are computed when they are asked for. statistics: by layer, for recipes that need them."""

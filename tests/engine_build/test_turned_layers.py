@@ -130,11 +130,13 @@ def test_another_operator_of_the_same_input_is_not_shared(tmp_path: Path) -> Non
         assert turned(builder, "x", one, "a") != turned(builder, "x", other, "b") != turned(builder, "y", other, "c")
 
 
-def test_a_fixed_scale_is_refused_where_the_input_is_turned(material: Path, tmp_path: Path) -> None:
-    weights = stored(material, tmp_path, ["w8a8:duquant(steps=1)"])
+@pytest.mark.parametrize("fmt", ["w8a8", "w4a16_g64"])
+def test_what_no_engine_has_is_refused_by_name(material: Path, tmp_path: Path, fmt: str) -> None:
+    weights = stored(material, tmp_path, [f"{fmt}:duquant(steps=1)"])
     request = Request(
         material / "policy", find_target("orin-jp7"), tmp_path / "packed", weights=weights, pack=True,
         calibration=material / "calibration",
     )  # fmt: skip
-    with pytest.raises(ArtefactError, match=r"in w8a8:duquant\(steps=1\): its input goes through an operator, but its"):
+    wanted = rf"as {fmt}:duquant\(steps=1\), whose input goes through an operator; engines for orin-jp7 with"
+    with pytest.raises(ArtefactError, match=wanted):
         build(request)

@@ -5,8 +5,13 @@
 divided by the square root of its largest times its smallest. m_j is the mean over outputs of column j's weights
 relative to their group's largest, as the published code has it beside the paper's form. What is taken is whose weights,
 scaled by s, rounded to nearest in such a format and scaled back, lose least of the outputs, E |(Q(W s) / s - W) x|^2
-summed over the layers that read the input. Factors are the powers of two that will be folded, which costs some of the
-gain. The paper's search looks at a block's output; here it is the layers' own, from E[x x^T].
+summed over the layers that read the input. The paper's search looks at a block's output; here it is the layers' own,
+from E[x x^T].
+
+Factors are the powers of two that will be folded. Of one layer's error by rounding to nearest they leave 71 %, exact
+ones 57 %, and so it stays: policies are stored in bfloat16, where exact factors would round norms, and layers that keep
+16 bits, once more, by about a quarter of what 8-bit codes in groups of 64 do; and what scores and engines are compared
+with would no longer be the policy that was given.
 """
 
 from collections.abc import Mapping, Sequence
