@@ -177,8 +177,16 @@ def block(graph: GraphContext, x: str, seen: Seen, text: TextSpec, index: int) -
     x = b.add(x, attended)
     normed = rms_norm(graph, x, f"{name}.post_attention_layernorm.weight", text.rms_norm_eps)
     gate = graph.linear(normed, f"{name}.mlp.gate_proj")
-    gated = b.mul(b.mul(gate, b.node("Sigmoid", [gate])), graph.linear(normed, f"{name}.mlp.up_proj"))
+    gated = b.mul(_silu(graph, gate, name), graph.linear(normed, f"{name}.mlp.up_proj"))
     return b.add(x, graph.linear(gated, f"{name}.mlp.down_proj"))
+
+
+def _silu(graph: GraphContext, x: str, name: str) -> str:
+    """x sigmoid(x)."""
+    b = graph.builder
+    if graph.fused:
+        return b.microsoft("QuickGelu", [x], f"{name}.mlp.silu", alpha=1.0)
+    return b.mul(x, b.node("Sigmoid", [x]))
 
 
 def _attention(graph: GraphContext, x: str, seen: Seen, text: TextSpec, index: int) -> str:

@@ -18,8 +18,8 @@ def build(graph: GraphContext, config: PrismaticConfig) -> tuple[list[TensorSpec
     size, hidden, count = config.image_size, config.text.hidden_size, config.num_images
     images = "pixel_values" if count == 1 else b.reshape("pixel_values", count, 6, size, size)
     features = []
-    for index, (tower, name) in enumerate(zip(config.towers, ("featurizer", "fused_featurizer"), strict=True)):
-        pixels = b.slice(images, 3 * index, 3 * index + 3, 1)
+    shares = b.nodes("Split", [images], 2, axis=1, num_outputs=2)
+    for pixels, tower, name in zip(shares, config.towers, ("featurizer", "fused_featurizer"), strict=True):
         if b.float_type != helper.np_dtype_to_tensor_dtype(graph.io_dtype):
             pixels = b.cast(pixels, b.float_type)
         features.append(_tower(graph, pixels, count, tower, f"vision_backbone.{name}"))

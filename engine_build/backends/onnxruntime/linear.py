@@ -1,13 +1,13 @@
 """A linear layer in any format that ONNX Runtime's CPU provider really runs; see core.backends.onnxruntime.
 
-Inside the file weights are packed and scales are float16. Which kernel runs is decided here, by form:
+Inside the file weights are packed and scales are float16. Which kernel runs is decided here, by form; sessions leave
+it as it is (core.backends.onnxruntime.session):
 
-- 4-bit codes [in, out] in blocks: the optimiser fuses DequantizeLinear and MatMul to MatMulNBits at the session's
-  accuracy level 1 (float32 activations).
+- MatMulNBits, bias inside: 4-bit codes in groups at accuracy level 1 (float32 activations), and 8-bit activations in
+  groups at level 4.
 - 2 and 8 bits with 16-bit activations, and one scale per row: MatMulNBits has no fast float32 kernel for these (ten
   times slower at one row), and fusing per-row scales would copy each of them for every 32 inputs. Codes of rank 3
   [groups, group, out] are not fused; they are dequantized at run time.
-- 8-bit activations in groups: MatMulNBits itself, at accuracy level 4, bias inside.
 - w8a8: dynamic per-token codes and MatMulInteger, unsigned on both sides because the signed kernels saturate on
   processors without VNNI.
 """
@@ -18,13 +18,15 @@ from onnx import TensorProto
 
 from calibrator.quantizers.packing import pack
 from engine_build.graph.builder import GraphBuilder
-from engine_build.packing import pack_nbits, pad_groups, turned
+from engine_build.packing import pack_nbits, pad_groups
 from engine_build.weights import LayerWeights
 
 _CODE_TYPES = {2: TensorProto.INT2, 4: TensorProto.INT4, 8: TensorProto.INT8}
 _SMALLEST_PEAK = 1e-30
 _TOP = 127.0
 _UINT8_ZERO = 128
+EXACT, ROUNDED = 1, 4
+"""Accuracy levels of MatMulNBits: float32 activations, and int8 ones."""
 
 
 def linear(builder: GraphBuilder, x: str, weights: LayerWeights) -> str:
@@ -32,12 +34,10 @@ def linear(builder: GraphBuilder, x: str, weights: LayerWeights) -> str:
     fmt, name = weights.format, weights.layer.name
     if fmt.weight_bits == 16:
         result = builder.node("MatMul", [x, _sixteen_bit(builder, weights)], name)
-    elif fmt.activation_bits == 16 and fmt.weight_bits == 4 and fmt.group_size:
-        result = builder.node("MatMul", [x, _blocked(builder, weights)], name)
+    elif fmt.group_size and (fmt.activation_bits == 8 or fmt.weight_bits == 4):
+        return _nbits(builder, x, weights)
     elif fmt.activation_bits == 16:
         result = builder.node("MatMul", [x, _unfused(builder, x, weights)], name)
-    elif fmt.group_size:
-        return _nbits(builder, x, weights)
     else:
         result = _integer(builder, x, weights)
     if weights.bias is not None:
@@ -63,17 +63,6 @@ def _codes(builder: GraphBuilder, weights: LayerWeights, codes: np.ndarray) -> s
     bits = weights.format.weight_bits
     content = pack(np.ascontiguousarray(codes), bits)
     return builder.raw(f"{weights.layer.name}.codes", _CODE_TYPES[bits], codes.shape, content)
-
-
-def _blocked(builder: GraphBuilder, weights: LayerWeights) -> str:
-    codes, scales = _codes(builder, weights, turned(weights.codes)), _scales(builder, weights, weights.scales.T)
-    return builder.node(
-        "DequantizeLinear",
-        [codes, scales],
-        f"{weights.layer.name}.dequantized",
-        axis=0,
-        block_size=weights.format.group_size,
-    )
 
 
 def _unfused(builder: GraphBuilder, x: str, weights: LayerWeights) -> str:
@@ -112,7 +101,7 @@ def _nbits(builder: GraphBuilder, x: str, weights: LayerWeights) -> str:
         N=layer.outputs,
         bits=fmt.weight_bits,
         block_size=fmt.group_size,
-        accuracy_level=4,
+        accuracy_level=ROUNDED if fmt.activation_bits == 8 else EXACT,
     )
 
 

@@ -62,7 +62,7 @@ def read_back(
 
 
 def _realised(built: _Optimised, layer: Layer, graph: Path) -> Realised:
-    finders = (_own, _fused, _dequantized, _integer, _plain)
+    finders = (_own, _nbits, _dequantized, _integer, _plain)
     for finder in finders:
         found = finder(built, layer)
         if found is not None:
@@ -85,18 +85,15 @@ def _own(built: _Optimised, layer: Layer) -> Realised | None:
     return Realised(canonical(fmt, layer.inputs), arithmetic, built.bytes_of(*node.input[1:3]))
 
 
-def _fused(built: _Optimised, layer: Layer) -> Realised | None:
-    """MatMulNBits, whether written so or fused: the fusion names its tensors after the original ones, plus `_T`."""
-    prefix = f"{layer.name}."
-    for node in built.users.get(f"{prefix}codes_T", []) + built.users.get(f"{prefix}codes", []):
-        if node.op_type != "MatMulNBits":
-            continue
-        values = _attributes(node)
-        level = values.get("accuracy_level", 0)
-        fmt = Format(values["bits"], 8 if level == 4 else 16, values["block_size"])
-        kind = "int8 activations per token and group" if level == 4 else "float32 activations"
-        return Realised(canonical(fmt, layer.inputs), f"MatMulNBits, {kind}", built.bytes_of(*node.input[1:3]))
-    return None
+def _nbits(built: _Optimised, layer: Layer) -> Realised | None:
+    node = built.by_name.get(layer.name)
+    if node is None or node.op_type != "MatMulNBits":
+        return None
+    values = _attributes(node)
+    exact = values["accuracy_level"] == 1
+    fmt = Format(values["bits"], 16 if exact else 8, values["block_size"])
+    kind = "float32 activations" if exact else "int8 activations per token and group"
+    return Realised(canonical(fmt, layer.inputs), f"MatMulNBits, {kind}", built.bytes_of(*node.input[1:3]))
 
 
 def _dequantized(built: _Optimised, layer: Layer) -> Realised | None:

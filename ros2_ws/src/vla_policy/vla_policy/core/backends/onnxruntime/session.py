@@ -15,8 +15,6 @@ from vla_policy.core.errors import ArtefactError, EngineError
 from vla_policy.core.manifest import Manifest
 from vla_policy.core.processor import cpu_name
 
-# 4 would let ONNX Runtime round the activations of 16-bit-activation layers to int8 behind the plan's back.
-_ACCURACY_LEVEL = ("session.qdq_matmulnbits_accuracy_level", "1")
 _SILENT = 3
 _REFUSALS = (  # ONNX Runtime's exceptions share no base of their own
     ort_errors.Fail,
@@ -32,12 +30,17 @@ _REFUSALS = (  # ONNX Runtime's exceptions share no base of their own
 def session_options(threads: int | None = None, library: Path | None = None) -> ort.SessionOptions:
     """The settings under which an engine's formats were read back; the runner must use the same.
 
+    Graphs are written with the operators that shall run, and what ONNX Runtime still does to them, widen stored 16-bit
+    numbers, fold constants and join neighbours, is the same on every processor: the level that would choose layouts by
+    processor is off. Threads wait busily inside a call only, so that the pools of an engine's graphs share the cores.
+
     library: of custom operators.
     """
     options = ort.SessionOptions()
     if library is not None:
         options.register_custom_ops_library(str(library))
-    options.add_session_config_entry(*_ACCURACY_LEVEL)
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     options.log_severity_level = _SILENT
     options.inter_op_num_threads = 1
     if threads is not None:
