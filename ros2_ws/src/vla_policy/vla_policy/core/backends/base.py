@@ -103,5 +103,6 @@ def check_version(folder: Path, manifest: Manifest, package: str, installed: str
     if manifest.backend_version.split(".")[:2] != installed.split(".")[:2]:
         raise ArtefactError(
             f"{folder}: formats were proven with {package} {manifest.backend_version}, installed is {installed}; "
-            "install that version or build the engine again"
+            f"install that version, or build for this one: engine_build build --target {manifest.target} --backend "
+            f"{manifest.backend} --policy POLICY --plan PLAN --out {folder}"
         )

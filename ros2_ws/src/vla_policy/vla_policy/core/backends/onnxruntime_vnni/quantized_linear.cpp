@@ -28,6 +28,8 @@ constexpr int kVector = 64;       // bytes
 constexpr int kTileInputs = 64;   // of an AMX tile's row
 constexpr int kBlocksAtOnce = 4;  // blocks of outputs per piece of work
 constexpr int kFewRows = 4;       // up to here codes are unpacked in registers
+constexpr int kAhead = 2048;      // bytes of codes that a row asks for before it needs them
+constexpr int64_t kAlone = 1 << 18; // products up to which one thread is faster than waking others
 
 struct Sizes {
     int64_t inputs, outputs, group; // group: 0 without groups
@@ -45,20 +47,39 @@ struct Sizes {
     int zero() const { return 1 << (bits - 1); }
 };
 
-// Rows rounded to 8 bits. sums: of each group's codes.
+// Bytes from an address that is a multiple of 64, kept by a thread from call to call: fresh memory would be filled with
+// zeros page by page every time.
+class Scratch {
+public:
+    uint8_t* of(int64_t bytes)
+    {
+        if (bytes > size_) {
+            size_ = (bytes + kVector - 1) / kVector * kVector;
+            memory_.reset(static_cast<uint8_t*>(std::aligned_alloc(kVector, size_t(size_))));
+        }
+        return memory_.get();
+    }
+
+private:
+    struct Free {
+        void operator()(uint8_t* memory) const { std::free(memory); }
+    };
+    std::unique_ptr<uint8_t, Free> memory_;
+    int64_t size_ = 0;
+};
+
+// Rows rounded to 8 bits, in the calling thread's memory. sums: of each group's codes.
 struct Rows {
     int64_t count, filled, groups;
-    std::vector<int8_t> codes; // [count, filled], from an address that is a multiple of 64
     std::vector<float> scales; // [count, groups]
     std::vector<int32_t> sums;
-    int8_t* first;
+    int8_t* first; // [count, filled]
 
     Rows(int64_t count, Sizes const& sizes)
-        : count(count), filled(sizes.filled()), groups(sizes.groups()), codes(count * filled + kVector),
-          scales(count * groups), sums(count * groups)
+        : count(count), filled(sizes.filled()), groups(sizes.groups()), scales(count * groups), sums(count * groups)
     {
-        auto const address = reinterpret_cast<uintptr_t>(codes.data());
-        first = codes.data() + (kVector - address % kVector) % kVector;
+        thread_local Scratch scratch;
+        first = reinterpret_cast<int8_t*>(scratch.of(count * filled));
     }
     int8_t const* row(int64_t index) const { return first + index * filled; }
 };
@@ -153,6 +174,7 @@ void few_rows(Product const& product, int64_t first, int64_t block)
         __m512i sums[Count][2] = {};
         for (int64_t k = index * group; k < (index + 1) * group; k += kQuad * kParts, packed += kVector) {
             __m512i const bytes = _mm512_loadu_si512(packed);
+            _mm_prefetch(reinterpret_cast<char const*>(packed) + kAhead, _MM_HINT_T0);
             for (int part = 0; part < kParts; ++part) {
                 __m512i const weights = part_of<Bits>(bytes, part);
                 for (int row = 0; row < Count; ++row) {
@@ -339,14 +361,14 @@ void multiply_blocks(Product const& product, int64_t begin, int64_t end)
         return;
     }
     int64_t const stride = product.sizes.filled() * kLanes;
-    std::unique_ptr<uint8_t, void (*)(void*)> unpacked(
-        static_cast<uint8_t*>(std::aligned_alloc(kVector, size_t(stride * (end - begin)))), std::free);
+    thread_local Scratch scratch;
+    uint8_t* const unpacked = scratch.of(stride * (end - begin));
     for (int64_t block = begin; block < end; ++block)
-        unpack<Bits>(product, block, product.tiles ? product.sizes.zero() : 0, unpacked.get() + (block - begin) * stride);
+        unpack<Bits>(product, block, product.tiles ? product.sizes.zero() : 0, unpacked + (block - begin) * stride);
     if (product.tiles)
-        many_rows_by_tiles(product, begin, end, unpacked.get());
+        many_rows_by_tiles(product, begin, end, unpacked);
     else
-        many_rows_by_vectors(product, begin, end, unpacked.get());
+        many_rows_by_vectors(product, begin, end, unpacked);
 }
 
 // Whether this process may use AMX tiles; Linux asks to be asked.
@@ -406,7 +428,7 @@ struct Kernel {
             for (int64_t row = int64_t(piece) * kLanes; row < end; ++row)
                 round_row(static_cast<float const*>(contents[0]) + row * sizes.inputs, sizes, rows, row);
         };
-        if ((failed = run(context, size_t((count + kLanes - 1) / kLanes), round)))
+        if ((failed = run(context, count, size_t((count + kLanes - 1) / kLanes), round)))
             return failed;
         Product const product{sizes, static_cast<uint8_t const*>(contents[1]),
                               static_cast<uint16_t const*>(contents[2]), static_cast<float const*>(contents[3]),
@@ -420,15 +442,16 @@ struct Kernel {
             default: multiply_blocks<8>(product, begin, end);
             }
         };
-        return run(context, size_t((sizes.blocks() + kBlocksAtOnce - 1) / kBlocksAtOnce), multiply);
+        return run(context, count, size_t((sizes.blocks() + kBlocksAtOnce - 1) / kBlocksAtOnce), multiply);
     }
 
-    // Every piece of work, on the session's threads.
+    // Every piece of work, on the session's threads where it is worth it.
     template <class Work>
-    ort::Status* run(ort::Context const* context, size_t pieces, Work& work) const
+    ort::Status* run(ort::Context const* context, int64_t count, size_t pieces, Work& work) const
     {
-        if (pieces == 1) {
-            work(0);
+        if (pieces == 1 || count * sizes.inputs * sizes.outputs <= kAlone) {
+            for (size_t piece = 0; piece < pieces; ++piece)
+                work(piece);
             return nullptr;
         }
         return api->parallel(context, [](void* what, size_t piece) { (*static_cast<Work*>(what))(piece); }, pieces, &work);
