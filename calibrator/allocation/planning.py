@@ -175,6 +175,7 @@ class Planner:
             "screened": None if self.sensitivity.screened is None else dict(self.sensitivity.screened),
             "no_kernel": self._no_kernel(solution),
             "other_rounding": self._other_rounding(solution),
+            "memory_only": self._memory_only(solution),
             "below_floor": self._below_floor(solution),
             "feasible": self.ranges(budgets),
             "greedy": None if greedy is None else _comparison(greedy, solution),
@@ -223,6 +224,12 @@ class Planner:
     def _no_kernel(self, solution: Solution) -> dict[str, str]:
         """Choices of the plan that no engine can have, and why."""
         return no_kernel(dict.fromkeys(self._assignment(solution).values()), self.request.target)
+
+    def _memory_only(self, solution: Solution) -> list[str]:
+        """Choices of the plan that the target's first backend runs no faster than 16 bits."""
+        there = self.request.machine
+        used = dict.fromkeys(self._assignment(solution).values())
+        return [str(choice) for choice in used if there is not None and there.memory_only(choice.format)]
 
     def _other_rounding(self, solution: Solution) -> dict[str, str]:
         """Choices of the plan whose activations the target rounds by another rule than they were scored by."""

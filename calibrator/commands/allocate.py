@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from vla_policy.core.backends.base import MEMORY_ONLY
 from vla_policy.core.errors import BudgetError
 
 
@@ -70,6 +71,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"note: {choice} has no kernel ({reason}); no engine can be built from this plan")
     for choice, rules in plan.details["other_rounding"].items():
         print(f"note: activations of {choice}: {rules}; measure with --target {plan.target}")
+    if slow := plan.details["memory_only"]:
+        print(f"note: {', '.join(slow)}: {MEMORY_ONLY} on {plan.target}; formats with 8-bit activations save both")
     if below := plan.details["below_floor"]:
         floor = f"{sensitivity.noise_floor:.2g}"
         print(f"note: {len(below)} layers' scores are not above the noise floor, {floor}: their order says nothing")

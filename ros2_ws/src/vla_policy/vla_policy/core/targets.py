@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from vla_policy.core.backends import find_backend
-from vla_policy.core.backends.base import LayerKind, Rule, Version, Workload
+from vla_policy.core.backends.base import MEMORY_ONLY, LayerKind, Rule, Version, Workload
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.formats import Choice, Format, Rounding
 
@@ -97,8 +97,16 @@ class Target:
 
     def rounding(self, fmt: Format) -> Rounding | None:
         """How its kernels round activations; None where they do not, or where no kernel runs the format."""
-        found = next((rule for rule in self._all_rules if fmt in rule.formats()), None)
+        found = self._rule(fmt)
         return None if found is None or fmt.activation_bits >= 16 else found.rounding
+
+    def memory_only(self, fmt: Format) -> bool:
+        """Whether layers of this format are smaller than 16-bit ones here, but no faster."""
+        found = self._rule(fmt)
+        return found is not None and found.kernel.endswith(MEMORY_ONLY)
+
+    def _rule(self, fmt: Format) -> Rule | None:
+        return next((rule for rule in self._all_rules if fmt in rule.formats()), None)
 
     @property
     def _all_rules(self) -> tuple[Rule, ...]:
