@@ -1,6 +1,8 @@
 """What the policy node says of itself in every state, and how it comes up: late cameras, no manager."""
 
 import re
+import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +12,7 @@ from tests.ros.world import ROOT, Sensors, World, end, fake_engine, fresh_domain
 
 from lifecycle_msgs.msg import Transition  # isort: skip  # after the importorskip in tests.ros.world
 from rclpy.qos import QoSProfile  # isort: skip
-from sensor_msgs.msg import CompressedImage  # isort: skip
+from sensor_msgs.msg import CompressedImage, JointState  # isort: skip
 from std_srvs.srv import SetBool  # isort: skip
 
 
@@ -104,3 +106,51 @@ def test_a_camera_that_comes_late_is_waited_for(world: World, tmp_path: Path) ->
         world.camera = world.node.create_publisher(CompressedImage, "late/compressed", QoSProfile(depth=10))
         world.wait_active()
         says(world, "holding: disabled")
+
+
+def test_images_lost_on_the_way_are_counted_under_remaps(tmp_path: Path) -> None:
+    """The node stands still while more images come than its queue holds: each is received or counted as lost.
+
+    Under the contract's own names there is no publisher: whoever asks for those finds nothing to compare with.
+    """
+    world = World(fresh_domain(), rate_hz=None)
+    world.node.destroy_publisher(world.camera)
+    world.node.destroy_publisher(world.joint_states)
+    world.camera = world.node.create_publisher(CompressedImage, "/front/compressed", QoSProfile(depth=10))
+    world.joint_states = world.node.create_publisher(JointState, "/arm/joint_states", QoSProfile(depth=50))
+    remaps = ["-r", "camera/image_raw/compressed:=/front/compressed", "-r", "joint_states:=/arm/joint_states"]
+    command = node_command(fake_engine(tmp_path / "engine"), check_sources="graph", source_timeout=5.0)
+    sent_s = 0.0
+
+    def accounted() -> int:
+        names = ("received camera/image_raw/compressed", "drops lost_in_transport")
+        return sum(int(world.diagnostics.get(name, 0)) for name in names)
+
+    def settled(unheard: int) -> bool:
+        """Whether all that was sent is accounted for; if not sends one more now and then, which shows a gap."""
+        nonlocal sent_s
+        if accounted() > 0 and accounted() == world.published - unheard:
+            return True
+        if time.monotonic() - sent_s > 0.5:
+            sent_s = time.monotonic()
+            world.sense()
+        return False
+
+    try:
+        with process([*command, *remaps], world.domain, tmp_path / "log") as node:
+            world.wait_active()
+            world.instruct()
+            world.wait(lambda: settled(0) or accounted() > 0, "the first image")
+            age = "age camera/image_raw/compressed (ms)"
+            world.wait(lambda: float(world.diagnostics[age]) > 2000, "a report with nothing under way")
+            unheard = world.published - accounted()  # sent before the node was there to hear
+            assert "drops lost_in_transport" not in world.diagnostics
+            node.send_signal(signal.SIGSTOP)
+            for _ in range(100):
+                world.sense()
+            node.send_signal(signal.SIGCONT)
+            world.wait(lambda: "drops lost_in_transport" in world.diagnostics and settled(unheard), "the loss")
+            assert "never arrived on camera/image_raw/compressed" in world.diagnostics["last lost_in_transport"]
+            assert world.chunks, "decided upon, with the remapped state"
+    finally:
+        world.close()
