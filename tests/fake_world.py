@@ -8,7 +8,7 @@ import hashlib
 import os
 import signal
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -103,11 +103,23 @@ class FakeActor:
         return Decision(np.zeros(1, np.int64), answer)
 
 
+@dataclass(frozen=True, kw_only=True)
+class FakeConfig(PolicyConfig):
+    """Of a policy that says itself how many of its rows are carried out before the next look."""
+
+    carried_out: int
+
+    @property
+    def executed(self) -> int:
+        return self.carried_out
+
+
 @dataclass(frozen=True)
 class FakeRecipe:
-    """chunk: actions per decision. victim: who is hit at the `fatal_act`-th decision, once (`fired` records it).
+    """chunk: actions per decision. executed: of these carried out before the next look, None for all.
 
-    "self" and "parent" get SIGKILL; "interrupt" is a Ctrl-C for the parent. too_large: numbers from here on overflow.
+    victim: who is hit at the `fatal_act`-th decision, once (`fired` records it): "self" and "parent" get SIGKILL;
+    "interrupt" is a Ctrl-C for the parent. too_large: numbers from here on overflow.
     """
 
     name: str = "fake"
@@ -115,13 +127,16 @@ class FakeRecipe:
     fatal_act: int = 0
     fired: Path | None = None
     chunk: int = 1
+    executed: int | None = None
     too_large: int = 100
 
     def settings(self) -> dict[str, Any]:
         return {"kind": "fake", "name": self.name}
 
     def config(self) -> PolicyConfig:
-        return replace(PolicyConfig.from_dict(_CONFIG, "fake"), horizon=self.chunk)
+        plain = PolicyConfig.from_dict(_CONFIG, "fake")
+        told = {field.name: getattr(plain, field.name) for field in fields(PolicyConfig)} | {"horizon": self.chunk}
+        return FakeConfig(**told, carried_out=self.executed or self.chunk)
 
     def stored_bytes(self) -> int:
         return 1_500_000

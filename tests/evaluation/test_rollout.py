@@ -54,6 +54,13 @@ def test_a_chunk_is_carried_out_to_its_end_or_the_episode_s(tmp_path: Path) -> N
     assert cut.successes == 0, "the episode allows three steps"
 
 
+def test_a_policy_looks_again_after_the_rows_that_it_says_itself(tmp_path: Path) -> None:
+    """The right answer is the third row: of two that are carried out before the next look none is right."""
+    looked = run(replace(FAKE, actor=FakeRecipe(chunk=3, executed=2)), TASKS, 4, tmp_path / "looked.json")
+    assert looked.successes == 0
+    assert {episode.decisions for episode in looked.episodes} == {2}, "three steps: two rows, then one"
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_an_engine_error_fails_its_episode_and_is_counted(tmp_path: Path, workers: int) -> None:
     numbers = [int(np.random.default_rng([FAKE.seed, trial]).integers(1, 100)) for trial in range(5)]

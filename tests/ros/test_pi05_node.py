@@ -2,18 +2,20 @@
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from engine_build.__main__ import main as engine_build
 from evaluation.__main__ import main as evaluation
 from tests.core.ros_messages import picture
 from tests.demo.materials import tiny_bag, tiny_contract
 from tests.pi05_policy import tiny_pi05_folder
-from tests.ros.world import World, fresh_domain, process
+from tests.ros.world import ROOT, World, fresh_domain, process
 from vla_policy.core.flow.noise import entry_of
 from vla_policy.core.observation import Observation
 from vla_policy.core.runner import load_engine
@@ -39,13 +41,26 @@ def world() -> Iterator[World]:
     made.close()
 
 
+def command(engine: Path, contract: Path, **more: object) -> list[str]:
+    """The node as launch starts it: the shipped parameters, then what is given."""
+    shipped = ROOT / "ros2_ws/src/vla_policy/config/policy.params.yaml"
+    values = {"engine_path": engine, "contract": contract, "autostart": "true", "engine_threads": 1}
+    values |= {"inference_deadline": 10.0, **more}
+    given = [part for name, value in values.items() for part in ("-p", f"{name}:={value}")]
+    node = [sys.executable, "-m", "vla_policy.nodes.policy_node", "--ros-args", "-r", "__node:=policy"]
+    return [*node, "--params-file", str(shipped), *given]
+
+
+def changed(contract: Path, out: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    content = yaml.safe_load(contract.read_text())
+    change(content)
+    out.write_text(yaml.safe_dump(content))
+    return out
+
+
 def test_a_node_serves_chunks_that_begin_with_the_bank_s_noise(world: World, material: Path, tmp_path: Path) -> None:
     """Frozen sensors: every chunk must be what the engine decides in this process from the same picture."""
-    values = {"engine_path": material / "engine", "contract": material / "contract.yaml", "autostart": "true"}
-    command = [sys.executable, "-m", "vla_policy.nodes.policy_node", "--ros-args", "-r", "__node:=policy"]
-    for name, value in {**values, "engine_threads": 1, "inference_deadline": 10.0}.items():
-        command += ["-p", f"{name}:={value}"]
-    with process(command, world.domain, tmp_path / "log"):
+    with process(command(material / "engine", material / "contract.yaml"), world.domain, tmp_path / "log"):
         world.wait(lambda: world.node.count_subscribers("instruction") > 0, "the active policy node", 60)
         world.instruct("pick up the red block")
         world.wait_chunks()
@@ -59,6 +74,70 @@ def test_a_node_serves_chunks_that_begin_with_the_bank_s_noise(world: World, mat
     for chunk in world.chunks:
         assert (chunk.horizon, chunk.action_dim, len(chunk.tokens)) == (4, 3, 0)
         np.testing.assert_array_equal(np.reshape(chunk.actions, (4, 3)), expected)
+
+
+def test_executed_rows_move_the_robot_while_the_next_chunk_is_made(
+    world: World, material: Path, tmp_path: Path
+) -> None:
+    """Of chunks of 4 rows the policy's 2 are carried out, one after the other, and the next chunk comes meanwhile.
+
+    Frozen sensors: every chunk is the same, so that a command tells its row.
+    """
+    log = tmp_path / "log"
+
+    def unlimited(content: dict[str, Any]) -> None:
+        for dimension in content["action"]["dimensions"]:
+            dimension["limit"] = 100.0
+
+    contract = changed(material / "contract.yaml", tmp_path / "contract.yaml", unlimited)
+    more = {"freeze_timeout": 0.0, "source_timeout": 5.0, "chunk_grace": 0.0, "disarm_after": 0.0}
+    with process(command(material / "engine", contract, **more), world.domain, log):
+        world.wait(lambda: world.node.count_subscribers("instruction") > 0, "the active policy node", 60)
+        world.instruct("pick up the red block")
+        world.wait_chunks()
+        world.enable()
+        world.wait(lambda: len({x for _, m in world.twists if (x := m.twist.linear.x)}) > 1, "both rows", 60)
+        world.wait_chunks(10)
+        assert world.diagnostics["chunk"] == "4 rows, 2 carried out"
+    rows = np.reshape(world.chunks[-1].actions, (4, 3))[:, 0]
+    assert len(set(rows.tolist())) == 4, "rows that can be told apart"
+    sent = [message.twist.linear.x for _, message in world.twists if message.twist.linear.x]
+    assert set(sent) == set(rows[:2].tolist())
+
+
+@pytest.mark.parametrize(
+    ("change", "more", "reason"),
+    [
+        (lambda c: c["action"]["dimensions"].pop(1), {}, "the policy's actions have 3 values; the contract names 2"),
+        (
+            lambda c: c["action"].update(chunk_rows=5),
+            {},
+            "chunk_rows: the policy decides 4 actions at once, the contract carries out 5; 0 takes the policy's own 2",
+        ),
+        (
+            lambda c: c["states"][0]["values"].pop(),
+            {},
+            "the policy takes the states x, gripper_width; the contract gives x",
+        ),
+        (lambda c: None, {"instruction": "pick " * 300}, "instruction: the prompt has "),
+    ],
+    ids=["width", "horizon", "state", "prompt"],
+)
+def test_what_does_not_fit_the_policy_is_one_line_before_the_node_is_active(
+    world: World,
+    material: Path,
+    tmp_path: Path,
+    change: Callable[[dict[str, Any]], object],
+    more: dict[str, object],
+    reason: str,
+) -> None:
+    contract = changed(material / "contract.yaml", tmp_path / "contract.yaml", change)
+    log = tmp_path / "log"
+    with process(command(material / "engine", contract, check_sources="none", **more), world.domain, log):
+        world.wait(lambda: f"configure refused: {'' if more else str(contract)}" in log.read_text(), "the refusal")
+        assert world.state_label() == "unconfigured"
+    refused = [line for line in log.read_text().splitlines() if "configure refused" in line]
+    assert len(refused) == 1 and reason in refused[0] and "Traceback" not in log.read_text()
 
 
 def test_a_live_replay_finds_the_decisions_of_the_same_engine_in_process(
