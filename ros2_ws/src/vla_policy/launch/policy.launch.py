@@ -13,6 +13,7 @@ from launch_ros.parameter_descriptions import ParameterValue
 from launch_ros.substitutions import FindPackageShare
 
 from launch import LaunchContext, LaunchDescription
+from vla_policy.core.parameter_file import require_node
 from vla_policy.launching import common_arguments, described, existing_file, image_transport, namespace
 
 PARAMETERS = {
@@ -38,6 +39,8 @@ def _node(context: LaunchContext) -> list[Node]:
         raise RuntimeError("respawn and enabled together would move the robot by itself after a crash; choose one")
     if respawn:
         given["enabled"] = False  # whatever params_file says
+    settings = existing_file(context, "params_file")
+    require_node(settings, f"{namespace(context)}/{value['node_name']}")
     return [
         Node(
             package="vla_policy",
@@ -45,7 +48,7 @@ def _node(context: LaunchContext) -> list[Node]:
             name=value["node_name"],
             namespace=namespace(context),
             output="screen",
-            parameters=[existing_file(context, "params_file"), given],
+            parameters=[settings, given],
             arguments=["--ros-args", "--log-level", value["log_level"]],
             additional_env=image_transport(),
             respawn=respawn,
