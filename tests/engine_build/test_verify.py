@@ -340,7 +340,7 @@ def test_a_record_without_an_entry_is_refused(workshop: Path, tmp_path: Path, ch
         ("w2a16", 49, "tensorrt_rtx", (123, 125)),
         # Kernels of our own take 16 outputs and 128 inputs at a time.
         ("w2a16_g32", 48, "tensorrt", (120, 16 * 128 // 4)),
-        ("w4a16_g32", 48, "tensorrt", (240, 320)),
+        ("w4a16_g32", 48, "tensorrt", (240, 16 * 128 // 2)),
         ("w4a8", 130, "tensorrt", (650, 16 * 256 // 2)),
     ],
 )
