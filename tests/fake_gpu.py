@@ -208,6 +208,13 @@ class FakeContext:
             assert self.listener.process_debug_tensor(address, None, values.dtype, values.shape, name, 1)
 
 
+def literal_options() -> ort.SessionOptions:
+    """ONNX Runtime computes Q/DQ as they stand: it fuses none into products of its own, which round otherwise."""
+    options = session_options(1)
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
+    return options
+
+
 class FakeEngine:
     """A deserialized engine, run by one session of ONNX Runtime."""
 
@@ -222,10 +229,8 @@ class FakeEngine:
         profiles: list[Bounds],
         debug: Collection[str],
     ) -> None:
-        options, model = session_options(1), onnx.load(str(path), load_external_data=False)
+        options, model = literal_options(), onnx.load(str(path), load_external_data=False)
         model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in sorted(debug))
-        # ONNX Runtime's fusion of Q/DQ takes symmetric activations for unsigned ones.
-        options.add_session_config_entry("session.disable_quant_qdq", "1")
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
         session = open_session(path, options, model.SerializeToString())
         self.arguments = (memory, driver, spec, profiles, session, debug)

@@ -13,6 +13,7 @@ import pytest
 import rounding
 import torch
 from choices import rtn, with_every_code
+from fake_gpu import literal_options
 from onnx import TensorProto, helper
 from pi05_policy import tiny_pi05_folder
 from ragged import observation, write_plan
@@ -35,7 +36,7 @@ from engine_build.plan import Plan, check_legal, legalize, uniform_plan
 from engine_build.ranges import input_peaks
 from engine_build.verify import verify
 from engine_build.weights import Layer, LayerWeights, layers_of
-from vla_policy.core.backends.onnxruntime.session import open_session, session_options
+from vla_policy.core.backends.onnxruntime.session import open_session
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.files import sha256_policy
 from vla_policy.core.formats import Format
@@ -88,7 +89,7 @@ def write_graph(path: Path, fmt: Format) -> tuple[torch.Tensor, np.ndarray]:
 def test_the_dialect_computes_the_planned_numbers(fmt: Format, tmp_path: Path) -> None:
     weight, bias = write_graph(tmp_path / "layer.onnx", fmt)
     x = torch.randn(1, 7, INPUTS, generator=torch.Generator().manual_seed(6)).half()
-    (y,) = open_session(tmp_path / "layer.onnx", session_options(1)).run(None, {"x": x.numpy()})
+    (y,) = open_session(tmp_path / "layer.onnx", literal_options()).run(None, {"x": x.numpy()})
     seen = x.double()
     if fmt.activation_bits == 8:
         step = float(np.float16(INPUT_PEAK / 127))
@@ -110,7 +111,7 @@ def test_an_odd_row_of_two_bit_codes_is_paired(tmp_path: Path) -> None:
         sizes = {"x": 7, "y": 6}
         infos = [helper.make_tensor_value_info(key, TensorProto.FLOAT16, [1, 7, size]) for key, size in sizes.items()]
         builder.save(infos[:1], infos[1:])
-    (y,) = open_session(tmp_path / "odd.onnx", session_options(1)).run(None, {"x": np.eye(7, dtype=np.float16)[None]})
+    (y,) = open_session(tmp_path / "odd.onnx", literal_options()).run(None, {"x": np.eye(7, dtype=np.float16)[None]})
     # One input is 1 and the others are 0: the weight itself, rounded to float16 once.
     np.testing.assert_allclose(y[0].T, quantized.dequantize().numpy(), rtol=rounding.HALF)
 
@@ -427,7 +428,8 @@ def test_plugin_formats_are_in_the_engine_byte_for_byte(workshop: Path, tmp_path
     plan = write_plan(tmp_path / "plan.json", sha256_policy(workshop / "policy"), assignment)
     request = Request(workshop / "policy", ORIN, tmp_path / "engine", plan=plan)
     manifest = build(request)
-    names = ["quantize_rows", "w2a16", "w4a8"]
+    # gate and up in one launch, q, k and v in one
+    names = ["quantize_rows", "w2a16", "w2a16_x2", "w4a8", "w4a8_x3"]
     assert record_of(tmp_path / "engine" / "decoder.engine")["plugins"] == names
     assert {unit.realised for unit in manifest.units} >= {"w2a16_g32", "w4a8_g32"}
     assert all(unit.arithmetic.endswith("by plugin") == (unit.realised != "w8a16") for unit in manifest.units)
