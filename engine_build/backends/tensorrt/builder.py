@@ -17,8 +17,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import onnx
 
 from engine_build.backends.base import Written
+from engine_build.backends.tensorrt import plugins
 from engine_build.backends.tensorrt.apart import apart
 from engine_build.backends.tensorrt.kernels import NAMESPACE
+from engine_build.backends.tensorrt.library import build_library
+from vla_policy.core.backends.tensorrt.plugin_library import LIBRARY, load_library
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.manifest import Manifest
 from vla_policy.core.program import GraphSpec, Range, TensorSpec, profiles
@@ -74,6 +77,9 @@ def build_engines(
     folder = written.folder
     if not module.ahead and (replaced / TIMING_CACHE).is_file():
         (folder / TIMING_CACHE).write_bytes(_former_timing_cache(replaced))
+    capability, graphs = target.compute_capability, [folder / spec.file for spec in written.graphs.values()]
+    if capability is not None and any(map(_has_plugins, graphs)) and not plugins.are_embedded():
+        build_library(folder / LIBRARY, capability)
     built = {}
     for name, spec in written.graphs.items():
         engine = f"{name}.engine"
@@ -143,6 +149,8 @@ def _inspect(kind: Module, engine: Path) -> str:
         import tensorrt as module
     else:
         module = kind.load()
+    if (library := engine.parent / LIBRARY).is_file():
+        load_library(library, module)
     with _logged(kind, engine) as (logger, fail):
         built = module.Runtime(logger).deserialize_cuda_engine(engine.read_bytes())
         if built is None:
@@ -150,14 +158,19 @@ def _inspect(kind: Module, engine: Path) -> str:
         return str(built.create_engine_inspector().get_engine_information(module.LayerInformationFormat.JSON))
 
 
+def _has_plugins(graph: Path) -> bool:
+    return any(node.domain == NAMESPACE for node in onnx.load(str(graph), load_external_data=False).graph.node)
+
+
 def _build(job: _Job) -> None:
     if TYPE_CHECKING:
         import tensorrt as module
     else:
         module = job.module.load()
-    if any(node.domain == NAMESPACE for node in onnx.load(str(job.graph), load_external_data=False).graph.node):
-        from engine_build.backends.tensorrt import plugins
-
+    library = job.engine.parent / LIBRARY
+    if library.is_file():
+        load_library(library, module)
+    elif _has_plugins(job.graph):
         assert job.target.compute_capability is not None
         plugins.register(job.target.compute_capability)
     with _logged(job.module, job.graph) as (logger, fail):

@@ -29,24 +29,22 @@ from engine_build.backends.tensorrt.kernels import (
     node_name,
     product_kernel,
 )
-from vla_policy.core.errors import ArtefactError
 
 _TACTICS = dict(enumerate(CUTS, start=1))
 
 
+def are_embedded() -> bool:
+    """Whether engines of the installed TensorRT carry compiled kernels: from 10.9 on; before, a library has them."""
+    try:
+        from tensorrt.plugin import aot_impl  # noqa: F401 (asked for)
+    except ImportError:
+        return False
+    return True
+
+
 @functools.cache
 def register(capability: tuple[int, int]) -> None:
-    """Makes the plugins known to TensorRT, once per process. capability: of the GPU, (major, minor).
-
-    Raises ArtefactError for a TensorRT that embeds no compiled kernels.
-    """
-    try:
-        from tensorrt.plugin import aot_impl  # noqa: F401 (asked for, used below)
-    except ImportError as error:
-        raise ArtefactError(
-            f"layers in w2a16 and w4a8 need TensorRT 10.9 or later, which embeds compiled kernels ({error}); install "
-            "it, or plan other formats"
-        ) from error
+    """Makes the plugins known to TensorRT, once per process. capability: of the GPU, (major, minor)."""
     for family in FAMILIES:
         for parts in range(1, MOST_PARTS + 1):
             _register_product(family, parts, capability)

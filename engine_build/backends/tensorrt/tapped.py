@@ -20,6 +20,7 @@ import numpy as np
 from engine_build.backends.base import Seen, Written
 from engine_build.backends.tensorrt.builder import Module, build_engines
 from engine_build.compiled import linked
+from vla_policy.core.backends.tensorrt.plugin_library import load_plugins
 from vla_policy.core.backends.tensorrt.session import Modules, Ready, TensorRtSession, load_modules
 from vla_policy.core.manifest import Manifest, file_records
 from vla_policy.core.program import COUNT, ROWS, Session
@@ -47,6 +48,7 @@ def open_tapped(
     shown = replace(
         manifest, graphs=graphs, files=file_records(folder), backend_version=modules.tensorrt.__version__
     )
+    load_plugins(folder, shown, modules.tensorrt)
     return TappedSession(folder, shown, modules, taps, seen)
 
 

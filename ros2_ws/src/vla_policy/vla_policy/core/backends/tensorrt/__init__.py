@@ -3,7 +3,7 @@
 "Working with Quantized Types": all quantization is symmetric; INT8 of weights and activations, INT4 of weights only,
 in blocks of 64 or 128 along the inputs. "Support Matrix" and the release notes: JetPack 6 is TensorRT 10.3, JetPack
 7.2.2 and later 11.4.1, which is strongly typed only, as all that is built here. Plugins whose compiled kernels an
-engine carries came with 10.9.
+engine carries came with 10.9; before, the engine's folder has a library of the same kernels.
 """
 
 from pathlib import Path
@@ -35,22 +35,13 @@ INT4_BLOCKS = (64, 128)
 _INT4 = Rule(4, 16, INT4_BLOCKS, "INT4 weights in blocks of 64 or 128, float16 MatMul")
 SEQUENCE_LAYERS_SINCE = (10, 15)
 """Layers that write into a cache where it is and that turn queries and keys, and the parser's operators for them."""
-_PLUGINS_SINCE = (10, 9)  # plugins whose compiled kernels the engine carries
 # A plugin is no neighbour that TensorRT can fuse with, and vision towers gain nothing: their layers take INT8 Q/DQ.
 _DECODER: tuple[LayerKind, ...] = ("linear", "head")
 _GROUPS = (ROW, 32, 64, 128)
 _PLUGIN_RULES = (
-    Rule(2, 16, _GROUPS, "plugin of TensorRT 10.9: codes decoded in registers, float16 tensor cores", _DECODER),
-    Rule(4, 16, (ROW, 32), "plugin of TensorRT 10.9: codes decoded in registers, float16 tensor cores", _DECODER),
-    Rule(4, 8, _GROUPS, "plugin of TensorRT 10.9: activations per token, int8 tensor cores", _DECODER),
-)
-_NO_PLUGINS = (
-    (
-        "w2a16",
-        "two 2-bit codes to an INT4 have one scale per tensor, which only TensorRT-RTX takes, and our kernels need "
-        "TensorRT 10.9, which embeds them in the engine",
-    ),
-    ("w4a8", "our kernels need TensorRT 10.9, which embeds them in the engine"),
+    Rule(2, 16, _GROUPS, "plugin: codes decoded in registers, float16 tensor cores", _DECODER),
+    Rule(4, 16, (ROW, 32), "plugin: codes decoded in registers, float16 tensor cores", _DECODER),
+    Rule(4, 8, _GROUPS, "plugin: activations per token, int8 tensor cores", _DECODER),
 )
 
 
@@ -62,10 +53,10 @@ class TensorRt:
     splits_layers = False
 
     def rules(self, version: Version) -> tuple[Rule, ...]:
-        return (*COMMON_RULES, _INT4, *(_PLUGIN_RULES if version >= _PLUGINS_SINCE else ()))
+        return (*COMMON_RULES, _INT4, *_PLUGIN_RULES)
 
     def refused(self, version: Version) -> tuple[tuple[str, str], ...]:
-        return REFUSED + (() if version >= _PLUGINS_SINCE else _NO_PLUGINS)
+        return REFUSED
 
     def why_faster_here(self, workload: Workload) -> None:
         return None
@@ -75,9 +66,12 @@ class TensorRt:
         return set()
 
     def open_session(self, folder: Path, manifest: Manifest, threads: int | None) -> Session:
+        from vla_policy.core.backends.tensorrt.plugin_library import load_plugins
         from vla_policy.core.backends.tensorrt.session import TensorRtSession, load_modules
 
-        return TensorRtSession(folder, manifest, load_modules(self.name))
+        modules = load_modules(self.name)
+        load_plugins(folder, manifest, modules.tensorrt)
+        return TensorRtSession(folder, manifest, modules)
 
 
 BACKEND = TensorRt()
