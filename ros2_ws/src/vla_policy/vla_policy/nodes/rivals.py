@@ -41,6 +41,8 @@ def _others(node: Node, names: Iterable[tuple[str, str]]) -> list[tuple[str, str
 
 
 def _is_client(node: Node, name: tuple[str, str], action: str) -> bool:
+    if not name[1].startswith("/"):  # discovered before its process has told its nodes' names: the next look knows them
+        return False
     with suppress(NodeNameNonExistentError):  # gone meanwhile
         return action in (client for client, _ in get_action_client_names_and_types_by_node(node, *name))
     return False
