@@ -13,18 +13,11 @@ from pathlib import Path
 import pytest
 
 from tests.ros.interfaces import installed
-from tests.ros.world import ROOT, World, fake_engine, fresh_domain, node_command, process
+from tests.ros.world import ROOT, World, fake_engine, node_command, process
 
 from lifecycle_msgs.msg import Transition  # isort: skip  # after the importorskip in tests.ros.world
 
 TIMEOUT_S, SLACK_S = 4.0, 6.0  # a busy machine tells late
-
-
-@pytest.fixture
-def world() -> Iterator[World]:
-    made = World(fresh_domain())
-    yield made
-    made.close()
 
 
 @pytest.fixture(scope="module")

@@ -27,13 +27,6 @@ from tests.ros.world import (
 from lifecycle_msgs.msg import Transition  # isort: skip  # after the importorskip in tests.ros.world
 
 
-@pytest.fixture
-def world() -> Iterator[World]:
-    made = World(fresh_domain())
-    yield made
-    made.close()
-
-
 @pytest.fixture(scope="module")
 def configured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     """A configured policy node for one fault after the other; its timeouts are short, the waits generous."""

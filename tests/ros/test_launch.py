@@ -5,7 +5,6 @@ import re
 import shutil
 import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -41,13 +40,6 @@ ARGUMENTS = {
     "sim_policy": POLICY | {"suite", "tasks", "trials", "lockstep"},
 }
 NO_LAUNCH = "launch_ros is in no registry; it comes with a ROS installation"
-
-
-@pytest.fixture
-def world() -> Iterator[World]:
-    made = World(fresh_domain())
-    yield made
-    made.close()
 
 
 # --- with a ROS installation: the real launch --------------------------------------------------------------------

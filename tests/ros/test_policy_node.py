@@ -4,7 +4,6 @@ import itertools
 import signal
 import sys
 import threading
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -26,13 +25,6 @@ from std_srvs.srv import SetBool  # isort: skip
 from trajectory_msgs.msg import JointTrajectory  # isort: skip
 from vla_policy_interfaces.action import RunPolicy  # isort: skip
 from vla_policy_interfaces.srv import SetInstruction  # isort: skip
-
-
-@pytest.fixture
-def world() -> Iterator[World]:
-    made = World(fresh_domain())
-    yield made
-    made.close()
 
 
 def test_dry_run_enable_stop_reset_start(world: World, tmp_path: Path) -> None:

@@ -3,10 +3,7 @@
 import re
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
-
-import pytest
 
 from tests.ros.world import ROOT, Sensors, World, end, fake_engine, fresh_domain, node_command, process
 
@@ -14,13 +11,6 @@ from lifecycle_msgs.msg import Transition  # isort: skip  # after the importorsk
 from rclpy.qos import QoSProfile  # isort: skip
 from sensor_msgs.msg import CompressedImage, JointState  # isort: skip
 from std_srvs.srv import SetBool  # isort: skip
-
-
-@pytest.fixture
-def world() -> Iterator[World]:
-    made = World(fresh_domain())
-    yield made
-    made.close()
 
 
 def says(world: World, words: str) -> None:
