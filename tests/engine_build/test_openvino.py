@@ -1,6 +1,7 @@
 """OpenVINO: one layer in every format against float64, whole decisions against torch, and what it must not do."""
 
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -74,34 +75,37 @@ def write_layer(path: Path, fmt: Format) -> tuple[np.ndarray, np.ndarray]:
     return values.numpy(), bias
 
 
-@pytest.mark.parametrize("fmt", CPU.on("openvino").legal(), ids=str)
-def test_a_layer_is_float64_s_product_and_stays_packed(fmt: Format, tmp_path: Path) -> None:
-    values, bias = write_layer(tmp_path / "layer.onnx", fmt)
-    ready = graphs.compiled(tmp_path / "layer.onnx", FLOAT32, 1)
+def products(
+    path: Path, fmt: Format, precision: Precision, activations: str
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Inputs and results of the layer at every number of rows, once its weights are seen to stay packed."""
+    ready = graphs.compiled(path, precision, 1)
     running = ready.layers[LAYER.name]
-    assert (running.weight_bits, running.activations) == (fmt.weight_bits, "f32")
+    assert (running.weight_bits, running.activations) == (fmt.weight_bits, activations)
     for rows in ROWS:
         x = np.random.default_rng(6).standard_normal((1, rows, INPUTS), np.float32)
         (y,) = ready.model({"x": x}).values()
+        yield x, y
+
+
+@pytest.mark.parametrize("fmt", CPU.on("openvino").legal(), ids=str)
+def test_a_layer_is_float64_s_product_and_stays_packed(fmt: Format, tmp_path: Path) -> None:
+    values, bias = write_layer(tmp_path / "layer.onnx", fmt)
+    for x, y in products(tmp_path / "layer.onnx", fmt, FLOAT32, "f32"):
         # Codes are multiplied by their scales inside the sum or after it.
         allowed = rounding.of_products(x, values, bias, further=2)
-        assert (np.abs(y - (x.astype(np.float64) @ values.T + bias)) <= allowed).all(), rows
+        assert (np.abs(y - (x.astype(np.float64) @ values.T + bias)) <= allowed).all(), x.shape
 
 
 @needs_bfloat16
 @pytest.mark.parametrize("fmt", CPU.on("openvino_bf16").legal(), ids=str)
 def test_in_bfloat16_values_are_rounded_and_sums_are_not(fmt: Format, tmp_path: Path) -> None:
     values, bias = write_layer(tmp_path / "layer.onnx", fmt)
-    ready = graphs.compiled(tmp_path / "layer.onnx", BFLOAT16, 1)
-    running = ready.layers[LAYER.name]
-    assert (running.weight_bits, running.activations) == (fmt.weight_bits, "bf16")
-    for rows in ROWS:
-        x = np.random.default_rng(6).standard_normal((1, rows, INPUTS), np.float32)
-        (y,) = ready.model({"x": x}).values()
+    for x, y in products(tmp_path / "layer.onnx", fmt, BFLOAT16, "bf16"):
         error = np.abs(y - (x.astype(np.float64) @ values.T + bias))
         # An activation, a weight, its bias and the result are rounded once each.
-        assert (error <= 4 * 1.01 * rounding.BFLOAT16 * rounding.magnitude(x, values, bias)).all(), rows
-        assert (error > rounding.of_products(x, values, bias, further=2)).any(), rows
+        assert (error <= 4 * 1.01 * rounding.BFLOAT16 * rounding.magnitude(x, values, bias)).all(), x.shape
+        assert (error > rounding.of_products(x, values, bias, further=2)).any(), x.shape
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -158,9 +162,7 @@ def test_a_layer_that_would_be_unpacked_is_refused_when_it_is_built(tmp_path: Pa
     assert not (tmp_path / "engine").exists()
 
 
-def test_a_processor_without_bfloat16_is_refused(
-    engine: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_processor_without_bfloat16_is_refused(engine: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     class Core:
         def get_property(self, device: str, name: str) -> list[str]:
             return ["FP32", "INT8"]
