@@ -4,6 +4,7 @@ What a section's runs share lies under its name and the seed of its states; what
 stopped comparison goes on.
 """
 
+import hashlib
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -59,8 +60,9 @@ class Arm:
 
     transform: what the policy goes through first, e.g. `quantvla`. signal: what the plan minimises; a control:
     priorities of layers drawn at random, or falling with depth; or QVLA's widths per output channel, of the choices
-    those with 2, 4 and 8 bits. alpha, beta: of Eq. (14a). pins: layers with a fixed choice. method: rounding in place
-    of the choices' own. keep: of QVLA, stages with 16 bits. seed: of the calibration states, and of a random control.
+    those with 2, 4 and 8 bits. alpha, beta: of Eq. (14a). pins: layers with a fixed choice. choices: of the plan's
+    layers, scored and packed alike, in place of the section's. method: rounding of the finished plan in place of what
+    was scored. keep: of QVLA, stages with 16 bits. seed: of the calibration states, and of a random control.
     """
 
     uniform: Choice | None = None
@@ -70,6 +72,7 @@ class Arm:
     alpha: float = 0.75
     beta: float = 0.25
     pins: tuple[Pin, ...] = ()
+    choices: tuple[Choice, ...] = ()
     method: str | None = None
     keep: tuple[Stage, ...] = PUBLISHED_KEEP
     seed: int = 0
@@ -83,13 +86,17 @@ def prepare(materials: Materials, arm: Arm, folder: Path, name: str) -> tuple[Pa
     states = folder / f"states-{arm.seed}"
     if not states.exists():
         collect(open_sources(materials.sources, None, "", RecordLayout()), states, materials.samples, arm.seed)
+    of = ""
     if arm.transform is not None:
         materials = replace(materials, policy=_transformed(materials, arm.transform, states, folder))
+        of = f"{materials.policy.name}."
+    if arm.choices:
+        materials = replace(materials, choices=arm.choices)
+        of += hashlib.sha256(" ".join(map(str, arm.choices)).encode()).hexdigest()[:8] + "."
     plan = None
     if arm.average_bits is not None:
         plan = folder / f"{name}.plan.json"
         if not plan.exists():
-            of = "" if arm.transform is None else f"{materials.policy.name}."
             _plan(materials, arm, states, folder, of).save(plan)
     weights = folder / f"{name}.weights"
     quantize(QuantizeRequest(materials.policy, weights, plan, arm.uniform, arm.method, states, materials.unnorm_key))
@@ -97,7 +104,10 @@ def prepare(materials: Materials, arm: Arm, folder: Path, name: str) -> tuple[Pa
 
 
 def _plan(materials: Materials, arm: Arm, states: Path, folder: Path, of: str) -> Plan:
-    """By the table that arms of the same policy and states share. of: the policy, where the arm transforms it first."""
+    """By the table that arms of the same policy, choices and states share.
+
+    of: the policy and the choices, where they are the arm's own.
+    """
     if arm.signal == "channels" or arm.signal == "channels-greedy":
         assert arm.average_bits is not None
         channels = _channels(materials, states, folder / f"{of}channels-{arm.seed}.json")

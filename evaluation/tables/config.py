@@ -20,13 +20,14 @@ from evaluation.rollout import Control, Rollout
 from evaluation.tables.arms import Arm, ChannelSignal, Materials
 from evaluation.tables.arms import Control as PlanControl
 from vla_policy.core.errors import ArtefactError, VlaError
+from vla_policy.core.formats import Choice
 from vla_policy.core.yaml_fields import meant, read_yaml
 
 _SECTION_KEYS = {
     "name", "title", "benchmark", "policy", "unnorm_key", "tasks", "trials", "seed", "runs", "compare", "calibration",
 }  # fmt: skip
 _CALIBRATION_KEYS = {"sources", "samples", "choices"}
-_ARM_KEYS = {"average_bits", "transform", "signal", "alpha", "beta", "pins", "method", "keep", "states_seed"}
+_ARM_KEYS = {"average_bits", "transform", "signal", "alpha", "beta", "pins", "choices", "method", "keep", "states_seed"}
 _RUN_KEYS = {"name", "engine", "uniform", "dtype", "control", "trials"} | _ARM_KEYS
 _LAYER_SIGNALS = (*get_args(Signal), *get_args(PlanControl))
 _SIGNALS = (*_LAYER_SIGNALS, *get_args(ChannelSignal))
@@ -88,12 +89,16 @@ def _section(entry: Any, path: Path, where: str) -> Section:
 def _materials(section: dict[str, Any], path: Path, where: str) -> Materials:
     entry = section["calibration"]
     _check_keys(entry, _CALIBRATION_KEYS, _CALIBRATION_KEYS, where)
-    try:
-        choices = parse_choices(entry["choices"])
-    except VlaError as error:
-        raise ArtefactError(f"{where}.choices: {error}") from error
+    choices = _choices(entry["choices"], where)
     folders = tuple(path.parent / folder for folder in entry["sources"])
     return Materials(path.parent / section["policy"], folders, entry["samples"], choices, section.get("unnorm_key"))
+
+
+def _choices(entry: Any, where: str) -> tuple[Choice, ...]:
+    try:
+        return parse_choices(entry)
+    except VlaError as error:
+        raise ArtefactError(f"{where}.choices: {error}") from error
 
 
 def _pair(entry: Any, names: list[str], where: str) -> tuple[str, str]:
@@ -145,6 +150,7 @@ def _arm(entry: dict[str, Any], where: str) -> Arm | None:
         uniform = parse_choice(entry["uniform"]) if "uniform" in entry else None
     except VlaError as error:
         raise ArtefactError(f"{where}.uniform: {error}") from error
+    choices = _choices(entry["choices"], where) if "choices" in entry else ()
     try:
         return Arm(
             uniform=uniform,
@@ -154,6 +160,7 @@ def _arm(entry: dict[str, Any], where: str) -> Arm | None:
             alpha=entry.get("alpha", Arm.alpha),
             beta=entry.get("beta", Arm.beta),
             pins=tuple(map(Pin.parse, entry.get("pins", ()))),
+            choices=choices,
             method=entry.get("method"),
             keep=tuple(entry.get("keep", Arm.keep)),
             seed=entry.get("states_seed", Arm.seed),

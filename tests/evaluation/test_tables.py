@@ -27,6 +27,7 @@ from evaluation.tables.arms import Arm, Materials, controlled, prepare
 from evaluation.tables.figure import draw
 from vla_policy.core.errors import ArtefactError, BudgetError
 from vla_policy.core.files import sha256_policy
+from vla_policy.core.formats import FULL
 from vla_policy.core.observation import Observation
 
 _SVG = "{http://www.w3.org/2000/svg}"
@@ -62,6 +63,20 @@ def test_an_arm_s_weights_are_its_plan_s(out: Path, materials: Materials) -> Non
     assert methods == {"gptq"}
     # The table is measured once for all arms of the same states.
     assert [path.name for path in sorted(out.glob("table-*.json"))] == ["table-0.json"]
+
+
+def test_choices_of_an_arm_s_own_are_scored_and_packed(
+    out: Path, materials: Materials, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("evaluation.tables.arms.open_sources", lambda *_: [FakeSource((5, 4))])
+    choices = parse_choices(["w2a16_g8:gptq", "w4a16_g8:gptq"])
+    prepare(materials, Arm(average_bits=3.0, choices=choices), out, "own")
+    plan = Plan.load(out / "own.plan.json")
+    assert set(plan.assignment.values()) <= {*choices, FULL}
+    assert dict(Store.open(out / "own.weights").identity.choices) == dict(plan.assignment)
+    (scored,) = (Sensitivity.load(path) for path in out.glob("*.table-0.json"))
+    assert set(choices) <= set(scored.choices)
+    assert Sensitivity.load(out / "table-0.json").choices != scored.choices
 
 
 def test_plan_and_store_give_the_same_actor(out: Path, materials: Materials) -> None:
