@@ -18,6 +18,22 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Size:
+    """What an actor's layers take. weights: how many they have. code_bits: of all codes, 16 for a weight that nothing
+    rounds. stored_bytes: codes and what comes with them, scales first of all.
+    """
+
+    weights: int
+    code_bits: int
+    stored_bytes: int
+
+    @property
+    def average_bits(self) -> float:
+        """Of codes, as plans count them."""
+        return self.code_bits / self.weights
+
+
+@dataclass(frozen=True)
 class ActorSpec:
     """A recipe for an actor that can be sent to a worker process.
 
@@ -66,28 +82,30 @@ class ActorSpec:
         config.unnorm_key(self.unnorm_key)
         return config
 
-    def stored_bytes(self) -> int:
-        """Bytes of its layers' weights with their scales; layers that nothing rounds count 16 bits."""
+    def size(self) -> Size:
+        """Of its layers' weights, read without loading them."""
         if self.kind == "engine":
             from vla_policy.core.manifest import Manifest
 
             totals = Manifest.load(self.folder).totals()
-            return int(totals["code_bytes"] + totals["scale_bytes"])
+            codes, scales = int(totals["code_bytes"]), int(totals["scale_bytes"])
+            return Size(int(totals["weights"]), 8 * codes, codes + scales)
         from calibrator.allocation.options import PLACE_BITS, matrix_bits
         from calibrator.families import live_units
         from calibrator.families.loading import empty_policy
 
         units = live_units(empty_policy(self.config()))
         choices, _, _, rows = self._rounded([unit.name for unit in units])
-        bits = 0
+        code_bits = stored_bits = 0
         for unit in units:
             if unit.name in rows.bits:
-                parts = rows.of(unit.name)
-                bits += sum(matrix_bits(len(part.rows), unit.inputs, choices[part.name]) for part in parts)
-                bits += PLACE_BITS * unit.outputs
+                matrices = [(len(part.rows), choices[part.name]) for part in rows.of(unit.name)]
+                stored_bits += PLACE_BITS * unit.outputs
             else:
-                bits += matrix_bits(unit.outputs, unit.inputs, choices.get(unit.name, FULL))
-        return bits // 8
+                matrices = [(unit.outputs, choices.get(unit.name, FULL))]
+            code_bits += sum(outputs * unit.inputs * choice.format.weight_bits for outputs, choice in matrices)
+            stored_bits += sum(matrix_bits(outputs, unit.inputs, choice) for outputs, choice in matrices)
+        return Size(sum(unit.outputs * unit.inputs for unit in units), code_bits, stored_bits // 8)
 
     def load(self) -> Actor:
         """Builds the actor with one thread, so that workers do not fight over the cores.

@@ -106,8 +106,12 @@ class RolloutResult:
         return tuple(dict.fromkeys(episode.task for episode in self.episodes))
 
     @property
+    def outcomes(self) -> list[bool]:
+        return [episode.success for episode in self.episodes]
+
+    @property
     def successes(self) -> int:
-        return sum(episode.success for episode in self.episodes)
+        return sum(self.outcomes)
 
     @property
     def latency_ms(self) -> float:

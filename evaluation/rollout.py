@@ -17,6 +17,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from tqdm import tqdm
 
+from evaluation.actors import Size
 from evaluation.benchmarks.base import BenchmarkEnv
 from evaluation.benchmarks.registry import make_env
 from evaluation.results import KIND, Episode, Journal, RolloutResult, Settings
@@ -45,8 +46,8 @@ class ActorRecipe(Protocol):
         """The policy's configuration, read without loading the weights."""
         ...
 
-    def stored_bytes(self) -> int:
-        """Bytes of its layers' weights, with their scales."""
+    def size(self) -> Size:
+        """What its layers' weights take."""
         ...
 
     def load(self) -> Actor:

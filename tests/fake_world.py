@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from evaluation.actors import Size
 from evaluation.benchmarks.base import StepResult
 from vla_policy.core.errors import DataError
 from vla_policy.core.observation import Decision, Observation
@@ -138,8 +139,8 @@ class FakeRecipe:
         told = {field.name: getattr(plain, field.name) for field in fields(PolicyConfig)} | {"horizon": self.chunk}
         return FakeConfig(**told, carried_out=self.executed or self.chunk)
 
-    def stored_bytes(self) -> int:
-        return 1_500_000
+    def size(self) -> Size:
+        return Size(2_500_000, 10_000_000, 1_500_000)
 
     def load(self) -> FakeActor:
         return FakeActor(self)

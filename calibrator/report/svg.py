@@ -8,6 +8,16 @@ from markupsafe import Markup, escape
 
 from calibrator.report.numbers import significant
 
+_STEPS: tuple[tuple[float, ...], ...] = (
+    (1, 2, 5),
+    (1, 1.5, 2, 3, 5, 7),
+    tuple(range(1, 10)),
+    tuple(step / 2 for step in range(2, 20)),
+    tuple(step / 5 for step in range(5, 50)),
+    tuple(step / 50 for step in range(50, 500)),
+)
+"""Within a decade, from coarse to fine."""
+
 
 @dataclass(frozen=True)
 class Scale:
@@ -40,10 +50,14 @@ class Scale:
         return [index * step_size for index in range(first, math.floor(self.high / step_size + 1e-9) + 1)]
 
     def _within_a_decade(self) -> list[float]:
-        """Ticks at 1, 2 and 5 times powers of ten, for a logarithmic scale too short for powers alone."""
+        """For a logarithmic scale too short for powers of ten alone: the coarsest steps that give three ticks."""
         lowest = math.floor(math.log10(self.low))
-        steps = [factor * 10.0**exponent for exponent in (lowest, lowest + 1, lowest + 2) for factor in (1, 2, 5)]
-        return [step for step in steps if self.low <= step <= self.high]
+        for factors in _STEPS:
+            steps = [factor * 10.0**exponent for exponent in (lowest, lowest + 1, lowest + 2) for factor in factors]
+            within = [step for step in steps if self.low <= step <= self.high]
+            if len(within) > 2:
+                break
+        return within
 
 
 def log_scale(values: Iterable[float], start: float, end: float, decades: float = 6.0) -> Scale:

@@ -1,27 +1,58 @@
-"""A section's finished runs as a drawing: success against bytes of weights, one curve per method."""
+"""A section's finished runs as a drawing: curves of the methods that have several sizes, and below them every run.
 
-from collections.abc import Mapping, Sequence
+It stands alone, on a background of its own, light or dark as the reader's system asks.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from markupsafe import Markup
+
 from calibrator.report.svg import Scale, Svg
-from evaluation.actors import ActorSpec
 from evaluation.statistics import wilson_interval
-from evaluation.tables.arms import Arm
 from evaluation.tables.config import PlannedRun, Section
+from evaluation.tables.curves import Curve, curves_of, nominal_bits
 from evaluation.tables.markdown import Row
 
-_WIDTH, _LEFT, _RIGHT, _TOP, _BOTTOM = 760, 56, 520, 48, 380
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#7f7f7f", "#117733", "#882255")
-"""Told apart by most people who confuse red and green."""
-_STYLE = """
-text { font: 12px sans-serif; fill: #333 } .axis { font-weight: bold } .grid { stroke: #ddd } .base { stroke: #333 }
-.reference { stroke: #333; stroke-dasharray: 5 4 } .band { fill: #333; opacity: 0.08 } polyline { fill: none }
-polyline, .interval { stroke-width: 1.6 }
+_LEFT, _TOP, _PLOT_WIDTH, _PLOT_HEIGHT = 56, 72, 560, 320
+_ROW, _LETTER = 18, 7.4
+"""Units: height of a line, and no letter of a usual sans serif at 12 units is wider on average."""
+_APART = 5.0
+"""Curves are moved sideways by so much against each other, so that intervals at one size can be told apart."""
+
+_LIGHT = ("#0072b2", "#c85200", "#00805a", "#b0457b", "#6f5cc4", "#8a6d00", "#1b86ae", "#707070")
+_DARK = ("#5ab4f0", "#ff9a52", "#3fd0a0", "#f08cc0", "#b0a2ff", "#d9b93b", "#8fdcf5", "#b5b5b5")
+"""Told apart by most people who confuse red and green; marks change with another period, so that 40 methods differ."""
+_MARKS: tuple[tuple[tuple[float, float], ...], ...] = (
+    (),  # a circle
+    ((-4, -4), (4, -4), (4, 4), (-4, 4)),
+    ((0, -5.5), (5.5, 0), (0, 5.5), (-5.5, 0)),
+    ((-5, 4), (0, -5), (5, 4)),
+    ((-5, -4), (0, 5), (5, -4)),
+)
+
+
+def _theme(ink: str, paper: str, grid: str, colours: Sequence[str]) -> str:
+    rules = [f"text {{ fill: {ink} }} .paper {{ fill: {paper} }} .grid {{ stroke: {grid} }}"]
+    rules += [f".base, .reference, .ink {{ stroke: {ink} }} .band, .ink {{ fill: {ink} }}"]
+    rules += [f".c{number} {{ stroke: {colour}; fill: {colour} }}" for number, colour in enumerate(colours)]
+    return " ".join(rules)
+
+
+_STYLE = f"""
+text {{ font: 12px "Helvetica Neue", Arial, sans-serif }} .axis {{ font-weight: bold }} .band {{ opacity: 0.1 }}
+.reference {{ stroke-dasharray: 5 4 }} .curve, .interval, .hollow {{ stroke-width: 1.6 }}
+{_theme("#222", "#fff", "#ddd", _LIGHT)}
+@media (prefers-color-scheme: dark) {{ {_theme("#ddd", "#15181d", "#39404a", _DARK)} }}
+.curve.curve, .hollow.hollow {{ fill: none }}
 """
 
 
 @dataclass(frozen=True)
 class _Point:
+    """A finished run. rate, low, high: per cent of successes, with the limits of its interval."""
+
+    name: str
     megabytes: float
     successes: int
     trials: int
@@ -31,77 +62,148 @@ class _Point:
         return 100 * self.successes / self.trials
 
     @property
-    def interval(self) -> tuple[float, float]:
-        found = wilson_interval(self.successes, self.trials)
-        return 100 * found.low, 100 * found.high
+    def low(self) -> float:
+        return 100 * wilson_interval(self.successes, self.trials).low
+
+    @property
+    def high(self) -> float:
+        return 100 * wilson_interval(self.successes, self.trials).high
+
+    @property
+    def tip(self) -> str:
+        return f"{self.name}: {self.successes}/{self.trials}, {self.megabytes:.2f} MB"
 
 
-def curve_of(run: PlannedRun) -> str:
-    """The method of a run, whatever its bytes: runs of one name are one curve."""
-    arm, actor = run.arm, run.rollout.actor
-    alike = arm.uniform if arm else actor.uniform if isinstance(actor, ActorSpec) else None
-    before = f"{arm.transform}, " if arm and arm.transform else ""
-    if alike is not None:
-        return f"{before}uniform {alike.recipe or alike.format}"
-    if arm is None:
-        return run.name
-    usual = arm.signal != "evidence" or (arm.alpha, arm.beta) == (Arm.alpha, Arm.beta)
-    by = f"plan by {arm.signal}" if usual else f"plan by {arm.signal} {arm.alpha:g}, {arm.beta:g}"
-    return before + by + (f", {arm.method}" if arm.method else "")
+@dataclass(frozen=True)
+class _Hand:
+    """Draws what belongs to one method, in its colour and with its mark. number: its place, None for the reference."""
+
+    svg: Svg
+    number: int | None
+
+    @property
+    def colour(self) -> str:
+        return "ink" if self.number is None else f"c{self.number % len(_LIGHT)}"
+
+    def mark(self, x: float, y: float, tip: str = "", cls: str = "") -> None:
+        """cls: besides the colour, e.g. `hollow`."""
+        corners = _MARKS[(self.number or 0) % len(_MARKS)]
+        title = Markup("<title>{}</title>").format(tip) if tip else ""
+        if corners:
+            points = " ".join(f"{x + across:.2f},{y + down:.2f}" for across, down in corners)
+            self.svg.add("polygon", {"points": points, "cls": f"{self.colour} {cls}".strip()}, title)
+        else:
+            self.svg.add("circle", {"cx": x, "cy": y, "r": 4.5, "cls": f"{self.colour} {cls}".strip()}, title)
+
+    def line(self, places: Sequence[tuple[float, float]]) -> None:
+        self.svg.polyline(places, f"{self.colour} curve")
+
+    def interval(self, x1: float, y1: float, x2: float, y2: float) -> None:
+        self.svg.line(x1, y1, x2, y2, f"{self.colour} interval")
 
 
 def draw(section: Section, rows: Mapping[str, Row]) -> str:
     """A standalone SVG of the runs that `rows` (by `section-run`) holds, with 95 % Wilson intervals.
 
-    The first run is the reference: a line with its interval. Hovering over a point tells the run and its counts.
+    Above, methods with several sizes over real bytes; of runs that differ in their calibration states alone the first
+    is on the curve, the others are hollow marks beside it. Below, every run, those of equal bits together. The first
+    run of the section is the reference: a dashed line with its interval.
     """
-    have = [(run, rows[slug]) for run in section.runs if (slug := f"{section.name}-{run.name}") in rows]
-    points = {run.name: _point(row) for run, row in have}
-    curves: dict[str, list[PlannedRun]] = {}
-    for run, _ in have[1:]:
-        curves.setdefault(curve_of(run), []).append(run)
-    svg = Svg(_WIDTH, _BOTTOM + 56, f"{section.title}: success against megabytes of weights, one curve per method")
-    x = _bytes_scale([points[run.name].megabytes for run, _ in have[1:]])
-    y = Scale(0.0, 100.0, _BOTTOM, _TOP)
-    svg.y_axis(y, _LEFT, _RIGHT, f"{section.title}: successes, %, with 95 % intervals")
-    svg.x_axis(x, _BOTTOM, "megabytes of weights and scales")
-    _draw_reference(svg, have[0][0].name, points[have[0][0].name], y)
-    for number, (name, runs) in enumerate(curves.items()):
-        _draw_curve(svg, name, number, {run.name: points[run.name] for run in runs}, x, y)
+    points = {
+        run.name: _point(run.name, rows[slug])
+        for run in section.runs
+        if (slug := f"{section.name}-{run.name}") in rows
+    }
+    finished = [run for run in section.runs if run.name in points]
+    reference, others = points[finished[0].name], finished[1:]
+    curves = curves_of(others)
+    shown = [curve for curve in curves if len(curve.sizes) > 1]
+    below = _TOP + max(_PLOT_HEIGHT + 72, _ROW * (len(shown) + 3)) if shown else 40
+    groups = len({nominal_bits(run) for run in others})
+    names = max(map(len, points)) * _LETTER + 24
+    legend = max((len(curve.label) for curve in shown), default=0) * _LETTER + 44
+    width = round(max(_LEFT + _PLOT_WIDTH + 24 + legend, names + _PLOT_WIDTH + 24 + 20 * _LETTER))
+    svg = Svg(width, round(below + _ROW * (len(others) + groups + 5) + 24), f"{section.title}: successes of every run")
+    svg.rect(0, 0, svg.width, svg.height, "paper")
+    svg.text(16, 24, section.title, "axis")
+    if shown:
+        _draw_curves(svg, shown, points, reference)
+    _draw_rows(svg, curves, points, reference, _percent(points.values(), names, names + _PLOT_WIDTH), below)
     body = str(svg.render()).replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
     return body.replace(">", f"><style>{_STYLE}</style>", 1) + "\n"
 
 
-def _point(row: Row) -> _Point:
-    return _Point(row.stored / 1e6, row.result.successes, len(row.result.episodes))
+def _point(name: str, row: Row) -> _Point:
+    return _Point(name, row.size.stored_bytes / 1e6, row.result.successes, len(row.result.episodes))
 
 
-def _bytes_scale(megabytes: Sequence[float]) -> Scale:
-    low, high = min(megabytes, default=0.0), max(megabytes, default=1.0)
-    room = 0.08 * (high - low) or 0.1 * high
-    return Scale(max(0.0, low - room), high + room, _LEFT, _RIGHT)
+def _percent(points: Iterable[_Point], start: float, end: float) -> Scale:
+    """From the tens below the lowest interval up to 100 %."""
+    return Scale(min(point.low for point in points) // 10 * 10, 100.0, start, end)
 
 
-def _draw_reference(svg: Svg, name: str, point: _Point, y: Scale) -> None:
-    low, high = point.interval
-    svg.rect(_LEFT, y(high), _RIGHT - _LEFT, y(low) - y(high), "band")
-    svg.line(_LEFT, y(point.rate), _RIGHT, y(point.rate), "reference")
-    svg.text(_RIGHT + 12, _TOP, f"- - {name} ({point.megabytes:.1f} MB), {point.successes}/{point.trials}", "tick")
+def _draw_curves(svg: Svg, curves: Sequence[Curve], points: Mapping[str, _Point], reference: _Point) -> None:
+    right, bottom = _LEFT + _PLOT_WIDTH, _TOP + _PLOT_HEIGHT
+    drawn = [points[run.name] for curve in curves for size in curve.sizes for run in size]
+    margin = _APART * (len(curves) + 2) / 2
+    megabytes = [point.megabytes for point in drawn]
+    x = Scale(min(megabytes), max(megabytes), _LEFT + margin, right - margin, log=True)
+    y = _percent([*drawn, reference], bottom, _TOP)
+    svg.y_axis(y, _LEFT, right, "successes, %, with 95 % intervals, of methods at several sizes")
+    svg.x_axis(x, bottom, "megabytes of codes and scales; methods of one size stand beside each other")
+    svg.rect(_LEFT, y(reference.high), _PLOT_WIDTH, y(reference.low) - y(reference.high), "band")
+    svg.line(_LEFT, y(reference.rate), right, y(reference.rate), "reference")
+    for number, curve in enumerate(curves):
+        hand, aside = _Hand(svg, number), _APART * (number - (len(curves) - 1) / 2)
+        placed = [[(x(points[run.name].megabytes) + aside, points[run.name]) for run in size] for size in curve.sizes]
+        hand.line([(size[0][0], y(size[0][1].rate)) for size in placed])
+        for (across, point), *again in placed:
+            hand.interval(across, y(point.low), across, y(point.high))
+            hand.mark(across, y(point.rate), point.tip)
+            for place, other in again:
+                hand.mark(place, y(other.rate), other.tip, "hollow")
+        line = _TOP + _ROW * (number + 1)
+        hand.line([(right + 16, line - 4), (right + 40, line - 4)])
+        hand.mark(right + 28, line - 4)
+        svg.text(right + 48, line, curve.label, "key")
+    svg.line(right + 16, _TOP - 4, right + 40, _TOP - 4, "reference")
+    svg.text(right + 48, _TOP, reference.name, "key")
 
 
-def _draw_curve(svg: Svg, name: str, number: int, points: Mapping[str, _Point], x: Scale, y: Scale) -> None:
-    colour = _COLOURS[number % len(_COLOURS)]
-    ordered = sorted(points.items(), key=lambda item: item[1].megabytes)
-    places = [(x(point.megabytes), y(point.rate)) for _, point in ordered]
-    if len(places) > 1:
-        line = " ".join(f"{across:.2f},{down:.2f}" for across, down in places)
-        svg.add("polyline", {"points": line, "style": f"stroke: {colour}"})
-    for (run, point), (across, down) in zip(ordered, places, strict=True):
-        low, high = point.interval
-        bar = {"x1": across, "x2": across, "y1": y(low), "y2": y(high), "cls": "interval"}
-        svg.add("line", {**bar, "style": f"stroke: {colour}"})
-        tip = f"{run}: {point.successes}/{point.trials}, {point.megabytes:.2f} MB"
-        svg.add("circle", {"cx": across, "cy": down, "r": 4.5, "style": f"fill: {colour}"}, tip=tip)
-    row = _TOP + 20 * (number + 1)
-    svg.add("circle", {"cx": _RIGHT + 20, "cy": row - 4, "r": 4.5, "style": f"fill: {colour}"})
-    svg.text(_RIGHT + 32, row, name, "tick")
+def _draw_rows(
+    svg: Svg,
+    curves: Sequence[Curve],
+    points: Mapping[str, _Point],
+    reference: _Point,
+    x: Scale,
+    top: float,
+) -> None:
+    """Every run on a line of its own, runs of equal bits below each other, few bits first, the reference last."""
+    svg.text(x.start, top, "successes, %, of every run", "axis")
+    numbers = {run.name: number for number, curve in enumerate(curves) for size in curve.sizes for run in size}
+    of_bits: dict[float, list[PlannedRun]] = {}
+    for run in sorted((run for curve in curves for size in curve.sizes for run in size), key=nominal_bits):
+        of_bits.setdefault(nominal_bits(run), []).append(run)
+    bottom = top + 20 + _ROW * (len(numbers) + len(of_bits) + 2)
+    svg.rect(x(reference.low), top + 12, x(reference.high) - x(reference.low), bottom - top - 12, "band")
+    for value in x.ticks():
+        svg.line(x(value), top + 12, x(value), bottom, "grid")
+    svg.x_axis(x, bottom, "%")
+    svg.line(x(reference.rate), top + 12, x(reference.rate), bottom, "reference")
+    line = top + 12
+    for bits, runs in of_bits.items():
+        line += _ROW
+        svg.text(16, line, f"{bits:g} bits", "axis")
+        for run in runs:
+            line += _ROW
+            _draw_row(svg, _Hand(svg, numbers[run.name]), points[run.name], x, line)
+    line += _ROW
+    svg.text(16, line, "reference", "axis")
+    _draw_row(svg, _Hand(svg, None), reference, x, line + _ROW)
+
+
+def _draw_row(svg: Svg, hand: _Hand, point: _Point, x: Scale, line: float) -> None:
+    svg.text(24, line, point.name, "key")
+    hand.interval(x(point.low), line - 4, x(point.high), line - 4)
+    hand.mark(x(point.rate), line - 4, point.tip)
+    svg.text(x.end + 16, line, f"{point.successes}/{point.trials}, {point.megabytes:.2f} MB", "key")

@@ -30,7 +30,7 @@ def run_table(config: Path, out: Path, workers: int) -> Path:
         slug = f"{section.name}-{planned.name}"
         planned = _with_weights(section, planned, out / section.name)
         result = run(planned.rollout, section.tasks, planned.trials, out / f"{slug}.json", workers)
-        rows[slug] = Row(result, planned.rollout.actor.stored_bytes())
+        rows[slug] = Row(result, planned.rollout.actor.size())
         with atomic_path(table, None) as temporary:
             temporary.write_text(render(sections, rows), encoding="utf-8")
         with atomic_path(out / f"{section.name}.svg", None) as temporary:

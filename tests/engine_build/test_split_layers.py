@@ -206,7 +206,8 @@ def test_codes_of_parts_may_lie_in_a_store(place: Path, tmp_path: Path) -> None:
     bits = sum(unit.outputs * unit.inputs * unit.choice.format.weight_bits for unit in manifest.units)
     scales = sum(unit.scale_bytes for unit in manifest.units)
     places = 4 * sum(len(found) for found in store.identity.rows.bits.values())
-    assert spec.stored_bytes() == bits // 8 + scales + places
+    assert spec.size().stored_bytes == bits // 8 + scales + places
+    assert spec.size().code_bits == bits
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from scipy.stats import binomtest
 
 from calibrator.quantizers import parse_choice
 from evaluation import __main__ as command
-from evaluation.actors import ActorSpec
+from evaluation.actors import ActorSpec, Size
 from evaluation.compare import compare
 from evaluation.results import Episode, RolloutResult
 from evaluation.rollout import Rollout
@@ -56,18 +56,52 @@ def test_compare_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "expected kind 'rollout'" in capsys.readouterr().err
 
 
-def test_table_pairs_every_run_with_the_first() -> None:
+def _section(*runs: tuple[str, int], pairs: tuple[tuple[str, str], ...] = ()) -> Section:
     rollout = Rollout("fake", FakeRecipe(), make_env=FakeEnv)
-    runs = tuple(PlannedRun(name, rollout, trials) for name, trials in [("bf16", 4), ("w2", 2), ("later", 4)])
+    planned = tuple(PlannedRun(name, rollout, trials) for name, trials in runs)
+    return Section("s", "Some tasks", (), planned, None, pairs)
+
+
+def _cells(text: str, start: str) -> list[list[str]]:
+    """The cells of the lines that begin with `start`."""
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith(start)]
+
+
+def test_table_pairs_every_run_with_the_first() -> None:
+    """A shorter run is compared on the initial states that both have, and the table says on how many."""
     text = render(
-        [Section("s", "Some tasks", (), runs)],
-        {"s-bf16": Row(result("+++-"), 4_000_000), "s-w2": Row(result("+-"), 500_000)},
+        [_section(("bf16", 4), ("w2", 2), ("later", 4))],
+        {
+            "s-bf16": Row(result("+++-"), Size(2_000_000, 32_000_000, 4_000_000)),
+            "s-w2": Row(result("+-"), Size(2_000_000, 4_600_000, 700_000)),
+        },
     )
     assert "### Some tasks" in text
-    assert "| bf16 | 4.00 | 3/4 | 75.0 % (30.1 to 95.4) | reference |  | 2 |" in text
-    assert "| w2 | 0.50 | 1/2 | 50.0 % (9.5 to 90.5) | -50.0 (" in text
+    ((name, bits, megabytes, counts, rate, against, *_),) = _cells(text, "| bf16")
+    assert (name, bits, megabytes, counts, against) == ("bf16", "16.00", "4.00", "3/4", "reference")
+    assert rate == "75.0 (30.1 to 95.4)"
+    ((_, bits, megabytes, counts, rate, pairs, difference, p, milliseconds),) = _cells(text, "| w2")
+    assert (bits, megabytes, counts, pairs, milliseconds) == ("2.30", "0.70", "1/2", "0, 1 of 2", "2")
+    assert rate == "50.0 (9.5 to 90.5)" and difference.startswith("-50.0 (") and float(p) == 1.0
     assert "| open | 3/4 |" in text
-    assert "later" not in text
+    assert "later" not in text and "Claims" not in text
+
+
+def test_claims_are_corrected_together_and_unfinished_ones_count() -> None:
+    """p-values are scipy's exact binomial test of the states on which one run alone succeeded.
+
+    Of three claims one is not played, so the smaller p is multiplied by 3 and the other by 2.
+    """
+    outcomes = {"bf16": "+" * 20, "a": "+" * 18 + "--", "b": "+" * 9 + "-" * 11, "c": "-" + "+" * 14 + "----+"}
+    rows = {f"s-{name}": Row(result(marks), Size(8, 128, 16)) for name, marks in outcomes.items()}
+    claims = (("a", "b"), ("a", "c"), ("a", "later"))
+    text = render([_section(*((name, 20) for name in (*outcomes, "later")), pairs=claims)], rows)
+    plain = [binomtest(0, 9).pvalue, binomtest(1, 5).pvalue]
+    found = [line for line in _cells(text, "| a") if line[1] in ("b", "c", "later")]
+    assert [line[1:3] for line in found] == [["b", "9, 0 of 20"], ["c", "4, 1 of 20"]]
+    assert [float(line[4]) for line in found] == pytest.approx(plain, rel=0.05)
+    assert [float(line[5]) for line in found] == pytest.approx([3 * plain[0], 2 * plain[1]], rel=0.05)
+    assert "all 3 claims of the section; 1 of them, not played yet, count as p = 1." in text
 
 
 _CONFIG = """
@@ -133,8 +167,8 @@ def test_table_runs_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("evaluation.tables.run.read_config", lambda path: [section])
     table = run_table(tmp_path / "unused.yaml", tmp_path / "out", workers=1)
     text = table.read_text()
-    assert "| bf16 | 1.50 | 4/4 |" in text
-    assert "| blind | 1.50 | 0/4 | 0.0 % (0.0 to 49.0) | -100.0 (" in text
+    assert "| bf16 | 4.00 | 1.50 | 4/4 |" in text
+    assert "| blind | 4.00 | 1.50 | 0/4 | 0.0 (0.0 to 49.0) | 0, 4 of 4 | -100.0 (" in text
     journal = tmp_path / "out" / "s-bf16.episodes.jsonl"
     before = journal.read_bytes()
     assert run_table(tmp_path / "unused.yaml", tmp_path / "out", workers=1).read_text() == text

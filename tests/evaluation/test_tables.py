@@ -3,7 +3,6 @@
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -20,17 +19,13 @@ from calibrator.quantizers import parse_choice, parse_choices
 from calibrator.quantizers.store import Store
 from calibrator.sensitivity.table import Sensitivity
 from evaluation.actors import ActorSpec
-from evaluation.results import Episode, RolloutResult
-from evaluation.statistics import holm, wilson_interval
-from evaluation.tables import Row, read_config
+from evaluation.statistics import holm
+from evaluation.tables import read_config
 from evaluation.tables.arms import Arm, Materials, controlled, prepare
-from evaluation.tables.figure import draw
 from vla_policy.core.errors import ArtefactError, BudgetError
 from vla_policy.core.files import sha256_policy
 from vla_policy.core.formats import FULL
 from vla_policy.core.observation import Observation
-
-_SVG = "{http://www.w3.org/2000/svg}"
 
 
 @pytest.fixture(scope="module")
@@ -87,20 +82,23 @@ def test_plan_and_store_give_the_same_actor(out: Path, materials: Materials) -> 
     assert isinstance(first, TorchActor) and isinstance(second, TorchActor)
     tokens = first.act(state).tokens
     np.testing.assert_array_equal(first.scores(state, tokens), second.scores(state, tokens))
-    assert by_plan.stored_bytes() == by_store.stored_bytes()
+    assert by_plan.size() == by_store.size()
     assert "plan" in by_plan.settings() and "weights" in by_store.settings()
     assert by_plan.settings() != by_store.settings() != ActorSpec("policy", materials.policy).settings()
 
 
 def test_bytes_are_codes_and_scales_and_16_bits_elsewhere(out: Path, materials: Materials) -> None:
     plain = ActorSpec("policy", materials.policy)
-    weights = plain.stored_bytes() // 2
+    weights = plain.size().stored_bytes // 2
+    assert (plain.size().weights, plain.size().average_bits) == (weights, 16.0)
     # 4 bits and, for every 8 of them, a scale of 16: all of the tiny policy's widths but 588 are multiples of 8.
     rounded = replace(plain, uniform=parse_choice("w4a16_g8"))
-    assert rounded.stored_bytes() == pytest.approx(weights * (4 + 2) / 8, rel=0.01)
+    assert rounded.size().stored_bytes == pytest.approx(weights * (4 + 2) / 8, rel=0.01)
+    assert rounded.size().average_bits == 4.0
     plan = Plan.load(out / "evidence.plan.json")
-    planned = replace(plain, plan=out / "evidence.plan.json").stored_bytes()
-    assert 8 * planned == plan.size.weight_bits + plan.size.scale_bits
+    planned = replace(plain, plan=out / "evidence.plan.json").size()
+    assert 8 * planned.stored_bytes == plan.size.weight_bits + plan.size.scale_bits
+    assert planned.average_bits == pytest.approx(plan.average_bits, abs=1e-12)
 
 
 def test_weights_of_another_policy_are_refused(out: Path, tmp_path: Path) -> None:
@@ -139,35 +137,6 @@ def test_qvla_s_arms_share_one_table_and_differ_in_the_solver(
     assert [path.name for path in tmp_path.glob("channels-[0-9].json")] == ["channels-0.json"]
     best, greedy = (Plan.load(tmp_path / f"{signal}.plan.json") for signal in stores)
     assert best.objective < greedy.objective and max(best.average_bits, greedy.average_bits) <= 6.0
-
-
-def test_the_drawing_shows_every_run_where_it_belongs(tmp_path: Path) -> None:
-    path = tmp_path / "table.yaml"
-    path.write_text(_CONFIG.replace("- {name: alike", "- {name: lower, uniform: w2a16_g64}\n      - {name: alike"))
-    (section,) = read_config(path)
-    counts = {"bf16": (9, 3.0), "lower": (1, 1.0), "alike": (6, 2.0), "gptq": (8, 1.5)}  # of 10, and megabytes
-    rows = {}
-    for name, (wins, megabytes) in counts.items():
-        episodes = tuple(Episode("task", trial, trial < wins, 1, 1.0, "") for trial in range(10))
-        rows[f"mw-{name}"] = Row(RolloutResult({}, episodes), int(1e6 * megabytes))
-    root = ElementTree.fromstring(draw(section, rows))
-    points = {tip.split(":")[0]: dot for dot in root.iter(f"{_SVG}circle") if (tip := dot.get("data-tip"))}
-    assert points.keys() == {"lower", "alike", "gptq"}
-    # Up is better, right is larger; the curves are rtn's two points and gptq's one.
-    assert [float(points[name].get("cy", "")) for name in ("gptq", "alike", "lower")] == sorted(
-        float(dot.get("cy", "")) for dot in points.values()
-    )
-    assert [float(points[name].get("cx", "")) for name in ("lower", "gptq", "alike")] == sorted(
-        float(dot.get("cx", "")) for dot in points.values()
-    )
-    assert len(list(root.iter(f"{_SVG}polyline"))) == 1
-    bars = [line for line in root.iter(f"{_SVG}line") if line.get("class") == "interval"]
-    top, bottom = (float(bars[0].get(end, "")) for end in ("y2", "y1"))
-    per_cent = 332 / 100  # from y 380 at 0 to y 48 at 100
-    low, high = wilson_interval(1, 10).low, wilson_interval(1, 10).high
-    assert [380 - bottom, 380 - top] == pytest.approx([100 * low * per_cent, 100 * high * per_cent], abs=0.02)
-    texts = [text.text for text in root.iter(f"{_SVG}text")]
-    assert {"uniform rtn", "uniform gptq"} <= set(texts) and any("bf16 (3.0 MB), 9/10" in str(text) for text in texts)
 
 
 def test_a_budget_out_of_reach_is_named(materials: Materials, out: Path) -> None:
