@@ -2,21 +2,11 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from markupsafe import Markup, escape
 
 from calibrator.report.numbers import significant
-
-_STEPS: tuple[tuple[float, ...], ...] = (
-    (1, 2, 5),
-    (1, 1.5, 2, 3, 5, 7),
-    tuple(range(1, 10)),
-    tuple(step / 2 for step in range(2, 20)),
-    tuple(step / 5 for step in range(5, 50)),
-    tuple(step / 50 for step in range(50, 500)),
-)
-"""Within a decade, from coarse to fine."""
 
 
 @dataclass(frozen=True)
@@ -42,22 +32,19 @@ class Scale:
             exponents = range(math.ceil(math.log10(self.low) - 1e-9), math.floor(math.log10(self.high) + 1e-9) + 1)
             step = max(1, math.ceil(len(exponents) / (count + 1)))
             decades = [10.0**exponent for exponent in exponents][::step]
-            return decades if len(decades) > 1 else self._within_a_decade()
+            return decades if len(decades) > 1 else self._within_a_decade(count)
         rough = (self.high - self.low) / count or 1.0
         power = 10.0 ** math.floor(math.log10(rough))
         step_size = min((factor * power for factor in (1, 2, 5, 10)), key=lambda size: abs(size - rough))
         first = math.ceil(self.low / step_size - 1e-9)
         return [index * step_size for index in range(first, math.floor(self.high / step_size + 1e-9) + 1)]
 
-    def _within_a_decade(self) -> list[float]:
-        """For a logarithmic scale too short for powers of ten alone: the coarsest steps that give three ticks."""
+    def _within_a_decade(self, count: int) -> list[float]:
+        """For a scale too short for powers of ten alone: 1, 2 and 5 times them, or equal steps where few fit."""
         lowest = math.floor(math.log10(self.low))
-        for factors in _STEPS:
-            steps = [factor * 10.0**exponent for exponent in (lowest, lowest + 1, lowest + 2) for factor in factors]
-            within = [step for step in steps if self.low <= step <= self.high]
-            if len(within) > 2:
-                break
-        return within
+        steps = [factor * 10.0**exponent for exponent in (lowest, lowest + 1, lowest + 2) for factor in (1, 2, 5)]
+        within = [step for step in steps if self.low <= step <= self.high]
+        return within if len(within) > 2 else replace(self, log=False).ticks(count)
 
 
 def log_scale(values: Iterable[float], start: float, end: float, decades: float = 6.0) -> Scale:

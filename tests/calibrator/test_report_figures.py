@@ -68,7 +68,7 @@ def test_scales() -> None:
     assert log.ticks() == pytest.approx([1e-3, 1e-2, 1e-1, 1.0])
     assert Scale(0.03, 0.4, 0.0, 1.0, log=True).ticks() == pytest.approx([0.05, 0.1, 0.2])
     assert Scale(2.04, 6.8, 0.0, 1.0, log=True).ticks() == pytest.approx([3, 4, 5, 6])
-    assert Scale(2.04, 3.6, 0.0, 1.0, log=True).ticks() == pytest.approx([2.5, 3, 3.5])
+    assert Scale(2.04, 3.6, 0.0, 1.0, log=True).ticks() == pytest.approx([2.2, 2.4, 2.6, 2.8, 3, 3.2, 3.4, 3.6])
     assert Scale(210, 290, 0.0, 1.0, log=True).ticks() == pytest.approx([220, 240, 260, 280])
     wide = log_scale([0.0, 1e-12, 1.0], 0.0, 1.0)
     assert wide.low == pytest.approx(1.4e-6)
