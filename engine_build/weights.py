@@ -31,8 +31,8 @@ def layers_of(config: PolicyConfig) -> dict[str, Layer]:
 def split(layers: Mapping[str, Layer], rows: RowBits) -> dict[str, Layer]:
     """The layers in their order, with its parts in the place of each that `rows` splits.
 
-    Raises ArtefactError where `rows` has another number of output channels than a layer, or gives bits to one that no
-    decision reads.
+    Raises ArtefactError where `rows` has another number of output channels than a layer, gives bits to one that no
+    decision reads, or to none at all.
     """
     found: dict[str, Layer] = {}
     for name, layer in layers.items():
@@ -42,6 +42,8 @@ def split(layers: Mapping[str, Layer], rows: RowBits) -> dict[str, Layer]:
         bits, outputs = rows.bits[name], layer.outputs + layer.left_out
         if len(bits) != outputs:
             raise ArtefactError(f"{name}: rows of {len(bits)} output channels, it has {outputs}")
+        if not bits.any():
+            raise ArtefactError(f"{name}: all its output channels have 0 bits, which leaves it nothing; allocate again")
         kept = layer.rows or range(outputs)
         if bits[: kept.start].any() or bits[kept.stop :].any():
             raise ArtefactError(f"{name}: rows outside {kept.start} to {kept.stop - 1} have bits: decisions read none")

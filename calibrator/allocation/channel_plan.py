@@ -25,8 +25,10 @@ class ChannelRequest:
     """What shapes a plan besides the table.
 
     keep: stages whose layers keep 16 bits, as published the projector and the head. prune: whether channels may be
-    absent. published: the average is over channels, each counting once, of the layers that are not kept, as in Eq. (7);
-    otherwise over all weights, as every other plan's, so that equal averages are equal bytes of codes.
+    absent, of every layer all but the one that would be missed most: a layer without any would leave those before it
+    without effect, whose scores and bits the plan counts. published: the average is over channels, each counting once,
+    of the layers that are not kept, as in Eq. (7); otherwise over all weights, as every other plan's, so that equal
+    averages are equal bytes of codes.
     """
 
     average_bits: float
@@ -93,12 +95,19 @@ def plan_channels(table: ChannelTable, request: ChannelRequest) -> Plan:
 def _channels(table: ChannelTable, chosen: Sequence[ChannelLayer], request: ChannelRequest) -> Channels:
     """The widths from the most bits down; 16 bits are the reference, so that they do nothing."""
     bits = [0, *(choice.format.weight_bits for choice in table.choices), _FULL_BITS]
-    scores = np.concatenate([table.scores(layer) for layer in chosen], 1).T
+    scores = np.concatenate([_with_one_kept(table.scores(layer)) for layer in chosen], 1).T
     scores = np.concatenate([scores, np.zeros((len(scores), 1))], 1)
     sizes = np.repeat([layer.shape.inputs for layer in chosen], [layer.shape.outputs for layer in chosen])
     widths = slice(None) if request.prune else slice(1, None)
     size_of_each = np.ones_like(sizes) if request.published else sizes
     return Channels(np.array(bits[widths])[::-1], scores[:, widths][:, ::-1], size_of_each)
+
+
+def _with_one_kept(scores: np.ndarray) -> np.ndarray:
+    """A layer's scores [widths, channels], where the channel that loses most by its last step may not be absent."""
+    kept = scores.copy()
+    kept[0, np.argmax(scores[0] - scores[1])] = np.inf
+    return kept
 
 
 def _average(table: ChannelTable, chosen: Sequence[ChannelLayer], request: ChannelRequest) -> float:
@@ -107,9 +116,10 @@ def _average(table: ChannelTable, chosen: Sequence[ChannelLayer], request: Chann
         return request.average_bits
     every, mine = (sum(layer.shape.params for layer in layers) for layers in (table.layers, chosen))
     left = (request.average_bits * every - _FULL_BITS * (every - mine)) / mine
-    least = 0 if request.prune else min(choice.format.weight_bits for choice in table.choices)
-    if left < least:
-        smallest = (least * mine + _FULL_BITS * (every - mine)) / every
+    width = min(choice.format.weight_bits for choice in table.choices)
+    least = width * sum(layer.shape.inputs * (1 if request.prune else layer.shape.outputs) for layer in chosen)
+    if left * mine < least:
+        smallest = (least + _FULL_BITS * (every - mine)) / every
         kept = f" with {' and '.join(request.keep)} at 16 bits" if request.keep else ""
         raise BudgetError(f"average bits {request.average_bits:g} are below the least{kept}, {smallest:.3f}; raise it")
     return left

@@ -25,8 +25,9 @@ closer than that, and then there are too many open ones."""
 
 @dataclass(frozen=True)
 class Channels:
-    """What is chosen from. bits: int [W], most first. scores: float64 [N, W], what each width does. sizes: int [N], the
-    weights of a channel, or 1 where every channel counts the same."""
+    """What is chosen from. bits: int [W], most first. scores: float64 [N, W], what each width does; the last is infinite
+    for a channel that may not have it. sizes: int [N], the weights of a channel, or 1 where every one counts the same.
+    """
 
     bits: np.ndarray
     scores: np.ndarray
@@ -39,11 +40,13 @@ class Channels:
 
     def limit(self, average_bits: float) -> float:
         """The budget in bits, rounded down to what widths can add up to. Raises BudgetError for one that none meet."""
-        low, high = int(self.bits.min()), int(self.bits.max())
-        if not low <= average_bits:
-            raise BudgetError(f"average bits {average_bits:g} are below the least width; feasible: {low} to {high}")
-        step = int(np.gcd.reduce(self.costs, axis=None))
-        return float(math.floor(average_bits * float(self.sizes.sum()) / step + 1e-9) * step)
+        weights, step = float(self.sizes.sum()), int(np.gcd.reduce(self.costs, axis=None))
+        limit = float(math.floor(average_bits * weights / step + 1e-9) * step)
+        least = float(np.where(np.isfinite(self.scores), self.costs, np.inf).min(1).sum())
+        if limit < least:
+            low, high = least / weights, int(self.bits.max())
+            raise BudgetError(f"average bits {average_bits:g} are below the least; feasible: {low:.4g} to {high}")
+        return limit
 
     def total(self, picks: np.ndarray) -> float:
         """The score of one width per channel."""
@@ -75,7 +78,7 @@ def greedy(channels: Channels, average_bits: float) -> np.ndarray:
         _, channel, step = heapq.heappop(heap)
         picks[channel] = step + 1
         used -= int(costs[channel, step] - costs[channel, step + 1])
-        if step + 2 < len(bits):
+        if step + 2 < len(bits) and loss[channel, step + 1] < math.inf:
             heapq.heappush(heap, (float(loss[channel, step + 1]), channel, step + 1))
     return picks
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from calibrator.__main__ import main
+from calibrator.allocation.channel_plan import ChannelRequest, ChannelSolver, plan_channels
 from calibrator.allocation.channels import Channels, greedy, optimum
 from calibrator.allocation.plan import Assignment, Plan
 from calibrator.families import Policy, live_units, load_policy
@@ -23,7 +24,7 @@ from calibrator.sensitivity.proxy import channel_errors
 from calibrator.sensitivity.sweep import Sweep, SweepSettings, SweepSpec
 from engine_build.__main__ import main as engine_build
 from vla_policy.core.cli import run
-from vla_policy.core.errors import ArtefactError
+from vla_policy.core.errors import ArtefactError, BudgetError
 from vla_policy.core.files import sha256_policy
 from vla_policy.core.formats import FULL
 from vla_policy.core.manifest import Manifest
@@ -62,6 +63,27 @@ def test_the_optimum_equals_brute_force(sizes: tuple[int, ...]) -> None:
             assert channels.total(picks) <= best * (1 + 1e-6) + 1e-12 and bound <= best + 1e-12
             worse += channels.total(greedy(channels, average)) > best * (1 + 1e-6)
     assert worse > 10, "greedy demotion finds the optimum: these tables tell nothing"
+
+
+def test_a_channel_that_must_stay_stays() -> None:
+    """Against brute force over what is left; the least budget is two bits of each such channel."""
+    every, row = np.array(list(itertools.product(range(5), repeat=6))), np.arange(6)
+    for seed in range(4):
+        free = random_channels(6, seed, (3, 5, 8))
+        scores = free.scores.copy()
+        scores[[0, 3], 4] = np.inf
+        channels = replace(free, scores=scores)
+        least = 2 * (channels.sizes[0] + channels.sizes[3]) / channels.sizes.sum()
+        for average in (least, 2.0, 4.0):
+            allowed = (channels.sizes * BITS[every]).sum(1) <= average * channels.sizes.sum() + 1e-9
+            best = channels.scores[row, every].sum(1)[allowed].min()
+            for picks in (optimum(channels, average)[0], greedy(channels, average)):
+                assert channels.used(picks) <= average * channels.sizes.sum() + 1e-9
+                assert best - 1e-12 <= channels.total(picks) < np.inf
+            assert channels.total(optimum(channels, average)[0]) <= best * (1 + 1e-6) + 1e-12
+        for solver in (optimum, greedy):
+            with pytest.raises(BudgetError, match=f"below the least; feasible: {least:.4g} to 16"):
+                solver(channels, least - 0.01)
 
 
 @pytest.mark.parametrize("average", [2.5, 4.0])
@@ -255,6 +277,22 @@ def test_a_plan_is_within_its_budget_and_becomes_an_engine(
     absent = {name: np.flatnonzero(widths == 0) for name, widths in choices.rows.bits.items()}
     assert sum(map(len, absent.values())) > 0
     assert not any(find_layer(policy, name).weight.data[rows].any() for name, rows in absent.items())
+
+
+@pytest.mark.parametrize("solver", ["HIGHS", "GREEDY"])
+def test_every_layer_keeps_the_channel_that_would_be_missed_most(table: Path, solver: ChannelSolver) -> None:
+    """By the smallest budget there is: one channel of 2 bits in each layer, 0.01 bits less is refused."""
+    found = ChannelTable.load(table)
+    weights = sum(layer.shape.params for layer in found.layers)
+    least = sum(2 * layer.shape.inputs for layer in found.layers) / weights
+    plan = plan_channels(found, ChannelRequest(least, keep=(), solver=solver))
+    for layer in found.layers:
+        widths, scores = plan.rows.bits[layer.shape.name], found.scores(layer)
+        lost = {channel: scores[0, channel] - scores[1, channel] for channel in range(layer.shape.outputs)}
+        assert np.flatnonzero(widths).tolist() == [layer.first + max(lost, key=lambda channel: lost[channel])]
+        assert widths.sum() == 2
+    with pytest.raises(BudgetError, match=f"below the least, {least:.3f}"):
+        plan_channels(found, ChannelRequest(least - 0.01, keep=(), solver=solver))
 
 
 def test_published_averages_count_channels_that_may_be_chosen(table: Path, tmp_path: Path) -> None:

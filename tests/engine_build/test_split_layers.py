@@ -95,6 +95,44 @@ def test_the_engine_decides_as_the_policy_with_every_row_rounded_by_itself(place
         np.testing.assert_array_equal(engine.act(seen).tokens, decision.tokens)
 
 
+def test_layers_of_one_row_are_the_dense_products_with_one_row(tmp_path: Path) -> None:
+    """What the smallest budget of `calibrator channels` leaves: every layer has one output channel, of 2 bits."""
+    policy = write_policy(tmp_path / "policy")
+    layers = layers_of(PolicyConfig.load(policy))
+    rows = RowBits({name: _one_row(layer) for name, layer in layers.items()})
+    write_plan(tmp_path / "plan.json", sha256_policy(policy), dict.fromkeys(rows.parts, choice_of(2)), rows)
+    build = ["build", "--policy", str(policy), "--target", "cpu", "--plan", str(tmp_path / "plan.json")]
+    assert main([*build, "--out", str(tmp_path / "engine")]) == 0
+    engine, actor = load_engine(tmp_path / "engine", threads=1), TorchActor.load(policy)
+    row_by_row(actor, rows)
+    seen = observation(0)
+    decision = actor.act(seen)
+    expected = actor.scores(seen, decision.tokens)
+    np.testing.assert_allclose(engine.scores(seen, decision), expected, atol=NETWORK * np.abs(expected).max())
+    assert main(["verify", str(tmp_path / "engine"), "--policy", str(policy), "--out", str(tmp_path / "v.json")]) == 0
+
+
+def _one_row(layer: Layer) -> np.ndarray:
+    widths = np.zeros(layer.outputs + layer.left_out, np.uint8)
+    widths[(layer.rows.start if layer.rows else 0) + layer.outputs // 3] = 2
+    return widths
+
+
+def test_a_layer_without_any_row_is_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """ONNX Runtime would drop the layers before it, of which nothing could then be proven."""
+    policy = write_policy(tmp_path / "policy")
+    layers = layers_of(PolicyConfig.load(policy))
+    name = "vision_backbone.featurizer.blocks.0.attn.proj"
+    rows = RowBits({name: np.zeros(layers[name].outputs, np.uint8)})
+    write_plan(
+        tmp_path / "plan.json", sha256_policy(policy), dict.fromkeys(rows.units(layers), choice_of(8)), rows
+    )
+    build = ["build", "--policy", str(policy), "--target", "cpu", "--plan", str(tmp_path / "plan.json")]
+    assert run(lambda: main([*build, "--out", str(tmp_path / "engine")])) == 2
+    assert f"{name}: all its output channels have 0 bits" in capsys.readouterr().err
+    assert not (tmp_path / "engine").exists()
+
+
 def test_bytes_are_those_of_the_rows_that_are_there(place: Path) -> None:
     manifest, rows = Manifest.load(place / "engine"), rows_of(place / "engine")
     units = {unit.name: unit for unit in manifest.units}
