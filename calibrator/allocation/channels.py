@@ -25,7 +25,7 @@ closer than that, and then there are too many open ones."""
 
 @dataclass(frozen=True)
 class Channels:
-    """What is chosen from. bits: int [W], most first. scores: float64 [N, W], what each width does; the last is infinite
+    """What is chosen from. bits: int [W], most first. scores: float64 [N, W], what each width does; the last is inf
     for a channel that may not have it. sizes: int [N], the weights of a channel, or 1 where every one counts the same.
     """
 
