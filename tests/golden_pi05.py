@@ -1,4 +1,4 @@
-"""Weights, images, prompt, state and noise of tests/data/golden_pi05*.json, all from a seed.
+"""Weights, images, prompt, state and noise of tests/data/golden_pi0*.json, all from a seed.
 
 The numbers in those files were computed once with the published openpi code (float32, CPU) at the sizes of their
 `config`. They are the oracle for the port: nothing here calls it.
@@ -15,6 +15,11 @@ from typing import Any
 import numpy as np
 
 DATA = Path(__file__).parent / "data"
+_AT_ONCE = 1 << 16
+_GEMMA_NORMS = (
+    "input_layernorm.weight", "post_attention_layernorm.weight", "model.norm.weight", "language_model.norm.weight"
+)  # fmt: skip
+"""They multiply by 1 + weight."""
 EMBEDDING = "paligemma_with_expert.paligemma.model.language_model.embed_tokens.weight"
 _TIED = {"paligemma_with_expert.paligemma.lm_head.weight": EMBEDDING}
 
@@ -27,35 +32,48 @@ def golden(name: str) -> dict[str, Any]:
 
 def normal(key: str, shape: tuple[int, ...]) -> np.ndarray:
     digest = hashlib.sha256(key.encode()).digest()
-    values = np.random.RandomState(int.from_bytes(digest[:4], "little")).standard_normal(int(np.prod(shape)))
-    return values.astype(np.float32).reshape(shape)
+    generator = np.random.RandomState(int.from_bytes(digest[:4], "little"))
+    values = np.empty(int(np.prod(shape)), np.float32)
+    for begin in range(0, len(values), _AT_ONCE):  # float64 of what fits into the cache, not of a whole weight
+        part = values[begin : begin + _AT_ONCE]
+        part[:] = generator.standard_normal(len(part))
+    return values.reshape(shape)
 
 
 def golden_tensor(name: str, shape: tuple[int, ...], seed: int = 1) -> np.ndarray:
     """The float32 weight that carries `name` in openpi's naming."""
     name = _TIED.get(name, name)
     values = normal(f"{seed}:{name}", shape)
+    values *= np.float32(_scale(name, shape))
+    if "norm" in name and name.endswith("weight") and not name.endswith(_GEMMA_NORMS) and ".dense." not in name:
+        values += 1
+    return values
+
+
+def _scale(name: str, shape: tuple[int, ...]) -> float:
+    """The standard deviation of a weight's numbers."""
     if ".dense." in name:
-        return 0.1 * values if name.endswith("bias") else (2 * values / np.sqrt(shape[1])).astype(np.float32)
-    gemma = ("input_layernorm.weight", "post_attention_layernorm.weight", "model.norm.weight")
-    if name.endswith((*gemma, "language_model.norm.weight")):
-        return 0.1 * values
-    if "norm" in name and name.endswith("weight"):
-        return 1 + 0.02 * values
-    if name.endswith("bias"):
-        return 0.02 * values
+        return 0.1 if name.endswith("bias") else 2 * shape[1] ** -0.5
+    if name.endswith(_GEMMA_NORMS):
+        return 0.1
+    if ("norm" in name and name.endswith("weight")) or name.endswith("bias"):
+        return 0.02
     if "embed_tokens" in name or "position_embedding" in name:
-        return 0.5 * values
+        return 0.5
     if name.endswith(("q_proj.weight", "k_proj.weight")) and "vision_tower" not in name:
-        return (1.5 * values / np.sqrt(shape[1])).astype(np.float32)
-    fan_in = int(np.prod(shape[1:])) if len(shape) > 1 else 1
-    return (values / np.sqrt(fan_in)).astype(np.float32)
+        return 1.5 * shape[1] ** -0.5
+    return int(np.prod(shape[1:])) ** -0.5 if len(shape) > 1 else 1
 
 
 def golden_tensors(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
     """Of all names; drawing numbers takes most of these tests' time, and leaves Python to other threads."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return dict(zip(shapes, pool.map(golden_tensor, shapes, shapes.values()), strict=True))
+
+
+def golden_state() -> np.ndarray:
+    """Normalised, float32 [8]; pi0's network reads it."""
+    return np.tanh(normal("1:state", (8,))).astype(np.float32)
 
 
 def golden_image(seed: int, height: int = 256, width: int = 320) -> np.ndarray:
@@ -91,6 +109,7 @@ def golden_config(content: dict[str, Any], images: int, convention: str = "openp
     state = io["state_stats"] | {"names": [f"s{number}" for number in range(8)]}
     return {
         "model_type": "pi05",
+        "variant": content["model"],
         "convention": convention,
         "normalization": "quantiles",
         "vision_config": {name: vision[name] for name in names},
@@ -101,7 +120,7 @@ def golden_config(content: dict[str, Any], images: int, convention: str = "openp
         "n_action_steps": 5,
         "max_action_dim": sizes["action_dim"],
         "num_images_in_input": images,
-        "state_in_prompt": True,
+        "state_in_prompt": content["model"] == "pi05",
         "norm_stats": {"golden": {"action": io["action_stats"], "proprio": state}},
     } | changes
 

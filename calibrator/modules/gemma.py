@@ -1,7 +1,8 @@
 """Gemma blocks of a prefix and of an expert that attends the prefix's keys and values layer by layer.
 
 Parameter names are the published checkpoints'. The prefix's last block is read through its keys and values alone, so
-the rest of it is not built. The expert's norms are scaled, shifted and gated by the time (adaRMS).
+the rest of it is not built. The expert's norms are scaled, shifted and gated by the time (adaRMS) where a policy is
+conditioned so; otherwise they are Gemma's own.
 """
 
 from dataclasses import dataclass
@@ -47,6 +48,11 @@ class RmsNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return (rms(x) * (1.0 + self.weight.float())).to(x.dtype)
+
+    def modulation(self) -> "Modulation":
+        """The same norm as one that is modulated alike at all times."""
+        scale = self.weight.float()[None, None]
+        return Modulation(scale, torch.zeros_like(scale), torch.ones_like(scale))
 
 
 class AdaptiveRmsNorm(nn.Module):
@@ -148,21 +154,43 @@ class PrefixBlock(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x)), key, value
 
 
-class ExpertBlock(nn.Module):
-    """A block of the expert: its positions see the prefix and each other."""
+ExpertNorm = AdaptiveRmsNorm | RmsNorm
 
-    def __init__(self, spec: GemmaSpec) -> None:
+
+def _expert_norm(width: int, adaptive: bool) -> ExpertNorm:
+    return AdaptiveRmsNorm(width) if adaptive else RmsNorm(width)
+
+
+def modulation(norm: ExpertNorm, row: Tensor | None) -> Modulation:
+    """Of a norm of the expert. row: [B or 1, 3, width] of one that the time modulates, else None."""
+    if isinstance(norm, RmsNorm):
+        return norm.modulation()
+    assert row is not None, "adaRMS needs the time"
+    return Modulation.of(row)
+
+
+class ExpertBlock(nn.Module):
+    """A block of the expert: its positions see the prefix and each other, but for those that a mask hides."""
+
+    def __init__(self, spec: GemmaSpec, adaptive: bool) -> None:
         super().__init__()
-        self.input_layernorm = AdaptiveRmsNorm(spec.hidden_size)
+        self.input_layernorm = _expert_norm(spec.hidden_size, adaptive)
         self.self_attn = Attention(spec)
-        self.post_attention_layernorm = AdaptiveRmsNorm(spec.hidden_size)
+        self.post_attention_layernorm = _expert_norm(spec.hidden_size, adaptive)
         self.mlp = Mlp(spec)
 
     def forward(
-        self, x: Tensor, turn: Tensor, cache: tuple[Tensor, Tensor], modulations: Tensor, mask: Tensor | None = None
+        self,
+        x: Tensor,
+        turn: Tensor,
+        cache: tuple[Tensor, Tensor],
+        modulations: Tensor | None,
+        mask: Tensor | None = None,
     ) -> Tensor:
-        """cache: the prefix's keys and values of this layer. modulations: [B or 1, 2, 3, width], of both norms."""
-        before, behind = (Modulation.of(row) for row in modulations.unbind(1))
+        """cache: the prefix's keys and values of this layer. modulations: [B or 1, 2, 3, width], of both norms, where
+        the time modulates them."""
+        rows = (None, None) if modulations is None else modulations.unbind(1)
+        before, behind = map(modulation, (self.input_layernorm, self.post_attention_layernorm), rows)
         normed = before.normed(x)
         key, value = (
             torch.cat(parts, 2) for parts in zip(cache, self.self_attn.keys_values(normed, turn), strict=True)
@@ -183,7 +211,7 @@ class GemmaStack(nn.Module):
 class ExpertStack(nn.Module):
     """The expert's blocks and final norm, under the published name."""
 
-    def __init__(self, spec: GemmaSpec) -> None:
+    def __init__(self, spec: GemmaSpec, adaptive: bool) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(ExpertBlock(spec) for _ in range(spec.num_hidden_layers))
-        self.norm = AdaptiveRmsNorm(spec.hidden_size)
+        self.layers = nn.ModuleList(ExpertBlock(spec, adaptive) for _ in range(spec.num_hidden_layers))
+        self.norm = _expert_norm(spec.hidden_size, adaptive)

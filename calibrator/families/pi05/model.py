@@ -1,17 +1,24 @@
-"""pi0.5: SigLIP and a Gemma prefix, and a Gemma expert that turns noise into an action chunk in N steps."""
+"""pi0.5 and pi0: SigLIP and a Gemma prefix, and a Gemma expert that turns noise into an action chunk in N steps.
+
+They differ in how time and state reach the expert. pi0.5: the time modulates its norms (adaRMS), the state is words of
+the prompt or nothing. pi0: the time joins every noisy action in a small network, and the state is a row of its own
+before them, which does not see them.
+"""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from calibrator.families.pi05.time import EXPERT, modulations
+from calibrator.families.pi05.time import EXPERT, embedding, modulations
 from calibrator.modules.chain import PROMPT, Chain, Layers, Runs, Segment
-from calibrator.modules.gemma import FUSED, Attention, ExpertStack, GemmaStack, Modulation, rotation
+from calibrator.modules.gemma import FUSED, Attention, ExpertStack, GemmaStack, modulation, rotation
 from calibrator.modules.policy import Inputs, Policy
 from calibrator.modules.siglip import SiglipModel, SiglipTower
 from vla_policy.core.errors import PolicyError
+from vla_policy.core.families.pi05 import STATE
 from vla_policy.core.flow.config import FlowConfig
 from vla_policy.core.flow.noise import load_bank
 from vla_policy.core.observation import finite
@@ -54,7 +61,7 @@ class _PaliGemma(nn.Module):
 class _Expert(nn.Module):
     def __init__(self, config: FlowConfig) -> None:
         super().__init__()
-        self.model = ExpertStack(config.expert)
+        self.model = ExpertStack(config.expert, config.adaptive)
 
 
 class _PaliGemmaWithExpert(nn.Module):
@@ -65,8 +72,8 @@ class _PaliGemmaWithExpert(nn.Module):
 
 
 class Pi05(Policy):
-    """The policy. Its inputs are `pixel_values` [B, 3 N, S, S] of N images, `PROMPT`, int64 [B, L], and `noise`
-    [B, H, A]. Attribute paths equal openpi's published tensor names."""
+    """The policy. Its inputs are `pixel_values` [B, 3 N, S, S] of N images, `PROMPT`, int64 [B, L], `noise` [B, H, A]
+    and, of pi0, `STATE` [B, 1, S], normalised. Attribute paths equal openpi's published tensor names."""
 
     config: FlowConfig
 
@@ -76,8 +83,13 @@ class Pi05(Policy):
         self.paligemma_with_expert = _PaliGemmaWithExpert(config)
         self.action_in_proj = nn.Linear(config.width, width)
         self.action_out_proj = nn.Linear(width, config.width)
-        self.time_mlp_in = nn.Linear(width, width)
-        self.time_mlp_out = nn.Linear(width, width)
+        if config.adaptive:
+            self.time_mlp_in = nn.Linear(width, width)
+            self.time_mlp_out = nn.Linear(width, width)
+        else:
+            self.state_proj = nn.Linear(config.state_width, width)
+            self.action_time_mlp_in = nn.Linear(2 * width, width)
+            self.action_time_mlp_out = nn.Linear(width, width)
 
     @property
     def vision(self) -> SiglipModel:
@@ -112,35 +124,71 @@ class Pi05(Policy):
         return entering, tuple(cache)
 
     def modulations(self, times: Tensor) -> Tensor:
-        """[M, norms, 3, width] at times [M]."""
+        """[M, norms, 3, width] at times [M], of a policy whose norms are modulated."""
         return modulations(self.get_parameter, times, self.config)
 
-    def states(
-        self, noisy: Tensor, table: Tensor, cache: Cache, turn: Tensor, mask: Tensor | None = None
-    ) -> Tensor:
-        """The expert's final states [B, H, width]. noisy: [B, H, A]. table: [B or 1, norms, 3, width]. turn: of the
-        rows' positions, which follow the prefix's."""
+    def timed(self, times: Tensor) -> Tensor:
+        """What depends on the times [M] alone: `modulations`, or the time's embedding [M, width]."""
+        return self.modulations(times) if self.config.adaptive else embedding(times, self.config)
+
+    def suffix(self, noisy: Tensor, table: Tensor, state: Tensor | None = None) -> Tensor:
+        """What enters the expert: a row for each noisy action [B, H, A], behind the state's where it has one.
+
+        table: see `timed`. state: [B, 1, S], normalised.
+        """
         x = self.action_in_proj(noisy)
+        if state is None:
+            return x
+        time = table.to(x.dtype)[:, None].expand(*x.shape[:2], -1)
+        joined = functional.silu(self.action_time_mlp_in(torch.cat([x, time], -1)))
+        return torch.cat([self.state_proj(state), self.action_time_mlp_out(joined)], 1)
+
+    def states(
+        self,
+        noisy: Tensor,
+        table: Tensor,
+        cache: Cache,
+        turn: Tensor,
+        mask: Tensor | None = None,
+        state: Tensor | None = None,
+    ) -> Tensor:
+        """The expert's final states of the actions [B, H, width]. noisy, table, state: see `suffix`. turn: of the
+        suffix's positions, which follow the prefix's. mask: added to attention's scores."""
+        x = self.suffix(noisy, table, state)
         for number, block in enumerate(self.expert.layers):
-            x = block(x, turn, cache[number], table[:, 2 * number : 2 * number + 2], mask)
-        return Modulation.of(table[:, -1]).normed(x)
+            rows = table[:, 2 * number : 2 * number + 2] if self.config.adaptive else None
+            x = block(x, turn, cache[number], rows, mask)
+        last = modulation(self.expert.norm, table[:, -1] if self.config.adaptive else None)
+        return last.normed(x[:, -noisy.shape[1] :])
+
+    def hidden(self, prefix: int, x: Tensor) -> Tensor | None:
+        """The mask of a suffix behind `prefix` positions, in x's type: the state's row sees no action.
+
+        [1, 1, heads of one key T, prefix + T]; None where every row sees all.
+        """
+        if self.config.adaptive:
+            return None
+        rows, spec = self.config.suffix, self.config.expert
+        mask = x.new_zeros(rows, prefix + rows)
+        mask[0, prefix + 1 :] = -torch.inf
+        return mask.repeat(spec.num_attention_heads // spec.num_key_value_heads, 1)[None, None]
 
     def times(self, device: torch.device) -> Tensor:
         """float32 [N]: where a decision evaluates the velocity."""
         steps = self.config.num_inference_steps
         return torch.from_numpy(self.config.convention.times(steps)).to(device)
 
-    def integrated(self, noise: Tensor, cache: Cache) -> tuple[Tensor, Tensor]:
+    def integrated(self, noise: Tensor, cache: Cache, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """All steps from noise to actions: the final states of all steps [B, N, H, width], and the actions [B, H, A].
 
         x_{t + dt} = x_t + dt v(x_t, t), dt = -1/N.
         """
         length = cache[0][0].shape[2]
-        places = torch.arange(length, length + self.config.horizon, device=noise.device)
-        turn = rotation(places, self.config.expert.head_dim)
+        places = torch.arange(length, length + self.config.suffix, device=noise.device)
+        turn, mask = rotation(places, self.config.expert.head_dim), self.hidden(length, noise)
         states, x = [], noise
-        for row in self.modulations(self.times(noise.device)).split(1):
-            states.append(self.states(x, row, cache, turn))
+        for row in self.timed(self.times(noise.device)).split(1):
+            states.append(self.states(x, row, cache, turn, mask, state))
             x = self._moved(x, states[-1])
         return torch.stack(states, 1), x
 
@@ -180,6 +228,7 @@ class Pi05(Policy):
         reading = [segment for number in range(depth) for segment in self._block_segments(number)]
         cache = Segment("cache", tuple(f"cache.{number}" for number in range(depth)), lambda *all: torch.stack(all))
         side = config.image_size // config.vision.patch_size
+        read = ("cache", "noise") if config.adaptive else ("cache", "noise", STATE)
         return Chain(
             preamble=tuple(self.vision.segments(VISION, config.num_images)),
             trunk=(
@@ -188,7 +237,7 @@ class Pi05(Policy):
                 Segment("rotation", (_entering(0),), self._rotation),
                 *reading,
                 cache,
-                Segment("states", ("cache", "noise"), self._states, self._expert_layers()),
+                Segment("states", read, self._states, self._expert_layers()),
                 Segment("actions", ("states", "noise"), self._actions),
             ),
             boundaries={
@@ -230,10 +279,10 @@ class Pi05(Policy):
             found.append(Segment(_entering(number + 1), (name,), lambda result: result[..., :hidden]))
         return found
 
-    def _states(self, cache: Tensor, noise: Tensor) -> Tensor:
+    def _states(self, cache: Tensor, noise: Tensor, state: Tensor | None = None) -> Tensor:
         """[B, N H, width]."""
         layers = tuple((layer[0], layer[1]) for layer in cache)
-        return self.integrated(noise, layers)[0].flatten(1, 2)
+        return self.integrated(noise, layers, state)[0].flatten(1, 2)
 
     def _actions(self, states: Tensor, noise: Tensor) -> Tensor:
         x = noise
@@ -244,18 +293,22 @@ class Pi05(Policy):
     def _expert_layers(self) -> tuple[Layers, ...]:
         config = self.config
 
-        def runs(prompt_tokens: float, decided: int) -> tuple[Runs, ...]:
-            return (Runs(config.horizon, config.num_inference_steps),)
+        def runs_of(rows: int) -> Callable[[float, int], tuple[Runs, ...]]:
+            return lambda prompt_tokens, decided: (Runs(rows, config.num_inference_steps),)
 
+        def kept(name: str, rows: int = config.horizon) -> Layers:
+            return Layers(name, name, "head", "head", runs_of(rows), kept=True)
+
+        every = runs_of(config.suffix)
         blocks = [
-            Layers(f"{EXPERT}.layers.{number}.{part}", f"expert.{number}.{part}", "language", "expert", runs, fused)
+            Layers(f"{EXPERT}.layers.{number}.{part}", f"expert.{number}.{part}", "language", "expert", every, fused)
             for number in range(config.expert.num_hidden_layers)
             for part, fused in (("self_attn", _inside("self_attn")), ("mlp", _inside("mlp")))
         ]
-        first, last = (
-            Layers(name, name, "head", "head", runs, kept=True) for name in ("action_in_proj", "action_out_proj")
+        joined = () if config.adaptive else (
+            kept("state_proj", 1), kept("action_time_mlp_in"), kept("action_time_mlp_out")
         )
-        return (first, *blocks, last)
+        return (kept("action_in_proj"), *joined, *blocks, kept("action_out_proj"))
 
     def _patch_runs(self, prompt_tokens: float, decided: int) -> tuple[Runs, ...]:
         return (Runs(self.config.num_patches),)

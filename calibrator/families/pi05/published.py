@@ -1,4 +1,4 @@
-"""A pi0.5 checkpoint as published -> a policy folder: safetensors, and a config.json that tells everything.
+"""A pi0.5 or pi0 checkpoint as published -> a policy folder: safetensors, and a config.json that tells everything.
 
 Two layouts are read. openpi's PyTorch checkpoints hold `model.safetensors`, a short `config.json` and statistics in
 `assets/NAME/norm_stats.json`; what else decides the numbers is openpi's source code. lerobot's hold `config.json`,
@@ -37,6 +37,8 @@ _SIZES = ("vision_config", "text_config", "expert_config", "vocab_size")
 _VARIANTS = {"paligemma_variant": "gemma_2b", "action_expert_variant": "gemma_300m"}
 _COPIED = ("num_inference_steps", "min_period", "max_period", "max_action_dim", "max_state_dim", "tokenizer_max_length")
 _LEROBOT_MODES = {"QUANTILES": "quantiles", "MEAN_STD": "mean_std"}
+_USUAL_MODE = {"pi05": "QUANTILES", "pi0": "MEAN_STD"}
+_OF_PI0 = "action_time_mlp_in.weight"
 
 
 @dataclass(frozen=True)
@@ -74,15 +76,16 @@ def import_pi05(checkpoint: Path, out: Path, settings: FlowSettings) -> FlowConf
     stored = list(stored_shapes([weights]))
     prefixed = all(name.startswith(_PREFIX) for _, name, _ in stored)
     shapes = [(path, name.removeprefix(_PREFIX) if prefixed else name, shape) for path, name, shape in stored]
-    if any(name.startswith("action_time_mlp_in.") for _, name, _ in shapes):
-        raise PolicyError(f"{weights}: this is pi0 (it has action_time_mlp_in); only pi0.5 is read")
+    variant = "pi0" if any(name == _OF_PI0 for _, name, _ in shapes) else "pi05"
+    if variant == "pi0" and not settings.state_names:
+        raise PolicyError(f"{weights}: this is pi0, which takes a state; name its values with --state-names")
     published = read_json(checkpoint / "config.json")
     source = str(checkpoint / "config.json")
     of_lerobot = (checkpoint / "policy_preprocessor.json").is_file()
-    own = _lerobot(published, checkpoint, settings) if of_lerobot else _openpi(published, checkpoint, settings)
+    own = _lerobot(published, checkpoint, settings, variant) if of_lerobot else _openpi(published, checkpoint, settings)
     raw = own | {name: published[name] for name in _SIZES if name in published}
-    raw |= {"model_type": "pi05", "convention": settings.convention, "kind": POLICY.name}
-    raw["state_in_prompt"] = bool(settings.state_names)
+    raw |= {"model_type": "pi05", "variant": variant, "convention": settings.convention, "kind": POLICY.name}
+    raw["state_in_prompt"] = variant == "pi05" and bool(settings.state_names)
     for key, expected in _VARIANTS.items():
         if published.get(key, expected) != expected and not raw.keys() & set(_SIZES):
             raise PolicyError(f"{source}: {key}: {published[key]!r} is not supported; only {expected!r} is")
@@ -129,6 +132,7 @@ def _openpi(published: Mapping[str, Any], checkpoint: Path, settings: FlowSettin
         "chunk_size": horizon,
         "n_action_steps": settings.executed or horizon,
         "max_action_dim": published.get("action_dim", 32),
+        "max_state_dim": published.get("action_dim", 32),
         "num_images_in_input": settings.images,
         "normalization": settings.normalization,
         "norm_stats": statistics,
@@ -139,13 +143,15 @@ def _known(stats: Any, path: Path) -> dict[str, Any]:
     return {name: mapping(stats, str(path))[name] for name in _STATISTICS if name in stats}
 
 
-def _lerobot(published: Mapping[str, Any], checkpoint: Path, settings: FlowSettings) -> dict[str, Any]:
+def _lerobot(
+    published: Mapping[str, Any], checkpoint: Path, settings: FlowSettings, variant: str
+) -> dict[str, Any]:
     """What lerobot's files tell."""
     source = str(checkpoint / "config.json")
-    if published.get("type") != "pi05":
-        raise PolicyError(f"{source}: type is {published.get('type')!r}, expected 'pi05'")
+    if published.get("type") != variant:
+        raise PolicyError(f"{source}: type is {published.get('type')!r}, expected {variant!r}, as the weights are")
     modes = mapping(published.get("normalization_mapping", {}), f"{source}: normalization_mapping")
-    kinds = {modes.get("STATE", "QUANTILES"), modes.get("ACTION", "QUANTILES")}
+    kinds = {modes.get(name, _USUAL_MODE[variant]) for name in ("STATE", "ACTION")}
     (mode, *others) = kinds
     if others or mode not in _LEROBOT_MODES:
         raise PolicyError(
@@ -235,7 +241,9 @@ def _link(source: Path, target: Path) -> None:
 
 
 def _lines(config: FlowConfig) -> Iterator[str]:
-    state = f"a state of {config.state_dim} values in the prompt" if config.takes_state else "no state"
+    where = "in the prompt" if config.adaptive else "as a row before the actions"
+    state = f"a state of {config.state_dim} values {where}" if config.takes_state else "no state"
+    yield "pi0.5" if config.adaptive else "pi0"
     yield f"chunks of {config.horizon} rows, {config.executed} carried out, of {config.action_dim} values"
     yield f"{config.num_images} images, {state}"
     yield f"normalised by {config.normalization}, as {config.convention.name} does"
@@ -256,8 +264,8 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="NAME",
-        help="names of the state's values, in order, of a policy that was trained with the state in its prompt; leave "
-        "out for one that was not (openpi's pi05_libero)",
+        help="names of the state's values, in order, of pi0, or of a pi0.5 that was trained with the state in its "
+        "prompt; leave out for one that was not (openpi's pi05_libero)",
     )
     parser.add_argument("--images", type=int, help="images that a decision looks at; lerobot's config.json tells")
     parser.add_argument(
@@ -268,7 +276,8 @@ def _parser() -> argparse.ArgumentParser:
         "--action-dim", type=int, help="values of the robot's action, where the statistics are filled up to more"
     )
     parser.add_argument(
-        "--normalization", choices=sorted(NORMALIZATIONS), help="statistics that an openpi policy uses: pi0.5 quantiles"
+        "--normalization", choices=sorted(NORMALIZATIONS), help="statistics that an openpi policy uses: pi0.5 quantiles, "
+        "pi0 mean_std"
     )
     parser.add_argument("--tokenizer", type=Path, help="PaliGemma's tokenizer.json; default: the checkpoint's")
     parser.add_argument("--noise-seed", type=int, default=0, help="of the bank of noises; default: %(default)s")

@@ -12,8 +12,8 @@ from vla_policy.core.flow.config import FlowConfig
 EXPERT = "paligemma_with_expert.gemma_expert.model"
 
 
-def adaptive_norms(config: FlowConfig) -> list[str]:
-    """The names of all norms that the time modulates, in the order in which they run; the final one is the last."""
+def expert_norms(config: FlowConfig) -> list[str]:
+    """The names of the expert's norms in the order in which they run; the final one is the last."""
     norms = [
         f"{EXPERT}.layers.{number}.{norm}"
         for number in range(config.expert.num_hidden_layers)
@@ -42,13 +42,13 @@ def condition(tensor: Callable[[str], Tensor], times: Tensor, config: FlowConfig
 
 
 def modulations(tensor: Callable[[str], Tensor], times: Tensor, config: FlowConfig) -> Tensor:
-    """[M, norms, 3, width]: scale, shift and gate of every norm, in the order of `adaptive_norms`.
+    """[M, norms, 3, width]: scale, shift and gate of every norm, in the order of `expert_norms`.
 
     tensor: a weight by its name.
     """
     cond = condition(tensor, times, config)
     rows = [
         functional.linear(cond, tensor(f"{norm}.dense.weight"), tensor(f"{norm}.dense.bias"))
-        for norm in adaptive_norms(config)
+        for norm in expert_norms(config)
     ]
     return torch.stack(rows, 1).unflatten(2, (3, -1))

@@ -79,8 +79,10 @@ class FlowConfig(PolicyConfig):
     horizon: H, the rows of the chunk. n_action_steps: of these the rows that are carried out before the next look.
     width: A, values of a row inside the network, of which the robot's own come first. state_width: likewise of the
     state. num_inference_steps: N, evaluations of the velocity from noise to actions. min_period, max_period: of the
-    time embedding. longest_prompt: ids. vocab_size: of the prompt's embedding. convention: whose preprocessing and
-    arithmetic trained the policy. normalization: which statistics scale state and actions.
+    time embedding. longest_prompt: ids. vocab_size: of the prompt's embedding. adaptive: whether the time modulates the
+    expert's norms; otherwise it joins every action that enters the expert, and the state is a row before them.
+    convention: whose preprocessing and arithmetic trained the policy. normalization: which statistics scale state and
+    actions.
     """
 
     vision: SiglipSpec
@@ -94,6 +96,7 @@ class FlowConfig(PolicyConfig):
     min_period: float
     max_period: float
     longest_prompt: int
+    adaptive: bool
     state_in_prompt: bool
     convention: Convention
     normalization: NormalizationMode
@@ -107,14 +110,18 @@ class FlowConfig(PolicyConfig):
         """Of all images together."""
         return self.num_images * self.vision.num_patches
 
+    @property
+    def suffix(self) -> int:
+        """Rows of the expert: the chunk's, and the state's before them where it has one."""
+        return self.horizon + (not self.adaptive)
+
     @classmethod
     def parsed(
-        cls: type[Config], raw: dict[str, Any], source: str, *, takes_state: bool, longest_prompt: int
+        cls: type[Config], raw: dict[str, Any], source: str, *, adaptive: bool, longest_prompt: int
     ) -> Config:
         """`raw` as such a configuration; `source` names it in errors.
 
-        takes_state: whether the policy takes the state other than in its prompt. longest_prompt: where `raw` tells
-        none. Raises PolicyError naming the key that is missing or wrong.
+        longest_prompt: where `raw` tells none. Raises PolicyError naming the key that is missing or wrong.
         """
         for key, supported in _SUPPORTED.items():
             refuse_unless(raw.get(key) in (None, *supported), f"{source}: {key}", raw.get(key), supported)
@@ -122,7 +129,8 @@ class FlowConfig(PolicyConfig):
         text, expert = _spec(GemmaSpec(), raw, "text_config", source), _spec(_EXPERT, raw, "expert_config", source)
         _check(vision, text, expert, source)
         in_prompt = flag(raw, "state_in_prompt", source)
-        takes_state = takes_state or in_prompt
+        refuse_unless(adaptive or not in_prompt, f"{source}: state_in_prompt", in_prompt, (False,))
+        takes_state = in_prompt or not adaptive
         convention = _named(raw, "convention", CONVENTIONS, source)
         normalization = _named(raw, "normalization", NORMALIZATIONS, source)
         horizon, width = _count(raw, "chunk_size", 50, source), _count(raw, "max_action_dim", 32, source)
@@ -150,6 +158,7 @@ class FlowConfig(PolicyConfig):
             min_period=_positive(raw, "min_period", 4e-3, source),
             max_period=_positive(raw, "max_period", 4.0, source),
             longest_prompt=_count(raw, "tokenizer_max_length", longest_prompt, source),
+            adaptive=adaptive,
             state_in_prompt=in_prompt,
             convention=convention,
             normalization=normalization,

@@ -54,6 +54,11 @@ def normalised_state(state: np.ndarray | None, proprio: ProprioStats, scaling: S
     return scaling.normalised(state)
 
 
+def state_row(state: np.ndarray, width: int) -> np.ndarray:
+    """float32 [1, 1, width]: a normalised state as the network takes it, filled up with zeros."""
+    return np.pad(state, (0, width - len(state))).astype(np.float32)[None, None]
+
+
 def parse_flow_statistics(raw: Any, mode: NormalizationMode, takes_state: bool, source: str) -> dict[str, NormStats]:
     """The statistics of every data set; `low` and `high` are what -1 and 1 stand for, exactly: q01 and q99, or a
     standard deviation around the mean. Raises PolicyError for those that do not fit each other or the policy."""

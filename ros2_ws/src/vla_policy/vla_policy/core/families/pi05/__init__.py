@@ -1,4 +1,7 @@
-"""pi0.5: a prefix of images and prompt is read once, an expert denoises a chunk of continuous actions in N steps."""
+"""pi0.5, and pi0: a prefix of images and prompt is read once, an expert denoises a chunk of actions in N steps.
+
+`variant` in config.json tells which of the two, "pi05" where it is left out.
+"""
 
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -12,11 +15,14 @@ from vla_policy.core.flow.config import FlowConfig
 from vla_policy.core.flow.images import pixel_values
 from vla_policy.core.flow.noise import NOISE, entry_of, load_bank
 from vla_policy.core.flow.prompt import TOKENIZER, FlowPrompt
-from vla_policy.core.flow.statistics import Scaling, normalised_state
+from vla_policy.core.flow.statistics import Scaling, normalised_state, state_row
 from vla_policy.core.observation import Decision, Observation, finite
+from vla_policy.core.policy_config import refuse_unless
 from vla_policy.core.program import Program
 
-_LONGEST_PROMPT = 200
+STATE = "state"
+"""The input that holds pi0's state."""
+_LONGEST_PROMPT = {"pi05": 200, "pi0": 48}
 
 
 class Pi05Policy:
@@ -35,15 +41,18 @@ class Pi05Policy:
         self._action = scaling_of(stats.action, config)
 
     def inputs(self, observation: Observation) -> dict[str, np.ndarray]:
-        """`pixel_values` [1, 3 N, S, S], `input_ids` [1, L] and `noise` [1, H, A]."""
-        state = None
+        """`pixel_values` [1, 3 N, S, S], `input_ids` [1, L], `noise` [1, H, A] and, of pi0, `STATE` [1, 1, S]."""
+        config, state = self._config, None
         if self._proprio is not None:
             state = normalised_state(observation.state, self._proprio, self._state)
-        return {
-            "pixel_values": pixel_values(observation.images, self._config)[None],
-            "input_ids": self._prompt.encode(observation.instruction, state)[None],
+        inputs = {
+            "pixel_values": pixel_values(observation.images, config)[None],
+            "input_ids": self._prompt.encode(observation.instruction, state if config.state_in_prompt else None)[None],
             "noise": self._bank[entry_of(observation, len(self._bank))][None],
         }
+        if state is not None and not config.state_in_prompt:
+            inputs[STATE] = state_row(state, config.state_width)
+        return inputs
 
     def decide(self, program: Program, inputs: Mapping[str, np.ndarray]) -> Decision:
         """Actions [H, K]; there are no tokens."""
@@ -58,8 +67,9 @@ class Pi05Policy:
         _, cache = program.run("prefix", {"input_ids": inputs["input_ids"], **patches})
         actions: np.ndarray = np.asarray(inputs["noise"], np.float32)
         change = np.float32(-1.0 / self._config.num_inference_steps)
+        state = {} if self._config.adaptive else {STATE: inputs[STATE]}
         for step in range(self._config.num_inference_steps):
-            values, _ = program.run("step", {"actions": actions, "step": np.asarray([step], np.int64), **cache})
+            values, _ = program.run("step", {"actions": actions, "step": np.asarray([step], np.int64), **state, **cache})
             actions = actions + change * values["velocity"]
         return finite(actions[0, :, : self._config.action_dim], self.scored)
 
@@ -69,13 +79,24 @@ def scaling_of(stats: Any, config: FlowConfig) -> Scaling:
     return Scaling.of(stats.low, stats.high, config.normalization, config.convention)
 
 
+_STATE_WAYS = {
+    (True, False): "none",
+    (True, True): "normalised, in the prompt",
+    (False, True): "normalised, a row before the actions",
+}
+
+
 class Pi05:
     """The family."""
 
     files = (TOKENIZER, NOISE)
 
     def config(self, raw: dict[str, Any], source: str) -> FlowConfig:
-        return FlowConfig.parsed(raw, source, takes_state=False, longest_prompt=_LONGEST_PROMPT)
+        variant = raw.get("variant", "pi05")
+        refuse_unless(variant in _LONGEST_PROMPT, f"{source}: variant", variant, tuple(_LONGEST_PROMPT))
+        return FlowConfig.parsed(
+            raw, source, adaptive=variant == "pi05", longest_prompt=_LONGEST_PROMPT[variant]
+        )
 
     def check_folder(self, config: FlowConfig, folder: Path) -> None:
         """Raises PolicyError where the statistics lie in files of their own: they were not imported."""
@@ -97,6 +118,7 @@ class Pi05:
                 "resize": f"bilinear into {config.image_size} x {config.image_size} pixels, aspect ratio kept",
                 "scale": "divided by 255, then 2 x - 1",
                 "prompt": prompt,
+                "state": _STATE_WAYS[config.adaptive, config.takes_state],
                 "convention": ways,
             },
             "actions": {
