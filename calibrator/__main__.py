@@ -21,7 +21,7 @@ _COMMANDS = {
 # Commands whose options belong to their own modules, which also answer `--help`.
 _ELSEWHERE = {
     "import-oft": ("calibrator.families.openvla_oft.published", "OpenVLA-OFT checkpoint -> policy folder"),
-    "import-pi05": ("calibrator.families.pi05.published", "pi0.5 or pi0 checkpoint of openpi or lerobot -> policy folder"),
+    "import-pi05": ("calibrator.families.pi05.published", "pi0.5 or pi0 checkpoint -> policy folder"),
     "report": ("calibrator.report", "scores + plan -> one HTML file"),
 }
 

@@ -1,4 +1,4 @@
-"""A tiny random pi0.5 policy: small enough to test every way through, with a padded action dimension."""
+"""Tiny random policies, pi0.5 and pi0: small enough to test every way through, with padded actions and state."""
 
 import json
 from collections.abc import Sequence
@@ -10,6 +10,8 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 
 INSTRUCTIONS = ("pick up the red block", "open the drawer", "push the button")
 KEY = "tiny"
+PI0: dict[str, Any] = {"variant": "pi0", "state_in_prompt": False, "normalization": "mean_std", "max_state_dim": 6}
+"""What a tiny pi0 has otherwise."""
 
 
 def tokenizer_of_words(sentences: Sequence[str], folder: Path) -> Tokenizer:
@@ -50,7 +52,10 @@ def tiny_config(images: int = 1, **changes: Any) -> dict[str, Any]:
                     "q01": [-1.0, -0.5, -1.0], "q99": [1.0, 0.5, 1.0],
                     "mean": [0.1, -0.05, 0.4], "std": [0.4, 0.2, 0.5],
                 },
-                "proprio": {"names": ["x", "gripper_width"], "q01": [-1.0, 0.0], "q99": [1.0, 0.1]},
+                "proprio": {
+                    "names": ["x", "gripper_width"], "q01": [-1.0, 0.0], "q99": [1.0, 0.1],
+                    "mean": [0.1, 0.04], "std": [0.5, 0.03],
+                },
             }
         },
     } | changes  # fmt: skip

@@ -6,6 +6,7 @@ conditioned so; otherwise they are Gemma's own.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -154,14 +155,12 @@ class PrefixBlock(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x)), key, value
 
 
-ExpertNorm = AdaptiveRmsNorm | RmsNorm
-
-
-def _expert_norm(width: int, adaptive: bool) -> ExpertNorm:
+def _expert_norm(width: int, adaptive: bool) -> Any:
+    """Of either kind: who reaches into an expert's norms knows which policy it is."""
     return AdaptiveRmsNorm(width) if adaptive else RmsNorm(width)
 
 
-def modulation(norm: ExpertNorm, row: Tensor | None) -> Modulation:
+def modulation(norm: AdaptiveRmsNorm | RmsNorm, row: Tensor | None) -> Modulation:
     """Of a norm of the expert. row: [B or 1, 3, width] of one that the time modulates, else None."""
     if isinstance(norm, RmsNorm):
         return norm.modulation()

@@ -2,12 +2,13 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from fake_source import FakeSource
-from pi05_policy import tiny_config, tiny_pi05_folder
+from pi05_policy import PI0, tiny_config, tiny_pi05_folder
 from torch import Tensor
 
 from calibrator.data.calibration import collect
@@ -38,8 +39,16 @@ NUMBERS = (0, 1, 2)
 
 @pytest.fixture(scope="module")
 def spec(tmp_path_factory: pytest.TempPathFactory) -> SweepSpec:
-    folder = tmp_path_factory.mktemp("pi05")
-    policy = tiny_pi05_folder(folder / "policy")
+    return spec_of(tmp_path_factory.mktemp("pi05"))
+
+
+@pytest.fixture(scope="module")
+def pi0(tmp_path_factory: pytest.TempPathFactory) -> Sweep:
+    return spec_of(tmp_path_factory.mktemp("pi0"), **PI0).open()
+
+
+def spec_of(folder: Path, **changes: Any) -> SweepSpec:
+    policy = tiny_pi05_folder(folder / "policy", **changes)
     collect([FakeSource((2, 1))], folder / "calibration", count=3, seed=0)
     return SweepSpec(str(policy), str(folder / "calibration"), SweepSettings((W2, W8)), batch_size=2)
 
@@ -66,14 +75,16 @@ def written_out(sweep: Sweep, number: int) -> tuple[dict[str, Tensor], dict[str,
         x = policy.embed(patches, inputs["input_ids"])
         entering, cache = policy.read(x)
         keep("language", entering[1])
-        states, _ = policy.integrated(inputs["noise"], cache)
+        states, _ = policy.integrated(inputs["noise"], cache, inputs.get("state"))
         keep("head", states)
         weight, bias = policy.action_out_proj.weight, policy.action_out_proj.bias
         actions = inputs["noise"] - (states @ weight.T + bias).sum(1) / 3
         row = actions[0, :2, :3]  # rows that are carried out, dimensions that the robot has
         decided = torch.from_numpy(sweep.reference.decided[number]).view(4, 3)[:2]
-        # Normalised by quantiles of -1 to 1, -0.5 to 0.5 and -1 to 1.
+        # Normalised by quantiles of -1 to 1, -0.5 to 0.5 and -1 to 1; pi0 by mean and deviation themselves.
         mean, deviation = torch.tensor([0.1, -0.1, 0.4]), torch.tensor([0.4, 0.4, 0.5])
+        if "state" in inputs:
+            mean, deviation = torch.zeros(3), torch.ones(3)
         direction = (decided - mean) / deviation**2
         objective = ((row - mean) * direction).sum() / ((decided - mean) * direction).sum()
         found = torch.autograd.grad(objective, list(points.values()))
@@ -82,6 +93,15 @@ def written_out(sweep: Sweep, number: int) -> tuple[dict[str, Tensor], dict[str,
 
 @pytest.mark.parametrize("unit", [None, UNITS[0], UNITS[2], UNITS[3], UNITS[6], UNITS[7]])
 def test_boundaries_and_gradients_are_those_of_a_plain_pass(sweep: Sweep, unit: str | None) -> None:
+    assert_a_plain_pass(sweep, unit)
+
+
+@pytest.mark.parametrize("unit", [None, "state_proj", "action_time_mlp_in", "action_time_mlp_out", UNITS[5]])
+def test_pi0_s_boundaries_and_gradients_are_those_of_a_plain_pass(pi0: Sweep, unit: str | None) -> None:
+    assert_a_plain_pass(pi0, unit)
+
+
+def assert_a_plain_pass(sweep: Sweep, unit: str | None) -> None:
     segments = {one.name: one.segment for one in live_units(sweep.policy)}
     for number in NUMBERS:
         trunk, measured = sweep.full_precision((number,))

@@ -1,15 +1,15 @@
-"""Both published layouts of pi0.5 become the same policy folder; what does not fit is one line that names it."""
+"""Both published layouts of pi0.5 and pi0 become one kind of policy folder; what does not fit is one line."""
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from pi05_policy import KEY, tiny_config, tiny_pi05_folder
+from pi05_policy import KEY, PI0, tiny_config, tiny_pi05_folder
 from safetensors.torch import load_file, save_file
 
 from calibrator.__main__ import main
@@ -26,11 +26,16 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_pi05_folder(tmp_path_factory.mktemp("pi05") / "policy")
 
 
-def state_stats() -> dict[str, Any]:
-    return {name: STATS["proprio"][name] for name in ("q01", "q99")}
+@pytest.fixture(scope="module")
+def pi0(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_pi05_folder(tmp_path_factory.mktemp("pi0") / "policy", **PI0 | {"max_state_dim": 5})
 
 
-def openpi(policy: Path, folder: Path) -> Path:
+def state_stats(names: Sequence[str] = ("q01", "q99")) -> dict[str, Any]:
+    return {name: STATS["proprio"][name] for name in names}
+
+
+def openpi(policy: Path, folder: Path, statistics: Sequence[str] = ("q01", "q99")) -> Path:
     """The policy as openpi's converter writes it."""
     folder.mkdir()
     shutil.copyfile(policy / "model.safetensors", folder / "model.safetensors")
@@ -39,12 +44,12 @@ def openpi(policy: Path, folder: Path) -> Path:
     (folder / "config.json").write_text(json.dumps(raw | SIZES))
     assets = folder / "assets" / "robot" / KEY
     assets.mkdir(parents=True)
-    stats = {"norm_stats": {"state": state_stats(), "actions": STATS["action"]}}
+    stats = {"norm_stats": {"state": state_stats(statistics), "actions": STATS["action"]}}
     (assets / "norm_stats.json").write_text(json.dumps(stats))
     return folder
 
 
-def lerobot(policy: Path, folder: Path, prefix: str = "model.") -> Path:
+def lerobot(policy: Path, folder: Path, prefix: str = "model.", statistics: Sequence[str] = ("q01", "q99")) -> Path:
     """The policy as lerobot saves it."""
     folder.mkdir()
     shutil.copyfile(policy / "tokenizer.json", folder / "tokenizer.json")
@@ -63,7 +68,7 @@ def lerobot(policy: Path, folder: Path, prefix: str = "model.") -> Path:
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(raw | SIZES))
     values = {f"action.{name}": value for name, value in STATS["action"].items()}
-    values |= {f"observation.state.{name}": value for name, value in state_stats().items()}
+    values |= {f"observation.state.{name}": value for name, value in state_stats(statistics).items()}
     for side, kind in (("pre", "normalizer"), ("post", "unnormalizer")):
         file = f"policy_{side}processor_step_2_{kind}_processor.safetensors"
         save_file({name: torch.tensor(value) for name, value in values.items()}, folder / file)
@@ -134,20 +139,17 @@ def tensors(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path]
         (without("model.safetensors"), [], "model.safetensors: no such file"),
         (without("tokenizer.json"), [], "tokenizer.json: no such file; name PaliGemma's with --tokenizer"),
         (without("policy_postprocessor.json"), [], "policy_postprocessor.json: cannot be read"),
-        (changed(type="pi0"), [], "type is 'pi0', expected 'pi05'"),
+        (changed(type="pi0"), [], "type is 'pi0', expected 'pi05', as the weights are"),
         (changed(normalization_mapping={"STATE": "MEAN_STD"}), [], "STATE and ACTION are MEAN_STD and QUANTILES"),
         (changed(normalization_mapping={"STATE": "MIN_MAX", "ACTION": "MIN_MAX"}), [], "both must be QUANTILES or"),
         (changed(normalization_mapping={"STATE": "MEAN_STD", "ACTION": "MEAN_STD"}), [], "'mean' is missing"),
         (changed(max_action_dim=6), [], "action_in_proj.weight' has shape [64, 5], expected [64, 6]"),
         (changed(chunk_size=1), [], "n_action_steps: 2 of a chunk_size of 1 rows"),
+        (changed(use_relative_actions=True), [], "use_relative_actions: True is not supported; only False is"),
         (lambda folder: None, ["--state-names", "x"], "a state of 2 values, --state-names gives 1"),
         (tensors(lambda t: t.pop("model.action_in_proj.bias")), [], "'action_in_proj.bias' missing"),
         (tensors(lambda t: t.update({"model.extra": torch.zeros(1)})), [], "'extra' does not belong to the"),
-        (
-            tensors(lambda t: t.update({"model.action_time_mlp_in.bias": torch.zeros(64)})),
-            [],
-            "this is pi0 (it has action_time_mlp_in); only pi0.5 is read",
-        ),
+        (tensors(lambda t: t.update({"model.state_proj.bias": torch.zeros(64)})), [], "'state_proj.bias' does not"),
     ],
 )
 def test_what_does_not_fit_is_one_line_and_leaves_nothing(
@@ -163,6 +165,87 @@ def test_what_does_not_fit_is_one_line_and_leaves_nothing(
     assert imported(checkpoint, tmp_path / "out", *GIVEN, "--convention", "lerobot", *options) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert message in error
+    assert not (tmp_path / "out").exists()
+
+
+OF_BOTH = ("mean", "std")
+
+
+def pi0_of_lerobot(policy: Path, folder: Path) -> Path:
+    """Its type is another, and so is what a mapping means that is left out."""
+    checkpoint = lerobot(policy, folder, statistics=OF_BOTH)
+    changed(type="pi0", normalization_mapping={"VISUAL": "IDENTITY"}, max_state_dim=5)(checkpoint)
+    return checkpoint
+
+
+def pi0_of_openpi(policy: Path, folder: Path) -> Path:
+    return openpi(policy, folder, OF_BOTH)
+
+
+@pytest.mark.parametrize(
+    ("publish", "options"),
+    [
+        (pi0_of_openpi, ["--convention", "openpi", "--images", "1", "--executed", "2", "--normalization", "mean_std"]),
+        (pi0_of_lerobot, ["--convention", "openpi"]),
+    ],
+    ids=["openpi", "lerobot"],
+)
+def test_a_pi0_checkpoint_decides_what_its_weights_decide(
+    pi0: Path,
+    tmp_path: Path,
+    publish: Callable[[Path, Path], Path],
+    options: list[str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert imported(publish(pi0, tmp_path / "checkpoint"), tmp_path / "policy", *GIVEN, *options) == 0
+    assert "pi0; chunks of 4 rows, 2 carried out, of 3 values; 1 images, a state of 2 values as a row before the" in (
+        capsys.readouterr().out
+    )
+    raw = json.loads((tmp_path / "policy/config.json").read_text())
+    assert (raw["variant"], raw["state_in_prompt"], raw["normalization"]) == ("pi0", False, "mean_std")
+    shutil.copyfile(pi0 / "noise.npy", tmp_path / "policy" / "noise.npy")
+    (tmp_path / "policy/config.json").write_text(json.dumps(raw | {"num_inference_steps": 3}))
+    image = np.random.default_rng(0).integers(0, 256, (32, 40, 3), dtype=np.uint8)
+    seen = Observation(image, "open the drawer", np.array([0.3, 0.02]))
+    first, second = (TorchActor.load(folder).act(seen) for folder in (pi0, tmp_path / "policy"))
+    # lerobot's statistics are float32.
+    np.testing.assert_allclose(first.action, second.action, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("damage", "options", "message"),
+    [
+        (lambda folder: None, [], "this is pi0, which takes a state; name its values with --state-names"),
+        (lambda folder: None, ["--state-names", "x"], "a state of 2 values, --state-names gives 1"),
+        (changed(type="pi05"), GIVEN, "type is 'pi05', expected 'pi0', as the weights are"),
+        (changed(max_state_dim=6), GIVEN, "state_proj.weight' has shape [64, 5], expected [64, 6]"),
+        (changed(max_state_dim=1), GIVEN, "2 values of the state, max_state_dim is 1"),
+        (changed(max_action_dim=2), GIVEN, "3 values of an action, max_action_dim is 2"),
+        (changed(chunk_size=1), GIVEN, "n_action_steps: 2 of a chunk_size of 1 rows"),
+        (changed(normalization_mapping={"STATE": "QUANTILES", "ACTION": "QUANTILES"}), GIVEN, "'q01' is missing"),
+        (changed(use_delta_joint_actions_aloha=True), GIVEN, "use_delta_joint_actions_aloha: True is not supported"),
+        (tensors(lambda t: t.pop("model.state_proj.bias")), GIVEN, "'state_proj.bias' missing"),
+        (tensors(lambda t: t.update({"model.time_mlp_in.bias": torch.zeros(64)})), GIVEN, "does not belong to"),
+        (
+            tensors(lambda t: t.pop("model.action_time_mlp_in.weight")),
+            GIVEN,
+            "type is 'pi0', expected 'pi05', as the weights are",
+        ),
+    ],
+)
+def test_a_pi0_that_does_not_fit_is_one_line_and_leaves_nothing(
+    pi0: Path,
+    tmp_path: Path,
+    damage: Callable[[Path], None],
+    options: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    checkpoint = pi0_of_lerobot(pi0, tmp_path / "checkpoint")
+    damage(checkpoint)
+    assert imported(checkpoint, tmp_path / "out", *options, "--convention", "lerobot") == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1 and message in error[0]
     assert not (tmp_path / "out").exists()
 
 

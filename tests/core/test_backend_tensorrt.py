@@ -14,7 +14,7 @@ import pytest
 import torch
 from fake_gpu import VERSION, FakeEngine, fake_modules
 from onnx import TensorProto
-from pi05_policy import tiny_pi05_folder
+from pi05_policy import PI0, tiny_pi05_folder
 from ragged import KEY, TOKEN_VOCAB, observation, write_policy
 from rounding import assert_clear
 from tiny import INSTRUCTIONS, tiny_policy_folder
@@ -175,6 +175,7 @@ CASES = {
     "openvla_oft": Case(lambda folder: tiny_policy_folder(folder, images=2, chunk=4), "tiny",
                         seen_by(32, 2, [0.3, 0.05]), 128, 60),
     "pi05": Case(lambda folder: tiny_pi05_folder(folder, images=2), "tiny", seen_by(40, 2, [0.3, 0.05]), 200, 570),
+    "pi0": Case(lambda folder: tiny_pi05_folder(folder, **PI0), "tiny", seen_by(40, 1, [0.3, 0.05]), 48, 570),
 }  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from vla_policy.core.observation import Observation
 from vla_policy.core.policy_config import PolicyConfig
 
 IO, SMALL = golden("pi05_io"), golden("pi05_seed1")
+OF_PI0 = {"variant": "pi0", "state_in_prompt": False, "normalization": "mean_std"}
 RECORDED = {"openpi": IO, "lerobot": IO["lerobot_0.6.1"], "lerobot_0_4": IO["lerobot_0.4.4"]}
 # lerobot computes in float32, openpi in float64; its recorded actions are float32.
 TOLERANCE = {"openpi": 1e-7, "lerobot": 2e-6, "lerobot_0_4": 2e-6}
@@ -48,6 +49,24 @@ def test_statistics_and_prompt_are_those_of_the_code_that_trained(convention: st
     ids = prompt.encode("pick up the red_block and\nplace it ", state)
     spoken = wanted.replace("\n", " \n ").split(" ")
     assert [words.id_to_token(token) for token in ids.tolist()] == ["<bos>", *filter(None, spoken)]
+
+
+@pytest.mark.parametrize("convention", CONVENTIONS)
+def test_pi0_takes_the_state_as_a_row_and_the_bare_instruction(convention: str, tmp_path: Path) -> None:
+    """Normalised as the published codes record it, filled up with zeros; no convention writes it into the prompt."""
+    config = config_of(convention, **OF_PI0)
+    assert config.takes_state and config.longest_prompt == 48 and config.suffix == 11
+    words = tokenizer_of_words(["place it", IO["prompt_with_state_quantile"]], tmp_path)
+    np.save(tmp_path / "noise.npy", draw_bank(config))
+    policy, image = Pi05Policy(config, tmp_path, None), np.zeros((20, 30, 3), np.uint8)
+    inputs = policy.inputs(Observation(image, "place it", np.asarray(IO["state_raw"])))
+    assert inputs["state"].shape == (1, 1, 32) and inputs["state"].dtype == np.float32
+    wanted = np.pad(RECORDED[convention]["state_normalized_mean_std"], (0, 24))
+    np.testing.assert_allclose(inputs["state"][0, 0], wanted, atol=TOLERANCE[convention] + 1e-7)
+    assert [words.id_to_token(token) for token in inputs["input_ids"][0]] == ["<bos>", "place", "it", "\n"]
+    for state in (np.zeros(7), np.full(8, np.nan), None):
+        with pytest.raises(DataError, match="state: expected 8 finite values"):
+            policy.inputs(Observation(image, "place it", state))
 
 
 def test_bins_are_not_clipped() -> None:
@@ -99,6 +118,10 @@ def test_the_same_observation_begins_with_the_same_noise_and_any_other_may_not()
         ({"expert_config": {"num_hidden_layers": 3}}, "expert_config.num_hidden_layers is 3, text_config's 5"),
         ({"use_relative_actions": True}, "use_relative_actions: True is not supported"),
         ({"chunk_size": 0}, "chunk_size: expected an integer of at least 1, got 0"),
+        ({"variant": "pi0_fast"}, "variant: 'pi0_fast' is not supported; only 'pi05' or 'pi0' is"),
+        ({"variant": "pi0"}, "state_in_prompt: True is not supported; only False is"),
+        (OF_PI0 | {"max_state_dim": 6}, "8 values of the state, max_state_dim is 6"),
+        (OF_PI0 | {"norm_stats": {"x": {"action": IO["action_stats"]}}}, "the policy takes a state, but norm_stats"),
     ],
 )
 def test_a_configuration_that_is_not_understood_is_refused_by_name(change: dict[str, Any], message: str) -> None:

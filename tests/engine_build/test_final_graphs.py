@@ -7,7 +7,7 @@ from pathlib import Path
 import onnx
 import onnxruntime as ort
 import pytest
-from pi05_policy import tiny_pi05_folder
+from pi05_policy import PI0, tiny_pi05_folder
 from ragged import write_policy
 from tiny import tiny_policy_folder
 
@@ -28,8 +28,13 @@ def operators(graph: Path, options: ort.SessionOptions, optimised: Path) -> Coun
 @pytest.mark.parametrize("choice", ["w16a16", "w8a16", "w4a16_g32", "w4a8_g32", "w8a8"])
 @pytest.mark.parametrize(
     "policy",
-    [write_policy, lambda folder: tiny_policy_folder(folder, chunk=4), tiny_pi05_folder],
-    ids=["openvla", "openvla_oft", "pi05"],
+    [
+        write_policy,
+        lambda folder: tiny_policy_folder(folder, chunk=4),
+        tiny_pi05_folder,
+        lambda folder: tiny_pi05_folder(folder, **PI0),
+    ],
+    ids=["openvla", "openvla_oft", "pi05", "pi0"],
 )
 def test_the_highest_level_finds_no_other_operators(
     policy: Callable[[Path], Path], choice: str, tmp_path: Path

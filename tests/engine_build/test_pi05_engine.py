@@ -1,11 +1,12 @@
-"""Engines of a pi0.5 policy: three graphs, the loop outside of them, the same numbers as torch."""
+"""Engines of pi0.5 and pi0 policies: three graphs, the loop outside of them, the same numbers as torch."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
-from pi05_policy import INSTRUCTIONS, KEY, tiny_pi05_folder
+from pi05_policy import INSTRUCTIONS, KEY, PI0, tiny_pi05_folder
 from ragged import mixed_assignment, write_plan
 from rounding import NETWORK
 
@@ -33,9 +34,25 @@ FORMATS = ["w2a16_g32", "w4a16_g32", "w8a16_g32", "w16a16"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a pi0.5 policy with the state in its prompt."""
+    return material(tmp_path_factory.mktemp("pi05_engine"))
+
+
+@pytest.fixture(scope="module")
+def pi0(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a pi0 policy."""
+    return material(tmp_path_factory.mktemp("pi0_engine"), **PI0)
+
+
+@pytest.fixture(params=["folder", "pi0"])
+def either(request: pytest.FixtureRequest) -> Path:
+    found: Path = request.getfixturevalue(request.param)
+    return found
+
+
+def material(made: Path, **changes: Any) -> Path:
     """`policy` of two images and a state, `plan.json`, and the engines `engine` and `engine16`."""
-    made = tmp_path_factory.mktemp("pi05_engine")
-    policy = tiny_pi05_folder(made / "policy", images=2)
+    policy = tiny_pi05_folder(made / "policy", images=2, **changes)
     assignment = mixed_assignment(list(layers_of(PolicyConfig.load(policy))), FORMATS)
     plan = write_plan(made / "plan.json", sha256_policy(policy), assignment)
     build(Request(policy, find_target("cpu"), made / "engine", plan=plan))
@@ -49,9 +66,9 @@ def observation(seed: int) -> Observation:
     return Observation(image, INSTRUCTIONS[seed % 3], rng.uniform(0, 0.1, 2).astype(np.float32), (wrist,))
 
 
-def test_actions_equal_the_torch_policy_s(folder: Path) -> None:
+def test_actions_equal_the_torch_policy_s(either: Path) -> None:
     for name in ("engine", "engine16"):
-        engine, actor = load_engine(folder / name, threads=1), TorchActor.load(folder / "policy")
+        engine, actor = load_engine(either / name, threads=1), TorchActor.load(either / "policy")
         if name == "engine":
             quantize_policy(actor.policy, mixed_assignment(list(layers_of(engine.config)), FORMATS))
         for seed in range(3):
@@ -78,6 +95,32 @@ def test_image_words_state_and_noise_matter(folder: Path) -> None:
         assert np.abs(other - action).max() > 1e-3, name
     hotter = Observation(seen.image, seen.instruction, np.array([0.9, 0.09], np.float32), seen.further)
     assert not np.array_equal(engine.policy.inputs(hotter)["input_ids"], usual["input_ids"])
+
+
+def test_the_state_of_pi0_enters_every_step_and_not_the_prompt(pi0: Path) -> None:
+    engine, seen = load_engine(pi0 / "engine16", threads=1), observation(0)
+    usual, step = engine.policy.inputs(seen), engine.manifest.graphs["step"]
+    assert [spec.shape for spec in step.inputs if spec.name == "state"] == [(1, 1, 6)]
+    hotter = Observation(seen.image, seen.instruction, np.array([0.9, 0.09], np.float32), seen.further)
+    other = engine.policy.inputs(hotter) | {"noise": usual["noise"]}
+    assert [name for name in usual if not np.array_equal(usual[name], other[name])] == ["state"]
+    first, second = (engine.policy.decide(engine.program(), inputs).action for inputs in (usual, other))
+    assert np.abs(first - second).max() > 1e-3
+    changes = {"pixel_values": -usual["pixel_values"], "input_ids": usual["input_ids"][:, :-1],
+               "noise": -usual["noise"]}  # fmt: skip
+    for name, value in changes.items():
+        assert np.abs(engine.policy.decide(engine.program(), {**usual, name: value}).action - first).max() > 1e-3, name
+
+
+def test_pi0_is_verified_and_costs_a_row_more_than_its_chunk(pi0: Path) -> None:
+    outcome = verify(pi0 / "engine", pi0 / "policy", States(None, samples=2)).reference
+    assert outcome is not None and outcome.layers is not None
+    assert outcome.same_formats.scores_error < STEPS * NETWORK and len(outcome.layers.formats) == len(FORMATS)
+    runs = runs_per_action(PolicyConfig.load(pi0 / "policy"))
+    expert = "paligemma_with_expert.gemma_expert.model.layers.1"
+    assert runs[f"{expert}.mlp.up_proj"] == (Runs(HORIZON + 1, STEPS),)
+    assert runs["state_proj"] == (Runs(1, STEPS),)
+    assert runs["action_out_proj"] == runs["action_time_mlp_in"] == (Runs(HORIZON, STEPS),)
 
 
 def test_it_is_verified_and_measured_like_any_other(folder: Path) -> None:
@@ -116,9 +159,9 @@ def test_the_cost_of_a_layer_counts_every_step(folder: Path) -> None:
     assert f"{prefix}.2.self_attn.q_proj" not in runs, "of the last block only keys and values are read"
 
 
-def test_its_three_graphs_are_built_for_an_a100_without_a_gpu(folder: Path, tmp_path: Path) -> None:
+def test_its_three_graphs_are_built_for_an_a100_without_a_gpu(either: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX builds sm_80 engines anywhere once it is installed")
-    policy, plan = folder / "policy", folder / "plan.json"
+    policy, plan = either / "policy", either / "plan.json"
     manifest = build(Request(policy, find_target("a100"), tmp_path / "engine", plan=plan, legalize=True))
     assert {spec.file for spec in manifest.graphs.values()} == {"vision.engine", "prefix.engine", "step.engine"}
     assert {unit.planned for unit in manifest.units} >= {"w2a16_g32", "w4a16_g32", "w16a16"}
@@ -126,7 +169,9 @@ def test_its_three_graphs_are_built_for_an_a100_without_a_gpu(folder: Path, tmp_
     _, graphs = exported.load(tmp_path / "engine")
     stand = {name for graph in graphs.values() for name, tensor in graph.tensors.items() if tensor.found}
     assert stand >= {f"{unit.name}.codes" for unit in manifest.units if unit.planned != "w16a16"}
-    # Attention's scale is merged into queries of 16 bits, which is counted as not compared.
+    # Counted as not compared: attention's scale is merged into queries of 16 bits, and a norm's weights, which the time
+    # does not modulate, into the one matrix that reads it.
+    merged = ("q_proj.weight",) if manifest.config.adaptive else ("q_proj.weight", "action_out_proj.weight")
     whole = {f"{unit.name}.weight" for unit in manifest.units if unit.planned == "w16a16"}
-    assert all(name.endswith("q_proj.weight") for name in whole - stand)
+    assert not [name for name in whole - stand if not name.endswith(merged)]
     assert found.tensors == sum(len(graph.tensors) for graph in graphs.values()) and not found.ran_on_target

@@ -305,10 +305,8 @@ class Pi05(Policy):
             for number in range(config.expert.num_hidden_layers)
             for part, fused in (("self_attn", _inside("self_attn")), ("mlp", _inside("mlp")))
         ]
-        joined = () if config.adaptive else (
-            kept("state_proj", 1), kept("action_time_mlp_in"), kept("action_time_mlp_out")
-        )
-        return (kept("action_in_proj"), *joined, *blocks, kept("action_out_proj"))
+        joined = (kept("state_proj", 1), kept("action_time_mlp_in"), kept("action_time_mlp_out"))
+        return (kept("action_in_proj"), *(() if config.adaptive else joined), *blocks, kept("action_out_proj"))
 
     def _patch_runs(self, prompt_tokens: float, decided: int) -> tuple[Runs, ...]:
         return (Runs(self.config.num_patches),)

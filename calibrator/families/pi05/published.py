@@ -22,7 +22,7 @@ from calibrator.tensors import disk_errors
 from vla_policy.core.errors import ArtefactError, PolicyError
 from vla_policy.core.families.pi05 import FAMILY
 from vla_policy.core.files import named_file, read_json
-from vla_policy.core.flow.config import FlowConfig
+from vla_policy.core.flow.config import SUPPORTED, FlowConfig
 from vla_policy.core.flow.conventions import CONVENTIONS
 from vla_policy.core.flow.noise import NOISE, draw_bank
 from vla_policy.core.flow.prompt import TOKENIZER, FlowPrompt
@@ -170,7 +170,8 @@ def _lerobot(
     for name, value in _tensors(before, "action").items():
         if value != statistics["action"].get(name, value):
             raise PolicyError(f"{after.name} and {before.name}: action.{name} differ; the files do not belong together")
-    return {name: published[name] for name in _COPIED if name in published} | {
+    told = (*_COPIED, *SUPPORTED)
+    return {name: published[name] for name in told if published.get(name) is not None} | {
         "chunk_size": published.get("chunk_size", 50),
         "n_action_steps": settings.executed or published.get("n_action_steps", 50),
         "num_images_in_input": settings.images or max(1, len(images)),
@@ -276,8 +277,9 @@ def _parser() -> argparse.ArgumentParser:
         "--action-dim", type=int, help="values of the robot's action, where the statistics are filled up to more"
     )
     parser.add_argument(
-        "--normalization", choices=sorted(NORMALIZATIONS), help="statistics that an openpi policy uses: pi0.5 quantiles, "
-        "pi0 mean_std"
+        "--normalization",
+        choices=sorted(NORMALIZATIONS),
+        help="statistics that an openpi policy uses: pi0.5 quantiles, pi0 mean_std",
     )
     parser.add_argument("--tokenizer", type=Path, help="PaliGemma's tokenizer.json; default: the checkpoint's")
     parser.add_argument("--noise-seed", type=int, default=0, help="of the bank of noises; default: %(default)s")

@@ -62,13 +62,14 @@ ROPE_THETA = 10000.0
 _EXPERT = GemmaSpec(hidden_size=1024, intermediate_size=4096)
 _SHARED = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
 _PUBLISHED_VOCABULARY = 257152
-_SUPPORTED: dict[str, tuple[Any, ...]] = {
+SUPPORTED: dict[str, tuple[Any, ...]] = {
     "use_relative_actions": (False,),
     "use_delta_joint_actions_aloha": (False,),
     "adapt_to_pi_aloha": (False,),
     "rtc_config": (),
     "quantization_config": (),
 }
+"""Keys that change the arithmetic, and the values that are implemented; a key may also be left out."""
 Spec = TypeVar("Spec", SiglipSpec, GemmaSpec)
 
 
@@ -123,7 +124,7 @@ class FlowConfig(PolicyConfig):
 
         longest_prompt: where `raw` tells none. Raises PolicyError naming the key that is missing or wrong.
         """
-        for key, supported in _SUPPORTED.items():
+        for key, supported in SUPPORTED.items():
             refuse_unless(raw.get(key) in (None, *supported), f"{source}: {key}", raw.get(key), supported)
         vision = _spec(SiglipSpec(), raw, "vision_config", source)
         text, expert = _spec(GemmaSpec(), raw, "text_config", source), _spec(_EXPERT, raw, "expert_config", source)

@@ -69,7 +69,8 @@ class Pi05Policy:
         change = np.float32(-1.0 / self._config.num_inference_steps)
         state = {} if self._config.adaptive else {STATE: inputs[STATE]}
         for step in range(self._config.num_inference_steps):
-            values, _ = program.run("step", {"actions": actions, "step": np.asarray([step], np.int64), **state, **cache})
+            number = {"step": np.asarray([step], np.int64)}
+            values, _ = program.run("step", {"actions": actions, **number, **state, **cache})
             actions = actions + change * values["velocity"]
         return finite(actions[0, :, : self._config.action_dim], self.scored)
 
@@ -94,9 +95,7 @@ class Pi05:
     def config(self, raw: dict[str, Any], source: str) -> FlowConfig:
         variant = raw.get("variant", "pi05")
         refuse_unless(variant in _LONGEST_PROMPT, f"{source}: variant", variant, tuple(_LONGEST_PROMPT))
-        return FlowConfig.parsed(
-            raw, source, adaptive=variant == "pi05", longest_prompt=_LONGEST_PROMPT[variant]
-        )
+        return FlowConfig.parsed(raw, source, adaptive=variant == "pi05", longest_prompt=_LONGEST_PROMPT[variant])
 
     def check_folder(self, config: FlowConfig, folder: Path) -> None:
         """Raises PolicyError where the statistics lie in files of their own: they were not imported."""
