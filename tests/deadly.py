@@ -1,4 +1,4 @@
-"""A sweep whose process is killed in the middle of one layer."""
+"""A sweep whose process is killed in the middle of one layer, and a chore whose process is killed."""
 
 import os
 import signal
@@ -11,6 +11,30 @@ from calibrator.sensitivity.sweep import Sweep, SweepSpec, UnitLosses
 from vla_policy.core.formats import Choice
 
 
+def _die(marker: Path, times: int) -> None:
+    """Kills this process unless it has happened `times` times, which `marker` counts."""
+    killed = marker.read_text() if marker.exists() else ""
+    if len(killed) < times:
+        marker.write_text(killed + "x")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@dataclass(frozen=True)
+class DeadlyChore:
+    """Gives its name, but kills its process the first `times` times."""
+
+    name: str
+    marker: Path
+    times: int
+
+    def __str__(self) -> str:
+        return f"chore {self.name}"
+
+    def __call__(self) -> str:
+        _die(self.marker, self.times)
+        return self.name
+
+
 class DeadlySweep(Sweep):
     """Kills its own process the first `times` times that `unit` is evaluated; `marker` counts them."""
 
@@ -20,10 +44,8 @@ class DeadlySweep(Sweep):
 
     def evaluate(self, unit: str, choices: tuple[Choice, ...], samples: tuple[int, ...]) -> UnitLosses:
         losses = super().evaluate(unit, choices, samples)
-        killed = self.marker.read_text() if self.marker.exists() else ""
-        if unit == self.unit and len(killed) < self.times:
-            self.marker.write_text(killed + "x")
-            os.kill(os.getpid(), signal.SIGKILL)
+        if unit == self.unit:
+            _die(self.marker, self.times)
         return losses
 
 

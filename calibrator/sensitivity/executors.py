@@ -25,6 +25,12 @@ class Work(Protocol[Result]):
     def __call__(self, sweep: Sweep) -> Result: ...
 
 
+class Chore(Protocol[Result]):
+    """Something that needs no sweep, whose policy would be in memory beside its own; its text names it for people."""
+
+    def __call__(self) -> Result: ...
+
+
 @dataclass(frozen=True)
 class Task:
     """One layer in some choices on some states."""
@@ -71,6 +77,10 @@ class Executor(Protocol):
     usage: Usage | None
     workers: int
 
+    def prepare(self, chores: Sequence[Chore[Result]]) -> Iterator[Result]:
+        """The results of what needs no sweep, in the order in which they come; before any sweep is opened."""
+        ...
+
     def reference(self, done: Callable[[int], None]) -> Reference:
         """The full-precision reference; `done` hears of the states that are done."""
         ...
@@ -88,6 +98,10 @@ class LocalExecutor:
         self._sweep: Sweep | None = None
         self.usage: Usage | None = None
         self.workers = 1
+
+    def prepare(self, chores: Sequence[Chore[Result]]) -> Iterator[Result]:
+        for chore in chores:
+            yield chore()
 
     def reference(self, done: Callable[[int], None]) -> Reference:
         return self._open(None, done).reference
@@ -134,6 +148,12 @@ def _on_worker(
         return work(_worker_sweeps[key]), Usage.now(spec.device)
 
 
+def _alone(spec: SweepSpec, chore: Callable[[], Any], threads: int) -> tuple[Any, Usage]:
+    """Runs in a Ray worker process."""
+    torch.set_num_threads(threads)
+    return chore(), Usage.now(spec.device)
+
+
 def _reference_of(sweep: Sweep) -> Reference:
     return sweep.reference
 
@@ -166,20 +186,29 @@ class RayExecutor:
         self.usage: Usage | None = None
         self.workers = max(1, int(there.get("GPU", 0) if self._gpus else there.get("CPU", 1) // cpus_per_task))
 
+    def prepare(self, chores: Sequence[Chore[Result]]) -> Iterator[Result]:
+        remote = self._remote(_alone)
+        return self._carry_out(chores, lambda chore: remote.remote(self._spec, chore, self._cpus))
+
     def reference(self, done: Callable[[int], None]) -> Reference:
-        (ref,) = self._carry_out([_reference_of], None)
+        (ref,) = self._swept([_reference_of], None)
         done(len(ref.decided))
         return ref
 
     def run(self, work: Sequence[Work[Result]], ref: Reference) -> Iterator[Result]:
-        return self._carry_out(work, ref)
+        return self._swept(work, ref)
 
-    def _carry_out(self, work: Sequence[Callable[[Sweep], Any]], ref: Reference | None) -> Iterator[Any]:
-        # Ray's own retries are without limit where memory ran out, so they are counted here; an error of the
-        # evaluation itself comes back and ends the sweep.
-        remote = self._ray.remote(num_cpus=self._cpus, num_gpus=self._gpus, max_retries=0)(_on_worker)
-        given = self._ray.put(ref)
-        waiting = {remote.remote(self._spec, given, self._key, one, self._cpus): (one, 1) for one in work}
+    def _swept(self, work: Sequence[Callable[[Sweep], Any]], ref: Reference | None) -> Iterator[Any]:
+        remote, given = self._remote(_on_worker), self._ray.put(ref)
+        return self._carry_out(work, lambda one: remote.remote(self._spec, given, self._key, one, self._cpus))
+
+    def _remote(self, function: Callable[..., tuple[Any, Usage]]) -> Any:
+        # Ray's own retries are without limit where memory ran out, so they are counted by `_carry_out`.
+        return self._ray.remote(num_cpus=self._cpus, num_gpus=self._gpus, max_retries=0)(function)
+
+    def _carry_out(self, work: Sequence[Any], give: Callable[[Any], Any]) -> Iterator[Any]:
+        """give: hands one piece to a worker. An error of the work itself comes back and ends the run."""
+        waiting = {give(one): (one, 1) for one in work}
         try:
             while waiting:
                 (future,), _ = self._ray.wait(list(waiting), num_returns=1)
@@ -193,7 +222,7 @@ class RayExecutor:
                 except self._died as error:
                     if attempt == ATTEMPTS:
                         raise self._lost(one, error) from error
-                    waiting[remote.remote(self._spec, given, self._key, one, self._cpus)] = one, attempt + 1
+                    waiting[give(one)] = one, attempt + 1
                     continue
                 if self.usage is None or usage.rss_bytes > self.usage.rss_bytes:
                     self.usage = usage

@@ -16,6 +16,7 @@ import torch
 from calibrator.codes import KeptCodes, Source, Wanted, are_kept, check_source, write_codes
 from calibrator.conventions.check import Outcome, check
 from calibrator.conventions.deciders import PolicyDecider
+from calibrator.data.calibration import load_calibration
 from calibrator.families import Policy, live_units
 from calibrator.families.loading import check_device
 from calibrator.sensitivity.artefact import all_params, tensor_files, write
@@ -78,7 +79,7 @@ def measure(spec: SweepSpec, out: Path, scores: ScoreSettings, options: RunOptio
         run = Run(spec, scores, options, identity, policy, states, shapes, chosen, started_s)
         _warn_of_phases(run)
         with _executor(run) as executor:
-            _keep_codes(run, journal)
+            _keep_codes(run, executor, journal.codes)
             result = _measure(run, out, executor, journal)
         journal.discard()
     return result
@@ -143,8 +144,37 @@ def _check_recipes(spec: SweepSpec, policy: Policy, chosen: Sequence[UnitShape])
     check_source(_source(spec), _wanted_codes(spec, policy, chosen, Path()))
 
 
-def _keep_codes(run: Run, journal: Journal) -> None:
-    write_codes(_source(run.spec), _wanted_codes(run.spec, run.policy, run.chosen, journal.codes))
+@dataclass(frozen=True)
+class _CodesChore:
+    """Writes what is missing of some layers' codes to `folder`, from the policy and the states that the run is of."""
+
+    spec: SweepSpec
+    units: tuple[UnitShape, ...]
+    folder: Path
+
+    def __str__(self) -> str:
+        return f"the codes of {len(self.units)} layers"
+
+    def __call__(self) -> int:
+        """The number of layers."""
+        self.spec.check_inputs(load_calibration(self.spec.calibration).sha256)
+        write_codes(_source(self.spec), _wanted_codes(self.spec, self.spec.empty_policy(), self.units, self.folder))
+        return len(self.units)
+
+
+def _keep_codes(run: Run, executor: Executor, folder: Path) -> None:
+    """Each worker takes part of the layers, whole groups, since those of one group are found from the same inputs."""
+    missing = {one.unit.group for one in _wanted_codes(run.spec, run.policy, run.chosen, folder) if one.missing}
+    if not missing:
+        return
+    parts: list[list[UnitShape]] = [[] for _ in range(min(executor.workers, len(missing)))]
+    for group in sorted(missing, key=lambda group: -sum(shape.params for shape in run.chosen if shape.group == group)):
+        smallest = min(parts, key=lambda part: sum(shape.params for shape in part))
+        smallest += [shape for shape in run.chosen if shape.group == group]
+    chores = [_CodesChore(run.spec, tuple(part), folder) for part in parts]
+    with run.options.progress(total=sum(map(len, parts)), desc="codes", unit="layer") as bar:
+        for count in executor.prepare(chores):
+            bar.update(count)
 
 
 def _warn_of_phases(run: Run) -> None:

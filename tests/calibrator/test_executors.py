@@ -7,14 +7,16 @@ from typing import Any
 import numpy as np
 import pytest
 from choices import W2, W8
-from deadly import DeadlySpec
+from deadly import DeadlyChore, DeadlySpec
 from naive import ATTRIBUTION, MASS
 
+from calibrator.families import TorchActor
+from calibrator.quantizers import parse_choices
 from calibrator.sensitivity.executors import ATTEMPTS, LocalExecutor, RayExecutor, Task
 from calibrator.sensitivity.measure import measure
 from calibrator.sensitivity.run import RunOptions
 from calibrator.sensitivity.scores import ScoreSettings
-from calibrator.sensitivity.sweep import Sweep, SweepSpec
+from calibrator.sensitivity.sweep import Sweep, SweepSettings, SweepSpec
 from vla_policy.core.errors import ArtefactError, PolicyError, VlaError
 from vla_policy.core.files import sha256_policy
 
@@ -102,6 +104,40 @@ def test_a_driver_without_weights_measures_what_a_local_run_does(
     here, there = (text for text in said if text.startswith("estimated from the first layer: "))
     assert "GB of memory (no layer needs more); less: --mode screened" in here and "--executor ray" in here
     assert "GB of memory in each worker" in there and "more machines" in there
+
+
+def test_codes_that_look_at_inputs_are_written_by_the_workers(
+    cluster: Any, spec: SweepSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Byte for byte those of a local run, by both workers, from policy and states that each of them has checked."""
+    spec = replace(spec, settings=SweepSettings(parse_choices(("w2a16_g32:gptq", "w4a16_g32:mse", "w8a16_g32"))))
+    options = RunOptions(unit_globs=("projector.*", "*layers.1.self_attn.*"))
+
+    def codes(name: str, executor: str) -> dict[Path, bytes]:
+        folder = tmp_path / f"{name}.unfinished" / "codes"
+
+        def stop(self: RunOptions, *_: object) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            # All codes are there before the full-precision pass begins.
+            patch.setattr(LocalExecutor if executor == "local" else RayExecutor, "reference", stop)
+            measure(spec, tmp_path / f"{name}.json", ScoreSettings(bins=2), replace(options, executor=executor))
+        return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+    here = codes("here", "local")
+    monkeypatch.setattr(TorchActor, "load", lambda *_: pytest.fail("the driver loads the policy"))
+    assert codes("there", "ray") == here
+    assert len(here) == 2 * (3 + 4)  # in two choices, three layers of the projector and q, k, v and o
+
+
+def test_a_chore_whose_worker_dies_is_given_to_another(cluster: Any, spec: SweepSpec, tmp_path: Path) -> None:
+    executor = RayExecutor(spec, "chores", None, cpus_per_task=1)
+    marker = tmp_path / "killed"
+    assert sorted(executor.prepare([DeadlyChore("a", marker, 1), DeadlyChore("b", marker, 0)])) == ["a", "b"]
+    assert marker.read_text() == "x"
+    with pytest.raises(VlaError, match=rf"^chore c: its worker died {ATTEMPTS} times"):
+        list(executor.prepare([DeadlyChore("c", tmp_path / "again", 99)]))
 
 
 def test_a_cluster_without_a_gpu_is_refused(cluster: Any, spec: SweepSpec) -> None:
