@@ -58,9 +58,9 @@ def plan_channels(table: ChannelTable, request: ChannelRequest) -> Plan:
         "parents": {
             "channels_sha256": table.sha256,
             "policy_sha256": table.policy_sha256,
-            "calibration_sha256": table.meta["calibration"]["sha256"],
+            "calibration_sha256": table.calibration_sha256,
         },
-        "conventions": table.meta["conventions"]["summary"],
+        "conventions": table.conventions,
         "signal": "action error per output channel",
         "kept_stages": list(request.keep),
         "average_over": "channels that may be chosen" if request.published else "all weights",

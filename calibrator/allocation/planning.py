@@ -160,9 +160,9 @@ class Planner:
             "parents": {
                 "sensitivity_sha256": self.sensitivity.sha256,
                 "policy_sha256": self.sensitivity.policy_sha256,
-                "calibration_sha256": self.sensitivity.meta["calibration"]["sha256"],
+                "calibration_sha256": self.sensitivity.calibration_sha256,
             },
-            "conventions": self.sensitivity.meta.get("conventions", {}).get("summary", "conventions not checked"),
+            "conventions": self.sensitivity.conventions,
             "signal": request.objective.signal,
             "pins": [str(pin) for pin in request.pins],
             "kept": [name for name in self.sensitivity.kept if not any(pin.matches(name) for pin in request.pins)],

@@ -187,7 +187,7 @@ def _check_parents(inputs: Inputs, paths: Paths) -> None:
     if inputs.frontier:
         checks.append((paths.frontier, "the sensitivity", inputs.frontier.sensitivity_sha256, sensitivity.sha256))
     if inputs.calibration:
-        measured_on = sensitivity.meta["calibration"]["sha256"]
+        measured_on = sensitivity.calibration_sha256
         checks.append((paths.sensitivity, "the calibration set", measured_on, inputs.calibration.sha256))
     if inputs.engine:
         checks.append((paths.engine, "the policy", inputs.engine.parents["policy"], policy))

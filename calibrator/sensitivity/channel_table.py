@@ -9,6 +9,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from calibrator.sensitivity.measured import Measured
 from calibrator.sensitivity.table import UnitShape
 from calibrator.tensors import save_tensors
 from vla_policy.core.errors import ArtefactError
@@ -38,7 +39,7 @@ class ChannelLayer:
 
 
 @dataclass(frozen=True)
-class ChannelTable:
+class ChannelTable(Measured):
     """`channels.json` as a type. choices: one per width above 0 bits, the least precise first. meta: the file's other
     entries."""
 
@@ -47,10 +48,6 @@ class ChannelTable:
     meta: Mapping[str, Any]
     path: str
     sha256: str
-
-    @property
-    def policy_sha256(self) -> str:
-        return str(self.meta["policy"]["sha256"])
 
     @property
     def factors(self) -> np.ndarray:

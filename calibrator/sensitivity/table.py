@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from calibrator.sensitivity.evidence import BOUNDARIES
+from calibrator.sensitivity.measured import Measured
 from calibrator.sensitivity.scores import ScoreSettings, evidence_loss, phase_of, soft_bottleneck, temporal_score
 from calibrator.sensitivity.sweep import UnitLosses
 from calibrator.tensors import save_tensors
@@ -200,7 +201,7 @@ def shown_first(choices: Sequence[Choice]) -> Choice:
 
 
 @dataclass(frozen=True)
-class Sensitivity:
+class Sensitivity(Measured):
     """`sensitivity.json` as a type.
 
     choices: what was measured, the least precise first, and full precision. meta: every other entry of the file. path,
@@ -213,10 +214,6 @@ class Sensitivity:
     meta: Mapping[str, Any]
     path: str
     sha256: str
-
-    @property
-    def policy_sha256(self) -> str:
-        return str(self.meta["policy"]["sha256"])
 
     @property
     def input_peaks(self) -> Mapping[str, float]:

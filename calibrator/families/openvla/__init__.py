@@ -6,5 +6,3 @@ from calibrator.families.openvla.model import OpenVLA
 from calibrator.modules.prismatic import dead_tensors
 
 FAMILY = Family(build=OpenVLA, dead_tensors=dead_tensors, decisions=TokenDecisions.of)
-
-__all__ = ["FAMILY", "OpenVLA", "TokenDecisions"]

@@ -14,5 +14,3 @@ def dead_tensors(config: OftConfig) -> dict[str, tuple[int, ...]]:
 
 
 FAMILY = Family(build=OpenVLAOFT, dead_tensors=dead_tensors, decisions=ChunkDecisions.of)
-
-__all__ = ["FAMILY", "ChunkDecisions", "OpenVLAOFT"]

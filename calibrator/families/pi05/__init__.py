@@ -23,5 +23,3 @@ def dead_tensors(config: FlowConfig) -> dict[str, tuple[int, ...]]:
 
 
 FAMILY = Family(build=Pi05, dead_tensors=dead_tensors, decisions=FlowDecisions.of)
-
-__all__ = ["FAMILY", "FlowDecisions", "Pi05"]

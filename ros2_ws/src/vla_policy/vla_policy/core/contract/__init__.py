@@ -4,6 +4,8 @@ One YAML file is shared by the node, the replay and the calibrator's bag reader,
 same observations everywhere. Names, units and order live here and nowhere else; `config/libero.yaml` is an example.
 """
 
+# ruff: noqa: F401 - what is imported here are the package's names
+
 from vla_policy.core.contract.reading import load_contract
 from vla_policy.core.contract.types import (
     COMMANDS,
@@ -31,31 +33,3 @@ from vla_policy.core.contract.types import (
     TopicQos,
     WorkspaceAxis,
 )
-
-__all__ = [
-    "COMMANDS",
-    "COMPRESSED_IMAGE",
-    "FLOATS",
-    "GRIPPER",
-    "GRIPPER_ACTION",
-    "IMAGE",
-    "JOINT_FIELDS",
-    "JOINT_STATE",
-    "OTHER_PUBLISHERS",
-    "POSE_FIELDS",
-    "POSE_STAMPED",
-    "STRING",
-    "TWIST_FIELDS",
-    "ActionContract",
-    "ActionDimension",
-    "CameraTopic",
-    "Contract",
-    "GripperCommand",
-    "InstructionTopic",
-    "StateTopic",
-    "StateValue",
-    "Synchronisation",
-    "TopicQos",
-    "WorkspaceAxis",
-    "load_contract",
-]
