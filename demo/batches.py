@@ -99,9 +99,7 @@ class Batches:
         tokens = torch.from_numpy(ActionCodec.of(config, key).action_to_tokens(data.actions.numpy()))
         self.data, self.recipe, self.device, self.tokens = data.to(device), recipe, device, tokens.to(device)
         self.prompts = Prompts.of(PromptTokenizer(folder, config, key), config, key, data.instructions).to(device)
-        told = self.data.states[self.data.image]
-        positions = self.data.aux if config.state_in_prompt else torch.cat([self.data.aux, told], 1)
-        self.positions = (positions - positions.mean(0)) / (positions.std(0) + 1e-3)
+        self.positions = read_positions(self.data, config.state_in_prompt)
         self.states = self.data.states[:, : len(self.prompts.low)]
         self.answers = Answers(self.data, recipe.alternatives)
         self.state_span = (self.prompts.high - self.prompts.low).float()
@@ -128,6 +126,13 @@ class Batches:
         jittered, shift = augmented(images, self.recipe.shift_pixels, random)
         means, deviations = (values.view(1, 6, 1, 1) for values in self.statistics)
         return (jittered.repeat(1, 2, 1, 1) - means) / deviations, shift
+
+
+def read_positions(data: Demonstrations, state_in_prompt: bool) -> Tensor:
+    """[M, 6 or 11], standardised: what the readout of positions has to say of each answer's target and goal and, unless
+    the prompt tells it, of the robot."""
+    positions = data.aux if state_in_prompt else torch.cat([data.aux, data.states[data.image]], 1)
+    return (positions - positions.mean(0)) / (positions.std(0) + 1e-3)
 
 
 class Answers:

@@ -23,7 +23,7 @@ from calibrator.families.loading import load_policy, save_policy
 from calibrator.families.openvla import OpenVLA
 from calibrator.families.pi05 import Pi05
 from calibrator.modules.gemma import rotation
-from demo.batches import Answers, augmented, frame_weights, patch_shares
+from demo.batches import Answers, augmented, frame_weights, patch_shares, read_positions
 from demo.dataset import Demonstrations, load_demonstrations, percentiles
 from demo.recipe import FlowRecipe
 from demo.train import Readouts, Run, advance_to_end, training_parser
@@ -175,15 +175,15 @@ class FlowBatches:
 
     def __init__(self, data: Demonstrations, config: FlowConfig, folder: Path, recipe: FlowRecipe, key: str) -> None:
         stats = config.stats(key)
-        assert stats.proprio is not None
-        self.data, self.recipe, self.config = data, recipe, config
-        self.prompt, self.state = FlowPrompt(folder / "tokenizer.json", config), scaling_of(stats.proprio, config)
+        self.data, self.recipe = data, recipe
+        self.prompt = FlowPrompt(folder / "tokenizer.json", config)
+        self.state = None if stats.proprio is None else scaling_of(stats.proprio, config)
         chunks, self.known = chunks_of(data, recipe.horizon)
         self.chunks = torch.from_numpy(scaling_of(stats.action, config).normalised(chunks.numpy())).float()
-        self.positions = (data.aux - data.aux.mean(0)) / (data.aux.std(0) + 1e-3)
+        self.positions = read_positions(data, config.state_in_prompt)
         self.answers, self.weights = Answers(data, recipe.alternatives), frame_weights(data)
         # All batches have prompts of one length, so that the blocks are compiled once.
-        zero = np.zeros(len(stats.proprio.names)) if config.state_in_prompt else None
+        zero = None if stats.proprio is None else np.zeros(len(stats.proprio.names))
         self.longest = max(len(self.prompt.encode(text, zero)) for text in data.instructions)
 
     def __call__(self, step: int) -> FlowBatch:
@@ -211,10 +211,12 @@ class FlowBatches:
         )
 
     def _prompts(self, answers: Tensor, frames: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
-        states = torch.from_numpy(self.state.normalised(self.data.states[frames].numpy()))
-        states = states + 2 * self.recipe.state_noise * torch.randn(states.shape, generator=random)
         texts = [self.data.instructions[number] for number in self.data.instruction[answers].tolist()]
-        told = states.numpy().clip(-1, 1) if self.config.state_in_prompt else [None] * len(texts)
+        told: Sequence[np.ndarray | None] = [None] * len(texts)
+        if self.state is not None:
+            states = torch.from_numpy(self.state.normalised(self.data.states[frames].numpy()))
+            states = states + 2 * self.recipe.state_noise * torch.randn(states.shape, generator=random)
+            told = list(states.numpy().clip(-1, 1))
         rows = [torch.from_numpy(self.prompt.encode(*pair)) for pair in zip(texts, told, strict=True)]
         ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
         return functional.pad(ids, (0, self.longest - ids.shape[1])), torch.tensor([len(row) for row in rows])
