@@ -76,6 +76,11 @@ class InputOperator:
         return InputOperator(tuple(turn.to(device) for turn in self.turns))
 
 
+def turn_bits(inputs: int, size: int, matrices: int) -> int:
+    """What engines hold of one turn: an order in int32, matrices in float16."""
+    return 32 * inputs + 16 * matrices * size**2
+
+
 def _in_blocks(x: Tensor, blocks: Tensor) -> Tensor:
     """x [..., in] times the block-diagonal matrix of `blocks` [n, size, size]."""
     size = blocks.shape[-1]

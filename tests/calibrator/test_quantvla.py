@@ -12,10 +12,9 @@ from tiny import tiny_policy_folder
 from torch import Tensor, nn
 
 from calibrator.data.calibration import CalibrationSet, collect, load_calibration
-from calibrator.data.statistics import input_statistics
 from calibrator.families import TorchActor, load_policy
 from calibrator.modules.gemma import Attention, rotation
-from calibrator.quantizers import Computed, parse_choice, quantize_policy
+from calibrator.quantizers import parse_choice, quantize_policy
 from calibrator.transform import TransformRequest, transform
 from calibrator.transforms import find_transform
 from calibrator.transforms.methods.quantvla import balance, correct, rounded_layers, temperatures
@@ -82,9 +81,8 @@ def test_factors_are_those_of_what_torch_computed(material: Path, rotated: bool)
         if ".language_model.layers." in name or (name.startswith(EXPERT) and ".mlp." in name)
     ]  # fmt: skip
     assert sorted(rounded_layers(before.policy)) == sorted(of_language)
-    choice = parse_choice(f"w2a8_g32:{'duquant(block=64,rotations=1,shared=false)' if rotated else 'rtn'}")
-    looked = input_statistics(TorchActor.load(material / "policy"), states, of_language, "states", second_moments=True)
-    quantize_policy(rounded.policy, dict.fromkeys(of_language, choice), Computed(looked))
+    choice = parse_choice(f"w2a8_g32:{'quantvla' if rotated else 'rtn'}")
+    quantize_policy(rounded.policy, dict.fromkeys(of_language, choice))
     (wanted, wanted_size), (got, got_size) = recorded(before, states), recorded(rounded, states)
     alphas, betas = np.clip(wanted / got, 0.7, 1.4), np.clip(wanted_size / got_size, np.exp(-0.3), np.exp(0.3))
     alphas[np.abs(alphas - 1) < 0.02] = 1

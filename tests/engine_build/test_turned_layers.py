@@ -39,6 +39,8 @@ WITH_8 = [
     "w2a16_g32:duquant(block=32,steps=4)",
     "w16a16",
     "w4a16_g32:duquant(rotations=1,steps=4)",
+    "w4a8_g32:quantvla(block=16)",
+    "w4a16_g32:quantvla",
 ]
 WITH_16 = [choice for choice in WITH_8 if "a8" not in choice]
 

@@ -8,7 +8,7 @@ that nothing changes but what rounding sees; see `quantizers.turning`. On inputs
   at random. Of all products the one after which the largest |x| is smallest is taken; none is one of them.
 - P (Sec. 3.3) deals the channels out in zigzag, the largest first, so that all blocks have their share.
 
-With one rotation it is P R, as QuantVLA has it for pi0.5. `shared`: one R for all blocks of a layer, as the authors'
+With one rotation it is P R. `shared`: one R for all blocks of a layer, as the authors'
 code has it, or one for each, as the text. Weights are rounded with the scale of least squared error (`methods.mse`).
 
 Left out: smoothing, which is the transform `smoothquant` and may go before; clipping of activations. What is looked at
@@ -16,20 +16,17 @@ are up to 128 inputs, half of them those with the largest values, half taken at 
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from calibrator.quantizers.base import LayerStatistics
-from calibrator.quantizers.methods.mse import search
-from calibrator.quantizers.turning import InputOperator, Turn
-from calibrator.quantizers.weights import QuantizedWeight, by_groups
+from calibrator.quantizers.methods.mse import through
+from calibrator.quantizers.turning import InputOperator, Turn, turn_bits
+from calibrator.quantizers.weights import QuantizedWeight
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.formats import Format, Parameter
-
-_ORDER_BITS, _NUMBER_BITS = 32, 16
 
 
 class DuQuant:
@@ -42,16 +39,13 @@ class DuQuant:
     def operator_bits(self, inputs: int, parameters: Mapping[str, Parameter]) -> int:
         size = min(int(parameters["block"]), inputs)
         matrices = 1 if parameters["shared"] else inputs // size
-        return int(parameters["rotations"]) * (_ORDER_BITS * inputs + _NUMBER_BITS * matrices * size**2)
+        return int(parameters["rotations"]) * turn_bits(inputs, size, matrices)
 
     def quantize(
         self, weight: Tensor, fmt: Format, parameters: Mapping[str, Parameter], statistics: LayerStatistics | None
     ) -> QuantizedWeight:
         assert statistics is not None and statistics.rows is not None
-        operator = found_operator(statistics.rows, parameters).to(weight.device)
-        turned = operator.weight(weight.detach().flatten(1).double()).float()
-        found = by_groups(turned, fmt, lambda grouped: search(grouped, fmt.weight_bits))
-        return replace(found, shape=tuple(weight.shape), operator=operator)
+        return through(found_operator(statistics.rows, parameters), weight, fmt)
 
 
 def found_operator(rows: Tensor, parameters: Mapping[str, Parameter]) -> InputOperator:

@@ -10,12 +10,14 @@ round-to-nearest is one of them, so the error is never above that method's.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from calibrator.quantizers.base import LayerStatistics
 from calibrator.quantizers.methods.rtn import levels
+from calibrator.quantizers.turning import InputOperator
 from calibrator.quantizers.weights import QuantizedWeight, by_groups, code_range, half
 from vla_policy.core.formats import Format, Parameter
 
@@ -36,6 +38,14 @@ class LeastSquares:
     ) -> QuantizedWeight:
         steps = int(parameters["steps"])
         return by_groups(weight, fmt, lambda grouped: search(grouped, fmt.weight_bits, steps))
+
+
+def through(operator: InputOperator, weight: Tensor, fmt: Format) -> QuantizedWeight:
+    """The codes of what multiplies a layer's input behind its operator; that is found in float64."""
+    here = operator.to(weight.device)
+    turned = here.weight(weight.detach().flatten(1).double()).float()
+    found = by_groups(turned, fmt, lambda grouped: search(grouped, fmt.weight_bits))
+    return replace(found, shape=tuple(weight.shape), operator=here)
 
 
 def search(grouped: Tensor, bits: int, steps: int = STEPS) -> tuple[Tensor, Tensor]:

@@ -9,14 +9,13 @@ in the expert's attention, which is corrected by factors that fold into the weig
 L are the attention's logits of all query-key pairs, Z its output; T is the policy as it is, Q as it is rounded, both
 from the same states and noises. Means are over states and denoising steps, which share a factor. As in the published
 code (the text divides) both multiply, come from one uncorrected run, are clipped, and are 1 where they are close to it.
-Layers are rounded with its rotation of inputs, which is the rounding method `duquant`. Its static activation scales per
-channel are left out: no integer kernel can run them, and the text rounds per token, as is done here.
+Layers are rounded with its rotation of inputs, which is the rounding method `quantvla`. Its static activation scales
+per channel are left out: no integer kernel can run them, and the text rounds per token, as is done here.
 """
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,17 +23,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from calibrator.data.calibration import CalibrationSet
-from calibrator.data.statistics import input_statistics, portions
 from calibrator.families import Policy, TorchActor, live_units
 from calibrator.modules.gemma import Attention
-from calibrator.quantizers import (
-    Computed,
-    LayerStatistics,
-    find_layer,
-    needs_statistics,
-    parse_choice,
-    quantized,
-)
+from calibrator.quantizers import Computed, parse_choice, quantized
 from vla_policy.core.errors import ArtefactError, PolicyError
 from vla_policy.core.formats import Choice, Parameter
 
@@ -89,7 +80,7 @@ class QuantVla:
     """See the module. weight_bits, activation_bits, group: what layers are rounded to; group 0 is one scale per output.
     rotated: whether with the rotation, or to nearest. temperature, balance: whether each correction is made."""
 
-    version: int = 1
+    version: int = 2
     defaults: Mapping[str, Parameter] = field(
         default_factory=lambda: {
             "weight_bits": 4, "activation_bits": 8, "group": 64, "rotated": True, "temperature": True, "balance": True,
@@ -112,7 +103,7 @@ class QuantVla:
         with _watched(attentions) as wanted:
             _decide(actor, states, "as it is")
         names = rounded_layers(actor.policy)
-        codes = Computed(_inputs(actor, states, names, source) if needs_statistics(choice.recipe) else {})
+        codes = Computed()
         with ExitStack() as stack:
             for name in names:
                 stack.enter_context(quantized(actor.policy, name, choice, codes))
@@ -131,17 +122,8 @@ class QuantVla:
 def _choice(parameters: Mapping[str, Parameter]) -> Choice:
     """What layers are rounded to."""
     group = f"_g{parameters['group']}" if parameters["group"] else ""
-    method = "duquant(block=64,rotations=1,shared=false)" if parameters["rotated"] else "rtn"
+    method = "quantvla" if parameters["rotated"] else "rtn"
     return parse_choice(f"w{parameters['weight_bits']}a{parameters['activation_bits']}{group}:{method}")
-
-
-def _inputs(actor: TorchActor, states: CalibrationSet, names: list[str], source: str) -> dict[str, LayerStatistics]:
-    """What the rotation looks at: rows of every layer's input, which are kept, and no second moments, which are not."""
-    found: dict[str, LayerStatistics] = {}
-    for share in portions(names, partial(find_layer, actor.policy)):
-        seen = input_statistics(actor, states, share, source, second_moments=True)
-        found |= {name: replace(statistics, second_moment=None) for name, statistics in seen.items()}
-    return found
 
 
 def _told(what: str, of: str, factors: Tensor) -> str:
