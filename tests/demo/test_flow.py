@@ -1,5 +1,6 @@
 """Training the small pi0.5 policy: what a chunk's rows are, and a run that is interrupted, continues and is loaded."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +64,23 @@ def test_batches_are_a_function_of_the_step(tmp_path: Path) -> None:
     assert batch.chunk.shape == (6, 3, 7) and batch.noise.shape == (6, 2, 3, 7)
     assert not torch.equal(batch.noise, first(8).noise) and 0 < batch.times.min() < batch.times.max() <= 1
     assert batch.chunk.abs().quantile(0.9) <= 1.01, "normalised by quantiles"
+
+
+def test_without_the_state_the_readout_says_where_the_hand_is(tmp_path: Path) -> None:
+    """The prompt has the instruction alone; of positions beside target and goal also the robot's own, standardised."""
+    data, recipe = load_demonstrations([EPISODES]), replace(RECIPE, state_in_prompt=False)
+    save_tokenizer(data.instructions, tmp_path / "tokenizer.json")
+    config = policy_config(data, recipe, "toy", 4)
+    assert not config.takes_state
+    batches = FlowBatches(data, config, tmp_path, recipe, "toy")
+    batch = batches(7)
+    bare = {tuple(batches.prompt.encode(text, None).tolist()) for text in data.instructions}
+    shown = [tuple(ids[:length].tolist()) for ids, length in zip(batch.ids, batch.lengths, strict=True)]
+    assert set(shown) <= bare and batch.ids.shape[1] == max(map(len, bare))
+    hand = data.states[data.image].numpy()
+    expected = (hand - hand.mean(0)) / (hand.std(0, ddof=1) + 1e-3)
+    np.testing.assert_allclose(batches.positions[:, 6:], expected, rtol=1e-4, atol=1e-4)
+    assert batch.positions.shape == (6, 11)
 
 
 def test_a_run_continues_and_its_policy_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
