@@ -28,6 +28,7 @@ from demo.dataset import Demonstrations, load_demonstrations, percentiles
 from demo.recipe import FlowRecipe
 from demo.train import Readouts, Run, advance_to_end, training_parser
 from demo.transplant import transplant
+from evaluation.benchmarks.libero import STATE_NAMES
 from vla_policy.core import cli
 from vla_policy.core.errors import DataError, PolicyError
 from vla_policy.core.families.pi05 import FAMILY, scaling_of
@@ -39,7 +40,6 @@ from vla_policy.core.outputs import FolderKind, check_folder
 from vla_policy.core.policy_config import POLICY, ProprioStats
 
 _WORK = FolderKind("training", "training.json")
-_STATE_NAMES = ["x", "y", "z", "gripper_width", "gripper_velocity"]
 _SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>"]
 _BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 _WORDS = 1024
@@ -114,7 +114,7 @@ def policy_config(
         "norm_stats": {
             key: {
                 "action": statistics(data.actions),
-                "proprio": {"names": _STATE_NAMES, **state},
+                "proprio": {"names": list(STATE_NAMES), **state},
                 "num_trajectories": data.episodes,
                 "num_transitions": len(data),
             }

@@ -34,6 +34,7 @@ from demo.batches import Batch, Batches
 from demo.dataset import Demonstrations, load_demonstrations, percentiles
 from demo.recipe import Recipe
 from demo.tokenizer import ACTION_BINS, save_tokenizer
+from evaluation.benchmarks.libero import STATE_NAMES
 from vla_policy.core import cli
 from vla_policy.core.errors import ArtefactError, DataError
 from vla_policy.core.families.openvla import FAMILY
@@ -46,7 +47,6 @@ _CPU = torch.device("cpu")
 _WORK = FolderKind("training", "training.json")
 # On CPUs the fused attention's backward pass takes half of all time; at these lengths plain products do not.
 _ATTENTION = {"cpu": [SDPBackend.MATH], "cuda": [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]}
-_STATE_NAMES = ["x", "y", "z", "gripper_width", "gripper_velocity"]
 
 
 def policy_config(data: Demonstrations, recipe: Recipe, key: str, steps_per_action: int, vocab: int) -> PrismaticConfig:
@@ -91,7 +91,7 @@ def policy_config(data: Demonstrations, recipe: Recipe, key: str, steps_per_acti
             key: {
                 # The gripper command is -1 or 1 and is not scaled, as in OpenVLA.
                 "action": {"q01": action_q01, "q99": action_q99, "mask": [True] * (len(action_q01) - 1) + [False]},
-                "proprio": {"names": _STATE_NAMES, "q01": state_q01, "q99": state_q99},
+                "proprio": {"names": list(STATE_NAMES), "q01": state_q01, "q99": state_q99},
                 "num_trajectories": data.episodes,
                 "num_transitions": len(data),
             }

@@ -7,7 +7,7 @@ from typing import Any
 
 from calibrator.quantizers.rows import WHOLE, RowBits
 from vla_policy.core.errors import ArtefactError
-from vla_policy.core.files import named_file, read_json, sha256_file, sha256_policy, write_json
+from vla_policy.core.files import named_file, read_json, sha256_file, write_json
 from vla_policy.core.formats import Choice
 
 KIND = "plan"
@@ -144,15 +144,6 @@ class Plan:
             raise ArtefactError(f"{path}: entry {error} is missing; allocate again") from error
         known = plan.to_json().keys() | {"rows"}
         return Plan(**{**plan.__dict__, "details": {key: raw[key] for key in raw if key not in known}})
-
-    def check_policy(self, folder: Path | str, path: Path | str) -> None:
-        """Raises ArtefactError when the plan (read from `path`) was made for another policy than that in `folder`."""
-        got = sha256_policy(folder)
-        if got != self.policy_sha256:
-            raise ArtefactError(
-                f"{path}: was made for the policy {self.policy_sha256[:12]}, {folder} is {got[:12]}; "
-                f"measure and allocate for this policy, or choose the policy of the plan"
-            )
 
 
 _PLAIN = ("alpha", "beta", "objective", "bound", "gap", "solver", "average_bits", "bitops", "latency_ms", "target")

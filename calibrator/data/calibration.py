@@ -137,35 +137,12 @@ def collect(
         number, trajectory = pool[position]
         wanted[number].setdefault(trajectory.name, set()).add(step)
     lengths = {(number, trajectory.name): trajectory.length for number, trajectory in pool}
-    samples: list[Sample] = []
-    tensors: dict[str, np.ndarray] = {}
-    states: list[np.ndarray | None] = []
-    actions: list[np.ndarray | None] = []
-    cameras: set[int] = set()
-    bar = tqdm(total=count, desc="states", unit="state", disable=None)
-    for number, source in enumerate(sources):
-        steps = {name: frozenset(values) for name, values in wanted[number].items()}
-        for record in source.read(steps):
-            bar.update()
-            name, observation = record.trajectory, record.observation
-            for camera, image in enumerate(observation.images):
-                tensors[_image_name(len(samples), camera)] = np.ascontiguousarray(image)
-            cameras.add(len(observation.images))
-            samples.append(Sample(number, name, record.step, lengths[number, name], observation.instruction))
-            states.append(observation.state)
-            actions.append(record.action)
-    bar.close()
-    if len(samples) != count:
-        raise DataError(f"{count} states were chosen but {len(samples)} could be read; did a source change meanwhile?")
-    if len(cameras) != 1:
-        raise DataError(f"sources give different numbers of images ({cameras}); collect them into separate sets")
-    tensors |= _stacked("states", states)
-    tensors |= _stacked("actions", _filled(actions))
+    samples, cameras, tensors = _read(sources, wanted, lengths)
     content: dict[str, Any] = {
         "schema_version": 1,
         "kind": KIND,
         "seed": seed,
-        "images_per_state": cameras.pop(),
+        "images_per_state": cameras,
         "sources": [
             source.describe()
             | {
@@ -184,6 +161,34 @@ def collect(
         if judge is not None:
             judge(load_calibration(folder))
     return content
+
+
+def _read(
+    sources: list[Source], wanted: list[dict[str, set[int]]], lengths: dict[tuple[int, str], int]
+) -> tuple[list[Sample], int, dict[str, np.ndarray]]:
+    """The states of the `wanted` steps, by source and trajectory, how many images each has, and all tensors by name."""
+    samples: list[Sample] = []
+    tensors: dict[str, np.ndarray] = {}
+    states: list[np.ndarray | None] = []
+    actions: list[np.ndarray | None] = []
+    cameras: set[int] = set()
+    count = sum(len(steps) for of_source in wanted for steps in of_source.values())
+    with tqdm(total=count, desc="states", unit="state", disable=None) as bar:
+        for number, source in enumerate(sources):
+            for record in source.read({name: frozenset(steps) for name, steps in wanted[number].items()}):
+                bar.update()
+                name, observation = record.trajectory, record.observation
+                for camera, image in enumerate(observation.images):
+                    tensors[_image_name(len(samples), camera)] = np.ascontiguousarray(image)
+                cameras.add(len(observation.images))
+                samples.append(Sample(number, name, record.step, lengths[number, name], observation.instruction))
+                states.append(observation.state)
+                actions.append(record.action)
+    if len(samples) != count:
+        raise DataError(f"{count} states were chosen but {len(samples)} could be read; did a source change meanwhile?")
+    if len(cameras) != 1:
+        raise DataError(f"sources give different numbers of images ({cameras}); collect them into separate sets")
+    return samples, cameras.pop(), tensors | _stacked("states", states) | _stacked("actions", _filled(actions))
 
 
 def _check_usable(sources: list[Source], indices: list[SourceIndex], count: int) -> None:

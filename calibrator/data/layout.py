@@ -13,7 +13,6 @@ from vla_policy.core.image import centre_crop, rotate_180
 
 Colours = Literal["rgb", "bgr"]
 Gripper = Literal["same", "opposite"]
-ROTATIONS = (0, 180)
 _PART = re.compile(r"(?P<feature>[^\[\]]+)(?:\[(?P<picks>[^\[\]]+)\])?")
 
 

@@ -75,17 +75,14 @@ def compare(reference: Answers, candidate: Answers, contract: ActionContract, bi
     halves = np.asarray([(dimension.upper - dimension.lower) / 2 for dimension in contract.dimensions])
     difference = np.abs(candidate.actions[right] - reference.actions[left])
     error = difference.reshape(len(left), -1, len(scales)).max(axis=1) * scales
-    progress = reference.progress[left]
     episode = reference.episode[left]
     chosen = (
         _gripper(reference.actions[left], episode, contract),
         _gripper(candidate.actions[right], episode, contract),
     )
     phase = _phases(chosen[0], episode)
-    binned = np.minimum((progress * bins).astype(int), bins - 1)
+    binned = np.minimum((reference.progress[left] * bins).astype(int), bins - 1)
     same = reference.tokens[left] == candidate.tokens[right]
-    relative = error / halves
-    order = np.argsort(-relative.max(axis=1), kind="stable")[:worst]
     return Comparison(
         frames=len(left),
         only_reference=len(reference.stamp_ns) - len(left),
@@ -97,30 +94,38 @@ def compare(reference: Answers, candidate: Answers, contract: ActionContract, bi
             DimensionError(
                 name=dimension.name,
                 unit=dimension.unit,
-                mean=float(error[:, column].mean()),
-                p95=float(np.percentile(error[:, column], 95)),
-                maximum=float(error[:, column].max()),
-                over_progress=_means(error[:, column], binned, bins),
-                by_phase=_means(error[:, column], phase, int(phase.max()) + 1),
+                mean=float(values.mean()),
+                p95=float(np.percentile(values, 95)),
+                maximum=float(values.max()),
+                over_progress=_means(values, binned, bins),
+                by_phase=_means(values, phase, int(phase.max()) + 1),
             )
-            for column, dimension in enumerate(contract.dimensions)
+            for values, dimension in zip(error.T, contract.dimensions, strict=True)
         ),
         phases=tuple(np.bincount(phase).tolist()),
         gripper_disagreement=None if chosen[0] is None else float((chosen[0] != chosen[1]).mean()),
         gripper_flips=None if chosen[0] is None else (_flips(chosen[0], episode), _flips(chosen[1], episode)),
-        worst=tuple(
-            WorstFrame(
-                index=int(left[row]),
-                candidate_index=int(right[row]),
-                episode=int(episode[row]),
-                step=int(reference.step[left[row]]),
-                stamp_ns=int(reference.stamp_ns[left[row]]),
-                progress=float(progress[row]),
-                error=float(relative[row].max()),
-                dimension=contract.dimensions[int(relative[row].argmax())].name,
-            )
-            for row in order
-        ),
+        worst=_worst(reference, left, right, error / halves, contract, worst),
+    )
+
+
+def _worst(
+    reference: Answers, left: np.ndarray, right: np.ndarray, error: np.ndarray, contract: ActionContract, count: int
+) -> tuple[WorstFrame, ...]:
+    """The `count` frames with the largest errors. left, right: rows of both answers. error: float64 [N, D], as parts of
+    half of each dimension's range."""
+    return tuple(
+        WorstFrame(
+            index=int(left[row]),
+            candidate_index=int(right[row]),
+            episode=int(reference.episode[left[row]]),
+            step=int(reference.step[left[row]]),
+            stamp_ns=int(reference.stamp_ns[left[row]]),
+            progress=float(reference.progress[left[row]]),
+            error=float(error[row].max()),
+            dimension=contract.dimensions[int(error[row].argmax())].name,
+        )
+        for row in np.argsort(-error.max(axis=1), kind="stable")[:count]
     )
 
 

@@ -283,12 +283,6 @@ def test_frontier_falls_as_size_grows_and_ends_at_full_precision(tmp_path: Path)
     assert len(json.loads((tmp_path / "frontier.json").read_text())["points"]) == 3
 
 
-def test_a_plan_of_another_policy_is_refused(tmp_path: Path, policy_folder: Path) -> None:
-    plan = Planner.of(random_table(3, 1), request(average_bits=8.0)).plan()
-    with pytest.raises(ArtefactError, match="made for the policy pppp"):
-        plan.check_policy(policy_folder, "plan.json")
-
-
 def test_formats_without_a_kernel_are_marked_and_may_be_planned() -> None:
     """As the papers' W4A4: it can be measured, and nobody is left to think that it runs."""
     bare, real = parse_choices(("w4a4_g32", "w4a16_g64"))
