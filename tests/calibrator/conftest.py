@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 from choices import CHOICES
 from fake_source import FakeSource
+from measuring import OPTIONS, SCORES
 from tiny import tiny_policy_folder
 
 from calibrator.data.calibration import collect
 from calibrator.quantizers import methods, parse_choice
+from calibrator.sensitivity.measure import measure
 from calibrator.sensitivity.sweep import Sweep, SweepSettings, SweepSpec
 from vla_policy.core.formats import Choice
 
@@ -35,6 +37,14 @@ def spec(policy_folder: Path, calibration_folder: Path) -> SweepSpec:
 @pytest.fixture(scope="session")
 def sweep(spec: SweepSpec) -> Sweep:
     return spec.open()
+
+
+@pytest.fixture(scope="session")
+def finished(spec: SweepSpec, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The table of a short run."""
+    out = tmp_path_factory.mktemp("run") / "sensitivity.json"
+    measure(spec, out, SCORES, OPTIONS)
+    return out
 
 
 @pytest.fixture(scope="session")
