@@ -78,18 +78,28 @@ class Arm:
     seed: int = 0
 
 
-def prepare(materials: Materials, arm: Arm, folder: Path, name: str) -> tuple[Path, Path]:
-    """The policy that the arm rounds, and the store of its codes, under `folder`; made if they are not there.
+def places(materials: Materials, arm: Arm, folder: Path, name: str) -> tuple[Path, Path]:
+    """Where the policy that the arm rounds and the store of its codes are, once they are made: under `folder`."""
+    policy = materials.policy
+    if arm.transform is not None:
+        policy = folder / f"{re.sub('[^a-z0-9]+', '-', arm.transform).strip('-')}-states-{arm.seed}"
+    return policy, folder / f"{name}.weights"
+
+
+def prepare(materials: Materials, arm: Arm, folder: Path, name: str) -> None:
+    """Makes what `places` names, as far as it is not there.
 
     Raises ArtefactError where something there was made from other inputs, and BudgetError for a budget out of reach.
     """
     states = folder / f"states-{arm.seed}"
     if not states.exists():
         collect(open_sources(materials.sources, None, "", RecordLayout()), states, materials.samples, arm.seed)
+    policy, weights = places(materials, arm, folder, name)
     of = ""
     if arm.transform is not None:
-        materials = replace(materials, policy=_transformed(materials, arm.transform, states, folder))
-        of = f"{materials.policy.name}."
+        if not policy.exists():
+            transform(TransformRequest(materials.policy, states, policy, arm.transform, materials.unnorm_key))
+        materials, of = replace(materials, policy=policy), f"{policy.name}."
     if arm.choices:
         materials = replace(materials, choices=arm.choices)
         of += hashlib.sha256(" ".join(map(str, arm.choices)).encode()).hexdigest()[:8] + "."
@@ -98,9 +108,7 @@ def prepare(materials: Materials, arm: Arm, folder: Path, name: str) -> tuple[Pa
         plan = folder / f"{name}.plan.json"
         if not plan.exists():
             _plan(materials, arm, states, folder, of).save(plan)
-    weights = folder / f"{name}.weights"
-    quantize(QuantizeRequest(materials.policy, weights, plan, arm.uniform, arm.method, states, materials.unnorm_key))
-    return materials.policy, weights
+    quantize(QuantizeRequest(policy, weights, plan, arm.uniform, arm.method, states, materials.unnorm_key))
 
 
 def _plan(materials: Materials, arm: Arm, states: Path, folder: Path, of: str) -> Plan:
@@ -120,14 +128,6 @@ def _channels(materials: Materials, states: Path, out: Path) -> ChannelTable:
     choices = tuple(choice for choice in materials.choices if choice.format.weight_bits in _QVLA_BITS)
     settings = SweepSettings(choices, unnorm_key=materials.unnorm_key)
     return measure_channels(SweepSpec(str(materials.policy), str(states), settings), out, ChannelOptions())
-
-
-def _transformed(materials: Materials, method: str, states: Path, folder: Path) -> Path:
-    """The policy after `method`, in a folder named by it and by the states that it looked at."""
-    out = folder / f"{re.sub('[^a-z0-9]+', '-', method).strip('-')}-{states.name}"
-    if not out.exists():
-        transform(TransformRequest(materials.policy, states, out, method, materials.unnorm_key))
-    return out
 
 
 def _table(materials: Materials, states: Path, out: Path) -> Sensitivity:

@@ -28,7 +28,7 @@ class Row:
 
 
 def render(sections: Sequence[Section], rows: Mapping[str, Row]) -> str:
-    """Markdown of the runs that `rows` (by `section-run`) holds.
+    """Markdown of the runs that `rows` (by `section-run`) holds, of sections whose first run is among them.
 
     p-values of a section's claims are corrected together (Holm). A claim whose runs are not finished counts as p = 1,
     so that a corrected value only falls while the others finish.
@@ -36,7 +36,7 @@ def render(sections: Sequence[Section], rows: Mapping[str, Row]) -> str:
     parts = []
     for section in sections:
         have = {run.name: rows[slug] for run in section.runs if (slug := f"{section.name}-{run.name}") in rows}
-        if have:
+        if have and section.runs[0].name in have:
             results = {name: row.result for name, row in have.items()}
             parts += [f"### {section.title}", "", *_run_rows(have), *_claim_rows(section.pairs, results)]
             parts += [*_spread_rows(section.runs, results), *_task_rows(*next(iter(results.items())))]

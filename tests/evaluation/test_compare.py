@@ -1,6 +1,7 @@
 """Pairing two runs, and the table that is made of them."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fake_world import FakeEnv, FakeRecipe
@@ -11,7 +12,7 @@ from evaluation import __main__ as command
 from evaluation.actors import ActorSpec, Size
 from evaluation.compare import compare
 from evaluation.results import Episode, RolloutResult
-from evaluation.rollout import Rollout
+from evaluation.rollout import Rollout, run
 from evaluation.tables import PlannedRun, Row, Section, read_config, render, run_table
 from vla_policy.core.errors import ArtefactError, ContractError, DataError
 
@@ -173,3 +174,34 @@ def test_table_runs_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     before = journal.read_bytes()
     assert run_table(tmp_path / "unused.yaml", tmp_path / "out", workers=1).read_text() == text
     assert journal.read_bytes() == before
+
+
+def test_a_table_that_grows_keeps_what_was_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More trials are asked for, and the call ends after the first run: the second is shown with those it has."""
+    rollout = Rollout("fake", FakeRecipe(), make_env=FakeEnv)
+    blind = Rollout("fake", FakeRecipe(), control="blind", make_env=FakeEnv)
+
+    def sections(trials: int, other: Rollout) -> list[Section]:
+        return [Section("s", "Fake", ("read",), (PlannedRun("bf16", rollout, trials), PlannedRun("b", other, trials)))]
+
+    monkeypatch.setattr("evaluation.tables.run.read_config", lambda path: sections(2, blind))
+    run_table(tmp_path / "unused.yaml", tmp_path / "out", workers=1)
+
+    def play(rollout: Rollout, *arguments: Any) -> RolloutResult:
+        if rollout.control == "blind":
+            raise KeyboardInterrupt
+        return run(rollout, *arguments)
+
+    monkeypatch.setattr("evaluation.tables.run.run", play)
+    monkeypatch.setattr("evaluation.tables.run.read_config", lambda path: sections(4, blind))
+    with pytest.raises(KeyboardInterrupt):
+        run_table(tmp_path / "unused.yaml", tmp_path / "out", workers=1)
+    text = (tmp_path / "out" / "table.md").read_text()
+    assert "| bf16 | 4.00 | 1.50 | 4/4 |" in text
+    assert "| b | 4.00 | 1.50 | 0/2 | 0.0 (0.0 to 65.8) | 0, 2 of 2 |" in text
+    # A run that has become another one is not shown with the old one's result; its journal refuses it in its turn.
+    other = Rollout("fake", FakeRecipe(), seed=8, make_env=FakeEnv)
+    monkeypatch.setattr("evaluation.tables.run.read_config", lambda path: sections(4, other))
+    with pytest.raises(ArtefactError, match="was made with control = blind, now control = none"):
+        run_table(tmp_path / "unused.yaml", tmp_path / "out", workers=1)
+    assert _cells((tmp_path / "out" / "table.md").read_text(), "| b |") == []

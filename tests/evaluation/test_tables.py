@@ -21,7 +21,7 @@ from calibrator.sensitivity.table import Sensitivity
 from evaluation.actors import ActorSpec
 from evaluation.statistics import holm
 from evaluation.tables import read_config
-from evaluation.tables.arms import Arm, Materials, controlled, prepare
+from evaluation.tables.arms import Arm, Materials, controlled, places, prepare
 from vla_policy.core.errors import ArtefactError, BudgetError
 from vla_policy.core.files import sha256_policy
 from vla_policy.core.formats import FULL
@@ -130,7 +130,9 @@ def test_qvla_s_arms_share_one_table_and_differ_in_the_solver(
     monkeypatch.setattr("evaluation.tables.arms.open_sources", lambda *_: [FakeSource((5, 4))])
     stores = {}
     for signal in ("channels", "channels-greedy"):
-        _, weights = prepare(materials, Arm(average_bits=6.0, signal=signal, keep=("head",)), tmp_path, signal)  # type: ignore[arg-type]
+        arm = Arm(average_bits=6.0, signal=signal, keep=("head",))  # type: ignore[arg-type]
+        prepare(materials, arm, tmp_path, signal)
+        _, weights = places(materials, arm, tmp_path, signal)
         stores[signal] = Store.open(weights)
         assert stores[signal].identity.rows.bits
         ActorSpec("policy", materials.policy, weights=weights).load()
@@ -150,15 +152,20 @@ def test_an_arm_may_transform_the_policy_first(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr("evaluation.tables.arms.open_sources", lambda *_: [FakeSource((5, 4))])
     plain = Materials(tiny_pi05_folder(tmp_path / "policy"), (tmp_path,), 6, parse_choices(["w4a8_g32"]))
     arm = Arm(uniform=parse_choice("w4a8_g32"), transform="quantvla(weight_bits=2,group=32)")
-    policy, weights = prepare(plain, arm, tmp_path / "arms", "corrected")
+    prepare(plain, arm, tmp_path / "arms", "corrected")
+    policy, weights = places(plain, arm, tmp_path / "arms", "corrected")
     assert policy == tmp_path / "arms" / "quantvla-weight-bits-2-group-32-states-0"
     before, after = (load_policy(folder).state_dict() for folder in (plain.policy, policy))
     changed = {name.split(".")[-2] for name, tensor in before.items() if not torch.equal(tensor, after[name])}
     assert changed == {"q_proj", "o_proj"}
     assert Store.open(weights).identity.parents["policy"] == sha256_policy(policy)
     ActorSpec("policy", policy, weights=weights).load()
-    again, _ = prepare(plain, replace(arm, uniform=parse_choice("w4a16_g32")), tmp_path / "arms", "finer")
-    assert again == policy
+    before = (policy / "config.json").stat().st_mtime_ns
+    finer = replace(arm, uniform=parse_choice("w4a16_g32"))
+    prepare(plain, finer, tmp_path / "arms", "finer")
+    again, other = places(plain, finer, tmp_path / "arms", "finer")
+    assert again == policy and (policy / "config.json").stat().st_mtime_ns == before
+    assert Store.open(other).identity.parents["policy"] == sha256_policy(policy)
 
 
 _CONFIG = """
