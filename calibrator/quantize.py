@@ -1,7 +1,7 @@
 """From a policy and what its layers shall be to a store of codes, layer by layer; see `calibrator.codes`."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from calibrator.allocation.plan import Assignment
@@ -9,7 +9,6 @@ from calibrator.codes import Source, Wanted, check_source, write_codes
 from calibrator.data.calibration import CalibrationSet, load_calibration
 from calibrator.families import Unit, empty_policy, live_units
 from calibrator.quantizers import parse_choice
-from calibrator.quantizers.rows import WHOLE
 from calibrator.quantizers.store import WEIGHTS, Identity, Store, finish
 from calibrator.sensitivity.journal import difference
 from vla_policy.core.errors import ArtefactError
@@ -55,18 +54,18 @@ def quantize(request: QuantizeRequest) -> Store:
 def _identity(request: QuantizeRequest, units: Sequence[Unit], states: CalibrationSet | None) -> Identity:
     sha256, names = sha256_policy(request.policy), [unit.name for unit in units]
     parents = {"policy": sha256} | ({"calibration": states.sha256} if states else {})
-    target: str | None = None
-    peaks: Mapping[str, float] = {}
     if request.plan is not None:
         planned = Assignment.load(request.plan, sha256, names)
-        choices, rows, parents["plan"] = planned.choices, planned.rows, planned.sha256
-        target, peaks = planned.target, planned.input_peaks
+        parents["plan"] = planned.sha256
+        identity = Identity(
+            planned.choices, parents, planned.target, planned.backend, planned.input_peaks, planned.rows
+        )
     else:
         assert request.uniform is not None
-        choices, rows = dict.fromkeys(names, request.uniform), WHOLE
-    if request.method is not None:
-        choices = {unit: _by(choice, request.method) for unit, choice in choices.items()}
-    return Identity(choices, parents, target, peaks, rows)
+        identity = Identity(dict.fromkeys(names, request.uniform), parents)
+    if request.method is None:
+        return identity
+    return replace(identity, choices={unit: _by(one, request.method) for unit, one in identity.choices.items()})
 
 
 def _wanted(unit: Unit, identity: Identity, folder: Path) -> list[Wanted]:

@@ -1,7 +1,7 @@
 """Bit plans: what each layer shall be, checked against policy and target before anything is built."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from calibrator.allocation.plan import Assignment, some_of
@@ -43,9 +43,10 @@ def load_plan(path: Path, policy_sha256: str, layers: Mapping[str, Layer]) -> Pl
 
 def stored_plan(store: Store, policy_sha256: str, layers: Mapping[str, Layer]) -> Plan:
     """What the weights in a store are, made for exactly this policy; else ArtefactError."""
-    choices, parents = store.choices_of(policy_sha256, layers), store.identity.parents
-    of_plan = {"plan": parents["plan"]} if "plan" in parents else {}
-    return Plan(choices, of_plan | {"weights": store.sha256}, store.identity.input_peaks, rows=store.identity.rows)
+    choices, made = store.choices_of(policy_sha256, layers), store.identity
+    of_plan = {"plan": made.parents["plan"]} if "plan" in made.parents else {}
+    parents = of_plan | {"weights": store.sha256}
+    return Plan(choices, parents, made.input_peaks, rows=made.rows, backend=made.backend)
 
 
 def check_computable(plan: Plan, command: str) -> None:
@@ -107,7 +108,7 @@ def legalize(plan: Plan, layers: Mapping[str, Layer], target: Target) -> Plan:
             reason = target.why_not(planned, layers[name].kind) or "fused with layers of the same input"
             changes.append(f"{name}: {planned} -> {fmt} ({reason})")
     raised = {name: Choice(fmt, _recipe(plan.assignment[name], fmt)) for name, fmt in legal.items()}
-    return Plan(raised, plan.parents, plan.input_peaks, tuple(changes), plan.rows)
+    return replace(plan, assignment=raised, legalized=tuple(changes))
 
 
 def _recipe(choice: Choice, fmt: Format) -> Recipe | None:

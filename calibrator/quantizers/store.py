@@ -35,18 +35,19 @@ SCHEMA_VERSION = 1
 @dataclass(frozen=True)
 class Identity:
     """What the codes depend on. choices: by layer, or by part of the layers that `rows` splits. parents: sha256 of the
-    policy and, where there are any, plan and calibration set. target, input_peaks: of the plan, see
+    policy and, where there are any, plan and calibration set. target, backend, input_peaks: of the plan, see
     `allocation.plan.Plan`."""
 
     choices: Mapping[str, Choice]
     parents: Mapping[str, str]
     target: str | None = None
+    backend: str | None = None
     input_peaks: Mapping[str, float] = field(default_factory=dict)
     rows: RowBits = WHOLE
 
     def to_json(self) -> dict[str, Any]:
         choices = {unit: choice.to_json() for unit, choice in self.choices.items()}
-        inputs = {"target": self.target, "input_peaks": dict(self.input_peaks)}
+        inputs = {"target": self.target, "backend": self.backend, "input_peaks": dict(self.input_peaks)}
         return {"schema_version": SCHEMA_VERSION, "parents": dict(self.parents), "layers": choices, **inputs}
 
 
@@ -68,7 +69,7 @@ class Store:
             raise ArtefactError(f"{folder}: is unfinished; call `calibrator quantize` again, which continues it")
         try:
             choices = {unit: Choice.from_json(entry) for unit, entry in raw["layers"].items()}
-            inputs = raw.get("target"), raw.get("input_peaks", {})
+            inputs = raw.get("target"), raw.get("backend"), raw.get("input_peaks", {})
             rows = RowBits.load(folder / ROWS, raw["rows"]) if "rows" in raw else WHOLE
             identity = Identity(choices, dict(raw["parents"]), *inputs, rows)
             return Store(folder, identity, dict(raw["files"]), sha256_file(path))

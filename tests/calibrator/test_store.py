@@ -23,11 +23,16 @@ from calibrator.quantize import QuantizeRequest
 from calibrator.quantizers import find_layer, parse_choice, quantize
 from calibrator.quantizers.store import Store, layer_path
 from engine_build.__main__ import main as engine_build
+from engine_build.build import chosen
+from engine_build.plan import legalize, stored_plan
+from engine_build.weights import layers_of
 from vla_policy.core.cli import run
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.files import sha256_policy
 from vla_policy.core.formats import FULL, Choice
 from vla_policy.core.manifest import Manifest
+from vla_policy.core.policy_config import PolicyConfig
+from vla_policy.core.targets import find_target
 
 MIXED = (W2, W4, W8, FULL, parse_choice("w4a16_g32:mse"), parse_choice("w4a8_g32"))
 
@@ -86,6 +91,17 @@ def test_an_engine_of_stored_codes_is_the_engine_of_computed_ones(
     assert run(lambda: engine_build(verify)) == 2
     assert "packed from weights" in capsys.readouterr().err
     assert run(lambda: engine_build([*verify, "--weights", str(place / "weights")])) == 0
+
+
+def test_the_plans_backend_goes_with_its_codes(place: Path, tmp_path: Path) -> None:
+    """What the latencies were measured with runs the engine, also where it is packed from a store and legalized."""
+    policy, target = place / "policy", find_target("cpu")
+    layers, sha256 = layers_of(PolicyConfig.load(policy)), sha256_policy(policy)
+    plan = write_plan(tmp_path / "plan.json", sha256, dict.fromkeys(layers, parse_choice("w8a16")))
+    plan.write_text(json.dumps(json.loads(plan.read_text()) | {"backend": "openvino"}))
+    stored = stored_plan(command.quantize(request(place, plan=plan, out=tmp_path / "w")), sha256, layers)
+    assert stored.backend == legalize(stored, layers, target).backend == "openvino"
+    assert chosen(target, None, stored, layers)[0].backend == "openvino"
 
 
 def test_a_stopped_run_continues(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
