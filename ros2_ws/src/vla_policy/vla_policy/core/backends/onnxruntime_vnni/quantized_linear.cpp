@@ -26,10 +26,12 @@ constexpr int kLanes = 16;        // outputs of a vector
 constexpr int kQuad = 4;          // inputs that one lane's 32 bits hold
 constexpr int kVector = 64;       // bytes
 constexpr int kTileInputs = 64;   // of an AMX tile's row
-constexpr int kBlocksAtOnce = 4;  // blocks of outputs per piece of work
+constexpr int kBlocksAtOnce = 4;  // blocks of outputs per piece of work, at most
+constexpr int kPieces = 16;       // into which a product is cut at least, so that no thread waits long for the last
 constexpr int kFewRows = 4;       // up to here codes are unpacked in registers
 constexpr int kAhead = 2048;      // bytes of codes that a row asks for before it needs them
 constexpr int64_t kAlone = 1 << 18; // products up to which one thread is faster than waking others
+constexpr int64_t kRoundedAlone = 1 << 15; // the same of values to round
 
 struct Sizes {
     int64_t inputs, outputs, group; // group: 0 without groups
@@ -428,28 +430,31 @@ struct Kernel {
             for (int64_t row = int64_t(piece) * kLanes; row < end; ++row)
                 round_row(static_cast<float const*>(contents[0]) + row * sizes.inputs, sizes, rows, row);
         };
-        if ((failed = run(context, count, size_t((count + kLanes - 1) / kLanes), round)))
+        bool const rounds_alone = count * sizes.inputs <= kRoundedAlone;
+        if ((failed = run(context, rounds_alone, size_t((count + kLanes - 1) / kLanes), round)))
             return failed;
         Product const product{sizes, static_cast<uint8_t const*>(contents[1]),
                               static_cast<uint16_t const*>(contents[2]), static_cast<float const*>(contents[3]),
                               static_cast<float*>(y), &rows, tiles};
+        int64_t const at_once = std::clamp<int64_t>(sizes.blocks() / kPieces, 1, kBlocksAtOnce);
         auto multiply = [&](size_t piece) {
-            int64_t const begin = int64_t(piece) * kBlocksAtOnce;
-            int64_t const end = std::min<int64_t>(sizes.blocks(), begin + kBlocksAtOnce);
+            int64_t const begin = int64_t(piece) * at_once;
+            int64_t const end = std::min<int64_t>(sizes.blocks(), begin + at_once);
             switch (sizes.bits) {
             case 2: multiply_blocks<2>(product, begin, end); break;
             case 4: multiply_blocks<4>(product, begin, end); break;
             default: multiply_blocks<8>(product, begin, end);
             }
         };
-        return run(context, count, size_t((sizes.blocks() + kBlocksAtOnce - 1) / kBlocksAtOnce), multiply);
+        bool const multiplies_alone = count * sizes.inputs * sizes.outputs <= kAlone;
+        return run(context, multiplies_alone, size_t((sizes.blocks() + at_once - 1) / at_once), multiply);
     }
 
-    // Every piece of work, on the session's threads where it is worth it.
+    // Every piece of work, alone or on the session's threads.
     template <class Work>
-    ort::Status* run(ort::Context const* context, int64_t count, size_t pieces, Work& work) const
+    ort::Status* run(ort::Context const* context, bool alone, size_t pieces, Work& work) const
     {
-        if (pieces == 1 || count * sizes.inputs * sizes.outputs <= kAlone) {
+        if (alone || pieces == 1) {
             for (size_t piece = 0; piece < pieces; ++piece)
                 work(piece);
             return nullptr;
