@@ -7,8 +7,10 @@
 Prints, per kind of bytes, what is on disk, beside the paper's memory column. Needs about 10 GB of disk (twice that for
 a100 while building) and up to 20 GB of memory; nothing is downloaded, the weights come from a seed.
 
-ONNX Runtime holds 16-bit weights as float32, 30 GB at full depth. So the last command measures both engines, in turns,
-at two smaller depths, and says what a straight line makes of 16 bits at 32 blocks: an extrapolation, named as one.
+ONNX Runtime holds 16-bit weights as float32, 30 GB at full depth. So the last command measures engines in turns, the
+mixed one and one of 16 bits for every backend that is installed (OpenVINO's bfloat16 is optional), at two smaller
+depths, and says what a straight line makes of 16 bits at 32 blocks: an extrapolation, named as one. `--blocks 1`
+measures one block alone. A second run, e.g. with other `--threads`, measures the engines that lie there.
 """
 
 import argparse
@@ -26,17 +28,19 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from calibrator.families.loading import empty_policy
 from calibrator.quantizers import parse_choice
-from engine_build.bench import bench, peak_bytes, report
+from engine_build.backends import find_backend
+from engine_build.bench import baselines_missing, bench, peak_bytes, report
 from engine_build.build import Policy, build_engine, chosen
 from engine_build.inspect import summary
 from engine_build.plan import Plan, check_legal, uniform_plan
 from engine_build.weights import Layer, layers_of
 from vla_policy.core.bench import Bench
 from vla_policy.core.cli import run
+from vla_policy.core.errors import ArtefactError
 from vla_policy.core.families.openvla import FAMILY
 from vla_policy.core.files import claim_folder
 from vla_policy.core.formats import FULL
-from vla_policy.core.manifest import Manifest
+from vla_policy.core.manifest import MANIFEST, Manifest
 from vla_policy.core.observation import Observation
 from vla_policy.core.outputs import FolderKind
 from vla_policy.core.policy_config import PolicyConfig
@@ -129,19 +133,29 @@ def build_at(blocks: int, plan: Plan, target: Target, out: Path, backend: str | 
         return build_engine(policy, plan, target, out)
 
 
-def beside_16_bit(average_bits: float, activation_bits: int, blocks: int, repeats: int, threads: int, out: Path) -> str:
-    """Both engines at `blocks` and half as many; and 16 bits at the full depth, on the straight line through both.
+def beside_16_bit(
+    average_bits: float, activation_bits: int, depths: Sequence[int], repeats: int, threads: int, out: Path,
+    backends: Sequence[str] = (),
+) -> str:  # fmt: skip
+    """The mixed engine beside 16-bit ones at each of `depths`; with two, 16 bits at the full depth by a straight line
+    through both. Engines that lie in `out` from a run before are measured, not built again.
 
     The mixed engine is on no line: with fewer blocks the same average takes other bits per block.
+    backends: what run the mixed plan; none for the one that `build` takes.
     """
+    target = find_target("cpu")
     measured: list[Bench] = []
-    depths = (blocks // 2, blocks)
     for depth in depths:
-        mixed, full = out / f"mixed_{depth}", out / f"w16a16_{depth}"
-        build_at(depth, thinned(average_bits, depth, activation_bits), find_target("cpu"), mixed)
-        build_at(depth, uniform_plan(FULL, layers_of(config_of(depth))), find_target("cpu"), full)
-        measured.append(bench(mixed, [full], repeats, threads, warm_up=1))
+        layers = layers_of(config_of(depth))
+        mixed, full = thinned(average_bits, depth, activation_bits), uniform_plan(FULL, layers)
+        wanted = [(backend, mixed) for backend in backends or [chosen(target, None, mixed, layers)[0].backend]]
+        wanted += [(backend, full) for backend in target.baselines if _installed(backend)]
+        engines = [_built(out, depth, plan, target, backend) for backend, plan in wanted]
+        measured.append(bench(engines[0], engines[1:], repeats, threads, warm_up=1))
         print(f"{depth} of {DEPTH} blocks, measured:\n{report(measured[-1])}", flush=True)
+        print("\n".join(baselines_missing(measured[-1], target)), flush=True)
+    if len(depths) != 2:
+        return ""
     lines = [f"{DEPTH} blocks at 16 bits, extrapolated from {depths[0]} and {depths[1]}:"]
     for what, value in (
         ("action, s", lambda figures: figures.stages["action"].median_ms / 1e3),
@@ -149,9 +163,27 @@ def beside_16_bit(average_bits: float, activation_bits: int, blocks: int, repeat
         ("peak memory, GB", lambda figures: figures.peak_bytes / 1e9),
         ("on disk, GB", lambda figures: figures.disk_bytes / 1e9),
     ):
-        end = extrapolate(depths, (value(measured[0].reference), value(measured[1].reference)))
+        end = extrapolate((depths[0], depths[1]), (value(measured[0].reference), value(measured[1].reference)))
         lines.append(f"{what:44}{end:16.2f}")
     return "\n".join(lines)
+
+
+def _installed(backend: str) -> bool:
+    """And able to run here."""
+    try:
+        return bool(find_backend(backend).version())
+    except ArtefactError:
+        return False
+
+
+def _built(out: Path, depth: int, plan: Plan, target: Target, backend: str) -> Path:
+    """The folder of such an engine, built unless it is there."""
+    bits = next(iter(plan.formats.values())).activation_bits
+    what = "w16a16" if set(plan.assignment.values()) == {FULL} else f"mixed_a{bits}"
+    folder = out / f"{backend}_{what}_{depth}"
+    if not (folder / MANIFEST).is_file():
+        build_at(depth, plan, target, folder, backend)
+    return folder
 
 
 def extrapolate(depths: tuple[int, int], values: tuple[float, float]) -> float:
@@ -218,14 +250,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
     parser.add_argument("--run-only", action="store_true", help="only decide one action with the engine in --out")
     parser.add_argument("--beside-16-bit", action="store_true", help="action and memory beside 16 bits, on the CPU")
+    parser.add_argument(
+        "--backends", nargs="+", default=(), choices=find_target("cpu").backends,
+        help="beside 16 bits: what run the mixed plan (default: what `build` takes)",
+    )  # fmt: skip
     parser.add_argument("--repeats", type=int, default=3, help="actions per engine beside 16 bits (default: 3)")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     activation_bits = arguments.activation_bits or (8 if arguments.target == "cpu" else 16)
     if arguments.beside_16_bit:
         claim_folder(arguments.out, _BESIDE)
-        bits, blocks, repeats = arguments.average_bits, arguments.blocks or 8, arguments.repeats
-        print(beside_16_bit(bits, activation_bits, blocks, repeats, arguments.threads, arguments.out))
+        blocks = arguments.blocks or 8
+        depths = (blocks // 2, blocks) if blocks > 1 else (1,)
+        settings = depths, arguments.repeats, arguments.threads, arguments.out, arguments.backends
+        print(beside_16_bit(arguments.average_bits, activation_bits, *settings))
         return 0
     if not arguments.run_only:
         started = time.perf_counter()
