@@ -141,6 +141,9 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
         "--cost-table", type=Path, help="also time every layer in every format and write the table (ms)"
     )
     parser.add_argument(
+        "--plan", type=Path, help="the engine's plan: says how far the action is from the latency that it was made for"
+    )
+    parser.add_argument(
         "--formats",
         type=Format.parse,
         nargs="+",
@@ -149,9 +152,9 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
 
 
 def _bench(arguments: argparse.Namespace) -> int:
-    from engine_build.bench import baselines_missing, bench, report
+    from engine_build.bench import baselines_missing, bench, beside_plan, planned_latency, report
     from engine_build.costs import KIND as COST_TABLE
-    from engine_build.costs import cost_table
+    from engine_build.costs import cost_table, full_action_ms
     from vla_policy.core.bench import KIND as BENCH
     from vla_policy.core.files import write_json
     from vla_policy.core.manifest import Manifest
@@ -159,19 +162,26 @@ def _bench(arguments: argparse.Namespace) -> int:
 
     for path, kind in ((arguments.out, BENCH), (arguments.cost_table, COST_TABLE)):
         if path is not None:
-            check_file(path, kind, [arguments.engine, *arguments.against])
+            check_file(path, kind, [arguments.engine, *arguments.against, arguments.plan])
     key = arguments.unnorm_key
+    planned = planned_latency(arguments.plan, Manifest.load(arguments.engine).parents) if arguments.plan else None
     result = bench(arguments.engine, arguments.against, arguments.repeats, arguments.threads, unnorm_key=key)
     manifest = Manifest.load(arguments.engine)
     target = find_target(manifest.target).on(manifest.backend)
     print("\n".join([report(result), *baselines_missing(result, target)]))
+    if planned is not None:
+        print(beside_plan(result, planned))
     if arguments.out is not None:
         result.save(arguments.out)
     if arguments.cost_table is not None:
         action_ms = result.engine.stages["action"].median_ms
+        full_ms = full_action_ms(result, target)
         formats = arguments.formats or target.legal()
-        table = cost_table(manifest, formats, arguments.threads, action_ms, unnorm_key=key)
+        table = cost_table(manifest, formats, arguments.threads, action_ms, full_ms, unnorm_key=key)
         write_json(arguments.cost_table, table)
+        print(f"{arguments.cost_table}: layers' times scaled by {table['scale']:.2f}, fixed {table['fixed_ms']:.2f} ms")
+        if table["unfitted"]:
+            print(f"note: not fitted to two whole actions, budgets may be missed by more: {table['unfitted']}")
     return 0
 
 

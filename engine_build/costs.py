@@ -1,12 +1,17 @@
 """How long each layer takes per action in each legal format: the table that a latency budget is allocated from.
 
 Layers of one shape and number of tokens are measured once. A layer's cost is one pass over the tokens it sees while the
-prompt is read, plus one pass of a single token for each decode step.
+prompt is read, plus one pass of a single token for each decode step. Before every pass as much memory is read as the
+policy has weights, as an action's other layers would: a layer timed again and again finds its weights in the cache.
+
+What is left, a layer alone and one inside a graph not taking the same time, is fitted: with a 16-bit engine of the same
+kernels beside the planned one, all layers' times are scaled so that the table gives both whole actions as measured.
 """
 
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +25,22 @@ from calibrator.families.loading import empty_policy
 from calibrator.modules.chain import Runs
 from calibrator.quantizers import parse_choice, quantize
 from engine_build.backends import find_backend
-from engine_build.backends.base import Backend
+from engine_build.backends.base import Backend, Dialect
 from engine_build.graph.builder import GraphBuilder
 from engine_build.weights import Layer, LayerWeights, layers_of
 from vla_policy.core.backends.base import parse_version
+from vla_policy.core.bench import Bench
 from vla_policy.core.formats import FULL_PRECISION, Format
 from vla_policy.core.manifest import Manifest, UnitRecord
 from vla_policy.core.policy_config import PolicyConfig
+from vla_policy.core.targets import Target
 
 KIND = "cost_table"
 PROMPT_TOKENS = 30
+_LARGEST_CACHE = 1 << 29
+_LEAST_MS = 1e-3
+_ALIKE = 0.05
+_PLAUSIBLE = 3.0
 
 
 def cost_table(
@@ -37,13 +48,15 @@ def cost_table(
     formats: Sequence[Format],
     threads: int,
     action_ms: float,
-    repeats: int = 7,
+    full_ms: float | None = None,
+    repeats: int = 15,
     unnorm_key: str | None = None,
 ) -> dict[str, Any]:
     """Median milliseconds per action, `{"units": {unit: {format: ms}}}`, measured on this machine.
 
     action_ms: a whole action of the manifest's engine; what its layers, measured as they were planned, do not account
-    for is `fixed_ms`: attention, norms, embedding, preprocessing.
+    for is `fixed_ms`: attention, norms, embedding, preprocessing. full_ms: a whole action of a 16-bit engine, see
+    `full_action_ms`, by which `scale` is fitted; where that cannot be it is 1, and `unfitted` says why.
 
     Raises ArtefactError for a backend whose layers cannot be measured here.
     """
@@ -54,21 +67,56 @@ def cost_table(
     measured: dict[tuple[int, int, float, Format], float] = {}
     formats = list(dict.fromkeys([FULL_PRECISION, *formats, *(unit.choice.format for unit in manifest.units)]))
     jobs = [(*shape, fmt) for shape in sorted(shapes) for fmt in formats]
+    others = _Others(sum(layer.weights for layer in layers.values()), threads)
+    call_ms = _call_ms(backend, threads, 3 * repeats, others)
     for outputs, inputs, tokens, fmt in tqdm(jobs, desc="timing layers", unit="shape", disable=None):
         seen = (outputs, inputs, int(tokens))
-        measured[outputs, inputs, tokens, fmt] = _milliseconds(backend, seen, fmt, threads, repeats)
+        lap = _milliseconds(backend, seen, fmt, threads, repeats, others)
+        measured[outputs, inputs, tokens, fmt] = max(lap - call_ms, _LEAST_MS)
     units = {name: _costs(layer, runs[name], formats, measured) for name, layer in layers.items()}
+    planned_ms = sum(_planned_ms(unit, layers, units) for unit in manifest.units)
+    full_layers_ms = sum(costs[str(FULL_PRECISION)] for costs in units.values())
+    scale, unfitted = _scale(action_ms, full_ms, planned_ms, full_layers_ms)
     return {
-        "schema_version": 1,
+        "schema_version": 2,
         "kind": KIND,
         "target": manifest.target,
         "backend": manifest.backend,
         "policy_sha256": manifest.parents["policy"],
         "threads": threads,
         "versions": {manifest.backend: backend.version()},
-        "fixed_ms": max(0.0, action_ms - sum(_planned_ms(unit, layers, units) for unit in manifest.units)),
-        "units": units,
+        "scale": scale,
+        "unfitted": unfitted,
+        "fixed_ms": action_ms - scale * planned_ms,
+        "units": {name: {fmt: scale * cost for fmt, cost in costs.items()} for name, costs in units.items()},
     }
+
+
+def full_action_ms(result: Bench, target: Target) -> float | None:
+    """A whole action of the 16-bit engine whose layers the same kernels multiply as the engine's own 16-bit ones; None
+    where none was measured beside it."""
+    mine = target.on(result.engine.backend).rule(FULL_PRECISION)
+    for figures in result.references:
+        whole = figures.average_bits == FULL_PRECISION.weight_bits
+        if whole and target.on(figures.backend).rule(FULL_PRECISION) == mine:
+            return figures.stages["action"].median_ms
+    return None
+
+
+def _scale(
+    action_ms: float, full_ms: float | None, planned_layers_ms: float, full_layers_ms: float
+) -> tuple[float, str | None]:
+    """By how much two engines' actions differ over by how much their layers, timed alone, do; or 1, and why not."""
+    if full_ms is None:
+        return 1.0, "no 16-bit engine of the same kernels was measured beside it; name one with --against, too"
+    actions_ms, layers_ms = full_ms - action_ms, full_layers_ms - planned_layers_ms
+    differ = f"whole actions differ by {actions_ms:.3g} ms and their layers, timed alone, by {layers_ms:.3g} ms"
+    if abs(layers_ms) < _ALIKE * action_ms:
+        return 1.0, f"{differ}, which is too little to tell"
+    scale = actions_ms / layers_ms
+    if not 1 / _PLAUSIBLE < scale < _PLAUSIBLE:
+        return 1.0, f"{differ}: other work disturbed them, or it is not layers that take the time"
+    return scale, None
 
 
 def runs_per_action(config: PolicyConfig, unnorm_key: str | None = None) -> dict[str, tuple[Runs, ...]]:
@@ -98,8 +146,21 @@ def _planned_ms(unit: UnitRecord, layers: Mapping[str, Layer], units: Mapping[st
     return units[name][unit.planned] * unit.outputs / layers[name].outputs
 
 
-def _milliseconds(backend: Backend, seen: tuple[int, int, int], fmt: Format, threads: int, repeats: int) -> float:
-    """Of a layer of outputs and inputs on a number of tokens."""
+class _Others:
+    """What an action reads between two passes of a layer: a policy's other weights, in float32."""
+
+    def __init__(self, weights: int, threads: int) -> None:
+        self._shares = np.array_split(np.ones(min(weights, _LARGEST_CACHE // 4), np.float32), threads)
+        self._pool = ThreadPoolExecutor(threads)  # every core has a cache of its own
+
+    def read(self) -> None:
+        list(self._pool.map(np.sum, self._shares))
+
+
+def _milliseconds(
+    backend: Backend, seen: tuple[int, int, int], fmt: Format, threads: int, repeats: int, others: _Others
+) -> float:
+    """Of a layer of outputs and inputs on a number of tokens, its weights not in the cache and its input there."""
     outputs, inputs, tokens = seen
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(outputs, inputs, generator=generator)
@@ -107,22 +168,48 @@ def _milliseconds(backend: Backend, seen: tuple[int, int, int], fmt: Format, thr
     choice = parse_choice(str(fmt))  # how the codes were found does not change the time
     codes = None if choice.recipe is None else quantize(rows, choice)
     weights = LayerWeights(layer, fmt, codes, rows if codes is None else None, None)
+    x = torch.randn(1, tokens, inputs, generator=generator).numpy()
+
+    def write(builder: GraphBuilder, dialect: Dialect) -> str:
+        return dialect.linear(builder, "x", weights)
+
+    return _median_ms(backend, write, x, outputs, threads, repeats, others)
+
+
+def _call_ms(backend: Backend, threads: int, repeats: int, others: _Others) -> float:
+    """Of calling a graph that does nothing, which layers inside a graph do not pay one by one."""
+    x = np.ones((1, 1, 64), np.float32)
+    return _median_ms(backend, lambda builder, _: builder.node("Identity", ["x"]), x, 64, threads, repeats, others)
+
+
+def _median_ms(
+    backend: Backend,
+    write: Callable[[GraphBuilder, Dialect], str],
+    x: np.ndarray,
+    outputs: int,
+    threads: int,
+    repeats: int,
+    others: _Others,
+) -> float:
+    """Of calling a graph of one input x [1, tokens, in] and the result [1, tokens, out] that is written."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "layer.onnx"
         dialect = backend.dialect(parse_version(backend.version()))
         with GraphBuilder(path, dialect.float_type) as builder:
-            builder.rename(dialect.linear(builder, "x", weights), "y")
+            builder.rename(write(builder, dialect), "y")
             infos = [
                 helper.make_tensor_value_info(name, dialect.float_type, [1, "tokens", size])
-                for name, size in (("x", inputs), ("y", outputs))
+                for name, size in (("x", x.shape[-1]), ("y", outputs))
             ]
             builder.save(infos[:1], infos[1:])
         run = backend.open_layer(path, threads)
-        x = {"x": torch.randn(1, tokens, inputs, generator=generator).numpy().astype(builder.float_dtype)}
-        run(x)
+        feeds = {"x": x.astype(builder.float_dtype)}
+        run(feeds)
         laps = []
         for _ in range(repeats):
+            others.read()
+            feeds["x"].sum()
             started = time.perf_counter()
-            run(x)
+            run(feeds)
             laps.append((time.perf_counter() - started) * 1e3)
     return float(np.median(laps))

@@ -15,6 +15,7 @@ from vla_policy.core.files import read_json
 from vla_policy.core.formats import FULL, FULL_PRECISION, Choice, Format
 from vla_policy.core.targets import Target
 
+_TABLE_VERSION = 2
 SCALE_BITS = 16
 PLACE_BITS = 32
 """Of every output channel of a layer whose rows have several widths: an engine puts its result back in order."""
@@ -25,22 +26,23 @@ CostName = Literal["code_bits", "size_bits", "bitops", "latency_ms"]
 class LatencyTable:
     """Measured milliseconds per action of every layer and format on one target (a `cost_table` of engine_build).
 
-    backend: what ran them. fixed_ms: what no plan can change, where the table states it.
+    backend: what ran them. threads: with which. fixed_ms: what no plan can change.
     """
 
     target: str
     backend: str
     policy_sha256: str
+    threads: int
     fixed_ms: float
     units: Mapping[str, Mapping[str, float]]
 
     @staticmethod
     def load(path: Path | str, policy_sha256: str) -> "LatencyTable":
         """Reads a table. Raises ArtefactError when it is damaged or was measured for another policy."""
-        raw = read_json(path, "cost_table")
+        raw = read_json(path, "cost_table", _TABLE_VERSION)
         try:
             table = LatencyTable(
-                raw["target"], raw["backend"], raw["policy_sha256"], float(raw.get("fixed_ms", 0.0)), raw["units"]
+                raw["target"], raw["backend"], raw["policy_sha256"], raw["threads"], raw["fixed_ms"], raw["units"]
             )
         except KeyError as error:
             raise ArtefactError(f"{path}: entry {error} is missing; measure the target again") from error

@@ -172,6 +172,7 @@ class Planner:
             "size_budget_bits": None if limits.size_gb is None else round(limits.size_gb * _GB_BITS),
             "bitops_budget": None if limits.bitops_ratio is None else limits.bitops_ratio * self._full_bitops(),
             "latency_budget_ms": limits.latency_ms,
+            "latency_threads": None if request.latency is None else request.latency.threads,
             "screened": None if self.sensitivity.screened is None else dict(self.sensitivity.screened),
             "no_kernel": self._no_kernel(solution),
             "other_rounding": self._other_rounding(solution),

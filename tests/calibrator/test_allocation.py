@@ -169,9 +169,9 @@ def test_bitops_ratio_is_relative_to_16_bits() -> None:
 def latency_table(sensitivity_units: tuple[str, ...], tmp_path: Path) -> Path:
     costs = {"w2a16_g32": 3.0, "w4a16_g32": 1.0, "w8a16_g32": 2.0, "w16a16": 4.0}
     path = tmp_path / "costs.json"
-    content = {"schema_version": 1, "kind": "cost_table", "target": "cpu", "policy_sha256": "p" * 64, "fixed_ms": 5.0}
-    content["backend"] = "openvino"
-    path.write_text(json.dumps(content | {"units": {name: costs for name in sensitivity_units}}))
+    content = {"schema_version": 2, "kind": "cost_table", "target": "cpu", "policy_sha256": "p" * 64, "fixed_ms": 5.0}
+    ran = {"backend": "openvino", "threads": 2}
+    path.write_text(json.dumps(content | ran | {"units": {name: costs for name in sensitivity_units}}))
     return path
 
 
@@ -184,6 +184,7 @@ def test_latency_budget_uses_the_measured_table(tmp_path: Path) -> None:
     # Only 4 bits everywhere is fast enough: 2 bits are slower on this target.
     assert set(plan.assignment.values()) == {BY_BITS[4]}
     assert plan.latency_ms == pytest.approx(9.0) and (plan.target, plan.backend) == ("cpu", "openvino")
+    assert plan.details["latency_threads"] == 2
     plan.save(tmp_path / "plan.json")
     assert Assignment.load(tmp_path / "plan.json", plan.policy_sha256, list(plan.assignment)).backend == "openvino"
     with pytest.raises(ArtefactError, match="target a100 cannot run backend openvino"):

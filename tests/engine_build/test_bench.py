@@ -2,16 +2,18 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from ragged import write_policy
 from safetensors.torch import load_file, save_file
 
+from calibrator.allocation.plan import Plan, PlanSize
 from engine_build import bench as benching
 from engine_build import costs
 from engine_build.__main__ import main
-from engine_build.bench import bench
+from engine_build.bench import bench, beside_plan, planned_latency
 from engine_build.build import Request, build
 from engine_build.weights import layers_of
 from vla_policy.core.bench import Bench, Quantiles
@@ -83,7 +85,9 @@ def test_an_engine_is_measured_beside_several_at_once(workshop: Path, reference:
 def test_a_layer_costs_its_prefill_and_every_decode_step(reference: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest = Manifest.load(reference)
     monkeypatch.setattr(costs, "_milliseconds", lambda backend, seen, *rest: float(seen[2]))
+    monkeypatch.setattr(costs, "_call_ms", lambda *_: 0.0)
     table = costs.cost_table(manifest, [Format(4, 16, 32)], threads=1, action_ms=1e6)
+    assert table["scale"] == 1 and "no 16-bit engine of the same kernels" in table["unfitted"]
     units = table["units"]
     assert table["fixed_ms"] == 1e6 - sum(entry["w16a16"] for entry in units.values())
     patches, registers, steps = 16, 5, 2
@@ -92,6 +96,61 @@ def test_a_layer_costs_its_prefill_and_every_decode_step(reference: Path, monkey
     assert units["vision_backbone.fused_featurizer.blocks.0.mlp.fc1"]["w16a16"] == patches
     assert units["language_model.model.layers.0.mlp.up_proj"]["w16a16"] == patches + costs.PROMPT_TOKENS + steps
     assert units["language_model.lm_head"]["w16a16"] == 1 + steps
+
+
+def test_a_cost_table_gives_both_whole_actions_as_they_were_measured(
+    workshop: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layers that take twice as long alone as in the graph: the table says what they take there."""
+    manifest = Manifest.load(workshop / "engine")
+    monkeypatch.setattr(costs, "_milliseconds", lambda backend, seen, fmt, *rest: 2.0 * fmt.weight_bits * seen[0])
+    monkeypatch.setattr(costs, "_call_ms", lambda *_: 0.0)
+    planned = {unit.name: unit.planned for unit in manifest.units}
+    inside = {
+        name: sum(run.times for run in runs) * layer.outputs
+        for (name, runs), layer in zip(
+            costs.runs_per_action(manifest.config).items(), layers_of(manifest.config).values(), strict=True
+        )
+    }
+    fixed = 1000.0
+    action = fixed + sum(Format.parse(planned[name]).weight_bits * times for name, times in inside.items())
+    full = fixed + sum(16 * times for times in inside.values())
+    table = costs.cost_table(manifest, [], threads=1, action_ms=action, full_ms=full)
+    assert (table["scale"], table["fixed_ms"]) == (pytest.approx(0.5), pytest.approx(fixed))
+    units = table["units"]
+    assert table["fixed_ms"] + sum(units[name]["w16a16"] for name in units) == pytest.approx(full)
+    assert table["fixed_ms"] + sum(units[name][planned[name]] for name in units) == pytest.approx(action)
+    assert table["unfitted"] is None
+    table = costs.cost_table(manifest, [], threads=1, action_ms=action, full_ms=action - 1)
+    assert table["scale"] == 1 and "whole actions differ by -1 ms" in table["unfitted"]
+
+
+def test_the_16_bit_engine_of_a_cost_table_has_the_same_kernels(workshop: Path, reference: Path) -> None:
+    result = bench(workshop / "engine", [reference], 1, 1)
+    target, measured = find_target("cpu"), result.reference.stages["action"].median_ms
+    for backend, expected in (
+        ("onnxruntime", measured), ("onnxruntime_vnni", measured), ("openvino", None), ("openvino_bf16", None),
+    ):  # fmt: skip
+        of_backend = replace(result, engine=replace(result.engine, backend=backend))
+        assert costs.full_action_ms(of_backend, target) == expected
+    mixed = replace(result, references=(result.engine,))
+    assert costs.full_action_ms(mixed, target) is None
+
+
+def test_an_action_is_held_against_its_plan(workshop: Path, reference: Path, tmp_path: Path) -> None:
+    size = PlanSize(0, 0, 0)
+    plan = Plan({}, "p" * 64, 0.75, 0.25, 0.0, 0.0, 0.0, "HIGHS", 4.0, size, 0, None, "cpu")
+    path = tmp_path / "plan.json"
+    plan.save(path)
+    with pytest.raises(ArtefactError, match="was not built from this plan"):
+        planned_latency(path, {"plan": "0" * 64})
+    with pytest.raises(ArtefactError, match="has no latency; allocate with --latency-table, or leave --plan out"):
+        planned_latency(path, {"plan": sha256_file(path)})
+    result = bench(workshop / "engine", [reference], 1, 1)
+    measured = result.engine.stages["action"].median_ms
+    replace(plan, latency_ms=measured / 1.25, details={"latency_threads": 2}).save(path)
+    line = beside_plan(result, planned_latency(path, {"plan": sha256_file(path)}))
+    assert line.endswith(f"planned {measured / 1.25:.2f} ms, +25.0 %; planned for 2 threads, measured with 1")
 
 
 def test_engines_of_different_policies_are_not_compared(workshop: Path, reference: Path, tmp_path: Path) -> None:

@@ -97,15 +97,16 @@ class Target:
 
     def rounding(self, fmt: Format) -> Rounding | None:
         """How its kernels round activations; None where they do not, or where no kernel runs the format."""
-        found = self._rule(fmt)
+        found = self.rule(fmt)
         return None if found is None or fmt.activation_bits >= 16 else found.rounding
 
     def memory_only(self, fmt: Format) -> bool:
         """Whether layers of this format are smaller than 16-bit ones here, but no faster."""
-        found = self._rule(fmt)
+        found = self.rule(fmt)
         return found is not None and found.kernel.endswith(MEMORY_ONLY)
 
-    def _rule(self, fmt: Format) -> Rule | None:
+    def rule(self, fmt: Format) -> Rule | None:
+        """What multiplies layers of this format; None where nothing does."""
         return next((rule for rule in self._all_rules if fmt in rule.formats()), None)
 
     @property

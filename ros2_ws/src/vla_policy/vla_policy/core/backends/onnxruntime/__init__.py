@@ -23,7 +23,7 @@ class OnnxRuntime:
 
     def rules(self, version: Version) -> tuple[Rule, ...]:
         return (
-            Rule(16, 16, (ROW,), "bf16 in the file, float32 arithmetic"),
+            Rule(16, 16, (ROW,), "MatMul: bf16 in the file, float32 arithmetic"),
             Rule(8, 16, (ROW, 32, 64, 128), _UNPACKED),
             Rule(4, 16, (16, 32, 64, 128, 256), "MatMulNBits at accuracy level 1: float32 activations"),
             Rule(4, 16, (ROW,), _UNPACKED),

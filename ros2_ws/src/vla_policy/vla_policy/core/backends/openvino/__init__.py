@@ -42,7 +42,7 @@ class OpenVino:
         activations = self._precision.value
         packed = f"FullyConnected: codes decoded as they are multiplied, {activations} activations"
         return (
-            Rule(16, 16, (ROW,), f"bf16 in the file, {activations} arithmetic"),
+            Rule(16, 16, (ROW,), f"FullyConnected: bf16 in the file, {activations} arithmetic"),
             *(Rule(bits, 16, GROUPS, packed) for bits in (8, 4, 2)),
         )
 
