@@ -37,6 +37,9 @@ class TorchActor:
     def config(self) -> PolicyConfig:
         return self.policy.config
 
+    def check_instruction(self, instruction: str) -> None:
+        self.robot.check_instruction(instruction)
+
     def act(self, observation: Observation) -> Decision:
         inputs = self._inputs(observation)
         return self.decisions.decision(self.policy.decide(inputs, self.decisions.size)[0].cpu().numpy())

@@ -8,6 +8,7 @@ import numpy as np
 
 from tests.core import ros_messages as msgs
 from vla_policy.core.contract import Contract, load_contract
+from vla_policy.core.errors import DataError
 from vla_policy.core.observation import Decision, Observation
 from vla_policy.core.policy_config import ActionStats, NormStats, PolicyConfig
 from vla_policy.core.safety import HoldReason
@@ -17,6 +18,8 @@ from vla_policy.core.synchroniser import Dropped
 CONTRACT = load_contract(Path(__file__).parents[2] / "ros2_ws/src/vla_policy/config/libero.yaml")
 CAMERA, STATE, INSTRUCTION = CONTRACT.primary.topic, CONTRACT.states[0].topic, CONTRACT.instruction.topic
 TIMEOUT_S = 20.0
+LONGEST = 100
+"""Of the fake policy's prompt; the contract allows more characters."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +53,10 @@ class FakeActor:
         rows = 1 if self.rows is None else len(np.atleast_2d(self.rows))
         told = {"norm_stats": stats, "num_images": 1, "image_size": 112, "takes_state": False, "raw": {}}
         return FakeConfig(**told, horizon=rows, steps_per_action=4, carried_out=self.executed or rows)
+
+    def check_instruction(self, instruction: str) -> None:
+        if len(instruction) > LONGEST:
+            raise DataError(f"the prompt has {len(instruction)} ids, the policy takes {LONGEST}; shorten it")
 
     def act(self, observation: Observation) -> Decision:
         self.entered.release()

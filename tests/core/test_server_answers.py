@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.core import ros_messages as msgs
-from tests.core.server_bench import CAMERA, CONTRACT, STATE, TIMEOUT_S, Bench, FakeActor
+from tests.core.server_bench import CAMERA, CONTRACT, INSTRUCTION, STATE, TIMEOUT_S, Bench, FakeActor
 from vla_policy.core.errors import DataError
 from vla_policy.core.observation import Decision
 from vla_policy.core.safety import HoldReason
@@ -31,6 +31,47 @@ def test_a_new_task_forgets_the_old_one_s_plan(bench: Bench) -> None:
     bench.moving()
     bench.instruct("something else")
     assert bench.reasons() == {HoldReason.NO_CHUNK}
+
+
+def test_a_task_that_the_policy_cannot_take_is_a_fault_until_another_comes(bench: Bench) -> None:
+    """By topic it ends the former one, and is told once, not with every frame; asked by service it is refused."""
+    bench.moving()
+    bench.instruct("go " * 60)
+    step = bench.server.tick()
+    assert step.reasons == (HoldReason.REFUSED_INSTRUCTION,) and step.command is not None
+    assert step.command.motion.tolist() == [0.0] * 6
+    for _ in range(5):
+        bench.see()
+        bench.answered()
+        assert bench.reasons() == {HoldReason.REFUSED_INSTRUCTION}
+    status = bench.server.status()
+    assert status.drops[DropReason.INVALID_MESSAGE].count == 1 and DropReason.ENGINE_ERROR not in status.drops
+    assert "the prompt has 179 ids, the policy takes 100" in status.drops[DropReason.INVALID_MESSAGE].last
+    assert status.faults == {INSTRUCTION: HoldReason.REFUSED_INSTRUCTION} and status.instruction == ""
+    bench.instruct("")
+    assert bench.reasons() == {HoldReason.NO_INSTRUCTION}
+    bench.instruct("go on")
+    bench.see()
+    bench.answered()
+    assert bench.server.tick().command is not None
+    for way in (bench.server.instruct, bench.server.claim):
+        with pytest.raises(DataError, match="the prompt has 179 ids, the policy takes 100; shorten it"):
+            way("go " * 60)
+    assert bench.server.status().instruction == "go on" and bench.reasons() == set()
+
+
+def test_a_plan_that_ends_before_the_next_comes_is_counted(bench: Bench) -> None:
+    """Once for each time, however long it lasts."""
+    bench.moving()
+    assert bench.server.status().run_out == 0
+    for times in (1, 2):
+        for _ in range(12):  # 600 ms: four control steps of the action, its grace, and more
+            bench.now_ns += 50_000_000
+            bench.server.tick()
+        assert bench.server.status().run_out == times
+        bench.see()
+        bench.answered()
+        assert bench.server.tick().command is not None
 
 
 def test_an_answer_to_a_former_task_does_not_move(bench: Bench) -> None:

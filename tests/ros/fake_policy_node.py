@@ -47,6 +47,9 @@ class FakeEngine:
         rows = len(action) if isinstance(action[0], list) else 1
         self.config = fake_config(settings.get("images", 1), settings.get("steps", 4), rows)
 
+    def check_instruction(self, instruction: str) -> None:
+        """Every one is a task."""
+
     def act(self, observation: Observation) -> Decision:
         settings = json.loads((self._folder / "fake.json").read_text())
         time.sleep(settings.get("latency_s", 0.0))

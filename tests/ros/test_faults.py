@@ -167,7 +167,7 @@ def test_joint_missing(running: World) -> None:
 @pytest.mark.parametrize("text", ["", "x" * 10_000])
 def test_instruction_empty_or_endless(running: World, text: str) -> None:
     running.instruct(text)
-    running.wait_holding("no_instruction")
+    running.wait_holding("refused_instruction" if text else "no_instruction")
     if text:
         running.wait_dropped("invalid_message", "instruction of 10000 characters; at most 500 are allowed")
     running.instruct("pick up the butter")

@@ -7,11 +7,13 @@ import signal
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
 from engine_build.__main__ import main as engine_build
 from tests.demo.materials import tiny_bag, tiny_contract
+from tests.pi05_policy import tiny_pi05_folder
 from tests.ros.world import CONTRACT, ROOT, World, end, fake_engine, fresh_domain, process
 from tests.tiny import tiny_policy_folder
 from vla_policy.core.bag import read_frames
@@ -69,17 +71,19 @@ def ros2() -> list[str]:
 
 @pytest.fixture(scope="module")
 def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a built `engine`, its `contract.yaml` and a `bag` of 20 images."""
+    """A folder with the built engines `engine` of an OpenVLA policy and `pi05`, their `contract.yaml`, and a `bag` of
+    20 images."""
     folder = tmp_path_factory.mktemp("launch")
-    policy = tiny_policy_folder(folder / "policy")
-    build = ["build", "--policy", str(policy), "--uniform", "w8a16_g32", "--out", str(folder / "engine")]
-    assert engine_build(build) == 0
+    for name, write in (("engine", tiny_policy_folder), ("pi05", tiny_pi05_folder)):
+        build = ["build", "--policy", str(write(folder / f"{name}_policy")), "--uniform", "w8a16_g32"]
+        assert engine_build([*build, "--out", str(folder / name)]) == 0
     tiny_contract(folder / "contract.yaml")
     tiny_bag(folder / "bag")
     return folder
 
 
-def test_launch_replays_a_bag_through_the_node(ros2: list[str], material: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", ["engine", "pi05"])
+def test_launch_replays_a_bag_through_the_node(engine: str, ros2: list[str], material: Path, tmp_path: Path) -> None:
     """In a namespace, with a parameter file: the served decisions are those of the engine in process."""
     settings = tmp_path / "params.yaml"
     settings.write_text(
@@ -88,15 +92,17 @@ def test_launch_replays_a_bag_through_the_node(ros2: list[str], material: Path, 
         )
     )
     command = [*ros2, "vla_deploy", "replay_policy.launch.py", f"bag:={material / 'bag'}", "rate:=0.0"]
-    command += [f"engine_path:={material / 'engine'}", f"contract:={material / 'contract.yaml'}", "namespace:=arm"]
+    command += [f"engine_path:={material / engine}", f"contract:={material / 'contract.yaml'}", "namespace:=arm"]
     command += [f"params_file:={settings}", "log_level:=warn", f"served:={tmp_path / 'served'}"]
     log = tmp_path / "log"
     with process(command, fresh_domain(), log) as launched:
         assert launched.wait(120) == 0, log.read_text()
-    contract, engine = load_contract(material / "contract.yaml"), load_engine(material / "engine", threads=1)
-    served = {action.stamp_ns: action.tokens.tolist() for action in read_served(tmp_path / "served")}
+    contract, own = load_contract(material / "contract.yaml"), load_engine(material / engine, threads=1)
+    served = {action.stamp_ns: action.actions.tolist() for action in read_served(tmp_path / "served")}
     frames = [frame for frame in read_frames(material / "bag", contract) if isinstance(frame, Frame)]
-    assert served == {frame.stamp_ns: engine.act(observe(frame, contract)).tokens.tolist() for frame in frames}
+    expected = {frame.stamp_ns: own.act(observe(frame, contract)).action for frame in frames}
+    assert len(served) == 20
+    assert served == {stamp_ns: np.atleast_2d(action).tolist() for stamp_ns, action in expected.items()}
 
 
 def test_launch_arguments_win_over_the_file_only_where_given(

@@ -1,5 +1,6 @@
 """A flow-matching policy on the robot: node, replay and process decide the same chunks, noise included, bit for bit."""
 
+import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -19,6 +20,8 @@ from tests.ros.world import ROOT, World, fresh_domain, process
 from vla_policy.core.flow.noise import entry_of
 from vla_policy.core.observation import Observation
 from vla_policy.core.runner import load_engine
+
+from vla_policy_interfaces.srv import SetInstruction  # isort: skip  # after the importorskip in tests.ros.world
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +61,12 @@ def changed(contract: Path, out: Path, change: Callable[[dict[str, Any]], object
     return out
 
 
+def unlimited(content: dict[str, Any]) -> None:
+    """Commands that tell their row."""
+    for dimension in content["action"]["dimensions"]:
+        dimension["limit"] = 100.0
+
+
 def test_a_node_serves_chunks_that_begin_with_the_bank_s_noise(world: World, material: Path, tmp_path: Path) -> None:
     """Frozen sensors: every chunk must be what the engine decides in this process from the same picture."""
     with process(command(material / "engine", material / "contract.yaml"), world.domain, tmp_path / "log"):
@@ -85,10 +94,6 @@ def test_executed_rows_move_the_robot_while_the_next_chunk_is_made(
     """
     log = tmp_path / "log"
 
-    def unlimited(content: dict[str, Any]) -> None:
-        for dimension in content["action"]["dimensions"]:
-            dimension["limit"] = 100.0
-
     contract = changed(material / "contract.yaml", tmp_path / "contract.yaml", unlimited)
     more = {"freeze_timeout": 0.0, "source_timeout": 5.0, "chunk_grace": 0.0, "disarm_after": 0.0}
     with process(command(material / "engine", contract, **more), world.domain, log):
@@ -103,6 +108,69 @@ def test_executed_rows_move_the_robot_while_the_next_chunk_is_made(
     assert len(set(rows.tolist())) == 4, "rows that can be told apart"
     sent = [message.twist.linear.x for _, message in world.twists if message.twist.linear.x]
     assert set(sent) == set(rows[:2].tolist())
+
+
+def test_an_engine_that_is_slower_than_its_chunk_stands_still_between_chunks(
+    world: World, material: Path, tmp_path: Path
+) -> None:
+    """So many denoising steps that a decision takes longer than the 2 rows at 50 Hz last: each chunk moves the robot by
+    its own two rows, once, and nothing moves it until the next comes."""
+    policy = tiny_pi05_folder(tmp_path / "policy", num_inference_steps=400)
+    engine = tmp_path / "engine"
+    assert engine_build(["build", "--policy", str(policy), "--uniform", "w4a16_g32", "--out", str(engine)]) == 0
+    log = tmp_path / "log"
+
+    def fast(content: dict[str, Any]) -> None:
+        unlimited(content)
+        content["action"]["control_rate_hz"] = 50
+
+    contract = changed(material / "contract.yaml", tmp_path / "contract.yaml", fast)
+    more = {"freeze_timeout": 0.0, "source_timeout": 5.0, "chunk_grace": 0.0, "disarm_after": 0.0}
+    with process(command(engine, contract, **more), world.domain, log):
+        world.wait(lambda: world.node.count_subscribers("instruction") > 0, "the active policy node", 60)
+        told = [line for line in log.read_text().splitlines() if "the robot will stand still in between" in line]
+        assert len(told) == 1 and "what it plans lasts 40 ms (rows carried out: 2)" in told[0]
+        world.instruct("pick up the red block")
+        world.wait_chunks()
+        world.enable()
+        world.wait(lambda: int(world.diagnostics["chunks run out"]) > 2, "chunks that ran out", 60)
+        assert float(world.diagnostics["latency p50 (ms)"]) > 40
+    rows = np.reshape(world.chunks[-1].actions, (4, 3))[:, 0].tolist()
+    sent = [message.twist.linear.x for _, message in world.twists]
+    assert sent[-1] == 0.0, "the hold that ends a motion"
+    runs = [list(run) for moving, run in itertools.groupby(sent, bool) if moving]
+    # A command may be lost on the way, best effort as they are sent; none is repeated.
+    assert len(runs) > 2 and all(run in (rows[:2], rows[:1], rows[1:2]) for run in runs)
+
+
+def test_a_prompt_that_is_too_long_is_told_once_and_moves_nothing(
+    world: World, material: Path, tmp_path: Path
+) -> None:
+    """Short enough for the contract, too long for the policy: a fault until another instruction comes."""
+    log = tmp_path / "log"
+    more = {"freeze_timeout": 0.0, "source_timeout": 5.0, "chunk_grace": 1.0, "disarm_after": 0.0}
+    with process(command(material / "engine", material / "contract.yaml", **more), world.domain, log):
+        world.wait(lambda: world.node.count_subscribers("instruction") > 0, "the active policy node", 60)
+        world.instruct("pick up the red block")
+        world.wait_chunks()
+        world.enable()
+        world.wait_moving()
+        world.instruct("a " * 240)
+        world.wait_holding("refused_instruction")
+        world.wait(lambda: not world.moving, "a hold")
+        chunks, images = len(world.chunks), int(world.diagnostics["received camera/image_raw/compressed"])
+        world.wait(
+            lambda: int(world.diagnostics["received camera/image_raw/compressed"]) > images + 10, "further images"
+        )
+        assert len(world.chunks) == chunks and not world.moving
+        assert world.diagnostics["drops invalid_message"] == "1" and "drops engine_error" not in world.diagnostics
+        assert "ids, the policy takes 200; shorten it" in world.diagnostics["last invalid_message"]
+        assert sum("the policy takes 200" in line for line in log.read_text().splitlines()) == 1
+        answer = world.call(SetInstruction, "/policy/set_instruction", SetInstruction.Request(instruction="a " * 240))
+        assert not answer.success and "the policy takes 200" in answer.message
+        world.instruct("open the drawer")
+        world.wait_moving()
+        assert world.chunks[-1].instruction == "open the drawer"
 
 
 @pytest.mark.parametrize(

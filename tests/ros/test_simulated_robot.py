@@ -10,13 +10,17 @@ import pytest
 
 pytest.importorskip("libero", reason="needs the libero extra: pip install 'vla-deploy[libero]'")
 
+from engine_build.__main__ import main as engine_build
 from evaluation.benchmarks.libero import DEMO_PROTOCOL, LiberoEnv
 from evaluation.robot.session import main as session
 from tests.ros.fake_policy_node import echo
-from tests.ros.world import CONTRACT, fake_engine, fresh_domain, node_command, process
-from vla_policy.core.bag import read_frames
+from tests.ros.world import CONTRACT, ROOT, fake_engine, fresh_domain, node_command, process
+from vla_policy.core.bag import open_bag, read_frames
 from vla_policy.core.contract import load_contract
 from vla_policy.core.observe import observe
+from vla_policy.core.runner import load_engine
+from vla_policy.core.safety import Limiter
+from vla_policy.core.served import read_served
 from vla_policy.core.synchroniser import Frame
 
 TASK = "pick_up_the_butter_and_place_it_in_the_basket"
@@ -76,3 +80,49 @@ def test_the_loop_over_dds_equals_the_loop_without(tmp_path: Path) -> None:
             observation = env.step(echo(observation)).observation
     finally:
         env.close()
+
+
+def test_a_flow_matching_policy_drives_the_simulated_robot(tmp_path: Path) -> None:
+    """The small pi0.5: each image is answered by the chunk that the engine decides in this process, noise included, and
+    the row that is carried out of it, within the contract's limits, is what the robot hears at every control step."""
+    domain, log, engine = fresh_domain(), tmp_path / "log", tmp_path / "engine"
+    policy = ROOT / "demo/policies/libero_object_pi05"
+    assert engine_build(["build", "--policy", str(policy), "--uniform", "w8a16_g64", "--out", str(engine)]) == 0
+    settings = {"use_sim_time": True, "enabled": True, "autostart": True, "check_sources": "graph"}
+    settings |= {"source_wait": 120.0, "freeze_timeout": 0.0, "output_watchdog_timeout": 30.0}
+    settings |= {"inference_deadline": 5.0, "engine_threads": 1}
+    node = [sys.executable, "-m", "vla_policy.nodes.policy_node", "--ros-args", "-p", f"engine_path:={engine}"]
+    node += ["-p", f"contract:={CONTRACT}"]
+    node += [part for name, value in settings.items() for part in ("-p", f"{name}:={str(value).lower()}")]
+    recorder = [sys.executable, "-m", "vla_policy.nodes.record_node", "--ros-args", "-p", "use_sim_time:=true"]
+    recorder += ["-p", f"output:={tmp_path / 'bag'}", "-p", f"contract:={CONTRACT}"]
+    recorder += ["-p", "topics:=[action_chunk, cmd_twist]"]
+    robot = [sys.executable, "-m", "evaluation.robot", "--ros-args", "-p", f"contract:={CONTRACT}"]
+    robot += ["-p", f"tasks:=[{TASK}]", "-p", "trials:=[0]", "-p", f"max_steps:={4 * DECISIONS}"]
+    robot += ["-p", "min_subscribers:=2"]
+    with (
+        process(node, domain, log),
+        process(recorder, domain, log) as recording,
+        process(robot, domain, log) as simulation,
+    ):
+        assert simulation.wait(240) == 1, f"not in so few steps; {log.read_text()}"
+        recording.send_signal(signal.SIGINT)
+        assert recording.wait(30) == 0, log.read_text()
+    contract, actor = load_contract(CONTRACT), load_engine(engine, threads=1)
+    frames = [frame for frame in read_frames(tmp_path / "bag", contract) if isinstance(frame, Frame)]
+    served = {chunk.stamp_ns: chunk.actions for chunk in read_served(tmp_path / "bag")}
+    assert len(frames) == len(served) == DECISIONS
+    with open_bag(tmp_path / "bag") as bag:
+        channels = [channel for channel in bag.channels if channel.topic.endswith("cmd_twist")]
+        twists = [bag.decode(recorded).twist for recorded in bag.messages(channels)]
+    heard = [[part.x, part.y, part.z] for part in (twist.linear for twist in twists)]
+    heard = heard[next(number for number, values in enumerate(heard) if any(values)) :]
+    limiter = Limiter(contract.action)
+    for number, frame in enumerate(frames):
+        decided = actor.act(observe(frame, contract)).action
+        assert decided.shape == (4, 7)
+        np.testing.assert_array_equal(served[frame.stamp_ns], decided)
+        for step in range(4 * number, 4 * number + 4):
+            command = limiter.command(decided[0], frame.stamp_ns + (step - 4 * number + 1) * 50_000_000)
+            assert command is not None
+            np.testing.assert_allclose(heard[step], command.motion[:3], atol=1e-12)

@@ -34,6 +34,9 @@ class ToyPolicy:
         self._config = config
         self._stats = config.stats(unnorm_key)
 
+    def check_instruction(self, instruction: str) -> None:
+        """It reads none."""
+
     def inputs(self, observation: Observation) -> dict[str, np.ndarray]:
         """`patches` [1, P, values] in [0, 1] and `state` [1, S], normalised."""
         config, size = self._config, self._config.image_size // self._config.side

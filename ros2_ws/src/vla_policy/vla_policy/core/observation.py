@@ -87,6 +87,10 @@ class Actor(Protocol):
         """The statistics that state and actions are normalised by."""
         ...
 
+    def check_instruction(self, instruction: str) -> None:
+        """Raises DataError for a task that the policy cannot take, whatever it sees with it."""
+        ...
+
     def act(self, observation: Observation) -> Decision:
         """The greedy decision for one observation.
 

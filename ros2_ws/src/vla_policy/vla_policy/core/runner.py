@@ -40,6 +40,10 @@ class Engine:
         """The CPU or GPU that decides, by its own name."""
         return self._session.processor
 
+    def check_instruction(self, instruction: str) -> None:
+        """Raises DataError for a task that the policy cannot take."""
+        self.policy.check_instruction(instruction)
+
     def act(self, observation: Observation) -> Decision:
         """The greedy decision.
 

@@ -24,6 +24,7 @@ class HoldReason(Enum):
     NOT_STARTED = "not_started"
     STOP_LATCHED = "stop_latched"
     NO_INSTRUCTION = "no_instruction"
+    REFUSED_INSTRUCTION = "refused_instruction"
     NO_CHUNK = "no_chunk"
     STALE_CAMERA = "stale_camera"
     STALE_STATE = "stale_state"

@@ -25,6 +25,7 @@ from vla_policy.core.synchroniser import Dropped, DropReason, Frame, Synchronise
 from vla_policy.core.worker import Answer, InferenceWorker
 
 _JOIN_TIMEOUT_S = 5.0
+_RUN_OUT = (HoldReason.NO_CHUNK, HoldReason.DEADLINE_MISSED)
 # Without a robot that waits, a frame may wait for its state until the slowest transport has delivered it.
 LOSSLESS_WAIT_NS = 10 * 10**9
 
@@ -110,6 +111,8 @@ class PolicyServer:
         rivals = {HoldReason.OTHER_PUBLISHER} if contract.action.other_publishers == "disarm" else ()
         self._gate = Gate(settings.disarm_after_s, rivals)
         self._claim: Event | Dropped | None = None  # while a run has its instruction: what follows it
+        self._task_refused = False
+        self._moving = False
         self._late_since_chunk = False
         self._wanting: HoldReason | None = None
         self._last_tick_ns: int | None = None
@@ -154,6 +157,8 @@ class PolicyServer:
         events: list[Event] | list[Dropped]
         try:
             events = to_events(self._contract, topic, message, now_ns)
+            if topic == self._contract.instruction.topic:
+                self._check_task(events)
         except DataError as error:
             events = [Dropped(topic, now_ns, DropReason.INVALID_MESSAGE, str(error))]
         if topic == self._contract.instruction.topic and self._claim is not None:
@@ -185,8 +190,18 @@ class PolicyServer:
 
     def _instruct(self, text: str) -> str:
         event = to_instruction(self._contract, text, self._clock())
+        self._check_task([event])
         self._offer([event])
         return str(event.payload)
+
+    def _check_task(self, events: Sequence[Event]) -> None:
+        """Raises DataError for an instruction that the policy cannot take; an empty one is none."""
+        for event in events:
+            if event.payload:
+                try:
+                    self._actor.check_instruction(str(event.payload))
+                except DataError as error:
+                    raise DataError(f"{event.source}: {error}") from error
 
     def claim(self, text: str) -> None:
         """`instruct` for a run, whose instruction stays until `finish`, whatever topic and service say meanwhile.
@@ -201,8 +216,11 @@ class PolicyServer:
         instruction = self._contract.instruction.topic
         if isinstance(event, Dropped):
             if event.topic == instruction:
+                self._task_refused = True
                 self._chunks.clear()
             return
+        if event.source == instruction:
+            self._task_refused = False
         if event.source == instruction and event.payload != self._synchroniser.instruction:
             self._chunks.clear()
         self._sources.see(event)
@@ -268,6 +286,8 @@ class PolicyServer:
                 self._chunks.clear()  # what was planned before is not what is to be done after
             outcome = None if reasons else self._command(now_ns)
             self._wanting = outcome if isinstance(outcome, HoldReason) else None
+            self._figures.run_out += self._moving and outcome in _RUN_OUT
+            self._moving = isinstance(outcome, Command)
             if isinstance(outcome, Command):
                 self._gate.moved()
                 self._halts.moved()
@@ -306,11 +326,12 @@ class PolicyServer:
         return self._sources.positions(self._limiter.targets)
 
     def _faults(self, now_ns: int) -> dict[str, HoldReason]:
-        return self._sources.faults(now_ns) | self._gate.outside
+        refused = {self._contract.instruction.topic: HoldReason.REFUSED_INSTRUCTION} if self._task_refused else {}
+        return self._sources.faults(now_ns) | refused | self._gate.outside
 
     def _reasons(self, now_ns: int) -> list[HoldReason]:
         reasons = self._gate.reasons()
-        if not self._synchroniser.instruction:
+        if not self._synchroniser.instruction and not self._task_refused:
             reasons.append(HoldReason.NO_INSTRUCTION)
         if now_ns == 0:  # simulated time of which nothing was heard
             reasons.append(HoldReason.NO_CLOCK)
@@ -405,6 +426,7 @@ class PolicyServer:
                 commands=figures.commands,
                 limited=figures.limited,
                 late=figures.late,
+                run_out=figures.run_out,
                 drops=dict(figures.drops),
                 ages_ms=self._sources.ages_ms(now_ns),
                 rates_hz=figures.rates_hz(now_ns),

@@ -29,9 +29,10 @@ class Status:
     """A snapshot for diagnostics. Ages in milliseconds since each source's last stamp, None before its first message.
 
     `overhead_ms`: from the image's callback to the published action, less the engine's time for this frame and, while
-    it was still busy, for the one before. `holding`: what forbids motion now, or left the last control step without a
-    command. `faults`: what is wrong with a camera or state, by source. `received`: messages by topic. `drops`: by
-    reason; one reason's particulars are not lost to another that is more frequent.
+    it was still busy, for the one before. `run_out`: how often a plan ended before the next one came. `holding`: what
+    forbids motion now, or left the last control step without a command. `faults`: what is wrong with a camera or state,
+    by source. `received`: messages by topic. `drops`: by reason; one reason's particulars are not lost to another that
+    is more frequent.
     """
 
     active: bool
@@ -46,6 +47,7 @@ class Status:
     commands: int
     limited: int
     late: int
+    run_out: int
     drops: dict[DropReason, Drops]
     ages_ms: dict[str, float | None]
     rates_hz: dict[str, float]
@@ -60,7 +62,7 @@ class Figures:
     def __init__(self, topics: Iterable[str]) -> None:
         self.received = dict.fromkeys(topics, 0)
         self.drops: dict[DropReason, Drops] = {}
-        self.chunks = self.commands = self.limited = self.late = 0
+        self.chunks = self.commands = self.limited = self.late = self.run_out = 0
         self.latency_ms, self.age_ms, self.overhead_ms = RollingWindow(), RollingWindow(), RollingWindow()
         self._rates = {name: RateCounter() for name in (*self.received, "chunks", "commands")}
 

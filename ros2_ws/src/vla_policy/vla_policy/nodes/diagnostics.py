@@ -180,6 +180,7 @@ def serving(identity: Mapping[str, str], watchdog_holds: int, status: Status, un
         "commands": str(status.commands),
         "commands limited": str(status.limited),
         "decisions late": str(status.late),
+        "chunks run out": str(status.run_out),
         "watchdog holds": str(watchdog_holds),
         "without subscriber": ", ".join(unheard),
     }
@@ -192,7 +193,7 @@ def serving(identity: Mapping[str, str], watchdog_holds: int, status: Status, un
     for label, window in (("latency", status.latency_ms), ("age", status.age_ms), ("overhead", status.overhead_ms)):
         values |= _percentiles(label, window)
     troubles = {reason.value: drops.count for reason, drops in status.drops.items() if reason not in _MEANT_DROPS}
-    troubles |= {"decisions late": status.late, "watchdog holds": watchdog_holds}
+    troubles |= {"decisions late": status.late, "chunks run out": status.run_out, "watchdog holds": watchdog_holds}
     return Report(level, state, values, troubles)
 
 

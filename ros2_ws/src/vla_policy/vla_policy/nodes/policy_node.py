@@ -40,7 +40,7 @@ from vla_policy.nodes.run_policy import RunPolicyServer
 from vla_policy.nodes.services import Services
 from vla_policy.nodes.source_check import Patience, SourceMissing, check_sources
 from vla_policy.nodes.surroundings import Surroundings
-from vla_policy.nodes.warm_up import warm_up
+from vla_policy.nodes.warm_up import pause, warm_up
 from vla_policy.nodes.watchdog import OutputWatchdog
 
 _WARM_UP_DECISIONS = 3
@@ -155,7 +155,7 @@ class PolicyNode(LifecycleNode):
         )
         check_sources(self, contract, settings.check_sources, settings.server.lossless, patience)
         engine_id = sha256_file(Path(settings.engine_path) / "manifest.json")
-        notes = _notes(actor)
+        notes, slow = _notes(actor), pause(actor, contract, warm_up_ms)
         outputs = Outputs(self, contract, engine_id, settings.server.queue_size if settings.server.lossless else 10)
         undo.callback(outputs.destroy)
         if contract.action.gripper is not None and settings.check_sources != "none":
@@ -169,7 +169,7 @@ class PolicyNode(LifecycleNode):
         self._identity = {
             "engine": engine_id,
             "engine path": settings.engine_path,
-            "engine notes": "; ".join(notes) or "none",
+            "engine notes": "; ".join([*notes, *([slow] if slow else [])]) or "none",
             "statistics": actor.unnorm_key,
             "contract": contract.sha256,
             "mode": "lossless" if settings.server.lossless else "newest frame",
@@ -183,6 +183,8 @@ class PolicyNode(LifecycleNode):
         )
         for note in notes:
             self.get_logger().info(f"engine: {note}")
+        if slow:
+            self.get_logger().warning(f"engine: {slow}")
 
     def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Subscribes and begins to answer; motion waits for enable (or the parameter `enabled`)."""

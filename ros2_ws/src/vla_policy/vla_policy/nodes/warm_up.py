@@ -12,6 +12,18 @@ from vla_policy.core.observation import Actor, Observation
 _DECISIONS = 3
 
 
+def pause(actor: Actor, contract: Contract, decision_ms: float) -> str | None:
+    """What to say of an engine that takes longer than a chunk lasts: the robot stands still in between."""
+    rows = contract.action.chunk_rows or actor.config.executed
+    lasts_ms = rows * actor.config.steps_per_action * contract.action.control_period_ns / 1e6
+    if decision_ms <= lasts_ms:
+        return None
+    return (
+        f"a decision takes {decision_ms:.0f} ms, what it plans lasts {lasts_ms:.0f} ms (rows carried out: {rows}): the "
+        "robot will stand still in between; carry out more rows or choose a smaller plan"
+    )
+
+
 def warm_up(actor: Actor, contract: Contract, deadline_s: float, instruction: str) -> float:
     """Median milliseconds of a decision on black images and zeros.
 

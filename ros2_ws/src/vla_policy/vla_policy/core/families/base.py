@@ -24,6 +24,10 @@ class Policy(Protocol):
         """What `scores` are, in the plural, for messages."""
         ...
 
+    def check_instruction(self, instruction: str) -> None:
+        """Raises DataError for a task that the policy cannot take in every state: the prompt would be too long."""
+        ...
+
     def inputs(self, observation: Observation) -> dict[str, np.ndarray]:
         """The program's inputs by name, each with a batch dimension of 1. Raises DataError for unusable data."""
         ...

@@ -60,6 +60,13 @@ class FlowPrompt:
         return np.asarray(ids, np.int64)
 
 
+    def check(self, instruction: str) -> None:
+        """Raises DataError as `encode` does of an instruction, unless it fits beside every state: the number of a bin
+        has one to three digits, which may be a token each."""
+        for value in (-2.0, 1.0):
+            self.encode(instruction, np.full(self._config.state_dim, value) if self._config.state_in_prompt else None)
+
+
 def _check(tokenizer: Tokenizer, path: Path, config: FlowConfig) -> None:
     """Raises PolicyError unless a prompt becomes BOS and its own tokens, and all tokens have an embedding."""
     for setting in ("truncation", "padding"):

@@ -46,16 +46,22 @@ class PromptTokenizer:
         The patch embeddings belong right after BOS. Raises DataError for an instruction that is empty or too long, or a
         state that is missing, of another length or not finite.
         """
+        return np.asarray(self._ids(instruction, self._state_tokens(state)), np.int64)
+
+    def check(self, instruction: str) -> None:
+        """Raises DataError as `encode` does of an instruction; a state has as many tokens whatever it is."""
+        self._ids(instruction, [] if self._proprio is None else [self._empty_id] * len(self._proprio.names))
+
+    def _ids(self, instruction: str, state: list[int]) -> list[int]:
         words = normalised(instruction).lower()
         if not words:
             raise DataError("instruction is empty; a policy needs a task in words")
-        ids = self._tokenizer.encode(_PROMPT.format(words)).ids
-        ids = [*ids, *self._state_tokens(state)]
+        ids: list[int] = [*self._tokenizer.encode(_PROMPT.format(words)).ids, *state]
         if ids[-1] != self._empty_id:
             ids.append(self._empty_id)
         if len(ids) > LONGEST_PROMPT:
             raise DataError(f"instruction: the prompt has {len(ids)} ids, allowed are {LONGEST_PROMPT}; shorten it")
-        return np.asarray(ids, np.int64)
+        return ids
 
     def _state_tokens(self, state: np.ndarray | None) -> list[int]:
         if self._proprio is None:

@@ -46,6 +46,9 @@ class OpenVlaPolicy:
         self._prompt = PromptTokenizer(folder, config, unnorm_key)
         self.codec = ActionCodec.of(config, unnorm_key)
 
+    def check_instruction(self, instruction: str) -> None:
+        self._prompt.check(instruction)
+
     def inputs(self, observation: Observation) -> dict[str, np.ndarray]:
         """`pixel_values` [1, 6 N, S, S] and `input_ids` [1, L]."""
         return {

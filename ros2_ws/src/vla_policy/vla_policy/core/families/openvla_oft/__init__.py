@@ -48,6 +48,9 @@ class OftPolicy:
         self._proprio = stats.proprio if config.use_proprio else None
         self._codec = ChunkCodec(stats.action, config.horizon)
 
+    def check_instruction(self, instruction: str) -> None:
+        self._prompt.check(instruction)
+
     def inputs(self, observation: Observation) -> dict[str, np.ndarray]:
         """`pixel_values` [1, 6 N, S, S], `input_ids` [1, L] and, where it is taken, `state` [1, S], normalised."""
         inputs = {

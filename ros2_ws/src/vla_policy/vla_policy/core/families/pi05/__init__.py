@@ -40,6 +40,9 @@ class Pi05Policy:
             self._state = scaling_of(self._proprio, config)
         self._action = scaling_of(stats.action, config)
 
+    def check_instruction(self, instruction: str) -> None:
+        self._prompt.check(instruction)
+
     def inputs(self, observation: Observation) -> dict[str, np.ndarray]:
         """`pixel_values` [1, 3 N, S, S], `input_ids` [1, L], `noise` [1, H, A] and, of pi0, `STATE` [1, 1, S]."""
         config, state = self._config, None
