@@ -15,7 +15,7 @@ from engine_build.__main__ import main as engine_build
 from evaluation.__main__ import main as evaluation
 from tests.core.ros_messages import picture
 from tests.demo.materials import tiny_bag, tiny_contract
-from tests.pi05_policy import tiny_pi05_folder
+from tests.pi05_policy import PI0, tiny_pi05_folder
 from tests.ros.world import ROOT, World, fresh_domain, process
 from vla_policy.core.flow.noise import entry_of
 from vla_policy.core.observation import Observation
@@ -26,11 +26,12 @@ from vla_policy_interfaces.srv import SetInstruction  # isort: skip  # after the
 
 @pytest.fixture(scope="module")
 def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `engine`, its `contract.yaml` and a `bag` of 20 images."""
+    """A folder with `engine` and `pi0`, an engine of each policy, their `contract.yaml` and a `bag` of 20 images."""
     folder = tmp_path_factory.mktemp("pi05_node")
-    policy = tiny_pi05_folder(folder / "policy")
-    built = ["--policy", str(policy), "--uniform", "w4a16_g32", "--out", str(folder / "engine")]
-    assert engine_build(["build", *built]) == 0
+    for name, changes in (("engine", {}), ("pi0", PI0)):
+        policy = tiny_pi05_folder(folder / f"{name}_policy", **changes)
+        built = ["--policy", str(policy), "--uniform", "w4a16_g32", "--out", str(folder / name)]
+        assert engine_build(["build", *built]) == 0
     tiny_contract(folder / "contract.yaml")
     tiny_bag(folder / "bag")
     return folder
@@ -83,6 +84,23 @@ def test_a_node_serves_chunks_that_begin_with_the_bank_s_noise(world: World, mat
     for chunk in world.chunks:
         assert (chunk.horizon, chunk.action_dim, len(chunk.tokens)) == (4, 3, 0)
         np.testing.assert_array_equal(np.reshape(chunk.actions, (4, 3)), expected)
+
+
+def test_the_state_that_a_pi0_node_measures_reaches_its_actions(world: World, material: Path, tmp_path: Path) -> None:
+    """The same picture and task in another state: another chunk, each the one that the engine decides here."""
+    with process(command(material / "pi0", material / "contract.yaml"), world.domain, tmp_path / "log"):
+        world.wait(lambda: world.node.count_subscribers("instruction") > 0, "the active policy node", 60)
+        world.instruct("pick up the red block")
+        world.wait_chunks()
+        before = world.chunks[-1]
+        world.sensors.position = [0.9, 0.07]
+        world.wait(lambda: world.chunks[-1].actions != before.actions, "another chunk")
+        world.wait_chunks()
+        after = world.chunks[-1]
+    engine = load_engine(material / "pi0", threads=1)
+    for chunk, state in ((before, [0.1, 0.02]), (after, [0.9, 0.07])):
+        seen = Observation(picture(0, 16), "pick up the red block", np.asarray(state, np.float32))
+        np.testing.assert_array_equal(np.reshape(chunk.actions, (4, 3)), engine.act(seen).action)
 
 
 def test_executed_rows_move_the_robot_while_the_next_chunk_is_made(
