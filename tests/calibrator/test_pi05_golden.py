@@ -27,6 +27,7 @@ from calibrator.families.loading import empty_policy, fill_policy
 from calibrator.families.pi05 import Pi05
 from calibrator.families.pi05.model import Cache
 from calibrator.families.pi05.time import condition, embedding
+from calibrator.modules.chain import PROMPT
 from calibrator.modules.gemma import modulation, rotation
 from vla_policy.core.families.pi05 import STATE
 from vla_policy.core.flow.conventions import CONVENTIONS
@@ -171,11 +172,12 @@ def test_the_integrated_actions_match_the_published_code(case: Case) -> None:
     first = case.noise - 0.1 * policy.action_out_proj(states[:, 0])
     assert_matches(first[0], wanted["actions_after_step1_of_10"])
     assert_matches(actions[0], wanted["actions_10_steps"])
-    inputs = {"pixel_values": case.pixels, "input_ids": case.ids, "noise": case.noise}
-    if case.state is not None:
-        inputs[STATE] = case.state
-    decided = policy.decide(inputs, 70).unflatten(1, (10, 7))
-    np.testing.assert_allclose(decided, actions[..., :7], atol=1e-4)
+    if case.content is not WIDE:  # the chain is put together alike at every size
+        inputs = {"pixel_values": case.pixels, PROMPT: case.ids, "noise": case.noise}
+        if case.state is not None:
+            inputs[STATE] = case.state
+        decided = policy.decide(inputs, 70).unflatten(1, (10, 7))
+        np.testing.assert_allclose(decided, actions[..., :7], atol=1e-4)
 
 
 @torch.no_grad()
