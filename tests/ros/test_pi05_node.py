@@ -191,6 +191,7 @@ def test_a_prompt_that_is_too_long_is_told_once_and_moves_nothing(
         assert world.chunks[-1].instruction == "open the drawer"
 
 
+@pytest.mark.parametrize("engine", ["engine", "pi0"])
 @pytest.mark.parametrize(
     ("change", "more", "reason"),
     [
@@ -216,10 +217,11 @@ def test_what_does_not_fit_the_policy_is_one_line_before_the_node_is_active(
     change: Callable[[dict[str, Any]], object],
     more: dict[str, object],
     reason: str,
+    engine: str,
 ) -> None:
     contract = changed(material / "contract.yaml", tmp_path / "contract.yaml", change)
     log = tmp_path / "log"
-    with process(command(material / "engine", contract, check_sources="none", **more), world.domain, log):
+    with process(command(material / engine, contract, check_sources="none", **more), world.domain, log):
         world.wait(lambda: f"configure refused: {'' if more else str(contract)}" in log.read_text(), "the refusal")
         assert world.state_label() == "unconfigured"
     refused = [line for line in log.read_text().splitlines() if "configure refused" in line]
