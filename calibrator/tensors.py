@@ -20,6 +20,10 @@ def disk_errors() -> Iterator[None]:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, np.ndarray], kind: str) -> None:
-    """Writes `tensors` to `path`, a temporary name of the caller's. kind: of the artefact, in the file's metadata."""
+    """Writes `tensors` to `path`, a temporary name of the caller's. kind: of the artefact, in the file's metadata.
+
+    Views are written as they read; safetensors would write a transposed one's memory under the other shape.
+    """
+    rows = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
     with disk_errors():
-        save_file(dict(tensors), path, metadata={"kind": kind})
+        save_file(rows, path, metadata={"kind": kind})

@@ -82,7 +82,7 @@ class RowBits:
     def save(self, path: Path) -> str:
         """Writes the file, whole or not at all; returns its sha256."""
         with atomic_path(path, KIND) as temporary:
-            save_tensors(temporary, {layer: np.ascontiguousarray(bits) for layer, bits in self.bits.items()}, KIND)
+            save_tensors(temporary, self.bits, KIND)
         return sha256_file(path)
 
     @staticmethod

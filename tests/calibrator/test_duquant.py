@@ -162,8 +162,9 @@ def test_a_convolution_turns_its_patches() -> None:
     torch.testing.assert_close(got.flatten(2).mT.reshape(-1, 8), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_what_is_stored_is_what_was_found(tmp_path: Path) -> None:
-    weight, choice = torch.randn(8, 150), parse_choice("w4a8_g32:duquant(shared=false)")
+@pytest.mark.parametrize("method", ["duquant(shared=false)", "quantvla"])
+def test_what_is_stored_is_what_was_found(tmp_path: Path, method: str) -> None:
+    weight, choice = torch.randn(8, 150), parse_choice(f"w4a8_g32:{method}")
     found = quantize(weight, choice, statistics_of(with_outliers(70, 150)))
     write_layer(tmp_path, "layer", found)
     read = read_layer(layer_path(tmp_path, "layer"), weight, choice)
