@@ -10,7 +10,7 @@ kernels beside the planned one, all layers' times are scaled so that the table g
 
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from calibrator.families.loading import empty_policy
 from calibrator.modules.chain import Runs
 from calibrator.quantizers import parse_choice, quantize
 from engine_build.backends import find_backend
-from engine_build.backends.base import Backend, Dialect
+from engine_build.backends.base import Backend
 from engine_build.graph.builder import GraphBuilder
 from engine_build.weights import Layer, LayerWeights, layers_of
 from vla_policy.core.backends.base import parse_version
@@ -38,7 +38,8 @@ from vla_policy.core.targets import Target
 KIND = "cost_table"
 PROMPT_TOKENS = 30
 _LARGEST_CACHE = 1 << 29
-_LEAST_MS = 1e-3
+_COPIES = 24
+_COPIED_WEIGHTS = 1 << 24
 _ALIKE = 0.05
 _PLAUSIBLE = 3.0
 
@@ -68,11 +69,9 @@ def cost_table(
     formats = list(dict.fromkeys([FULL_PRECISION, *formats, *(unit.choice.format for unit in manifest.units)]))
     jobs = [(*shape, fmt) for shape in sorted(shapes) for fmt in formats]
     others = _Others(sum(layer.weights for layer in layers.values()), threads)
-    call_ms = _call_ms(backend, threads, 3 * repeats, others)
     for outputs, inputs, tokens, fmt in tqdm(jobs, desc="timing layers", unit="shape", disable=None):
         seen = (outputs, inputs, int(tokens))
-        lap = _milliseconds(backend, seen, fmt, threads, repeats, others)
-        measured[outputs, inputs, tokens, fmt] = max(lap - call_ms, _LEAST_MS)
+        measured[outputs, inputs, tokens, fmt] = _milliseconds(backend, seen, fmt, threads, repeats, others)
     units = {name: _costs(layer, runs[name], formats, measured) for name, layer in layers.items()}
     planned_ms = sum(_planned_ms(unit, layers, units) for unit in manifest.units)
     full_layers_ms = sum(costs[str(FULL_PRECISION)] for costs in units.values())
@@ -160,56 +159,37 @@ class _Others:
 def _milliseconds(
     backend: Backend, seen: tuple[int, int, int], fmt: Format, threads: int, repeats: int, others: _Others
 ) -> float:
-    """Of a layer of outputs and inputs on a number of tokens, its weights not in the cache and its input there."""
+    """Of a layer of outputs and inputs on a number of tokens, its weights not in the cache and its input there.
+
+    Several such layers, each with weights of its own, are one graph: a call costs as much as a small layer.
+    """
     outputs, inputs, tokens = seen
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(outputs, inputs, generator=generator)
-    layer = Layer("layer", "linear", "layer", outputs, inputs, bias=False)
+    copies = [f"y{index}" for index in range(max(1, min(_COPIES, _COPIED_WEIGHTS // (outputs * inputs))))]
     choice = parse_choice(str(fmt))  # how the codes were found does not change the time
     codes = None if choice.recipe is None else quantize(rows, choice)
-    weights = LayerWeights(layer, fmt, codes, rows if codes is None else None, None)
-    x = torch.randn(1, tokens, inputs, generator=generator).numpy()
-
-    def write(builder: GraphBuilder, dialect: Dialect) -> str:
-        return dialect.linear(builder, "x", weights)
-
-    return _median_ms(backend, write, x, outputs, threads, repeats, others)
-
-
-def _call_ms(backend: Backend, threads: int, repeats: int, others: _Others) -> float:
-    """Of calling a graph that does nothing, which layers inside a graph do not pay one by one."""
-    x = np.ones((1, 1, 64), np.float32)
-    return _median_ms(backend, lambda builder, _: builder.node("Identity", ["x"]), x, 64, threads, repeats, others)
-
-
-def _median_ms(
-    backend: Backend,
-    write: Callable[[GraphBuilder, Dialect], str],
-    x: np.ndarray,
-    outputs: int,
-    threads: int,
-    repeats: int,
-    others: _Others,
-) -> float:
-    """Of calling a graph of one input x [1, tokens, in] and the result [1, tokens, out] that is written."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "layer.onnx"
         dialect = backend.dialect(parse_version(backend.version()))
         with GraphBuilder(path, dialect.float_type) as builder:
-            builder.rename(write(builder, dialect), "y")
+            for name in copies:
+                layer = Layer(f"layer_{name}", "linear", f"layer_{name}", outputs, inputs, bias=False)
+                weights = LayerWeights(layer, fmt, codes, rows if codes is None else None, None)
+                builder.rename(dialect.linear(builder, "x", weights), name)
             infos = [
                 helper.make_tensor_value_info(name, dialect.float_type, [1, "tokens", size])
-                for name, size in (("x", x.shape[-1]), ("y", outputs))
+                for name, size in (("x", inputs), *((name, outputs) for name in copies))
             ]
             builder.save(infos[:1], infos[1:])
         run = backend.open_layer(path, threads)
-        feeds = {"x": x.astype(builder.float_dtype)}
-        run(feeds)
+        x = {"x": torch.randn(1, tokens, inputs, generator=generator).numpy().astype(builder.float_dtype)}
+        run(x)
         laps = []
         for _ in range(repeats):
             others.read()
-            feeds["x"].sum()
+            x["x"].sum()
             started = time.perf_counter()
-            run(feeds)
-            laps.append((time.perf_counter() - started) * 1e3)
+            run(x)
+            laps.append((time.perf_counter() - started) * 1e3 / len(copies))
     return float(np.median(laps))

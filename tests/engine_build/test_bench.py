@@ -85,7 +85,6 @@ def test_an_engine_is_measured_beside_several_at_once(workshop: Path, reference:
 def test_a_layer_costs_its_prefill_and_every_decode_step(reference: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest = Manifest.load(reference)
     monkeypatch.setattr(costs, "_milliseconds", lambda backend, seen, *rest: float(seen[2]))
-    monkeypatch.setattr(costs, "_call_ms", lambda *_: 0.0)
     table = costs.cost_table(manifest, [Format(4, 16, 32)], threads=1, action_ms=1e6)
     assert table["scale"] == 1 and "no 16-bit engine of the same kernels" in table["unfitted"]
     units = table["units"]
@@ -104,7 +103,6 @@ def test_a_cost_table_gives_both_whole_actions_as_they_were_measured(
     """Layers that take twice as long alone as in the graph: the table says what they take there."""
     manifest = Manifest.load(workshop / "engine")
     monkeypatch.setattr(costs, "_milliseconds", lambda backend, seen, fmt, *rest: 2.0 * fmt.weight_bits * seen[0])
-    monkeypatch.setattr(costs, "_call_ms", lambda *_: 0.0)
     planned = {unit.name: unit.planned for unit in manifest.units}
     inside = {
         name: sum(run.times for run in runs) * layer.outputs
