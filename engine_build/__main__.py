@@ -152,9 +152,10 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
 
 
 def _bench(arguments: argparse.Namespace) -> int:
-    from engine_build.bench import baselines_missing, bench, beside_plan, planned_latency, report
+    from engine_build.bench import baselines_missing, bench, report
     from engine_build.costs import KIND as COST_TABLE
     from engine_build.costs import cost_table, full_action_ms
+    from engine_build.planned import beside_plan, planned_latency
     from vla_policy.core.bench import KIND as BENCH
     from vla_policy.core.files import write_json
     from vla_policy.core.manifest import Manifest

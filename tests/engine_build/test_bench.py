@@ -13,8 +13,9 @@ from calibrator.allocation.plan import Plan, PlanSize
 from engine_build import bench as benching
 from engine_build import costs
 from engine_build.__main__ import main
-from engine_build.bench import bench, beside_plan, planned_latency
+from engine_build.bench import bench
 from engine_build.build import Request, build
+from engine_build.planned import beside_plan, planned_latency
 from engine_build.weights import layers_of
 from vla_policy.core.bench import Bench, Quantiles
 from vla_policy.core.errors import ArtefactError, EngineError
