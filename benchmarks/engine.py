@@ -28,7 +28,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from calibrator.families.loading import empty_policy
 from calibrator.quantizers import parse_choice
-from engine_build.backends import find_backend
+from engine_build.backends import runs_here
 from engine_build.bench import baselines_missing, bench, peak_bytes, report
 from engine_build.build import Policy, build_engine, chosen
 from engine_build.inspect import summary
@@ -36,7 +36,6 @@ from engine_build.plan import Plan, check_legal, uniform_plan
 from engine_build.weights import Layer, layers_of
 from vla_policy.core.bench import Bench
 from vla_policy.core.cli import run
-from vla_policy.core.errors import ArtefactError
 from vla_policy.core.families.openvla import FAMILY
 from vla_policy.core.files import claim_folder
 from vla_policy.core.formats import FULL
@@ -149,7 +148,7 @@ def beside_16_bit(
         layers = layers_of(config_of(depth))
         mixed, full = thinned(average_bits, depth, activation_bits), uniform_plan(FULL, layers)
         wanted = [(backend, mixed) for backend in backends or [chosen(target, None, mixed, layers)[0].backend]]
-        wanted += [(backend, full) for backend in target.baselines if _installed(backend)]
+        wanted += [(backend, full) for backend in target.baselines if runs_here(backend)]
         engines = [_built(out, depth, plan, target, backend) for backend, plan in wanted]
         measured.append(bench(engines[0], engines[1:], repeats, threads, warm_up=1))
         print(f"{depth} of {DEPTH} blocks, measured:\n{report(measured[-1])}", flush=True)
@@ -166,14 +165,6 @@ def beside_16_bit(
         end = extrapolate((depths[0], depths[1]), (value(measured[0].reference), value(measured[1].reference)))
         lines.append(f"{what:44}{end:16.2f}")
     return "\n".join(lines)
-
-
-def _installed(backend: str) -> bool:
-    """And able to run here."""
-    try:
-        return bool(find_backend(backend).version())
-    except ArtefactError:
-        return False
 
 
 def _built(out: Path, depth: int, plan: Plan, target: Target, backend: str) -> Path:

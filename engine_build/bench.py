@@ -9,7 +9,7 @@ import os
 import platform
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from engine_build.backends import find_backend
+from engine_build.backends import runs_here
 from vla_policy.core.bench import Bench, EngineFigures, Quantiles
 from vla_policy.core.errors import ArtefactError, EngineError, VlaError
 from vla_policy.core.files import sha256_file
@@ -100,12 +100,11 @@ def baselines_missing(result: Bench, target: Target) -> list[str]:
     measured = {figures.backend for figures in result.references}
     lines = []
     for name in target.baselines:
-        with suppress(ArtefactError):
-            if name not in measured and find_backend(name).version():
-                lines.append(
-                    f"note: {name} runs here, too, and may be the faster 16-bit engine; make one with `engine_build "
-                    f"build --uniform w16a16 --backend {name}` and name both with --against"
-                )
+        if name not in measured and runs_here(name):
+            lines.append(
+                f"note: {name} runs here, too, and may be the faster 16-bit engine; make one with `engine_build "
+                f"build --uniform w16a16 --backend {name}` and name both with --against"
+            )
     return lines
 
 

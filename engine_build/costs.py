@@ -38,10 +38,14 @@ from vla_policy.core.targets import Target
 KIND = "cost_table"
 PROMPT_TOKENS = 30
 _LARGEST_CACHE = 1 << 29
+"""Bytes; reading more than any processor keeps would only take time."""
 _COPIES = 24
 _COPIED_WEIGHTS = 1 << 24
+"""Layers of one shape in a graph, and weights of all of them: large layers outweigh the call by themselves."""
 _ALIKE = 0.05
+"""Part of an action: engines whose layers differ by less say nothing about how layers scale."""
 _PLAUSIBLE = 3.0
+"""A layer in an engine and one alone do not differ by more, either way, unless something else took the time."""
 
 
 def cost_table(
@@ -68,10 +72,10 @@ def cost_table(
     measured: dict[tuple[int, int, float, Format], float] = {}
     formats = list(dict.fromkeys([FULL_PRECISION, *formats, *(unit.choice.format for unit in manifest.units)]))
     jobs = [(*shape, fmt) for shape in sorted(shapes) for fmt in formats]
-    others = _Others(sum(layer.weights for layer in layers.values()), threads)
-    for outputs, inputs, tokens, fmt in tqdm(jobs, desc="timing layers", unit="shape", disable=None):
-        seen = (outputs, inputs, int(tokens))
-        measured[outputs, inputs, tokens, fmt] = _milliseconds(backend, seen, fmt, threads, repeats, others)
+    with _Others(sum(layer.weights for layer in layers.values()), threads) as others:
+        for outputs, inputs, tokens, fmt in tqdm(jobs, desc="timing layers", unit="shape", disable=None):
+            seen = (outputs, inputs, int(tokens))
+            measured[outputs, inputs, tokens, fmt] = _milliseconds(backend, seen, fmt, threads, repeats, others)
     units = {name: _costs(layer, runs[name], formats, measured) for name, layer in layers.items()}
     planned_ms = sum(_planned_ms(unit, layers, units) for unit in manifest.units)
     full_layers_ms = sum(costs[str(FULL_PRECISION)] for costs in units.values())
@@ -151,6 +155,12 @@ class _Others:
     def __init__(self, weights: int, threads: int) -> None:
         self._shares = np.array_split(np.ones(min(weights, _LARGEST_CACHE // 4), np.float32), threads)
         self._pool = ThreadPoolExecutor(threads)  # every core has a cache of its own
+
+    def __enter__(self) -> "_Others":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._pool.shutdown()
 
     def read(self) -> None:
         list(self._pool.map(np.sum, self._shares))

@@ -1,6 +1,6 @@
 """How long an engine's action takes beside what its plan was made for.
 
-Apart from `bench`, which `prove` runs on devices that have no calibrator.
+Apart from `bench`, which `prove` runs on devices that have no torch: reading a plan needs it.
 """
 
 from collections.abc import Mapping

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from fake_config import FakeConfig
 
 from evaluation.actors import Size
 from evaluation.benchmarks.base import StepResult
@@ -102,17 +103,6 @@ class FakeActor:
         if self._recipe.chunk > 1:  # the right answer comes last
             answer = np.stack([*np.zeros((self._recipe.chunk - 1, 1)), answer])
         return Decision(np.zeros(1, np.int64), answer)
-
-
-@dataclass(frozen=True, kw_only=True)
-class FakeConfig(PolicyConfig):
-    """Of a policy that says itself how many of its rows are carried out before the next look."""
-
-    carried_out: int
-
-    @property
-    def executed(self) -> int:
-        return self.carried_out
 
 
 @dataclass(frozen=True)

@@ -16,3 +16,11 @@ def find_backend(name: str) -> "Backend":
         known = ", ".join(registry.names(__name__))
         raise ArtefactError(f"backend {name!r} builds nothing here; choose one of: {known}")
     return backend
+
+
+def runs_here(name: str) -> bool:
+    """Whether what the backend called `name` needs is installed, and able to run on this machine."""
+    try:
+        return bool(find_backend(name).version())
+    except ArtefactError:
+        return False

@@ -54,7 +54,8 @@ class Case:
 
     @property
     def wanted(self) -> dict[str, Any]:
-        return self.content[self.cameras]  # type: ignore[no-any-return]
+        wanted: dict[str, Any] = self.content[self.cameras]
+        return wanted
 
     @cached_property
     @torch.no_grad()

@@ -85,6 +85,13 @@ def imported(checkpoint: Path, out: Path, *options: str) -> int:
     return main(["import-pi05", "--checkpoint", str(checkpoint), "--out", str(out), *options])
 
 
+def refused(checkpoint: Path, out: Path, *options: str, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """What is said of a checkpoint of lerobot that is not imported, line by line; nothing is left."""
+    assert imported(checkpoint, out, *options, "--convention", "lerobot") == 2
+    assert not out.exists()
+    return capsys.readouterr().err.strip().splitlines()
+
+
 def test_an_openpi_checkpoint_decides_what_its_weights_decide(policy: Path, tmp_path: Path) -> None:
     assert imported(openpi(policy, tmp_path / "checkpoint"), tmp_path / "policy", *OF_OPENPI) == 0
     config = PolicyConfig.load(tmp_path / "policy")
@@ -162,10 +169,7 @@ def test_what_does_not_fit_is_one_line_and_leaves_nothing(
 ) -> None:
     checkpoint = lerobot(policy, tmp_path / "checkpoint")
     damage(checkpoint)
-    assert imported(checkpoint, tmp_path / "out", *GIVEN, "--convention", "lerobot", *options) == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert message in error
-    assert not (tmp_path / "out").exists()
+    assert message in refused(checkpoint, tmp_path / "out", *GIVEN, *options, capsys=capsys)[-1]
 
 
 OF_BOTH = ("mean", "std")
@@ -243,10 +247,8 @@ def test_a_pi0_that_does_not_fit_is_one_line_and_leaves_nothing(
 ) -> None:
     checkpoint = pi0_of_lerobot(pi0, tmp_path / "checkpoint")
     damage(checkpoint)
-    assert imported(checkpoint, tmp_path / "out", *options, "--convention", "lerobot") == 2
-    error = capsys.readouterr().err.strip().splitlines()
-    assert len(error) == 1 and message in error[0]
-    assert not (tmp_path / "out").exists()
+    (error,) = refused(checkpoint, tmp_path / "out", *options, capsys=capsys)
+    assert message in error
 
 
 def test_an_openpi_checkpoint_does_not_tell_its_images(

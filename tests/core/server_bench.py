@@ -1,10 +1,10 @@
 """A policy server with a clock in the test's hand, and a policy that answers when the test lets it."""
 
 import threading
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from fake_config import FakeConfig
 
 from tests.core import ros_messages as msgs
 from vla_policy.core.contract import Contract, load_contract
@@ -20,17 +20,6 @@ CAMERA, STATE, INSTRUCTION = CONTRACT.primary.topic, CONTRACT.states[0].topic, C
 TIMEOUT_S = 20.0
 LONGEST = 100
 """Of the fake policy's prompt; the contract allows more characters."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class FakeConfig(PolicyConfig):
-    """Of a policy that says itself how many of its rows are to be carried out."""
-
-    carried_out: int
-
-    @property
-    def executed(self) -> int:
-        return self.carried_out
 
 
 class FakeActor:
@@ -99,6 +88,14 @@ class Bench:
 
     def answered(self) -> None:
         assert self.server.drain(TIMEOUT_S)
+
+    def answered_late(self) -> None:
+        """Sees something, and the answer comes after the deadline."""
+        self.actor.gate.clear()
+        self.see()
+        self.now_ns += 550 * 10**6
+        self.actor.gate.set()
+        self.answered()
 
     def reasons(self) -> set[HoldReason]:
         return set(self.server.tick().reasons)

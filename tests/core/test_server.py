@@ -2,7 +2,6 @@
 
 import resource
 import threading
-from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -102,11 +101,10 @@ def test_an_action_that_is_not_finite_latches(bench: Bench) -> None:
 def test_an_engine_that_raises_is_held_for_good(bench: Bench) -> None:
     bench.moving()
     bench.actor.error = RuntimeError("defect")
-    failed: Callable[[], bool] = lambda: bench.server.status().latch is not None  # noqa: E731  # shorter than a def here
     bench.see()
     waiter = threading.Event()
     for _ in range(200):
-        if failed() or waiter.wait(0.05):
+        if bench.server.status().latch is not None or waiter.wait(0.05):
             break
     assert "the engine failed" in str(bench.server.status().latch)
 

@@ -86,11 +86,7 @@ def test_an_answer_to_a_former_task_does_not_move(bench: Bench) -> None:
 
 def test_a_late_decision_does_not_move(bench: Bench) -> None:
     bench.moving()
-    bench.actor.gate.clear()
-    bench.see()
-    bench.now_ns += 550 * 10**6
-    bench.actor.gate.set()
-    bench.answered()
+    bench.answered_late()
     bench.server.receive(STATE, msgs.joints(bench.now_ns, [0, 0, 0, 0.04]))
     assert not bench.chunks[-1].usable
     assert HoldReason.STALE_CAMERA in bench.reasons() and bench.server.status().late == 1
@@ -174,11 +170,7 @@ def test_a_decision_that_took_too_long_does_not_move_though_the_clock_stood_stil
 
 def test_that_no_chunk_came_in_time_is_the_reason_that_is_given(bench: Bench) -> None:
     bench.moving()
-    bench.actor.gate.clear()
-    bench.see()
-    bench.now_ns += 550 * 10**6
-    bench.actor.gate.set()
-    bench.answered()
+    bench.answered_late()
     bench.actor.gate.clear()
     bench.see(advance_ms=300)  # the plan before is too old by now
     assert bench.reasons() == {HoldReason.DEADLINE_MISSED}

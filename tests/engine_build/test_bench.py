@@ -198,8 +198,8 @@ def test_a_stronger_baseline_that_runs_here_is_named(
         def version(self) -> str:
             raise ArtefactError("no bfloat16 products")
 
-    monkeypatch.setattr(benching, "find_backend", lambda name: Installed())
+    monkeypatch.setattr("engine_build.backends.find_backend", lambda name: Installed())
     (line,) = benching.baselines_missing(result, cpu)
     assert "build --uniform w16a16 --backend openvino_bf16" in line
-    monkeypatch.setattr(benching, "find_backend", lambda name: Missing())
+    monkeypatch.setattr("engine_build.backends.find_backend", lambda name: Missing())
     assert benching.baselines_missing(result, cpu) == []

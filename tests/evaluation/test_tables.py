@@ -3,6 +3,7 @@
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from calibrator.sensitivity.table import Sensitivity
 from evaluation.actors import ActorSpec
 from evaluation.statistics import holm
 from evaluation.tables import read_config
-from evaluation.tables.arms import Arm, Materials, controlled, places, prepare
+from evaluation.tables.arms import Arm, ChannelSignal, Control, Materials, controlled, places, prepare
 from vla_policy.core.errors import ArtefactError, BudgetError
 from vla_policy.core.files import sha256_policy
 from vla_policy.core.formats import FULL
@@ -112,8 +113,8 @@ def test_weights_of_another_policy_are_refused(out: Path, tmp_path: Path) -> Non
 def test_controls_know_nothing_of_the_policy(out: Path) -> None:
     table = Sensitivity.load(out / "table-0.json")
     low, high = parse_choices(["w2a16_g8", "w4a16_g8"])
-    for signal in ("random", "depth"):
-        other = controlled(table, Arm(average_bits=3.0, signal=signal, seed=3))  # type: ignore[arg-type]
+    for signal in get_args(Control):
+        other = controlled(table, Arm(average_bits=3.0, signal=signal, seed=3))
         parts: dict[str, set[float]] = {}
         for unit in other.units:
             assert unit.omega[low] == pytest.approx(16 * unit.omega[high])
@@ -129,8 +130,8 @@ def test_qvla_s_arms_share_one_table_and_differ_in_the_solver(
 ) -> None:
     monkeypatch.setattr("evaluation.tables.arms.open_sources", lambda *_: [FakeSource((5, 4))])
     stores = {}
-    for signal in ("channels", "channels-greedy"):
-        arm = Arm(average_bits=6.0, signal=signal, keep=("head",))  # type: ignore[arg-type]
+    for signal in get_args(ChannelSignal):
+        arm = Arm(average_bits=6.0, signal=signal, keep=("head",))
         prepare(materials, arm, tmp_path, signal)
         _, weights = places(materials, arm, tmp_path, signal)
         stores[signal] = Store.open(weights)
