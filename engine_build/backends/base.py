@@ -58,13 +58,16 @@ class Layer:
 class Dialect:
     """How the one exporter writes for a backend: activation type, the form of a linear layer and of a sequence.
 
-    fused: whether norms and attention are written as ONNX Runtime's own operators. probe: the name of a further file
-    and what writes it, a graph of the quantized formats that an engine has with what must come; None without one.
+    fused: whether norms and attention are written as ONNX Runtime's own operators. own_attention: the domain of
+    `CausalAttention`, as which attention to a growing cache is written; None where it is not. probe: the name of a
+    further file and what writes it, a graph of the quantized formats that an engine has with what must come; None
+    without one.
     """
 
     float_type: int
     linear: "LinearWriter"
     fused: bool = False
+    own_attention: str | None = None
     probe: tuple[str, Callable[[GraphBuilder, Sequence[Format]], None]] | None = None
     sequences: Sequences = Sequences.FREE
 

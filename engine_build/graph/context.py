@@ -28,7 +28,8 @@ class GraphContext:
 
     layers: whole ones. rows: of those that are split. codes: of the layers' weights. on_layer: called with each layer,
     or part of one, once it is written, and with the names of its input and its result in the graph.
-    input_peaks: largest |input| of layers whose activations get a fixed scale. fused, sequences: see `Dialect`.
+    input_peaks: largest |input| of layers whose activations get a fixed scale. fused, own_attention, sequences: see
+    `Dialect`.
     """
 
     builder: GraphBuilder
@@ -40,6 +41,7 @@ class GraphContext:
     on_layer: OnLayer
     input_peaks: Mapping[str, float]
     fused: bool = False
+    own_attention: str | None = None
     rows: RowBits = WHOLE
     sequences: Sequences = Sequences.FREE
 

@@ -76,22 +76,34 @@ class Grouped:
     sine: str
 
 
-_GROUPED_HEADS = 16
-"""GroupQueryAttention takes heads of a multiple of so many values."""
+@dataclass(frozen=True)
+class Own:
+    """The same for CausalAttention, which reads the cache's length off it. domain: the operator's. cosine, sine: as of
+    `Grouped`."""
+
+    domain: str
+    cosine: str
+    sine: str
 
 
-Seen = Bidirectional | Causal | Grouped | fixed.Cached
+_HEAD_GRAIN = 16
+"""GroupQueryAttention and CausalAttention take heads of a multiple of so many values."""
 
 
-def causal(graph: GraphContext, x: str, text: TextSpec, longest: int) -> Causal | Grouped:
+Seen = Bidirectional | Causal | Grouped | Own | fixed.Cached
+
+
+def causal(graph: GraphContext, x: str, text: TextSpec, longest: int) -> Causal | Grouped | Own:
     """How the inputs `x` [1, T, hidden] of this call see each other and the cache. longest: sequence there will be."""
-    if not graph.fused or text.head_dim % _GROUPED_HEADS:
+    if not graph.fused or text.head_dim % _HEAD_GRAIN:
         places, total = positions(graph, x)
         rotation = rotary(graph, places, text.head_dim, text.rope_theta, longest)
         return Causal(rotation, causal_mask(graph, places, total))
     b = graph.builder
-    _, total = positions(graph, x)
     cosine, sine = _tables(graph, text.head_dim, text.rope_theta, longest, np.float32)
+    if graph.own_attention is not None:
+        return Own(graph.own_attention, cosine, sine)
+    _, total = positions(graph, x)
     length = b.cast(total, TensorProto.INT32)
     last = b.node("Sub", [length, b.constant(1, np.int32)])
     return Grouped(b.node("Unsqueeze", [last, b.ints(0)]), length, cosine, sine)
@@ -192,7 +204,7 @@ def _silu(graph: GraphContext, x: str, name: str) -> str:
 def _attention(graph: GraphContext, x: str, seen: Seen, text: TextSpec, index: int) -> str:
     b, name = graph.builder, f"language_model.model.layers.{index}.self_attn"
     parts = [graph.linear(x, f"{name}.{part}") for part in ("q_proj", "k_proj", "v_proj")]
-    if isinstance(seen, Grouped):
+    if isinstance(seen, Grouped | Own):
         return graph.linear(_grouped(graph, parts, seen, text, index), f"{name}.o_proj")
     query = rotate(graph, _heads(graph, parts[0], text.num_attention_heads, text), seen.rotation)
     key = rotate(graph, _heads(graph, parts[1], text.num_key_value_heads, text), seen.rotation)
@@ -224,17 +236,16 @@ def _out(graph: GraphContext, mixed: str, name: str, text: TextSpec) -> str:
     return graph.linear(joined, name)
 
 
-def _grouped(graph: GraphContext, parts: list[str], seen: Grouped, text: TextSpec, index: int) -> str:
-    past = [f"past_key_{index}", f"past_value_{index}"]
+def _grouped(graph: GraphContext, parts: list[str], seen: Grouped | Own, text: TextSpec, index: int) -> str:
+    values = [*parts, f"past_key_{index}", f"past_value_{index}"]
+    results = [f"attention_{index}", f"present_key_{index}", f"present_value_{index}"]
+    heads = {"num_heads": text.num_attention_heads, "kv_num_heads": text.num_key_value_heads}
+    if isinstance(seen, Own):
+        inputs = [*values, seen.cosine, seen.sine]
+        return graph.builder.nodes("CausalAttention", inputs, results, f"attention_{index}", seen.domain, **heads)[0]
+    inputs = [*values, seen.last, seen.total, seen.cosine, seen.sine]
     return graph.builder.nodes(
-        "GroupQueryAttention",
-        [*parts, *past, seen.last, seen.total, seen.cosine, seen.sine],
-        [f"attention_{index}", f"present_key_{index}", f"present_value_{index}"],
-        f"attention_{index}",
-        MICROSOFT,
-        num_heads=text.num_attention_heads,
-        kv_num_heads=text.num_key_value_heads,
-        do_rotary=1,
+        "GroupQueryAttention", inputs, results, f"attention_{index}", MICROSOFT, do_rotary=1, **heads
     )[0]
 
 

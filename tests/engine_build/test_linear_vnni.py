@@ -66,10 +66,8 @@ def without_tiles(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The library as it is on a processor without AMX."""
     made, found = tmp_path_factory.mktemp("library") / "vectors.so", library.compiler()
     assert found is not None
-    source = str(library._SOURCES[0])
-    subprocess.run(
-        [found, *library._FLAGS, "-DWITHOUT_TILES", source, "-o", str(made)], check=True, capture_output=True
-    )
+    command = [found, *library._FLAGS, "-DWITHOUT_TILES", *map(str, library._SOURCES), "-o", str(made)]
+    subprocess.run(command, check=True, capture_output=True)
     return made
 
 

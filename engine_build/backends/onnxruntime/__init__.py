@@ -33,14 +33,16 @@ EXACT_TOLERANCE = 1e-4
 
 
 class OnnxRuntime:
-    """See the protocol. write_linear: the form of a layer."""
+    """See the protocol. write_linear: the form of a layer. own_attention: see `Dialect`."""
 
     compiles = False
     float_error = 1e-4
 
-    def __init__(self, write_linear: Callable[..., Any]) -> None:
+    def __init__(self, write_linear: Callable[..., Any], own_attention: str | None = None) -> None:
         write_probe = partial(deferred("engine_build.backends.onnxruntime.probe", "write_probe"), write_linear)
-        self._dialect = Dialect(TensorProto.FLOAT, write_linear, fused=True, probe=(FILE, write_probe))
+        self._dialect = Dialect(
+            TensorProto.FLOAT, write_linear, fused=True, own_attention=own_attention, probe=(FILE, write_probe)
+        )
 
     def library(self) -> Path | None:
         """That of the operators which are not ONNX Runtime's own. Raises ArtefactError where it cannot be had."""

@@ -1,11 +1,12 @@
-"""ONNX Runtime with this project's own operator for layers with 8-bit activations; all else is as in `onnxruntime`."""
+"""ONNX Runtime with this project's own operators for layers with 8-bit activations and for attention to a growing
+cache; all else is as in `onnxruntime`."""
 
 from pathlib import Path
 
 from engine_build.backends.base import LANE_INPUTS, LANES, deferred
 from engine_build.backends.onnxruntime import OnnxRuntime
 from vla_policy.core.backends.onnxruntime_vnni import runs_here
-from vla_policy.core.backends.onnxruntime_vnni.library import library
+from vla_policy.core.backends.onnxruntime_vnni.library import DOMAIN, library
 from vla_policy.core.formats import Format
 
 
@@ -19,4 +20,4 @@ class OnnxRuntimeVnni(OnnxRuntime):
         return (LANES, fmt.group_size or LANE_INPUTS) if runs_here(fmt) else super().filling(fmt)
 
 
-BACKEND = OnnxRuntimeVnni(deferred("engine_build.backends.onnxruntime_vnni.linear", "linear"))
+BACKEND = OnnxRuntimeVnni(deferred("engine_build.backends.onnxruntime_vnni.linear", "linear"), own_attention=DOMAIN)

@@ -1,4 +1,4 @@
-"""The custom operator's library: compiled once per user and version of its sources, then found in the cache."""
+"""The custom operators' library: compiled once per user and version of its sources, then found in the cache."""
 
 import hashlib
 import os
@@ -12,7 +12,8 @@ from vla_policy.core.errors import ArtefactError
 from vla_policy.core.processor import cpu_lacks, cpu_name
 
 DOMAIN = "vla_policy"
-_SOURCES = tuple(Path(__file__).with_name(name) for name in ("quantized_linear.cpp", "ort_abi.h"))
+_SOURCES = tuple(map(Path(__file__).with_name, ("operators.cpp", "quantized_linear.cpp", "causal_attention.cpp")))
+_HEADERS = tuple(map(Path(__file__).with_name, ("operators.h", "ort_abi.h", "scratch.h")))
 _FLAGS = ("-std=c++20", "-O3", "-march=x86-64-v4", "-mavx512vnni", "-shared", "-fPIC")
 _WHO = "backend onnxruntime_vnni"
 _INSTEAD = "or build the engine for ONNX Runtime's own kernels: engine_build build --backend onnxruntime"
@@ -32,9 +33,9 @@ def library() -> Path:
     if lacking:
         raise ArtefactError(f"{_WHO}: {cpu_name()} lacks {', '.join(lacking)}; take another machine, {_INSTEAD}")
     digest = hashlib.sha256(" ".join(_FLAGS).encode())
-    for source in _SOURCES:
+    for source in (*_SOURCES, *_HEADERS):
         digest.update(source.read_bytes())
-    path = _cache() / f"quantized_linear-{digest.hexdigest()[:16]}.so"
+    path = _cache() / f"operators-{digest.hexdigest()[:16]}.so"
     if not path.is_file():
         _compile(path)
     return path
@@ -55,7 +56,7 @@ def _compile(path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             made = Path(folder) / path.name
-            command = [found, *_FLAGS, str(_SOURCES[0]), "-o", str(made)]
+            command = [found, *_FLAGS, *map(str, _SOURCES), "-o", str(made)]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode != 0:
                 why = next((line for line in done.stderr.splitlines() if "error" in line), f"status {done.returncode}")

@@ -117,4 +117,70 @@ struct Op {
     void (*release_aliases)(int*, int*);
 };
 
+// An operator made of `Kernel`: kName, kInputs, kOptional (the first input that may be left out), kOutputs, input_type,
+// create and compute. Outputs are float32.
+template <class Kernel>
+constexpr Op op_of()
+{
+    return {
+        .version = kVersion,
+        .create = nullptr,
+        .name = [](Op const*) { return Kernel::kName; },
+        .provider = [](Op const*) -> char const* { return "CPUExecutionProvider"; },
+        .input_type = [](Op const*, size_t index) { return Kernel::input_type(index); },
+        .inputs = [](Op const*) { return Kernel::kInputs; },
+        .output_type = [](Op const*, size_t) -> int { return kFloat; },
+        .outputs = [](Op const*) { return Kernel::kOutputs; },
+        .compute = nullptr,
+        .destroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); },
+        .input_presence = [](Op const*, size_t index) -> int { return index < Kernel::kOptional ? kRequired : kOptional; },
+        .output_presence = [](Op const*, size_t) -> int { return kRequired; },
+        .input_memory = [](Op const*, size_t) { return 0; },
+        .variadic_input_least = [](Op const*) { return 1; },
+        .variadic_input_alike = [](Op const*) { return 1; },
+        .variadic_output_least = [](Op const*) { return 1; },
+        .variadic_output_alike = [](Op const*) { return 1; },
+        .create_or_fail = [](Op const*, Api const* api, Info const* info, void** made) {
+            return Kernel::create(api, info, made);
+        },
+        .compute_or_fail = [](void* kernel, Context* context) { return static_cast<Kernel*>(kernel)->compute(context); },
+        .infer_shape = nullptr,
+        .first_version = [](Op const*) { return 1; },
+        .last_version = [](Op const*) { return 1; },
+        .may_inplace = nullptr,
+        .release_inplace = nullptr,
+        .aliases = nullptr,
+        .release_aliases = nullptr,
+    };
+}
+
+// Every piece of work, alone or on the session's threads.
+template <class Work>
+Status* run_pieces(Api const* api, Context const* context, bool alone, size_t pieces, Work& work)
+{
+    if (alone || pieces == 1) {
+        for (size_t piece = 0; piece < pieces; ++piece)
+            work(piece);
+        return nullptr;
+    }
+    return api->parallel(context, [](void* what, size_t piece) { (*static_cast<Work*>(what))(piece); }, pieces, &work);
+}
+
+constexpr size_t kMostSizes = 8;
+
+// The sizes of a tensor of 1 to `kMostSizes` dimensions; `rank` is 0 for any other.
+inline Status* sizes_of(Api const* api, Value const* value, int64_t* sizes, size_t* rank)
+{
+    Shape* shape = nullptr;
+    if (auto* failed = api->shape(value, &shape))
+        return failed;
+    Status* failed = api->rank(shape, rank);
+    if (!failed && *rank > kMostSizes)
+        *rank = 0;
+    if (!failed && *rank)
+        failed = api->sizes(shape, sizes, *rank);
+    api->release(shape);
+    return failed;
+}
+
 } // namespace ort

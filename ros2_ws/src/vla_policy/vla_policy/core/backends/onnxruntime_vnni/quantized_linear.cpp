@@ -9,10 +9,10 @@
 // it with AMX tiles where the processor has them, else with VNNI. Sums of a group are exact integers and groups are added
 // in one order, so a row's result does not depend on the rows beside it or on which of the three ways was taken.
 
-#include "ort_abi.h"
+#include "operators.h"
+#include "scratch.h"
 
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
 #include <immintrin.h>
 #include <memory>
@@ -24,14 +24,15 @@ namespace {
 
 constexpr int kLanes = 16;        // outputs of a vector
 constexpr int kQuad = 4;          // inputs that one lane's 32 bits hold
-constexpr int kVector = 64;       // bytes
+constexpr int kVector = int(kAligned); // bytes
 constexpr int kTileInputs = 64;   // of an AMX tile's row
 constexpr int kBlocksAtOnce = 4;  // blocks of outputs per piece of work, at most
 constexpr int kPieces = 16;       // into which a product is cut at least, so that no thread waits long for the last
 constexpr int kFewRows = 4;       // up to here codes are unpacked in registers
 constexpr int kAhead = 2048;      // bytes of codes that a row asks for before it needs them
-constexpr int64_t kAlone = 1 << 18; // products up to which one thread is faster than waking others
-constexpr int64_t kRoundedAlone = 1 << 15; // the same of values to round
+// Up to here one thread is faster than handing a share to others, rows and results included: products of few rows, which
+// wait for the weights, of many, which do not, and values to round.
+constexpr int64_t kFewAlone = 1 << 18, kManyAlone = 1 << 24, kRoundedAlone = 1 << 17;
 
 struct Sizes {
     int64_t inputs, outputs, group; // group: 0 without groups
@@ -47,27 +48,6 @@ struct Sizes {
     int64_t blocks() const { return (outputs + kLanes - 1) / kLanes; }
     int64_t block_bytes() const { return filled() * kLanes * bits / 8; }
     int zero() const { return 1 << (bits - 1); }
-};
-
-// Bytes from an address that is a multiple of 64, kept by a thread from call to call: fresh memory would be filled with
-// zeros page by page every time.
-class Scratch {
-public:
-    uint8_t* of(int64_t bytes)
-    {
-        if (bytes > size_) {
-            size_ = (bytes + kVector - 1) / kVector * kVector;
-            memory_.reset(static_cast<uint8_t*>(std::aligned_alloc(kVector, size_t(size_))));
-        }
-        return memory_.get();
-    }
-
-private:
-    struct Free {
-        void operator()(uint8_t* memory) const { std::free(memory); }
-    };
-    std::unique_ptr<uint8_t, Free> memory_;
-    int64_t size_ = 0;
 };
 
 // Rows rounded to 8 bits, in the calling thread's memory. sums: of each group's codes.
@@ -275,20 +255,23 @@ TILED void set_tiles(int count, int inputs)
     _tile_loadconfig(&shapes);
 }
 
-// `count` rows, at most 16, with the unpacked signed blocks.
+// `there` rows with the unpacked signed blocks: 16 if `Full`, whose results then stay in registers.
+template <bool Full>
 TILED void rows_by_tiles(
-    Product const& product, int64_t first, int count, int64_t begin, int64_t end, uint8_t const* unpacked)
+    Product const& product, int64_t first, int there, int64_t begin, int64_t end, uint8_t const* unpacked)
 {
+    int const count = Full ? kLanes : there;
     Sizes const& sizes = product.sizes;
     Rows const& rows = *product.rows;
     int64_t const group = sizes.group_inputs(), stride = sizes.filled() * kLanes;
     int const width = int(group < kTileInputs ? group : kTileInputs);
     alignas(64) int32_t sums[2][kLanes][kLanes];
-    alignas(64) float y[kLanes][kLanes];
     for (int64_t block = begin; block < end; ++block) {
         uint8_t const* const weights = unpacked + (block - begin) * stride;
+        __m512 y[kLanes];
+#pragma GCC unroll 16
         for (int row = 0; row < count; ++row)
-            _mm512_store_ps(y[row], product.start(block));
+            y[row] = product.start(block);
         for (int64_t index = 0; index < rows.groups; ++index) {
             int32_t(*const here)[kLanes] = sums[index & 1];
             if (index & 1) {
@@ -309,14 +292,14 @@ TILED void rows_by_tiles(
                 _tile_stored(0, here, kVector);
             }
             __m512 const scale = scales_at(product.scales + (block * rows.groups + index) * kLanes);
-            float const* row_scale = rows.scales.data() + first * rows.groups + index;
-            for (int row = 0; row < count; ++row, row_scale += rows.groups) {
-                __m512 const grown = add_group(_mm512_load_ps(y[row]), _mm512_load_si512(here[row]), *row_scale, scale);
-                _mm512_store_ps(y[row], grown);
-            }
+            float const* const row_scales = rows.scales.data() + first * rows.groups + index;
+#pragma GCC unroll 16
+            for (int row = 0; row < count; ++row)
+                y[row] = add_group(y[row], _mm512_load_si512(here[row]), row_scales[row * rows.groups], scale);
         }
+#pragma GCC unroll 16
         for (int row = 0; row < count; ++row)
-            product.store(first + row, block, _mm512_load_ps(y[row]));
+            product.store(first + row, block, y[row]);
     }
 }
 
@@ -329,7 +312,10 @@ TILED void many_rows_by_tiles(Product const& product, int64_t begin, int64_t end
         int const here = int(count - first < kLanes ? count - first : kLanes);
         if (here != set)
             set_tiles(set = here, width);
-        rows_by_tiles(product, first, here, begin, end, unpacked);
+        if (here == kLanes)
+            rows_by_tiles<true>(product, first, here, begin, end, unpacked);
+        else
+            rows_by_tiles<false>(product, first, here, begin, end, unpacked);
     }
     _tile_release();
 }
@@ -385,10 +371,33 @@ bool tiles_allowed()
     return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 
-struct Kernel {
+struct QuantizedLinear {
+    static constexpr char const* kName = "QuantizedLinear";
+    static constexpr size_t kInputs = 4, kOptional = 3, kOutputs = 1;
+    static int input_type(size_t index) { return index == 1 ? ort::kUint8 : index == 2 ? ort::kFloat16 : ort::kFloat; }
+
     ort::Api const* api;
     Sizes sizes;
     bool tiles;
+
+    static ort::Status* create(ort::Api const* api, ort::Info const* info, void** made)
+    {
+        int64_t bits = 0;
+        auto kernel = std::make_unique<QuantizedLinear>(QuantizedLinear{api, {}, tiles_allowed()});
+        struct { char const* name; int64_t* value; } const wanted[] = {
+            {"K", &kernel->sizes.inputs}, {"N", &kernel->sizes.outputs}, {"block_size", &kernel->sizes.group},
+            {"bits", &bits}};
+        for (auto const& one : wanted)
+            if (auto* failed = api->attribute(info, one.name, one.value))
+                return failed;
+        kernel->sizes.bits = int(bits);
+        if (bits != 2 && bits != 4 && bits != 8)
+            return api->error("QuantizedLinear: bits must be 2, 4 or 8");
+        if (int64_t const group = kernel->sizes.group; group != 0 && group != 32 && group % kTileInputs)
+            return api->error("QuantizedLinear: a group has 32 inputs or a multiple of 64");
+        *made = kernel.release();
+        return nullptr;
+    }
 
     ort::Status* compute(ort::Context* context) const
     {
@@ -401,18 +410,11 @@ struct Kernel {
                 if (auto* failed = api->data(inputs[index], &contents[index]))
                     return failed;
         }
-        ort::Shape* shape = nullptr;
-        if (auto* failed = api->shape(inputs[0], &shape))
-            return failed;
         size_t rank = 0;
-        int64_t dims[8] = {};
-        ort::Status* failed = api->rank(shape, &rank);
-        if (!failed && rank >= 1 && rank <= 8)
-            failed = api->sizes(shape, dims, rank);
-        api->release(shape);
-        if (failed)
+        int64_t dims[ort::kMostSizes] = {};
+        if (auto* failed = ort::sizes_of(api, inputs[0], dims, &rank))
             return failed;
-        if (rank < 1 || rank > 8 || dims[rank - 1] != sizes.inputs)
+        if (rank < 1 || dims[rank - 1] != sizes.inputs)
             return api->error("QuantizedLinear: the last dimension of x is not the layer's inputs");
         int64_t count = 1;
         for (size_t index = 0; index + 1 < rank; ++index)
@@ -420,7 +422,9 @@ struct Kernel {
         dims[rank - 1] = sizes.outputs;
         ort::Value* result = nullptr;
         void* y = nullptr;
-        if ((failed = api->output(context, 0, dims, rank, &result)) || (failed = api->data(result, &y)))
+        if (auto* failed = api->output(context, 0, dims, rank, &result))
+            return failed;
+        if (auto* failed = api->data(result, &y))
             return failed;
         if (count == 0)
             return nullptr;
@@ -431,7 +435,7 @@ struct Kernel {
                 round_row(static_cast<float const*>(contents[0]) + row * sizes.inputs, sizes, rows, row);
         };
         bool const rounds_alone = count * sizes.inputs <= kRoundedAlone;
-        if ((failed = run(context, rounds_alone, size_t((count + kLanes - 1) / kLanes), round)))
+        if (auto* failed = ort::run_pieces(api, context, rounds_alone, size_t((count + kLanes - 1) / kLanes), round))
             return failed;
         Product const product{sizes, static_cast<uint8_t const*>(contents[1]),
                               static_cast<uint16_t const*>(contents[2]), static_cast<float const*>(contents[3]),
@@ -446,84 +450,13 @@ struct Kernel {
             default: multiply_blocks<8>(product, begin, end);
             }
         };
-        bool const multiplies_alone = count * sizes.inputs * sizes.outputs <= kAlone;
-        return run(context, multiplies_alone, size_t((sizes.blocks() + at_once - 1) / at_once), multiply);
+        int64_t const most_alone = count <= kFewRows ? kFewAlone : kManyAlone;
+        bool const multiplies_alone = count * sizes.inputs * sizes.outputs <= most_alone;
+        size_t const pieces = size_t((sizes.blocks() + at_once - 1) / at_once);
+        return ort::run_pieces(api, context, multiplies_alone, pieces, multiply);
     }
-
-    // Every piece of work, alone or on the session's threads.
-    template <class Work>
-    ort::Status* run(ort::Context const* context, bool alone, size_t pieces, Work& work) const
-    {
-        if (alone || pieces == 1) {
-            for (size_t piece = 0; piece < pieces; ++piece)
-                work(piece);
-            return nullptr;
-        }
-        return api->parallel(context, [](void* what, size_t piece) { (*static_cast<Work*>(what))(piece); }, pieces, &work);
-    }
-};
-
-ort::Status* create(ort::Op const*, ort::Api const* api, ort::Info const* info, void** made)
-{
-    int64_t bits = 0;
-    auto kernel = std::make_unique<Kernel>(Kernel{api, {}, tiles_allowed()});
-    struct { char const* name; int64_t* value; } const wanted[] = {
-        {"K", &kernel->sizes.inputs}, {"N", &kernel->sizes.outputs}, {"block_size", &kernel->sizes.group},
-        {"bits", &bits}};
-    for (auto const& one : wanted)
-        if (auto* failed = api->attribute(info, one.name, one.value))
-            return failed;
-    kernel->sizes.bits = int(bits);
-    if (bits != 2 && bits != 4 && bits != 8)
-        return api->error("QuantizedLinear: bits must be 2, 4 or 8");
-    if (int64_t const group = kernel->sizes.group; group != 0 && group != 32 && group % kTileInputs)
-        return api->error("QuantizedLinear: a group has 32 inputs or a multiple of 64");
-    *made = kernel.release();
-    return nullptr;
-}
-
-ort::Op const kOp = {
-    .version = ort::kVersion,
-    .create = nullptr,
-    .name = [](ort::Op const*) { return "QuantizedLinear"; },
-    .provider = [](ort::Op const*) -> char const* { return "CPUExecutionProvider"; },
-    .input_type = [](ort::Op const*, size_t index) -> int {
-        return index == 1 ? ort::kUint8 : index == 2 ? ort::kFloat16 : ort::kFloat;
-    },
-    .inputs = [](ort::Op const*) -> size_t { return 4; },
-    .output_type = [](ort::Op const*, size_t) -> int { return ort::kFloat; },
-    .outputs = [](ort::Op const*) -> size_t { return 1; },
-    .compute = nullptr,
-    .destroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); },
-    .input_presence = [](ort::Op const*, size_t index) -> int { return index == 3 ? ort::kOptional : ort::kRequired; },
-    .output_presence = [](ort::Op const*, size_t) -> int { return ort::kRequired; },
-    .input_memory = [](ort::Op const*, size_t) { return 0; },
-    .variadic_input_least = [](ort::Op const*) { return 1; },
-    .variadic_input_alike = [](ort::Op const*) { return 1; },
-    .variadic_output_least = [](ort::Op const*) { return 1; },
-    .variadic_output_alike = [](ort::Op const*) { return 1; },
-    .create_or_fail = create,
-    .compute_or_fail = [](void* kernel, ort::Context* context) { return static_cast<Kernel*>(kernel)->compute(context); },
-    .infer_shape = nullptr,
-    .first_version = [](ort::Op const*) { return 1; },
-    .last_version = [](ort::Op const*) { return 1; },
-    .may_inplace = nullptr,
-    .release_inplace = nullptr,
-    .aliases = nullptr,
-    .release_aliases = nullptr,
 };
 
 } // namespace
 
-extern "C" ort::Status* RegisterCustomOps(ort::Options* options, ort::ApiBase const* base)
-{
-    ort::Api const* const api = base->get(ort::kVersion);
-    static ort::Domain* domain = nullptr; // lives as long as the process: sessions refer to it
-    if (!domain) {
-        if (auto* failed = api->create_domain("vla_policy", &domain))
-            return failed;
-        if (auto* failed = api->add_op(domain, &kOp))
-            return failed;
-    }
-    return api->add_domain(options, domain);
-}
+constinit ort::Op const kQuantizedLinear = ort::op_of<QuantizedLinear>();
