@@ -12,7 +12,11 @@ from hypothesis import strategies as st
 from vla_policy.core.contract import ActionDimension, WorkspaceAxis, load_contract
 from vla_policy.core.safety import FreezeDetector, Limiter, Room
 
-CONTRACT = load_contract(Path(__file__).parents[2] / "ros2_ws/src/vla_policy/config/libero.yaml").action
+LIBERO = load_contract(Path(__file__).parents[2] / "ros2_ws/src/vla_policy/config/libero.yaml").action
+# With limits at actions of 1, which is easier to reckon with.
+CONTRACT = replace(
+    LIBERO, dimensions=tuple(replace(item, lower=-item.scale, upper=item.scale) for item in LIBERO.dimensions)
+)
 PERIOD_NS = 50_000_000
 # Half a unit of change per control period, so that the slew limit is what shows.
 SLOW = replace(CONTRACT, dimensions=tuple(replace(item, slew=item.upper * 10) for item in CONTRACT.dimensions))
