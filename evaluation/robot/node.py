@@ -9,7 +9,8 @@ older than `incoming_command_timeout` (simulated seconds) stops the arm. An epis
 
 `driver` "commands" obeys whoever commands. With `lockstep` (the default) simulated time waits after each image for the
 decision on that image, and each step for the command that its instant brings, so a slow policy or a busy machine
-changes nothing; without it the simulation runs at `real_time_factor`. `driver` "expert" lets the scripted expert drive,
+changes nothing; a policy that stays silent is waited for once, and the steps without a command are counted and told.
+Without it the simulation runs at `real_time_factor`. `driver` "expert" lets the scripted expert drive,
 and publishes its commands: so bags are recorded.
 """
 
@@ -43,7 +44,8 @@ from vla_policy.nodes.process import run_node
 
 _START_NS = 10**9
 _DECISION_TIMEOUT_S = 10.0
-_COMMAND_TIMEOUT_S = 0.05  # a policy that holds is silent
+_COMMAND_TIMEOUT_S = 5.0  # a busy machine is late, and what moved the step before must not move this one
+_SILENCE_TIMEOUT_S = 0.05  # a policy that holds is silent
 _SETTLE_PERIOD_S = 0.01
 DECLARED: dict[str, Declared] = {
     "contract": Declared("", "YAML that maps the robot's topics to the policy's inputs and commands", fixed=True),
@@ -102,7 +104,8 @@ class SimulatedRobotNode(Node):
         self._twist: tuple[int, dict[str, float]] | None = None
         self._opening_m: float | None = None
         self._commanded_ns = self._gripped = 0
-        self._answered_ns = 0
+        self._answered_ns = self._unanswered = 0
+        self._silent = False
         self._create_topics()
         self._done, self._closing = done, threading.Event()
         self._thread = threading.Thread(target=self._run, name="simulation", daemon=True)
@@ -198,6 +201,7 @@ class SimulatedRobotNode(Node):
         self._settle()
         self._instruction.publish(String(data=instruction))
         self._settle()
+        self._unanswered, self._silent = 0, False
         success, step, max_steps = False, 0, self._max_steps or robot.max_steps
         while not success and step < max_steps and not self._closing.is_set():
             begun_s = time.monotonic()
@@ -214,6 +218,8 @@ class SimulatedRobotNode(Node):
         self._instruction.publish(String(data=""))  # the task is over; the same one may come again
         self.results.append({"task": episode.task, "trial": episode.trial, "success": success, "steps": step})
         self.get_logger().info(f"{episode.task} {episode.trial}: {'success' if success else 'failure'}, {step} steps")
+        if self._unanswered:
+            self.get_logger().warning(f"{self._unanswered} of these steps had no command: the policy held, or is late")
 
     def _decide(self, robot: LiberoRobot) -> None:
         """Commands for the image that was just published: the expert's, or in lockstep those of the policy."""
@@ -240,7 +246,9 @@ class SimulatedRobotNode(Node):
             return self._commanded_ns >= self._now_ns and (not grips or self._gripped > gripped)
 
         with self._changed:
-            self._changed.wait_for(commanded, _COMMAND_TIMEOUT_S)
+            timeout_s = _SILENCE_TIMEOUT_S if self._silent else _COMMAND_TIMEOUT_S
+            self._silent = not self._changed.wait_for(lambda: commanded() or self._closing.is_set(), timeout_s)
+            self._unanswered += self._silent
 
     def _drive(self, action: np.ndarray) -> None:
         command = Limiter(self._contract.action).command(action, self._now_ns)

@@ -33,7 +33,7 @@ def without(key: str) -> dict[str, object]:
 
 def test_limits_of_velocities_positions_and_the_workspace(tmp_path: Path) -> None:
     twist = edited(tmp_path, lambda c: c["action"].update(workspace=[BOX])).action
-    assert (twist.dimensions[0].lower, twist.dimensions[0].upper) == (-1.0, 1.0)
+    assert (twist.dimensions[0].lower, twist.dimensions[0].upper) == (-1.5, 1.5)
     assert twist.workspace == (WorkspaceAxis("linear.x", "x", -0.2, 0.3),)
     arm = edited(tmp_path, position_control)
     assert (arm.action.dimensions[0].lower, arm.action.dimensions[0].upper, arm.action.hold_commands) == (-1.0, 2.0, 4)

@@ -29,6 +29,15 @@ def test_a_command_within_the_limits_passes_unchanged() -> None:
     np.testing.assert_allclose(command.motion, [0.5, -0.5, 0.1, 2.0, 0.0, -10.0])
 
 
+def test_what_no_limit_meets_goes_on_to_the_last_bit() -> None:
+    """A difference that is taken and added again is not: contacts make another episode of one bit."""
+    limiter = Limiter(LIBERO)
+    for step, row in enumerate(np.random.default_rng(0).uniform(-1.25, 1.25, (200, 7))):
+        command = limiter.command(row, step * PERIOD_NS)
+        assert command is not None and not command.limited
+        np.testing.assert_array_equal(command.motion, row[:6] * [1, 1, 1, 10, 10, 10])
+
+
 def test_the_gripper_s_choice_has_hysteresis() -> None:
     """By hand: up to 0.3 an open gripper stays open, down to -0.3 a closed one closed; a hold forgets no choice."""
     assert CONTRACT.gripper is not None

@@ -202,7 +202,7 @@ def test_action_beyond_the_limits_is_slowed(running: World) -> None:
     running.wait(lambda: 0.0 in running.gripper[-1:], "the new action")
     running.wait_moving()
     twist = running.twists[-1][1].twist.linear
-    assert (twist.x, twist.y) == (pytest.approx(0.75), pytest.approx(1.0)), "direction kept, each axis within its limit"
+    assert (twist.x, twist.y) == (pytest.approx(1.125), pytest.approx(1.5)), "direction kept, both within their limits"
     running.wait(lambda: int(running.diagnostics.get("commands limited", 0)) > 0, "the count of limited commands")
 
 

@@ -139,7 +139,9 @@ class Limiter:
         motion = wanted.copy()
         for group in self._groups:
             change = wanted[group] - self._last[group]
-            motion[group] = self._last[group] + change * _fraction(np.abs(change), allowed[group])
+            fraction = _fraction(np.abs(change), allowed[group])
+            if fraction < 1:  # else as wanted to the last bit, which a difference added again is not
+                motion[group] = self._last[group] + change * fraction
         return motion
 
     def _opening(self, values: np.ndarray) -> float | None:
