@@ -56,8 +56,9 @@ class Materials:
 
 @dataclass(frozen=True)
 class Arm:
-    """How a run's layers are rounded: all alike, or by a plan with so many bits on average.
+    """How a run's layers are rounded: all alike, or by a plan with so many bits on average, or of so many bytes.
 
+    stored_mb: 1e6 bytes of the layers with their scales and operators, what the table shows of every run.
     transform: what the policy goes through first, e.g. `quantvla`. signal: what the plan minimises; a control:
     priorities of layers drawn at random, or falling with depth; or QVLA's widths per output channel, of the choices
     those with 2, 4 and 8 bits. alpha, beta: of Eq. (14a). pins: layers with a fixed choice. choices: of the plan's
@@ -68,6 +69,7 @@ class Arm:
     uniform: Choice | None = None
     transform: str | None = None
     average_bits: float | None = None
+    stored_mb: float | None = None
     signal: Signal | Control | ChannelSignal = "evidence"
     alpha: float = 0.75
     beta: float = 0.25
@@ -104,7 +106,7 @@ def prepare(materials: Materials, arm: Arm, folder: Path, name: str) -> None:
         materials = replace(materials, choices=arm.choices)
         of += hashlib.sha256(" ".join(map(str, arm.choices)).encode()).hexdigest()[:8] + "."
     plan = None
-    if arm.average_bits is not None:
+    if arm.average_bits is not None or arm.stored_mb is not None:
         plan = folder / f"{name}.plan.json"
         if not plan.exists():
             _plan(materials, arm, states, folder, of).save(plan)
@@ -141,7 +143,14 @@ def _planner(table: Sensitivity, arm: Arm, signal: Signal | Control) -> Planner:
         table, objective = controlled(table, arm), Objective(1.0, 0.0)
     else:
         objective = Objective(arm.alpha, arm.beta, signal)
-    return Planner.of(table, PlanRequest(Limits(average_bits=arm.average_bits), objective, arm.pins))
+    return Planner.of(table, PlanRequest(_limits(table, arm), objective, arm.pins))
+
+
+def _limits(table: Sensitivity, arm: Arm) -> Limits:
+    if arm.stored_mb is None:
+        return Limits(average_bits=arm.average_bits)
+    beside_mb = table.unquantized_params * FULL.format.weight_bits / 8e6  # a plan's size counts every tensor
+    return Limits(size_gb=(arm.stored_mb + beside_mb) / 1e3)
 
 
 def controlled(table: Sensitivity, arm: Arm) -> Sensitivity:

@@ -1,8 +1,8 @@
 """What a comparison runs: YAML whose paths are relative to it.
 
 The first run of a section is its reference: the others are paired with it on the same initial states, and with each
-other where the section's `compare` says so. A run that names `uniform` or `average_bits` has its weights made here,
-from the section's own calibration states.
+other where the section's `compare` says so. A run that names `uniform`, `average_bits` or `stored_mb` has its weights
+made here, from the section's own calibration states.
 """
 
 from dataclasses import dataclass
@@ -27,7 +27,10 @@ _SECTION_KEYS = {
     "name", "title", "benchmark", "policy", "unnorm_key", "tasks", "trials", "seed", "runs", "compare", "calibration",
 }  # fmt: skip
 _CALIBRATION_KEYS = {"sources", "samples", "choices"}
-_ARM_KEYS = {"average_bits", "transform", "signal", "alpha", "beta", "pins", "choices", "method", "keep", "states_seed"}
+_BUDGET_KEYS = {"average_bits", "stored_mb"}
+_ARM_KEYS = _BUDGET_KEYS | {
+    "transform", "signal", "alpha", "beta", "pins", "choices", "method", "keep", "states_seed",
+}  # fmt: skip
 _RUN_KEYS = {"name", "engine", "uniform", "dtype", "control", "trials"} | _ARM_KEYS
 _LAYER_SIGNALS = (*get_args(Signal), *get_args(PlanControl))
 _SIGNALS = (*_LAYER_SIGNALS, *get_args(ChannelSignal))
@@ -117,7 +120,7 @@ def _run(entry: Any, section: dict[str, Any], path: Path, where: str) -> Planned
     computed = arm is not None and alike is not None and not arm.transform and not needs_statistics(alike.recipe)
     engine = entry.get("engine")
     if engine and arm:
-        raise ArtefactError(f"{where}: an engine has its formats built in; leave 'uniform' and 'average_bits' out")
+        raise ArtefactError(f"{where}: an engine has its formats built in; leave 'uniform', 'average_bits' and 'stored_mb' out")
     actor = ActorSpec(
         kind="engine" if engine else "policy",
         folder=path.parent / (engine or section["policy"]),
@@ -131,12 +134,15 @@ def _run(entry: Any, section: dict[str, Any], path: Path, where: str) -> Planned
 
 def _arm(entry: dict[str, Any], where: str) -> Arm | None:
     """How the run's weights are made; None where they are left alone."""
-    if "uniform" not in entry and "average_bits" not in entry:
+    budgets = sorted(_BUDGET_KEYS & set(entry))
+    if "uniform" not in entry and not budgets:
         if idle := sorted(_ARM_KEYS & set(entry)):
-            raise ArtefactError(f"{where}: key {idle[0]!r} needs 'uniform' or 'average_bits' beside it")
+            raise ArtefactError(f"{where}: key {idle[0]!r} needs 'uniform', 'average_bits' or 'stored_mb' beside it")
         return None
     if "uniform" in entry and (idle := sorted((_ARM_KEYS - {"states_seed", "transform"}) & set(entry))):
         raise ArtefactError(f"{where}: key {idle[0]!r} belongs to a plan; 'uniform' says it all")
+    if len(budgets) > 1:
+        raise ArtefactError(f"{where}: 'average_bits' and 'stored_mb' are two budgets; leave one out")
     signal = entry.get("signal", Arm.signal)
     if signal not in _SIGNALS:
         raise ArtefactError(f"{where}.signal: {signal!r} is unknown; choose from {', '.join(_SIGNALS)}")
@@ -144,7 +150,7 @@ def _arm(entry: dict[str, Any], where: str) -> Arm | None:
         raise ArtefactError(f"{where}: key 'keep' belongs to the signals {' and '.join(get_args(ChannelSignal))}")
     if unknown := sorted(set(entry.get("keep", ())) - set(get_args(Stage))):
         raise ArtefactError(f"{where}.keep: {unknown[0]!r} is unknown; choose from {', '.join(get_args(Stage))}")
-    if signal not in _LAYER_SIGNALS and (idle := sorted({"alpha", "beta", "pins"} & set(entry))):
+    if signal not in _LAYER_SIGNALS and (idle := sorted({"alpha", "beta", "pins", "stored_mb"} & set(entry))):
         raise ArtefactError(f"{where}: key {idle[0]!r} belongs to a plan of layers; signal {signal!r} knows none")
     try:
         uniform = parse_choice(entry["uniform"]) if "uniform" in entry else None
@@ -156,6 +162,7 @@ def _arm(entry: dict[str, Any], where: str) -> Arm | None:
             uniform=uniform,
             transform=None if "transform" not in entry else str(parse_transform(entry["transform"])),
             average_bits=entry.get("average_bits"),
+            stored_mb=entry.get("stored_mb"),
             signal=signal,
             alpha=entry.get("alpha", Arm.alpha),
             beta=entry.get("beta", Arm.beta),

@@ -102,6 +102,32 @@ def test_bytes_are_codes_and_scales_and_16_bits_elsewhere(out: Path, materials: 
     assert planned.average_bits == pytest.approx(plan.average_bits, abs=1e-12)
 
 
+def test_a_budget_in_bytes_is_what_the_table_shows(
+    out: Path, materials: Materials, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scales counted: by brute force over the tiny policy's groups no better plan of these bytes exists."""
+    monkeypatch.setattr("evaluation.tables.arms.open_sources", lambda *_: [FakeSource((5, 4))])
+    limit = ActorSpec("policy", materials.policy).size().stored_bytes * 0.5
+    prepare(materials, Arm(stored_mb=limit / 1e6), out, "bytes")
+    stored = ActorSpec("policy", materials.policy, weights=out / "bytes.weights").size().stored_bytes
+    assert 0.97 * limit < stored <= limit, "the tiny policy's layers are up to 3 % of it"
+
+
+def test_the_plan_of_equal_bytes_is_as_large_as_quantvla_s_layout() -> None:
+    """Counted here from the shapes: a float16 scale for 64 inputs, an order in int32, matrices of 64 x 64 in float16."""
+    (section,) = read_config(ROOT / "benchmarks/quantvla.yaml")
+    arms = {run.name: run.arm for run in section.runs if run.arm}
+    stored = 0
+    for unit in live_units(load_policy(section.runs[0].rollout.actor.folder)):
+        pin = next((pin for pin in arms["quantvla"].pins if fnmatchcase(unit.name, pin.pattern)), None)
+        if pin is None or str(pin.choice) == "w16a16":
+            stored += 2 * unit.params
+        else:
+            assert str(pin.choice) == "w4a8_g64" and unit.inputs % 64 == 0
+            stored += unit.params // 2 + 2 * unit.params // 64 + 4 * unit.inputs + 2 * 64 * unit.inputs
+    assert arms["evidence-equal-bytes"].stored_mb == pytest.approx(stored / 1e6, rel=0.001)
+
+
 def test_weights_of_another_policy_are_refused(out: Path, tmp_path: Path) -> None:
     other = tiny_policy_folder(tmp_path / "other", seed=1)
     with pytest.raises(ArtefactError, match="made for the policy with sha256"):
@@ -207,8 +233,11 @@ def test_arms_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("average_bits: 3.0", "signal: action", r"runs\[3\]: key 'pins' needs 'uniform' or 'average_bits'"),
+        ("average_bits: 3.0", "signal: action", r"runs\[3\]: key 'pins' needs 'uniform', 'average_bits' or 'stored_mb'"),
         ("uniform: w4a16_g64}", "uniform: w4a16_g64, alpha: 1}", r"runs\[1\]: key 'alpha' belongs to a plan"),
+        ("average_bits: 3.0", "average_bits: 3.0, stored_mb: 2", "'average_bits' and 'stored_mb' are two budgets"),
+        ("uniform: w4a16_g64}", "uniform: w4a16_g64, stored_mb: 2}", r"runs\[1\]: key 'stored_mb' belongs to a plan"),
+        ('average_bits: 3.0, pins: ["*.lm_head=w4a16_g64"]', "stored_mb: 2, signal: channels", "key 'stored_mb' belongs"),
         ("average_bits: 3.0", "average_bits: 3.0, signal: channels", "key 'pins' belongs to a plan of layers"),
         ("average_bits: 3.0", "average_bits: 3.0, keep: [head]", "key 'keep' belongs to the signals channels and"),
         ('pins: ["*.lm_head=w4a16_g64"]', "signal: channels, keep: [hat]", r"runs\[3\].keep: 'hat' is unknown"),
