@@ -47,7 +47,7 @@ def test_every_format_passes_where_it_was_built(tmp_path: Path) -> None:
 def test_activations_that_must_not_be_rounded_are_seen(tmp_path: Path) -> None:
     write(tmp_path, [Format(4, 16, 32)])
     change_level(tmp_path / FILE, 4)
-    with pytest.raises(ArtefactError, match=r"computes w4a16_g32 with 1 rows otherwise than planned"):
+    with pytest.raises(ArtefactError, match=r"computes w4a16_g32 .* planned: .* built for another version"):
         check_arithmetic(tmp_path, session(tmp_path))
 
 

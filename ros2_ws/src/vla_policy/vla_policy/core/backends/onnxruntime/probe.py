@@ -28,6 +28,7 @@ def check_arithmetic(folder: Path, session: ort.InferenceSession) -> None:
             if not (np.abs(outputs[fmt] - expected) <= allowed).all():
                 raise ArtefactError(
                     f"{folder}: on this processor, {cpu_name()}, ONNX Runtime {ort.__version__} computes {fmt} with "
-                    f"{rows} rows otherwise than planned; it lacks a kernel: build the engine here, or with formats of "
-                    "16-bit activations (engine_build build --plan or --uniform)"
+                    f"{rows} rows otherwise than planned: a kernel is missing, or the engine was built for another "
+                    "version of vla_policy; build it here, or with formats of 16-bit activations (engine_build build "
+                    "--plan or --uniform)"
                 )
