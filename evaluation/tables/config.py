@@ -120,7 +120,8 @@ def _run(entry: Any, section: dict[str, Any], path: Path, where: str) -> Planned
     computed = arm is not None and alike is not None and not arm.transform and not needs_statistics(alike.recipe)
     engine = entry.get("engine")
     if engine and arm:
-        raise ArtefactError(f"{where}: an engine has its formats built in; leave 'uniform', 'average_bits' and 'stored_mb' out")
+        budgets = "'uniform', 'average_bits' and 'stored_mb'"
+        raise ArtefactError(f"{where}: an engine has its formats built in; leave {budgets} out")
     actor = ActorSpec(
         kind="engine" if engine else "policy",
         folder=path.parent / (engine or section["policy"]),

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import get_args
 
@@ -15,7 +16,7 @@ from pi05_policy import tiny_pi05_folder
 from tiny import tiny_policy_folder
 
 from calibrator.allocation.plan import Plan
-from calibrator.families import TorchActor, load_policy
+from calibrator.families import TorchActor, live_units, load_policy
 from calibrator.quantizers import parse_choice, parse_choices
 from calibrator.quantizers.store import Store
 from calibrator.sensitivity.table import Sensitivity
@@ -27,6 +28,8 @@ from vla_policy.core.errors import ArtefactError, BudgetError
 from vla_policy.core.files import sha256_policy
 from vla_policy.core.formats import FULL
 from vla_policy.core.observation import Observation
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +117,7 @@ def test_a_budget_in_bytes_is_what_the_table_shows(
 
 
 def test_the_plan_of_equal_bytes_is_as_large_as_quantvla_s_layout() -> None:
-    """Counted here from the shapes: a float16 scale for 64 inputs, an order in int32, matrices of 64 x 64 in float16."""
+    """From the shapes: a float16 scale for 64 inputs, an order in int32, matrices of 64 x 64 in float16."""
     (section,) = read_config(ROOT / "benchmarks/quantvla.yaml")
     arms = {run.name: run.arm for run in section.runs if run.arm}
     stored = 0
@@ -233,11 +236,11 @@ def test_arms_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("average_bits: 3.0", "signal: action", r"runs\[3\]: key 'pins' needs 'uniform', 'average_bits' or 'stored_mb'"),
+        ("average_bits: 3.0", "signal: action", r"key 'pins' needs 'uniform', 'average_bits' or 'stored_mb' beside"),
         ("uniform: w4a16_g64}", "uniform: w4a16_g64, alpha: 1}", r"runs\[1\]: key 'alpha' belongs to a plan"),
         ("average_bits: 3.0", "average_bits: 3.0, stored_mb: 2", "'average_bits' and 'stored_mb' are two budgets"),
         ("uniform: w4a16_g64}", "uniform: w4a16_g64, stored_mb: 2}", r"runs\[1\]: key 'stored_mb' belongs to a plan"),
-        ('average_bits: 3.0, pins: ["*.lm_head=w4a16_g64"]', "stored_mb: 2, signal: channels", "key 'stored_mb' belongs"),
+        ('average_bits: 3.0, pins: ["*.lm_head=w4a16_g64"]', "stored_mb: 2, signal: channels", "'stored_mb' belongs"),
         ("average_bits: 3.0", "average_bits: 3.0, signal: channels", "key 'pins' belongs to a plan of layers"),
         ("average_bits: 3.0", "average_bits: 3.0, keep: [head]", "key 'keep' belongs to the signals channels and"),
         ('pins: ["*.lm_head=w4a16_g64"]', "signal: channels, keep: [hat]", r"runs\[3\].keep: 'hat' is unknown"),
