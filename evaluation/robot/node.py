@@ -10,8 +10,8 @@ older than `incoming_command_timeout` (simulated seconds) stops the arm. An epis
 `driver` "commands" obeys whoever commands. With `lockstep` (the default) simulated time waits after each image for the
 decision on that image, and each step for the command that its instant brings, so a slow policy or a busy machine
 changes nothing; a policy that stays silent is waited for once, and the steps without a command are counted and told.
-Without it the simulation runs at `real_time_factor`. `driver` "expert" lets the scripted expert drive, and publishes its
-commands: so bags are recorded.
+Without it the simulation runs at `real_time_factor`. `driver` "expert" lets the scripted expert drive, and publishes
+its commands: so bags are recorded.
 """
 
 import io

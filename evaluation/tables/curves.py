@@ -49,7 +49,7 @@ def curves_of(runs: Sequence[PlannedRun]) -> list[Curve]:
 
 
 def nominal_bits(run: PlannedRun) -> float:
-    """What the configuration asks for: a plan's average or everybody's bits, 16 where nothing is rounded."""
+    """What the configuration asks for: a plan's average or everybody's bits, 16 where it sets no bound to them."""
     if run.arm is not None and run.arm.average_bits is not None:
         return run.arm.average_bits
     alike = _alike(run)
