@@ -57,7 +57,7 @@ def export(
             on_written = partial(note, name)
             context = GraphContext(
                 builder, tensors, layers, assignment, codes, dialect.linear, on_written, input_peaks,
-                dialect.fused, dialect.own_attention, rows, dialect.sequences,
+                fused=dialect.fused, own_attention=dialect.own_attention, rows=rows, sequences=dialect.sequences,
             )  # fmt: skip
             inputs, outputs = write(context, config)
             builder.save([_info(spec) for spec in inputs], [_info(spec) for spec in outputs])

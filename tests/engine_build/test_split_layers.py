@@ -200,7 +200,7 @@ def test_one_layer_gives_the_products_in_float64(present: Sequence[int], bias: b
     with GraphBuilder(tmp_path / "layer.onnx") as builder:
         choices = {part.name: choice_of(part.bits, "") for part in rows.parts.values()}
         context = GraphContext(
-            builder, Tensors(), {"layer": layer}, choices, Computed(), linear, lambda *_: None, {}, False, rows
+            builder, Tensors(), {"layer": layer}, choices, Computed(), linear, lambda *_: None, {}, rows=rows
         )  # fmt: skip
         builder.rename(context.linear("x", "layer"), "y")
         ends = [
