@@ -15,11 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import onnxruntime as ort
 from onnx import TensorProto, helper
 
-from engine_build.graph.builder import GraphBuilder
-from vla_policy.core.backends.onnxruntime.session import session_options
+from engine_build.graph.builder import MICROSOFT, GraphBuilder
+from vla_policy.core.backends.onnxruntime.session import open_session, session_options
 from vla_policy.core.cli import run
 
 _PAIRS = 16
@@ -35,8 +34,9 @@ def chain(path: Path, width: int, joined: bool) -> Path:
         x, norms = "x", []
         for index in range(_PAIRS):
             if joined:
-                values = b.nodes("SkipSimplifiedLayerNormalization", [x, "y", weight], 4, f"pair{index}",
-                                 domain="com.microsoft", epsilon=_EPSILON)  # fmt: skip
+                values = b.nodes(
+                    "SkipSimplifiedLayerNormalization", [x, "y", weight], 4, f"pair{index}", MICROSOFT, epsilon=_EPSILON
+                )
                 norm, x = values[0], values[3]
             else:
                 x = b.add(x, "y")
@@ -58,11 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         for (rows, width), repeats in _SIZES.items():
             given = {name: generator.standard_normal((rows, width), np.float32) for name in ("x", "y")}
-            sessions = [
-                ort.InferenceSession(str(chain(Path(folder) / f"{width}-{joined}.onnx", width, joined)),
-                                     session_options(args.threads), providers=["CPUExecutionProvider"])
-                for joined in (False, True)
-            ]  # fmt: skip
+            chains = [chain(Path(folder) / f"{width}-{joined}.onnx", width, joined) for joined in (False, True)]
+            sessions = [open_session(path, session_options(args.threads)) for path in chains]
             taken = np.empty((repeats, 2))
             for repeat in range(-2, repeats):  # the first two warm up
                 for which, session in enumerate(sessions):

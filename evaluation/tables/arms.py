@@ -106,7 +106,7 @@ def prepare(materials: Materials, arm: Arm, folder: Path, name: str) -> None:
         materials = replace(materials, choices=arm.choices)
         of += hashlib.sha256(" ".join(map(str, arm.choices)).encode()).hexdigest()[:8] + "."
     plan = None
-    if arm.average_bits is not None or arm.stored_mb is not None:
+    if arm.uniform is None:
         plan = folder / f"{name}.plan.json"
         if not plan.exists():
             _plan(materials, arm, states, folder, of).save(plan)

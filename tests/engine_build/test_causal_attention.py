@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper
 from rounding import SINGLE
+from vnni import needs_vnni
 
 from engine_build.graph.builder import MICROSOFT, GraphBuilder
 from vla_policy.core.backends.onnxruntime.session import open_session, session_options
-from vla_policy.core.backends.onnxruntime_vnni import INSTRUCTIONS, library
-from vla_policy.core.processor import cpu_lacks
+from vla_policy.core.backends.onnxruntime_vnni import library
 
-pytestmark = pytest.mark.skipif(bool(cpu_lacks(INSTRUCTIONS)), reason=f"processor lacks {cpu_lacks(INSTRUCTIONS)}")
+pytestmark = needs_vnni
 SHAPES = [(6, 6, 32), (6, 2, 48), (2, 1, 16), (4, 4, 128)]
 """Heads, heads of keys and values, size of a head: 48 and 16 leave a single vector of two."""
 CALLS = [(1, 0), (1, 80), (2, 5), (33, 7), (290, 0)]

@@ -9,6 +9,7 @@ import rounding
 import torch
 from choices import with_every_code
 from onnx import TensorProto, helper
+from vnni import needs_vnni
 
 from calibrator.quantizers.activations import quantize_activation
 from engine_build.backends import find_backend
@@ -18,17 +19,15 @@ from engine_build.weights import Layer, LayerWeights
 from vla_policy.core import processor
 from vla_policy.core.backends.base import Workload
 from vla_policy.core.backends.onnxruntime.session import open_session, session_options
-from vla_policy.core.backends.onnxruntime_vnni import INSTRUCTIONS, library, runs_here
+from vla_policy.core.backends.onnxruntime_vnni import library, runs_here
 from vla_policy.core.errors import ArtefactError
 from vla_policy.core.formats import Format
-from vla_policy.core.processor import cpu_lacks
 from vla_policy.core.targets import find_target
 
 TARGET = find_target("cpu").on("onnxruntime_vnni")
 FORMATS = [fmt for fmt in TARGET.legal() if runs_here(fmt)]
 ROWS = (1, 2, 3, 4, 5, 33, 290)
 """One to four have their own code each; 33 and 290 leave 1 and 2 over of 16, and 290 none of 10."""
-needs_vnni = pytest.mark.skipif(bool(cpu_lacks(INSTRUCTIONS)), reason=f"processor lacks {cpu_lacks(INSTRUCTIONS)}")
 
 
 def layer(fmt: Format, outputs: int, inputs: int, bias: bool) -> LayerWeights:

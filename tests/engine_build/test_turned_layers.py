@@ -12,6 +12,7 @@ from onnx.reference import ReferenceEvaluator
 from ragged import mixed_assignment, write_plan
 from rounding import NETWORK
 from tiny import tiny_policy_folder
+from vnni import needs_vnni
 
 from calibrator.data.calibration import collect, load_calibration
 from calibrator.families import TorchActor
@@ -63,18 +64,12 @@ def stored(material: Path, out: Path, choices: list[str]) -> Path:
 
 @pytest.mark.parametrize(
     ("backend", "choices"),
-    [("onnxruntime", WITH_8), ("onnxruntime_vnni", WITH_8), ("openvino", WITH_16)],
+    [("onnxruntime", WITH_8), pytest.param("onnxruntime_vnni", WITH_8, marks=needs_vnni), ("openvino", WITH_16)],
 )
 def test_every_layer_is_the_twin_s(material: Path, tmp_path: Path, backend: str, choices: list[str]) -> None:
     """By `verify`: bytes exported again, formats read back, and every layer on the engine's own values."""
     if backend == "openvino":
         pytest.importorskip("openvino", reason="the backend is an optional extra")
-    if backend == "onnxruntime_vnni":
-        from vla_policy.core.backends.onnxruntime_vnni import INSTRUCTIONS
-        from vla_policy.core.processor import cpu_lacks
-
-        if cpu_lacks(INSTRUCTIONS):
-            pytest.skip("this processor has no AVX-512 VNNI")
     weights = stored(material, tmp_path, choices)
     request = Request(material / "policy", find_target("cpu"), tmp_path / "engine", weights=weights, backend=backend)
     build(request)
