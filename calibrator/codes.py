@@ -15,7 +15,7 @@ from calibrator.data.calibration import load_calibration
 from calibrator.data.statistics import input_statistics, portions
 from calibrator.families import TorchActor, Unit
 from calibrator.families.loading import open_checkpoint
-from calibrator.quantizers import Computed, LayerStatistics, QuantizedWeight, needs_statistics
+from calibrator.quantizers import Computed, LayerStatistics, QuantizedWeight, needs_guidance, needs_statistics
 from calibrator.quantizers.choices import USUAL_METHOD
 from calibrator.quantizers.rows import Part
 from calibrator.quantizers.store import layer_path, read_layer, write_layer
@@ -93,17 +93,19 @@ def _shares(
         return
     assert source.calibration is not None
     states, actor = load_calibration(source.calibration), TorchActor.load(source.policy, source.unnorm_key)
-    groups: dict[str, list[Wanted]] = {}
-    for one in asking:
-        groups.setdefault(one.unit.group, []).append(one)
-    for share in portions(list(groups.values()), lambda group: group[0].unit.module):
-        # Layers of one group have one input.
-        names = [group[0].unit.name for group in share]
-        found = input_statistics(actor, states, names, str(source.calibration), True)
-        yield (
-            [one for group in share for one in group],
-            {one.name: found[group[0].unit.name] for group in share for one in group},
-        )
+    for guided in (False, True):
+        groups: dict[str, list[Wanted]] = {}
+        for one in asking:
+            if needs_guidance(one.choice.recipe) is guided:
+                # Layers of one group have one input, and each its own weights of its rows.
+                groups.setdefault(one.unit.name if guided else one.unit.group, []).append(one)
+        for share in portions(list(groups.values()), lambda group: group[0].unit.module):
+            names = [group[0].unit.name for group in share]
+            found = input_statistics(actor, states, names, str(source.calibration), True, guided)
+            yield (
+                [one for group in share for one in group],
+                {one.name: found[group[0].unit.name] for group in share for one in group},
+            )
 
 
 def are_kept(choice: Choice) -> bool:

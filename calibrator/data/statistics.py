@@ -1,7 +1,7 @@
 """What the inputs of layers look like over a calibration set: ranges of activations, and what rounding methods ask."""
 
-from collections.abc import Callable, Collection, Iterator, MutableMapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import TypeVar
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from calibrator.data.calibration import CalibrationSet
+from calibrator.data.guidance import guided_rows
 from calibrator.families import TorchActor
 from calibrator.quantizers import LayerStatistics, find_layer
 from calibrator.quantizers.activations import input_rows
@@ -22,21 +23,29 @@ _ROWS = 64
 
 
 def input_statistics(
-    actor: TorchActor, states: CalibrationSet, names: Collection[str], source: str, second_moments: bool = False
+    actor: TorchActor,
+    states: CalibrationSet,
+    names: Collection[str],
+    source: str,
+    second_moments: bool = False,
+    guided: bool = False,
 ) -> dict[str, LayerStatistics]:
     """Statistics of every named layer's input while the full-precision policy decides each state.
 
-    second_moments: also E[x x^T], float64 [in, in] per layer, and some rows. source: what the states are called in
-    messages. Raises ArtefactError for a layer whose input is zero or not finite throughout, and PolicyError for a
-    policy that decides something else than actions.
+    second_moments: also E[x x^T], float64 [in, in] per layer, and some rows. guided: rows weigh what `guidance` says.
+    source: what the states are called in messages. Raises ArtefactError for a layer whose input is zero or not finite
+    throughout, and PolicyError for a policy that decides something else than actions.
     """
-    sums = {name: _Sums(find_layer(actor.policy, name), second_moments) for name in names}
+    layers = {name: find_layer(actor.policy, name) for name in names}
+    sums = {name: _Sums(layer, second_moments) for name, layer in layers.items()}
     strays = 0
     for index in tqdm(range(len(states)), desc="inputs of layers", unit="state", disable=None):
         state = states.observation(index)
-        with _watched(sums.values()):
+        with nullcontext() if guided else _watched(sums):
             tokens = actor.act(state).tokens
         strays += actor.scores_and_stray(state, tokens)[1]
+        for name, rows, weights in guided_rows(actor, state, layers) if guided else ():
+            sums[name].add(rows, weights)
     check_strays(strays, len(states), source)
     statistics = {name: one.statistics() for name, one in sums.items()}
     useless = [name for name, one in statistics.items() if not 0 < one.peak < float("inf")]
@@ -88,29 +97,33 @@ class _Sums:
     def __init__(self, module: nn.Linear | nn.Conv2d, second_moment: bool) -> None:
         self.layer = module
         inputs = module.weight[0].numel()
-        self.tokens = 0
+        self.tokens, self.weight = 0, 0.0
         self.peaks = torch.zeros(inputs)
         self.magnitudes = torch.zeros(inputs, dtype=torch.float64)
         self.products = torch.zeros(inputs, inputs, dtype=torch.float64) if second_moment else None
         self.largest, self.random = _Kept(inputs), _Kept(inputs)
         self.generator = torch.Generator().manual_seed(0)
 
-    @torch.no_grad()
     def see(self, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        rows = input_rows(module, arguments[0]).float()
+        rows = input_rows(module, arguments[0]).detach().float()
+        self.add(rows, torch.ones(len(rows), dtype=torch.float64, device=rows.device))
+
+    def add(self, rows: Tensor, weights: Tensor) -> None:
+        """Some more rows [n, in]; of the statistics only the second moment weighs them."""
         self.tokens += len(rows)
+        self.weight += float(weights.sum())
         magnitudes = rows.abs()
         self.peaks = torch.maximum(self.peaks, magnitudes.amax(0).cpu())
         self.magnitudes += magnitudes.sum(0, dtype=torch.float64).cpu()
         if self.products is not None:
             wide = rows.double().cpu()
-            self.products.addmm_(wide.T, wide)
+            self.products.addmm_((wide * weights.cpu()[:, None]).T, wide)
             kept = rows.cpu()
             self.largest.see(kept, kept.abs().amax(1))
             self.random.see(kept, torch.rand(len(kept), generator=self.generator))
 
     def statistics(self) -> LayerStatistics:
-        moment = None if self.products is None else self.products / self.tokens
+        moment = None if self.products is None else self.products / self.weight
         rows = None if self.products is None else torch.cat([self.largest.rows, self.random.rows])
         return LayerStatistics(self.tokens, self.peaks, (self.magnitudes / self.tokens).float(), moment, rows)
 
@@ -128,9 +141,9 @@ class _Kept:
 
 
 @contextmanager
-def _watched(sums: Collection[_Sums]) -> Iterator[None]:
+def _watched(sums: Mapping[str, _Sums]) -> Iterator[None]:
     """Inside the block, the layers' inputs are added up whenever they run."""
-    handles = [one.layer.register_forward_pre_hook(one.see) for one in sums]
+    handles = [one.layer.register_forward_pre_hook(one.see) for one in sums.values()]
     try:
         yield
     finally:

@@ -41,7 +41,7 @@ class TorchActor:
         self.robot.check_instruction(instruction)
 
     def act(self, observation: Observation) -> Decision:
-        inputs = self._inputs(observation)
+        inputs = self.inputs(observation)
         return self.decisions.decision(self.policy.decide(inputs, self.decisions.size)[0].cpu().numpy())
 
     def scores(self, observation: Observation, tokens: np.ndarray) -> np.ndarray:
@@ -52,11 +52,12 @@ class TorchActor:
     @torch.no_grad()
     def scores_and_stray(self, observation: Observation, tokens: np.ndarray) -> tuple[np.ndarray, bool]:
         """`scores`, and whether the policy would rather answer something that is no action."""
-        output = self.policy.output(self._inputs(observation), self.policy.tensor(tokens[None]))
+        output = self.policy.output(self.inputs(observation), self.policy.tensor(tokens[None]))
         scores = finite(self.decisions.scores(output)[0].cpu().numpy(), "torch policy: output")
         return scores, bool(self.decisions.strays(output)[0])
 
-    def _inputs(self, observation: Observation) -> Inputs:
+    def inputs(self, observation: Observation) -> Inputs:
+        """One observation as the policy's inputs, in its own preprocessing."""
         return self.policy.tensors([self.robot.inputs(observation)])
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import Enum, auto
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
@@ -16,7 +17,8 @@ class LayerStatistics:
 
     tokens: how many there were. peaks, means: float32 [in], largest and mean |x| per channel. second_moment: float64
     [in, in], mean of x x^T over the tokens. rows: float32 [n, in], some inputs as they are, half of them those with the
-    largest values. Both None where nobody asked for them.
+    largest values. Both None where nobody asked for them. For a method that needs guided inputs, tokens weigh in the
+    second moment what `calibrator.data.guidance` says, else all the same.
     """
 
     tokens: int
@@ -31,11 +33,18 @@ class LayerStatistics:
         return float(self.peaks.max())
 
 
+class Needs(Enum):
+    """What codes depend on beside the weight: nothing, the layer's inputs, or these with weights by the decision."""
+
+    NOTHING = auto()
+    INPUTS = auto()
+    GUIDED_INPUTS = auto()
+
+
 class WeightQuantizer(Protocol):
     """A rounding method: `QUANTIZER` of a module in `calibrator.quantizers.methods`, called as the module.
 
     version: goes up whenever some weight gets other codes than before. defaults: every parameter with its usual value.
-    needs_statistics: whether the codes depend on the layer's input.
     """
 
     @property
@@ -45,7 +54,7 @@ class WeightQuantizer(Protocol):
     def defaults(self) -> Mapping[str, Parameter]: ...
 
     @property
-    def needs_statistics(self) -> bool: ...
+    def needs(self) -> Needs: ...
 
     def quantize(
         self, weight: Tensor, fmt: Format, parameters: Mapping[str, Parameter], statistics: LayerStatistics | None

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from calibrator.quantizers.base import LayerStatistics, TurnsInputs
+from calibrator.quantizers.base import LayerStatistics, Needs, TurnsInputs
 from calibrator.quantizers.choices import find_method
 from calibrator.quantizers.weights import QuantizedWeight, code_range
 from vla_policy.core.errors import ArtefactError, PolicyError
@@ -26,7 +26,7 @@ def quantize(weight: Tensor, choice: Choice, statistics: LayerStatistics | None 
             f"{choice}: is of version {recipe.version} of {recipe.method}, which is now at {method.version}; "
             "measure and allocate again"
         )
-    if method.needs_statistics and statistics is None:
+    if method.needs is not Needs.NOTHING and statistics is None:
         raise ArtefactError(f"{choice}: {recipe.method} needs the layer's inputs over a calibration set")
     code_range(choice.format.weight_bits)
     if not bool(weight.isfinite().all()):
@@ -37,7 +37,12 @@ def quantize(weight: Tensor, choice: Choice, statistics: LayerStatistics | None 
 
 def needs_statistics(recipe: Recipe | None) -> bool:
     """Whether codes by this recipe depend on the layer's input."""
-    return recipe is not None and find_method(recipe.method).needs_statistics
+    return recipe is not None and find_method(recipe.method).needs is not Needs.NOTHING
+
+
+def needs_guidance(recipe: Recipe | None) -> bool:
+    """Whether they depend on what the decision asks of it, too."""
+    return recipe is not None and find_method(recipe.method).needs is Needs.GUIDED_INPUTS
 
 
 def operator_bits(recipe: Recipe, inputs: int) -> int:

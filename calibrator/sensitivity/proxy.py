@@ -13,7 +13,7 @@ dX does to the policy is estimated to first order:
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from calibrator.families import Unit
+from calibrator.modules.taps import taps, token_rows
 from calibrator.quantizers.activations import quantize_input
 from calibrator.sensitivity.evidence import BOUNDARIES, evidence_map
 from calibrator.sensitivity.passes import Batch
@@ -198,15 +199,15 @@ class _Layer:
 
     def _apply(self, x: Tensor, matrix: Tensor) -> Tensor:
         if isinstance(self.module, nn.Conv2d):
-            return _token_rows(nn.functional.conv2d(x, matrix, stride=self.module.stride), self.states).float()
-        return _token_rows(nn.functional.linear(x, matrix), self.states).float()
+            return token_rows(nn.functional.conv2d(x, matrix, stride=self.module.stride), self.states).float()
+        return token_rows(nn.functional.linear(x, matrix), self.states).float()
 
 
 def _pass(sweep: Sweep, samples: tuple[int, ...], units: Sequence[Unit], evidence: bool) -> dict[str, _Layer]:
     """One full-precision pass of a batch and the backward passes through it: what they leave of `units`."""
     batch = sweep.states.batch(sweep.policy, samples, sweep.reference.decided)
     with ExitStack() as stack:
-        inputs, outputs = stack.enter_context(_taps(units))
+        inputs, outputs = stack.enter_context(taps({unit.name: unit.module for unit in units}))
         stack.enter_context(torch.enable_grad())
         if evidence:
             # Only the plain formula of attention can be differentiated twice.
@@ -238,7 +239,7 @@ def _joined_input(module: nn.Module, runs: Sequence[Tensor], states: int) -> Ten
 
 def _joined(runs: Sequence[Tensor], states: int) -> Tensor:
     """[B, tokens of all runs, channels]."""
-    return torch.cat([_token_rows(run, states) for run in runs], 1)
+    return torch.cat([token_rows(run, states) for run in runs], 1)
 
 
 def directions(values: int) -> Tensor:
@@ -304,33 +305,3 @@ def _gradients(of: Tensor, *points: Runs, create_graph: bool = False) -> list[di
     flat = [tensor for group in points for runs in group.values() for tensor in runs]
     found = iter(torch.autograd.grad(of, flat, retain_graph=True, create_graph=create_graph, materialize_grads=True))
     return [{name: [next(found) for _ in runs] for name, runs in group.items()} for group in points]
-
-
-@contextmanager
-def _taps(units: Sequence[Unit]) -> Iterator[tuple[dict[str, list[Tensor]], dict[str, list[Tensor]]]]:
-    """Inside the block, forward passes fill two dicts with their graph's tensors: inputs and outputs by layer."""
-    inputs: dict[str, list[Tensor]] = {unit.name: [] for unit in units}
-    outputs: dict[str, list[Tensor]] = {unit.name: [] for unit in units}
-    handles = []
-    for unit in units:
-
-        def enter(module: nn.Module, args: tuple[Tensor, ...], name: str = unit.name) -> Tensor:
-            # An alias of its own: what arrives there is this layer's gradient alone, even if others share the input.
-            inputs[name].append(args[0].view_as(args[0]))
-            return inputs[name][-1]
-
-        def leave(module: nn.Module, args: tuple[Tensor, ...], output: Tensor, name: str = unit.name) -> None:
-            outputs[name].append(output)
-
-        handles += [unit.module.register_forward_pre_hook(enter), unit.module.register_forward_hook(leave)]
-    try:
-        yield inputs, outputs
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _token_rows(x: Tensor, states: int) -> Tensor:
-    """Layer output as [B, tokens of all images, channels]."""
-    rows = x.flatten(2).transpose(1, 2) if x.ndim == 4 else x
-    return rows.reshape(states, -1, rows.shape[-1])

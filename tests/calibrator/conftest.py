@@ -58,11 +58,12 @@ def two_images(tmp_path_factory: pytest.TempPathFactory) -> SweepSpec:
 
 BY_INPUT = '''
 """A method that somebody adds: codes of the input's typical size."""
+from calibrator.quantizers.base import Needs
 from calibrator.quantizers.weights import by_groups, half
 
 
 class ByInput:
-    version, defaults, needs_statistics = 3, {"share": 0.5}, True
+    version, defaults, needs = 3, {"share": 0.5}, Needs.INPUTS
 
     def quantize(self, weight, fmt, parameters, statistics):
         size = parameters["share"] * statistics.peak

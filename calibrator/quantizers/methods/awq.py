@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from calibrator.quantizers.base import LayerStatistics
+from calibrator.quantizers.base import LayerStatistics, Needs
 from calibrator.quantizers.methods.rtn import levels
 from calibrator.quantizers.weights import QuantizedWeight, by_groups, code_range, groups_per_row, half
 from vla_policy.core.errors import ArtefactError
@@ -28,7 +28,7 @@ class Clipping:
 
     version = 1
     defaults: Mapping[str, Parameter] = {"grid": 20, "most": 0.5}
-    needs_statistics = True
+    needs = Needs.INPUTS
 
     def quantize(
         self, weight: Tensor, fmt: Format, parameters: Mapping[str, Parameter], statistics: LayerStatistics | None

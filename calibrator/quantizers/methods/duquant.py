@@ -21,7 +21,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from calibrator.quantizers.base import LayerStatistics
+from calibrator.quantizers.base import LayerStatistics, Needs
 from calibrator.quantizers.methods.mse import through
 from calibrator.quantizers.turning import InputOperator, Turn, turn_bits
 from calibrator.quantizers.weights import QuantizedWeight
@@ -34,7 +34,7 @@ class DuQuant:
 
     version = 1
     defaults: Mapping[str, Parameter] = {"block": 64, "rotations": 2, "steps": 256, "shared": True}
-    needs_statistics = True
+    needs = Needs.INPUTS
 
     def operator_bits(self, inputs: int, parameters: Mapping[str, Parameter]) -> int:
         size = min(int(parameters["block"]), inputs)

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from calibrator.quantizers.base import LayerStatistics
+from calibrator.quantizers.base import LayerStatistics, Needs
 from calibrator.quantizers.methods.mse import search
 from calibrator.quantizers.methods.rtn import QUANTIZER as NEAREST
 from calibrator.quantizers.weights import QuantizedWeight, code_range, groups_per_row
@@ -31,7 +31,7 @@ class Gptq:
 
     version = 1
     defaults: Mapping[str, Parameter] = {"damping": 0.01, "act_order": False}
-    needs_statistics = True
+    needs = Needs.INPUTS
 
     def quantize(
         self, weight: Tensor, fmt: Format, parameters: Mapping[str, Parameter], statistics: LayerStatistics | None

@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from calibrator.quantizers.base import LayerStatistics
+from calibrator.quantizers.base import LayerStatistics, Needs
 from calibrator.quantizers.methods.rtn import levels
 from calibrator.quantizers.turning import InputOperator
 from calibrator.quantizers.weights import QuantizedWeight, by_groups, code_range, half
@@ -31,7 +31,7 @@ class LeastSquares:
 
     version = 1
     defaults: Mapping[str, Parameter] = {"steps": STEPS}
-    needs_statistics = False
+    needs = Needs.NOTHING
 
     def quantize(
         self, weight: Tensor, fmt: Format, parameters: Mapping[str, Parameter], statistics: LayerStatistics | None

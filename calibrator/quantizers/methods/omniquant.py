@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from calibrator.quantizers.base import LayerStatistics
+from calibrator.quantizers.base import LayerStatistics, Needs
 from calibrator.quantizers.methods.rtn import levels
 from calibrator.quantizers.weights import QuantizedWeight, by_groups, half
 from vla_policy.core.errors import ArtefactError
@@ -28,7 +28,7 @@ class LearnedClipping:
 
     version = 1
     defaults: Mapping[str, Parameter] = {"steps": 100, "learning_rate": 0.05}
-    needs_statistics = True
+    needs = Needs.INPUTS
 
     def quantize(
         self, weight: Tensor, fmt: Format, parameters: Mapping[str, Parameter], statistics: LayerStatistics | None

@@ -20,7 +20,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from calibrator.quantizers.base import LayerStatistics
+from calibrator.quantizers.base import LayerStatistics, Needs
 from calibrator.quantizers.methods.mse import through
 from calibrator.quantizers.turning import InputOperator, turn_bits
 from calibrator.quantizers.weights import QuantizedWeight
@@ -33,7 +33,7 @@ class SingularVectors:
 
     version = 1
     defaults: Mapping[str, Parameter] = {"block": 64}
-    needs_statistics = False
+    needs = Needs.NOTHING
 
     def operator_bits(self, inputs: int, parameters: Mapping[str, Parameter]) -> int:
         size = min(int(parameters["block"]), inputs)

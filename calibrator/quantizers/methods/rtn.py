@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from calibrator.quantizers.base import LayerStatistics
+from calibrator.quantizers.base import LayerStatistics, Needs
 from calibrator.quantizers.weights import QuantizedWeight, by_groups, code_range, half
 from vla_policy.core.formats import Format, Parameter
 
@@ -39,7 +39,7 @@ class RoundToNearest:
 
     version = 1
     defaults: Mapping[str, Parameter] = {}
-    needs_statistics = False
+    needs = Needs.NOTHING
 
     def quantize(
         self, weight: Tensor, fmt: Format, parameters: Mapping[str, Parameter], statistics: LayerStatistics | None
