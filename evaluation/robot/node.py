@@ -31,9 +31,11 @@ from std_msgs.msg import Float64MultiArray, Header, String
 from vla_policy_interfaces.msg import ActionChunk
 
 from evaluation.robot import SUMMARY
+from evaluation.robot.commands import Commands
 from evaluation.robot.robot import CONTROL_PERIOD_NS, SETTLE_STEPS, Episode, LiberoRobot
 from vla_policy.core.contract import FLOATS, IMAGE, JOINT_STATE, load_contract
 from vla_policy.core.errors import ContractError
+from vla_policy.core.events import nanoseconds
 from vla_policy.core.files import write_json
 from vla_policy.core.outputs import check_file
 from vla_policy.core.safety import Command, Limiter
@@ -43,9 +45,6 @@ from vla_policy.nodes.outputs import CHUNK_TOPIC, to_time
 from vla_policy.nodes.process import run_node
 
 _START_NS = 10**9
-_DECISION_TIMEOUT_S = 10.0
-_COMMAND_TIMEOUT_S = 5.0  # a busy machine is late, and what moved the step before must not move this one
-_SILENCE_TIMEOUT_S = 0.05  # a policy that holds is silent
 _SETTLE_PERIOD_S = 0.01
 DECLARED: dict[str, Declared] = {
     "contract": Declared("", "YAML that maps the robot's topics to the policy's inputs and commands", fixed=True),
@@ -80,7 +79,8 @@ class SimulatedRobotNode(Node):
         self._contract = load_contract(value["contract"])
         self._suite, self._driver = value["suite"], value["driver"]
         self._tasks, self._trials = value["tasks"], value["trials"]
-        self._lockstep, self._real_time_factor = value["lockstep"], value["real_time_factor"]
+        self._waits = self._driver == "commands" and value["lockstep"]
+        self._real_time_factor = value["real_time_factor"]
         self._steps_per_image, self._max_steps = value["steps_per_image"], value["max_steps"]
         self._command_timeout_ns = round(value["incoming_command_timeout"] * 1e9)
         self._min_subscribers, self._wait_s = value["min_subscribers"], value["wait_for_subscribers"]
@@ -100,12 +100,7 @@ class SimulatedRobotNode(Node):
         self._error: Exception | None = None
         self.results: list[dict[str, object]] = []
         self._now_ns = _START_NS
-        self._changed = threading.Condition()
-        self._twist: tuple[int, dict[str, float]] | None = None
-        self._opening_m: float | None = None
-        self._commanded_ns = self._gripped = 0
-        self._answered_ns = self._unanswered = 0
-        self._silent = False
+        self._commands = Commands()
         self._create_topics()
         self._done, self._closing = done, threading.Event()
         self._thread = threading.Thread(target=self._run, name="simulation", daemon=True)
@@ -114,6 +109,7 @@ class SimulatedRobotNode(Node):
     def close(self) -> None:
         """Ends the simulation. Raises what ended it early."""
         self._closing.set()
+        self._commands.close()
         self._thread.join()
         if self._error is not None:
             raise self._error
@@ -145,22 +141,13 @@ class SimulatedRobotNode(Node):
     def _on_twist(self, message: TwistStamped) -> None:
         parts = (("linear", message.twist.linear), ("angular", message.twist.angular))
         values = {f"{part}.{axis}": getattr(vector, axis) for part, vector in parts for axis in "xyz"}
-        with self._changed:
-            self._twist = (self._now_ns, values)
-            self._commanded_ns = message.header.stamp.sec * 10**9 + message.header.stamp.nanosec
-            self._changed.notify_all()
+        self._commands.move(values, self._now_ns, nanoseconds(message.header.stamp))
 
     def _on_gripper(self, message: Float64MultiArray) -> None:
-        with self._changed:
-            self._opening_m = message.data[0] if message.data else None
-            self._gripped += 1
-            self._changed.notify_all()
+        self._commands.grip(message.data[0] if message.data else None)
 
     def _on_chunk(self, message: ActionChunk) -> None:
-        with self._changed:
-            stamp = message.observation_stamp
-            self._answered_ns = stamp.sec * 10**9 + stamp.nanosec
-            self._changed.notify_all()
+        self._commands.decided(nanoseconds(message.observation_stamp))
 
     # --- simulation ---------------------------------------------------------------------------------------------
 
@@ -197,11 +184,10 @@ class SimulatedRobotNode(Node):
 
     def _episode(self, robot: LiberoRobot, episode: Episode) -> None:
         instruction = robot.begin(episode)
-        self._twist = self._opening_m = None
+        self._commands.forget()
         self._settle()
         self._instruction.publish(String(data=instruction))
         self._settle()
-        self._unanswered, self._silent = 0, False
         success, step, max_steps = False, 0, self._max_steps or robot.max_steps
         while not success and step < max_steps and not self._closing.is_set():
             begun_s = time.monotonic()
@@ -209,54 +195,34 @@ class SimulatedRobotNode(Node):
             if step % self._steps_per_image == 0:
                 self._publish_image(robot.observe().image)
                 self._decide(robot)
-            gripped = self._gripped
+            gripped = None if self._contract.action.gripper is None else self._commands.gripped
             self._advance()
-            self._await_command(gripped)
+            if self._waits:
+                self._commands.await_command(self._now_ns, gripped)
             self._obey(robot)
             success, step = robot.step(), step + 1
             self._pace(begun_s)
         self._instruction.publish(String(data=""))  # the task is over; the same one may come again
-        self.results.append({"task": episode.task, "trial": episode.trial, "success": success, "steps": step})
+        outcome = {"task": episode.task, "trial": episode.trial, "success": success, "steps": step}
+        self.results.append(outcome | {"steps_without_command": self._commands.missed})
         self.get_logger().info(f"{episode.task} {episode.trial}: {'success' if success else 'failure'}, {step} steps")
-        if self._unanswered:
-            self.get_logger().warning(f"{self._unanswered} of these steps had no command: the policy held, or is late")
+        if missed := self._commands.missed:
+            self.get_logger().warning(f"{missed} of these steps had no command: the policy held, or is late")
 
     def _decide(self, robot: LiberoRobot) -> None:
         """Commands for the image that was just published: the expert's, or in lockstep those of the policy."""
         if self._driver == "expert":
             self._drive(robot.expert())
-        elif self._lockstep:
-            stamp_ns = self._now_ns
-            with self._changed:
-                if not self._changed.wait_for(
-                    lambda: self._answered_ns >= stamp_ns or self._closing.is_set(), _DECISION_TIMEOUT_S
-                ):
-                    raise ContractError(
-                        f"simulated robot: no decision on the image of {stamp_ns} ns within {_DECISION_TIMEOUT_S:g} s; "
-                        "is the policy node active, and does it use_sim_time?"
-                    )
-
-    def _await_command(self, gripped: int) -> None:
-        """In lockstep, the command of the instant that the clock has just reached; `gripped`: gripper's before it."""
-        if self._driver != "commands" or not self._lockstep:
-            return
-        grips = self._contract.action.gripper is not None
-
-        def commanded() -> bool:
-            return self._commanded_ns >= self._now_ns and (not grips or self._gripped > gripped)
-
-        with self._changed:
-            timeout_s = _SILENCE_TIMEOUT_S if self._silent else _COMMAND_TIMEOUT_S
-            self._silent = not self._changed.wait_for(lambda: commanded() or self._closing.is_set(), timeout_s)
-            self._unanswered += self._silent
+        elif self._waits:
+            self._commands.await_decision(self._now_ns)
 
     def _drive(self, action: np.ndarray) -> None:
         command = Limiter(self._contract.action).command(action, self._now_ns)
         if command is None:
             raise ContractError(f"simulated robot: the expert's action is not finite: {action.tolist()}")
-        with self._changed:
-            self._twist = (self._now_ns, dict(zip(command.targets, command.motion.tolist(), strict=True)))
-            self._opening_m = command.gripper_m
+        motion = dict(zip(command.targets, command.motion.tolist(), strict=True))
+        self._commands.move(motion, self._now_ns, self._now_ns)
+        self._commands.grip(command.gripper_m)
         self._publish_command(command)
 
     def _publish_command(self, command: Command) -> None:
@@ -269,11 +235,9 @@ class SimulatedRobotNode(Node):
             self._grips.publish(Float64MultiArray(data=[command.gripper_m]))
 
     def _obey(self, robot: LiberoRobot) -> None:
-        with self._changed:
-            fresh = self._twist is not None and self._now_ns - self._twist[0] <= self._command_timeout_ns
-            robot.move(self._twist[1] if fresh and self._twist is not None else {})
-            if self._opening_m is not None:
-                robot.grip(self._opening_m)
+        robot.move(self._commands.twist(self._now_ns, self._command_timeout_ns))
+        if (opening_m := self._commands.opening_m) is not None:
+            robot.grip(opening_m)
 
     def _settle(self) -> None:
         """Half a second between episode, instruction and first image, slow enough for everybody's clock to follow."""
@@ -289,7 +253,7 @@ class SimulatedRobotNode(Node):
         self._clock_publisher.publish(ClockMessage(clock=to_time(self._now_ns)))
 
     def _pace(self, begun_s: float) -> None:
-        if self._driver == "commands" and not self._lockstep and self._real_time_factor > 0:
+        if self._driver == "commands" and not self._waits and self._real_time_factor > 0:
             self._closing.wait(max(0.0, begun_s + CONTROL_PERIOD_NS / 1e9 / self._real_time_factor - time.monotonic()))
 
     # --- sensors ------------------------------------------------------------------------------------------------

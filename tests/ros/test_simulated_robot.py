@@ -62,7 +62,8 @@ def test_the_loop_over_dds_equals_the_loop_without(tmp_path: Path) -> None:
         recording.send_signal(signal.SIGINT)
         assert recording.wait(30) == 0, log.read_text()
     (episode,) = json.loads((tmp_path / "summary.json").read_text())["episodes"]
-    assert episode == {"task": TASK, "trial": 3, "success": False, "steps": 4 * DECISIONS}
+    outcome = {"task": TASK, "trial": 3, "success": False, "steps": 4 * DECISIONS}
+    assert episode == outcome | {"steps_without_command": 0}
 
     contract = load_contract(CONTRACT)
     frames = [frame for frame in read_frames(tmp_path / "bag", contract) if isinstance(frame, Frame)]
@@ -98,7 +99,7 @@ def test_a_flow_matching_policy_drives_the_simulated_robot(tmp_path: Path) -> No
     recorder += ["-p", "topics:=[action_chunk, cmd_twist]"]
     robot = [sys.executable, "-m", "evaluation.robot", "--ros-args", "-p", f"contract:={CONTRACT}"]
     robot += ["-p", f"tasks:=[{TASK}]", "-p", "trials:=[0]", "-p", f"max_steps:={4 * DECISIONS}"]
-    robot += ["-p", "min_subscribers:=2"]
+    robot += ["-p", "min_subscribers:=2", "-p", f"summary:={tmp_path / 'summary.json'}"]
     with (
         process(node, domain, log),
         process(recorder, domain, log) as recording,
@@ -107,6 +108,8 @@ def test_a_flow_matching_policy_drives_the_simulated_robot(tmp_path: Path) -> No
         assert simulation.wait(240) == 1, f"not in so few steps; {log.read_text()}"
         recording.send_signal(signal.SIGINT)
         assert recording.wait(30) == 0, log.read_text()
+    (episode,) = json.loads((tmp_path / "summary.json").read_text())["episodes"]
+    assert episode["steps_without_command"] == 0
     contract, actor = load_contract(CONTRACT), load_engine(engine, threads=1)
     frames = [frame for frame in read_frames(tmp_path / "bag", contract) if isinstance(frame, Frame)]
     served = {chunk.stamp_ns: chunk.actions for chunk in read_served(tmp_path / "bag")}

@@ -36,6 +36,11 @@ class Event:
     positions: Mapping[str, float] | None = None
 
 
+def nanoseconds(time: Any) -> int:
+    """Of a message's time or duration."""
+    return int(time.sec) * 10**9 + int(time.nanosec)
+
+
 def to_events(contract: Contract, topic: str, message: Any, received_ns: int) -> list[Event]:
     """What `message` on the contract's `topic` gives: one event, or of a joint state one for each entry that it serves.
 
@@ -45,7 +50,7 @@ def to_events(contract: Contract, topic: str, message: Any, received_ns: int) ->
     source, *others = (source for source in contract.sources if source.topic == topic)
     if isinstance(source, InstructionTopic):
         return [to_instruction(contract, message.data, received_ns)]
-    stamp_ns = message.header.stamp.sec * 10**9 + message.header.stamp.nanosec
+    stamp_ns = nanoseconds(message.header.stamp)
     if stamp_ns <= 0:
         raise DataError(f"{topic}: header.stamp is {stamp_ns} ns; the publisher must stamp its messages")
     if isinstance(source, CameraTopic):

@@ -3,12 +3,12 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from vla_policy.core.bag import carries, open_bag
 from vla_policy.core.errors import ContractError, DataError
+from vla_policy.core.events import nanoseconds
 
 ACTION_CHUNK = "vla_policy_interfaces/msg/ActionChunk"
 
@@ -45,8 +45,8 @@ def read_served(path: Path | str) -> Iterator[ServedAction]:
             except (DataError, ValueError) as error:
                 raise ContractError(f"{path}: a decision cannot be read ({error}); record it again") from error
             yield ServedAction(
-                stamp_ns=_nanoseconds(message.observation_stamp),
-                published_ns=_nanoseconds(message.header.stamp),
+                stamp_ns=nanoseconds(message.observation_stamp),
+                published_ns=nanoseconds(message.header.stamp),
                 received_ns=recorded.time_ns,
                 sequence=message.sequence,
                 actions=actions,
@@ -55,7 +55,3 @@ def read_served(path: Path | str) -> Iterator[ServedAction]:
                 engine_id=message.engine_id,
                 latency_ms=message.latency_ms,
             )
-
-
-def _nanoseconds(stamp: Any) -> int:
-    return int(stamp.sec) * 10**9 + int(stamp.nanosec)

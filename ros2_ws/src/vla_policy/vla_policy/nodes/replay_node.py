@@ -20,7 +20,6 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from builtin_interfaces.msg import Time
 from diagnostic_msgs.msg import DiagnosticArray
 from rclpy.duration import Duration
 from rclpy.node import Node
@@ -35,7 +34,7 @@ from vla_policy.core.bag import Bag, contract_channels, open_bag
 from vla_policy.core.bag_files import Channel, Message
 from vla_policy.core.contract import load_contract
 from vla_policy.core.errors import ContractError, DataError
-from vla_policy.core.events import Event, to_events
+from vla_policy.core.events import Event, nanoseconds, to_events
 from vla_policy.core.files import write_json
 from vla_policy.core.observe import observe
 from vla_policy.core.outputs import check_file
@@ -212,7 +211,7 @@ class ReplayNode(Node):
             self._await_time(begun_s, first_ns, last_ns)
             if topic == camera:
                 begun_s += self._frames.wait(self.settings.max_in_flight - 1)
-                self._frames.send(_stamp_ns(content))
+                self._frames.send(nanoseconds(content.header.stamp))
             if topic == instruction:
                 begun_s += self._frames.wait() + self._await_heard()
             if self._closing.is_set():
@@ -286,10 +285,10 @@ class ReplayNode(Node):
             self._counts += [int(item.value) for status in message.status for item in status.values if item.key == key]
 
     def _on_chunk(self, data: bytes) -> None:
-        stamp: Time = deserialize_message(data, ActionChunk).observation_stamp
+        chunk: ActionChunk = deserialize_message(data, ActionChunk)
         if self._writer is not None:
             self._writer.write(self._chunk_topic, time.time_ns(), data)
-        self._frames.answer(stamp.sec * 10**9 + stamp.nanosec)
+        self._frames.answer(nanoseconds(chunk.observation_stamp))
 
     def _summarise(self) -> None:
         frames = self._frames
@@ -297,10 +296,6 @@ class ReplayNode(Node):
         if self.settings.summary:
             content = {"schema_version": 1, "kind": _SUMMARY, "frames": frames.sent, "answered": frames.answered}
             write_json(self.settings.summary, content | {"settings": asdict(self.settings)})
-
-
-def _stamp_ns(message: Any) -> int:
-    return int(message.header.stamp.sec) * 10**9 + int(message.header.stamp.nanosec)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from vla_policy_interfaces.action import RunPolicy
 
 from vla_policy.core.contract import Contract
 from vla_policy.core.errors import DataError
+from vla_policy.core.events import nanoseconds
 from vla_policy.core.safety import HoldReason
 from vla_policy.core.server import PolicyServer
 from vla_policy.core.status import Status
@@ -97,7 +98,7 @@ class RunPolicyServer:
 
     def _run(self, goal: ServerGoalHandle) -> RunPolicy.Result:
         server = self._server()
-        limit_ns = goal.request.time_limit.sec * 10**9 + goal.request.time_limit.nanosec
+        limit_ns = nanoseconds(goal.request.time_limit)
         if server is None:
             return self._result(goal, (RunPolicy.Result.NOT_ACTIVE, "the node is not active"), 0, 0, 0)
         refusal = self._refusal(server.status(), limit_ns) or self._begin(server, goal.request.prompt)
