@@ -1,7 +1,7 @@
 """The ports of pi0.5 and pi0 against numbers of the published code, and against the published tensor lists."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,13 @@ from torch import Tensor, nn
 from calibrator.families import find_family, live_units, load_policy
 from calibrator.families.loading import empty_policy, fill_policy
 from calibrator.families.pi05 import Pi05
-from calibrator.families.pi05.model import Cache
+from calibrator.families.pi05.model import PROJECTOR, VISION, Cache
 from calibrator.families.pi05.time import condition, embedding
 from calibrator.modules.chain import PROMPT
 from calibrator.modules.gemma import modulation, rotation
+from calibrator.modules.siglip import SiglipModel
 from vla_policy.core.families.pi05 import STATE
+from vla_policy.core.flow.config import SiglipSpec
 from vla_policy.core.flow.conventions import CONVENTIONS
 from vla_policy.core.flow.images import pixel_values, preprocess
 from vla_policy.core.flow.statistics import state_row
@@ -94,6 +96,12 @@ def policy_of(content: dict[str, Any], folder: Path, images: int, convention: st
     return policy
 
 
+def pixels_of(policy: Pi05) -> Tensor:
+    """The golden images of its cameras, by its convention."""
+    images = list(golden_images().values())[: policy.config.num_images]
+    return torch.from_numpy(pixel_values(images, policy.config))[None]
+
+
 def drawn(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
     """The golden weights of a module of the meta device, whose published names begin with `prefix`."""
     shapes = {prefix + name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
@@ -107,14 +115,14 @@ CASES = {
     "pi0": (PI0, "one_camera"),
     "pi0, two cameras": (PI0, "two_cameras"),
 }
+RECORDED = [name for name, (content, _) in CASES.items() if "lerobot" in content]
 
 
 @pytest.fixture(scope="module", params=CASES.values(), ids=CASES.keys())
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     content, cameras = request.param
     policy = policy_of(content, tmp_path_factory.mktemp("pi05"), CAMERAS[cameras])
-    images = list(golden_images().values())[: CAMERAS[cameras]]
-    pixels = torch.from_numpy(pixel_values(images, policy.config))[None]
+    pixels = pixels_of(policy)
     ids = torch.tensor(content["prompt_ids"][: content["prompt_valid"]])[None]
     state = torch.from_numpy(state_row(golden_state(), 32)) if content is PI0 else None
     return Case(policy, pixels, ids, torch.from_numpy(normal("1:noise", (1, 10, 32))), state, content, cameras)
@@ -165,7 +173,7 @@ def test_prefix_and_one_step_match_the_published_code(case: Case) -> None:
 
 
 @torch.no_grad()
-def test_the_integrated_actions_match_the_published_code(case: Case) -> None:
+def test_the_integrated_actions_match_the_published_code(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     policy, wanted = case.policy, case.wanted
     np.testing.assert_array_equal(policy.times(torch.device("cpu")), np.float32(wanted["times_10_steps"]))
     np.testing.assert_array_equal(policy.config.convention.times(4), np.float32(wanted["times_4_steps"]))
@@ -173,12 +181,47 @@ def test_the_integrated_actions_match_the_published_code(case: Case) -> None:
     first = case.noise - 0.1 * policy.action_out_proj(states[:, 0])
     assert_matches(first[0], wanted["actions_after_step1_of_10"])
     assert_matches(actions[0], wanted["actions_10_steps"])
+    assert_first_values(actions, wanted)
     if case.content is not WIDE:  # the chain is put together alike at every size
         inputs = {"pixel_values": case.pixels, PROMPT: case.ids, "noise": case.noise}
         if case.state is not None:
             inputs[STATE] = case.state
         decided = policy.decide(inputs, 70).unflatten(1, (10, 7))
         np.testing.assert_allclose(decided, actions[..., :7], atol=1e-4)
+    with_steps(case, 4, monkeypatch)
+    assert_matches(policy.integrated(case.noise, case.cache, case.state)[1][0], wanted["actions_4_steps"])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", [CASES[name] for name in RECORDED], ids=RECORDED, indirect=True)
+@pytest.mark.parametrize("images", ["same_images", "own_resize"])
+def test_with_lerobot_s_ways_the_actions_are_lerobot_s(
+    case: Case, images: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its times, each rounded once, on openpi's images; and on images that are resized as it does."""
+    lerobot, policy = CONVENTIONS["lerobot"], case.policy
+    monkeypatch.setattr(policy, "config", replace(policy.config, convention=lerobot))
+    if images == "own_resize":
+        case = replace(case, pixels=pixels_of(policy))
+    wanted = case.content["lerobot"][images][case.cameras]
+    states, actions = policy.integrated(case.noise, case.cache, case.state)
+    assert_matches(policy.action_out_proj(states[:, 0])[0], wanted["velocity_step0"])
+    assert_matches(actions[0], wanted["actions_10_steps"])
+    if images == "same_images":
+        assert_first_values(actions, wanted)
+    with_steps(case, 4, monkeypatch)
+    assert_matches(policy.integrated(case.noise, case.cache, case.state)[1][0], wanted["actions_4_steps"])
+
+
+def assert_first_values(actions: Tensor, wanted: dict[str, Any]) -> None:
+    """Every row's own dimensions of the robot, to 1e-3 of the chunk's scale."""
+    tolerance = 1e-3 * wanted["actions_10_steps"]["std"]
+    np.testing.assert_allclose(actions[0, :, :7], wanted["actions_10_steps_first7"], rtol=1e-3, atol=tolerance)
+
+
+def with_steps(case: Case, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The policy integrates in so many steps for the rest of a test."""
+    monkeypatch.setattr(case.policy, "config", replace(case.policy.config, num_inference_steps=steps))
 
 
 @torch.no_grad()
@@ -194,23 +237,23 @@ def test_time_embedding_and_condition_match_the_published_code(case: Case) -> No
             assert_matches(suffix[0], content[f"suffix_embeddings_t{time}"])
 
 
-def test_the_full_size_tower_matches_the_published_code() -> None:
-    from calibrator.modules.siglip import SiglipModel
-    from vla_policy.core.flow.config import SiglipSpec
-
+@torch.no_grad()
+def test_the_full_size_tower_and_projector_match_the_published_code() -> None:
     with torch.device("meta"):
-        tower = SiglipModel(SiglipSpec())
-    prefix = "paligemma_with_expert.paligemma.model.vision_tower.vision_model."
-    tower.load_state_dict(drawn(tower, prefix), assign=True)
-    pixels = torch.from_numpy(preprocess(golden_images()["base_0_rgb"], 224, CONVENTIONS["openpi"]))[None]
-    with torch.no_grad():
+        tower, projector = SiglipModel(SiglipSpec()), nn.Linear(1152, 2048)
+    tower.load_state_dict(drawn(tower, f"{VISION}."), assign=True)
+    projector.load_state_dict(drawn(projector, f"{PROJECTOR}."), assign=True)
+    for camera in ("base_0_rgb", "left_wrist_0_rgb"):
+        pixels = torch.from_numpy(preprocess(golden_images()[camera], 224, CONVENTIONS["openpi"]))[None]
         x = tower.embeddings(pixels)
-        assert_matches(x[0], TOWER["base_0_rgb_hidden_0"])
+        assert_matches(x[0], TOWER[f"{camera}_hidden_0"])
         for number, block in enumerate(tower.encoder.layers):
             x = block(x)
-            if (name := f"base_0_rgb_hidden_{number + 1}") in TOWER:
+            if (name := f"{camera}_hidden_{number + 1}") in TOWER:
                 assert_matches(x[0], TOWER[name])
-        assert_matches(tower.post_layernorm(x)[0], TOWER["base_0_rgb_siglip"])
+        features = tower.post_layernorm(x)
+        assert_matches(features[0], TOWER[f"{camera}_siglip"])
+        assert_matches(projector(features)[0], TOWER[f"{camera}_projected"])
 
 
 @pytest.mark.parametrize("variant", ["pi05", "pi0"])
