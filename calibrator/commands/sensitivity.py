@@ -1,12 +1,14 @@
 """`sensitivity`: policy + calibration set -> scores of every layer in every choice."""
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from calibrator.commands import options
 
 if TYPE_CHECKING:
+    from calibrator.sensitivity.table import Sensitivity
     from vla_policy.core.formats import Choice
 
 _WEIGHT_ONLY = ("w2a16", "w4a16", "w8a16")
@@ -28,50 +30,66 @@ def add(parser: argparse.ArgumentParser) -> None:
         "save memory, not time, unless activations have 8 bits",
     )
     parser.add_argument("--target", help="machine whose kernels say how activations are rounded; default: per token")
-    parser.add_argument("--kappa", type=float, default=0.1, help="temperature of the soft bottleneck, Eq. (9)")
-    parser.add_argument(
+    parser.add_argument("--units", nargs="+", default=["*"], help="only layers whose names match these globs")
+    options.add_unnorm_key(parser)
+    options.add_accept(parser)
+    _add_scores(parser.add_argument_group("scores", "what an evaluation becomes; equations are Mix-QVLA's"))
+    _add_screening(parser.add_argument_group("fewer evaluations"))
+    _add_run(parser.add_argument_group("run", "where and how it runs"))
+
+
+def _add_scores(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--kappa", type=float, default=0.1, help="temperature of the soft bottleneck, Eq. (9)")
+    group.add_argument(
         "--lambda", dest="attribution_weight", type=float, default=1.0, help="weight of attribution, Eq. (8)"
     )
-    parser.add_argument(
+    group.add_argument(
         "--bins",
         type=int,
         default=5,
         help="phases of a trajectory, Eq. (12): Omega_tau is the largest of their means, so each wants some 6 states "
         "or one state sets it; 5 give 32 states that",
     )
-    parser.add_argument("--epsilon", type=float, default=1e-12, help="added to evidence in Eqs. (6), (7)")
-    parser.add_argument("--language-block", type=int, help="decoder block whose input is a boundary; default the last")
-    options.add_unnorm_key(parser)
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16"),
-        default="float32",
-        help="how weights are held; bfloat16 takes half the memory and about a quarter more time, and loses nothing of "
-        "a checkpoint in bfloat16: activations, gradients and losses are float32 either way",
+    group.add_argument("--epsilon", type=float, default=1e-12, help="added to evidence in Eqs. (6), (7)")
+    group.add_argument(
+        "--language-block",
+        type=int,
+        help="decoder block whose input is a boundary; default: the last, of pi0 and pi0.5 the middle one",
     )
-    options.add_device(parser)
-    parser.add_argument("--batch-size", type=int, default=16, help="states per pass")
-    parser.add_argument("--threads", type=int, help="torch threads; default 1 below 0.1 B parameters, all cores above")
-    options.add_accept(parser)
-    parser.add_argument("--units", nargs="+", default=["*"], help="only layers whose names match these globs")
-    parser.add_argument(
+
+
+def _add_screening(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
         "--mode",
         choices=("exact", "screened"),
         default="exact",
         help="screened: exact only where a plan of --targets is undecided, corrected first-order scores elsewhere; "
         "allocate then takes these budgets only",
     )
-    parser.add_argument("--targets", type=float, nargs="+", default=[3.0, 4.0, 6.0], help="screened: average bits")
-    parser.add_argument("--cap", type=float, default=0.1, help="screened: largest part of all exact evaluations")
-    parser.add_argument(
+    group.add_argument("--targets", type=float, nargs="+", default=[3.0, 4.0, 6.0], help="screened: average bits")
+    group.add_argument("--cap", type=float, default=0.1, help="screened: largest part of all exact evaluations")
+    group.add_argument(
         "--first-order",
         action="store_true",
         help="also estimate the action error to first order, for allocate --signal proxy; screened does in any case",
     )
-    parser.add_argument("--executor", choices=("local", "ray"), default="local")
-    parser.add_argument("--ray-address", help="address of a running Ray cluster; default: one on this machine")
-    parser.add_argument("--cpus-per-task", type=int, default=1, help="CPU cores of a Ray task")
-    parser.add_argument(
+
+
+def _add_run(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="how weights are held; bfloat16 takes half the memory and about a quarter more time, and loses nothing of "
+        "a checkpoint in bfloat16: activations, gradients and losses are float32 either way",
+    )
+    options.add_device(group)
+    group.add_argument("--batch-size", type=int, default=16, help="states per pass")
+    group.add_argument("--threads", type=int, help="torch threads; default 1 below 0.1 B parameters, all cores above")
+    group.add_argument("--executor", choices=("local", "ray"), default="local")
+    group.add_argument("--ray-address", help="address of a running Ray cluster; default: one on this machine")
+    group.add_argument("--cpus-per-task", type=int, default=1, help="CPU cores of a Ray task")
+    group.add_argument(
         "--resume",
         action=argparse.BooleanOptionalAction,
         default=True,
@@ -107,29 +125,35 @@ def run(args: argparse.Namespace) -> int:
     worst = sorted(result.units, key=lambda unit: -unit.omega[low])[:3]
     print(f"{args.out}: {len(result.units)} layers in {', '.join(map(str, settings.choices))}")
     print(f"most fragile in {low}: " + ", ".join(f"{unit.name} {unit.omega[low]:.3f}" for unit in worst))
-    print(f"note: {result.meta['conventions']['summary']}")
+    for note in _notes(result):
+        print(note)
+    return 0
+
+
+def _notes(result: "Sensitivity") -> Iterator[str]:
+    """What a reader of the scores should know."""
+    yield f"note: {result.meta['conventions']['summary']}"
     if facts := result.screened:
-        print(
+        yield (
             f"screened: {facts['evaluations']} of {facts['exhaustive_evaluations']} evaluations, the other scores are "
             f"estimates; {facts['reason']}"
         )
     for choice, reason in result.meta["no_kernel"].items():
-        print(f"note: {choice} has no kernel ({reason}); an engine cannot have it")
+        yield f"note: {choice} has no kernel ({reason}); an engine cannot have it"
     if below := result.meta["below_floor"]:
         count = sum(len(entry["choices"]) for entry in below)
-        print(f"note: {count} scores are not above the noise floor, {result.noise_floor:.2g}: nothing was seen there")
+        yield f"note: {count} scores are not above the noise floor, {result.noise_floor:.2g}: nothing was seen there"
     if result.random_spread is not None:
-        below = sum(unit.evaluated(low) and unit.action_mse[low] < result.random_spread for unit in result.units)
-        print(
-            f"note: other random numbers alone change the action by {result.random_spread:.2g} (action error); {below} "
-            f"of {len(result.units)} layers in {low} change it less"
+        low = result.choices[0]
+        yield (
+            f"note: other random numbers alone change the action by {result.random_spread:.2g} (action error); "
+            f"{len(result.below_spread(low))} of {len(result.units)} layers in {low} change it less"
         )
     if strays := result.meta["stray_states"]:
-        print(f"note: in {strays} of the states the policy prefers a token that is no action")
+        yield f"note: in {strays} of the states the policy prefers a token that is no action"
     if result.meta["inversions"]:
         count = len(result.meta["inversions"])
-        print(f"note: {count} times the more precise of two choices scored worse; use more states if it matters")
-    return 0
+        yield f"note: {count} times the more precise of two choices scored worse; use more states if it matters"
 
 
 def choices_to_measure(args: argparse.Namespace) -> tuple["Choice", ...]:

@@ -243,6 +243,11 @@ class Sensitivity(Measured):
         found = self.meta.get("random_spread")
         return None if found is None else float(found["action_mse"])
 
+    def below_spread(self, choice: Choice) -> list[UnitScores]:
+        """Layers that change the action less than other random numbers do, as far as they were evaluated."""
+        spread = 0.0 if self.random_spread is None else self.random_spread
+        return [unit for unit in self.units if unit.evaluated(choice) and unit.action_mse[choice] < spread]
+
     @property
     def noise_floor(self) -> float:
         """The Omega of a change that is none; scores that are not above it say nothing."""

@@ -1,5 +1,7 @@
 """Evidence for a flow head: boundaries, objective and first-order scores against passes written out."""
 
+import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,8 @@ from fake_source import FakeSource
 from pi05_policy import PI0, tiny_config, tiny_pi05_folder
 from torch import Tensor
 
+from calibrator.__main__ import main
+from calibrator.allocation.plan import Plan
 from calibrator.data.calibration import collect
 from calibrator.families import live_units
 from calibrator.families.pi05 import FlowDecisions, Pi05
@@ -20,6 +24,7 @@ from calibrator.sensitivity.passes import signals
 from calibrator.sensitivity.proxy import directions, first_order
 from calibrator.sensitivity.sweep import Sweep, SweepSettings, SweepSpec
 from vla_policy.core.errors import PolicyError
+from vla_policy.core.formats import FULL
 
 W2, W8 = parse_choice("w2a16_g32"), parse_choice("w8a16_g32")
 PREFIX = "paligemma_with_expert.paligemma.model.language_model.layers"
@@ -146,6 +151,41 @@ def test_other_noises_are_told_as_an_action_error(spec: SweepSpec, sweep: Sweep)
         far = [np.square(chunk[0, :2, :3].detach().double().numpy() - own).sum() for chunk in chunks]
         assert sweep.reference.spread[number] == pytest.approx(np.mean(far), rel=1e-4)
     assert sweep.reference.spread.min() > 1e-3
+
+
+def test_the_spread_over_noises_is_in_the_table_the_command_s_words_and_the_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And the projections of the actions, which are small, keep 16 bits unless a pin says otherwise."""
+    spec = spec_of(tmp_path)
+    bank = Path(spec.policy) / "noise.npy"
+    np.save(bank, 0.02 * np.load(bank))  # a random policy does not forget its noise: 20, where layers change 0.01 to 1
+    table, layers = tmp_path / "sensitivity.json", ["action_*", f"{EXPERT}.2.mlp.*", f"{PREFIX}.2.*"]
+    command = ["sensitivity", "--policy", spec.policy, "--calibration", spec.calibration, "--out", str(table)]
+    assert main([*command, "--choices", str(W2), str(W8), "--bins", "1", "--units", *layers]) == 0
+    content, spread = json.loads(table.read_text()), float(spec.open().reference.spread.mean())
+    assert content["random_spread"]["action_mse"] == pytest.approx(spread, rel=1e-4)
+    errors = {unit["name"]: unit["action_mse"][str(W2)] for unit in content["units"]}
+    below = sum(error < spread for error in errors.values())
+    assert 0 < below < len(errors), "the case says something"
+    told = f"change the action by {spread:.2g} (action error); {below} of {len(errors)} layers in {W2} change it less"
+    assert told in capsys.readouterr().out
+
+    page = tmp_path / "report.html"
+    assert main(["report", "--sensitivity", str(table), "--out", str(page)]) == 0
+    said = re.search(r"change the action by an action error of\s+<data value=\"(.*?)\">.*?(\d+) of (\d+) layers",
+                     page.read_text(), re.DOTALL)  # fmt: skip
+    assert said is not None and float(said[1]) == pytest.approx(spread, rel=1e-4)
+    assert (int(said[2]), int(said[3])) == (below, len(errors))
+
+    plan = tmp_path / "plan.json"
+    command = ["allocate", "--sensitivity", str(table), "--average-bits", "3", "--out", str(plan)]
+    for pins, wanted in (([], FULL), (["--pin", f"action_*_proj={W8}"], W8)):
+        assert main([*command, *pins]) == 0
+        assignment = Plan.load(plan).assignment
+        assert {assignment["action_in_proj"], assignment["action_out_proj"]} == {wanted}
+        assert assignment[f"{EXPERT}.2.mlp.gate_proj"] == assignment[f"{EXPERT}.2.mlp.up_proj"]
+        assert assignment[f"{PREFIX}.2.self_attn.k_proj"] == assignment[f"{PREFIX}.2.self_attn.v_proj"]
 
 
 def test_eight_bits_move_the_evidence_mass_as_predicted(spec: SweepSpec) -> None:

@@ -31,7 +31,7 @@ EMBEDDING = "paligemma_with_expert.paligemma.lm_head"
 """Published under this name: the prompt's embedding is tied to the head that words would be read from."""
 
 _REDRAWN = 4
-"""Other noises that each state is decided with, to tell what the draw alone changes."""
+"""Noises that each state is decided with besides its own, to tell what the draw alone changes."""
 
 Cache = tuple[tuple[Tensor, Tensor], ...]
 """Keys and values [B, kv heads, T, d] of every layer."""
