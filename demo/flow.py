@@ -22,6 +22,7 @@ from torch.nn import functional
 from calibrator.families.loading import load_policy, save_policy
 from calibrator.families.openvla import OpenVLA
 from calibrator.families.pi05 import Pi05
+from calibrator.families.pi05.noise import draw_bank
 from calibrator.modules.gemma import rotation
 from demo.batches import Answers, augmented, frame_weights, patch_shares, read_positions
 from demo.dataset import Demonstrations, load_demonstrations, percentiles
@@ -34,7 +35,7 @@ from vla_policy.core.errors import DataError, PolicyError
 from vla_policy.core.families.pi05 import FAMILY, scaling_of
 from vla_policy.core.files import claim_folder, sha256_policy
 from vla_policy.core.flow.config import FlowConfig
-from vla_policy.core.flow.noise import NOISE, draw_bank
+from vla_policy.core.flow.noise import NOISE
 from vla_policy.core.flow.prompt import FlowPrompt
 from vla_policy.core.outputs import FolderKind, check_folder
 from vla_policy.core.policy_config import POLICY, ProprioStats

@@ -67,7 +67,7 @@ def tiny_pi05_folder(folder: Path, seed: int = 0, images: int = 1, **changes: An
     from safetensors.torch import save_file
 
     from calibrator.families.loading import empty_policy
-    from vla_policy.core.flow.noise import draw_bank
+    from calibrator.families.pi05.noise import draw_bank
     from vla_policy.core.policy_config import PolicyConfig
 
     folder.mkdir(parents=True)

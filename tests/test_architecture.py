@@ -213,6 +213,17 @@ def test_the_robot_package_and_the_launch_files_import_nothing_of_the_workstatio
     assert not wrong, "\n".join(wrong)
 
 
+def test_no_random_generator_is_on_the_robot() -> None:
+    """What a decision draws was drawn before: node, replay and process decide alike."""
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line}: {text}"
+        for path in _sources(ROBOT / "vla_policy")
+        for line, text in [*_imports(path), *_words(path)]
+        if re.fullmatch(r"random|secrets|(numpy\.)?random|default_rng|RandomState|urandom", text)
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
 def test_importing_the_core_loads_neither_torch_nor_rclpy() -> None:
     modules = [".".join(path.relative_to(ROBOT).with_suffix("").parts) for path in _sources(_folder("vla_policy.core"))]
     program = (

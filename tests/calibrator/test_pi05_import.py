@@ -106,6 +106,20 @@ def test_an_openpi_checkpoint_decides_what_its_weights_decide(policy: Path, tmp_
     assert np.array_equal(first.action, second.action) and first.action.shape == (4, 3)
 
 
+def test_the_bank_of_noises_is_drawn_from_a_seed(policy: Path, tmp_path: Path) -> None:
+    checkpoint, banks = openpi(policy, tmp_path / "checkpoint"), []
+    for number, seed in enumerate(("0", "0", "1")):
+        out = tmp_path / f"policy{number}"
+        assert imported(checkpoint, out, *OF_OPENPI, "--noise-seed", seed) == 0
+        banks.append(np.load(out / "noise.npy"))
+    assert np.array_equal(banks[0], banks[1]) and not np.array_equal(banks[0], banks[2])
+    for bank in banks:
+        assert bank.shape == (64, 4, 5) and bank.dtype == np.float32
+        # Of 1280 numbers: four standard errors.
+        assert abs(bank.mean()) < 4 / 1280**0.5 and abs(bank.std() - 1) < 4 / 2560**0.5
+        assert len(np.unique(bank)) > 1270, "no entry is another's copy"
+
+
 @pytest.mark.parametrize("prefix", ["model.", ""])
 def test_a_lerobot_checkpoint_loads_with_its_names_and_statistics(policy: Path, tmp_path: Path, prefix: str) -> None:
     checkpoint = lerobot(policy, tmp_path / "checkpoint", prefix)
@@ -170,6 +184,18 @@ def test_what_does_not_fit_is_one_line_and_leaves_nothing(
     checkpoint = lerobot(policy, tmp_path / "checkpoint")
     damage(checkpoint)
     assert message in refused(checkpoint, tmp_path / "out", *GIVEN, *options, capsys=capsys)[-1]
+
+
+def test_only_openpi_s_code_leaves_the_state_out(
+    policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = lerobot(policy, tmp_path / "checkpoint")
+    (error,) = refused(checkpoint, tmp_path / "out", capsys=capsys)
+    assert "lerobot's code writes every pi0.5's state into the prompt" in error and "--state-names" in error
+    assert imported(checkpoint, tmp_path / "out", "--convention", "openpi") == 0
+    assert "; 1 images, no state; " in capsys.readouterr().out
+    config = PolicyConfig.load(tmp_path / "out")
+    assert not config.takes_state and config.stats(None).proprio is None
 
 
 OF_BOTH = ("mean", "std")

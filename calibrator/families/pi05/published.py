@@ -18,13 +18,14 @@ from typing import Any
 import numpy as np
 
 from calibrator.families.loading import find_tensors, open_weights, stored_shapes
+from calibrator.families.pi05.noise import draw_bank
 from calibrator.tensors import disk_errors
 from vla_policy.core.errors import ArtefactError, PolicyError
 from vla_policy.core.families.pi05 import FAMILY
 from vla_policy.core.files import named_file, read_json
 from vla_policy.core.flow.config import SUPPORTED, FlowConfig
 from vla_policy.core.flow.conventions import CONVENTIONS
-from vla_policy.core.flow.noise import NOISE, draw_bank
+from vla_policy.core.flow.noise import NOISE
 from vla_policy.core.flow.prompt import TOKENIZER, FlowPrompt
 from vla_policy.core.flow.statistics import NORMALIZATIONS
 from vla_policy.core.outputs import atomic_folder, check_folder
@@ -39,6 +40,9 @@ _COPIED = ("num_inference_steps", "min_period", "max_period", "max_action_dim", 
 _LEROBOT_MODES = {"QUANTILES": "quantiles", "MEAN_STD": "mean_std"}
 _USUAL_MODE = {"pi05": "QUANTILES", "pi0": "MEAN_STD"}
 _OF_PI0 = "action_time_mlp_in.weight"
+_WITHOUT_STATE = "openpi"
+"""Whose code trains pi0.5 with the state in the prompt, or without."""
+_ALWAYS_STATE = f"lerobot's code writes every pi0.5's state into the prompt, only {_WITHOUT_STATE}'s may leave it out"
 
 
 @dataclass(frozen=True)
@@ -77,8 +81,9 @@ def import_pi05(checkpoint: Path, out: Path, settings: FlowSettings) -> FlowConf
     prefixed = all(name.startswith(_PREFIX) for _, name, _ in stored)
     shapes = [(path, name.removeprefix(_PREFIX) if prefixed else name, shape) for path, name, shape in stored]
     variant = "pi0" if any(name == _OF_PI0 for _, name, _ in shapes) else "pi05"
-    if variant == "pi0" and not settings.state_names:
-        raise PolicyError(f"{weights}: this is pi0, which takes a state; name its values with --state-names")
+    if not settings.state_names and (variant == "pi0" or settings.convention != _WITHOUT_STATE):
+        what = "this is pi0, which takes a state" if variant == "pi0" else _ALWAYS_STATE
+        raise PolicyError(f"{weights}: {what}; name its values with --state-names")
     published = read_json(checkpoint / "config.json")
     source = str(checkpoint / "config.json")
     of_lerobot = (checkpoint / "policy_preprocessor.json").is_file()

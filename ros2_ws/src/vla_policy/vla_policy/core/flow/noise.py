@@ -13,13 +13,6 @@ from vla_policy.core.flow.config import FlowConfig
 from vla_policy.core.observation import Observation
 
 NOISE = "noise.npy"
-BANK = 64
-
-
-def draw_bank(config: FlowConfig, seed: int = 0) -> np.ndarray:
-    """float32 [64, H, A] of the standard normal distribution."""
-    shape = (BANK, config.horizon, config.width)
-    return np.random.default_rng(seed).standard_normal(shape, np.float32)
 
 
 def load_bank(folder: Path, config: FlowConfig) -> np.ndarray:
