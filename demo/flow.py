@@ -289,23 +289,7 @@ def train(
     claim_folder(work, _WORK, inputs=[*data_folders, initial, start])
     data = load_demonstrations(data_folders)
     torch.manual_seed(recipe.seed)
-    source = None if start is None else load_policy(start)
-    if source is not None and not isinstance(source, OpenVLA):
-        raise PolicyError(f"{start}: a policy of the family {source.config.raw['model_type']!r}; expected 'openvla'")
-    if initial is None:
-        tokenizer = save_tokenizer(data.instructions, work / "tokenizer.json")
-        proprio = None if source is None else source.config.stats(key).proprio
-        policy = Pi05(policy_config(data, recipe, key, steps_per_action, proprio))
-        initialise(policy, tokenizer)
-        if source is not None and start is not None:
-            shown = data.images[torch.linspace(0, len(data) - 1, _FITTED).long()]
-            transplant(source, start / "tokenizer.json", policy, tokenizer, shown.permute(0, 3, 1, 2) / 127.5 - 1)
-    else:
-        trained = load_policy(initial)
-        shutil.copyfile(initial / "tokenizer.json", work / "tokenizer.json")
-        assert isinstance(trained, Pi05)
-        policy = Pi05(trained.config)
-        policy.load_state_dict(trained.state_dict(), strict=True)
+    policy = _new(data, work, key, steps_per_action, recipe, start) if initial is None else _trained(initial, work)
     batches = FlowBatches(data, policy.config, work, recipe, key)
     readouts = Readouts(recipe.width, len(data.instructions), batches.positions.shape[1])
     run = Run(policy, readouts, recipe, loss, work / "checkpoint.safetensors")
@@ -331,6 +315,34 @@ def train(
     }
     write(run, out, work, record)
     print(f"wrote {out}")
+
+
+def _new(
+    data: Demonstrations, work: Path, key: str, steps_per_action: int, recipe: FlowRecipe, start: Path | None
+) -> Pi05:
+    """A policy of random weights, or of those of an OpenVLA policy; `work` gets its tokenizer."""
+    source = None if start is None else load_policy(start)
+    if source is not None and not isinstance(source, OpenVLA):
+        raise PolicyError(f"{start}: a policy of the family {source.config.raw['model_type']!r}; expected 'openvla'")
+    tokenizer = save_tokenizer(data.instructions, work / "tokenizer.json")
+    proprio = None if source is None else source.config.stats(key).proprio
+    policy = Pi05(policy_config(data, recipe, key, steps_per_action, proprio))
+    initialise(policy, tokenizer)
+    if source is not None and start is not None:
+        shown = data.images[torch.linspace(0, len(data) - 1, _FITTED).long()]
+        transplant(source, start / "tokenizer.json", policy, tokenizer, shown.permute(0, 3, 1, 2) / 127.5 - 1)
+    return policy
+
+
+def _trained(initial: Path, work: Path) -> Pi05:
+    """A policy that was trained before; `work` gets its tokenizer."""
+    trained = load_policy(initial)
+    if not isinstance(trained, Pi05):
+        raise PolicyError(f"{initial}: a policy of the family {trained.config.raw['model_type']!r}; expected 'pi05'")
+    shutil.copyfile(initial / "tokenizer.json", work / "tokenizer.json")
+    policy = Pi05(trained.config)
+    policy.load_state_dict(trained.state_dict(), strict=True)
+    return policy
 
 
 def write(run: Run, out: Path, work: Path, record: dict[str, Any]) -> None:

@@ -141,6 +141,14 @@ def test_a_policy_begins_with_what_another_knows(tmp_path: Path) -> None:
     torch.testing.assert_close(words[-1], source.decoder.embed_tokens(torch.tensor(ids[-1])), rtol=1e-5, atol=1e-6)
 
 
+def test_a_policy_of_another_family_is_no_beginning(tmp_path: Path) -> None:
+    flow = Path("demo/policies/libero_object_pi05")
+    with pytest.raises(PolicyError, match=r"libero_object: a policy of the family 'openvla'; expected 'pi05'"):
+        train([EPISODES], tmp_path / "policy", KEY, 4, RECIPE, initial=POLICY)
+    with pytest.raises(PolicyError, match=r"libero_object_pi05: a policy of the family 'pi05'; expected 'openvla'"):
+        train([EPISODES], tmp_path / "policy", KEY, 4, RECIPE, start=flow)
+
+
 def test_a_start_of_another_size_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PolicyError, match=r"--start: text_config.hidden_size is 192 there, 96 here"):
         train([EPISODES], tmp_path / "policy", KEY, 4, RECIPE, start=POLICY)
