@@ -88,14 +88,14 @@ class Policy:
 def build(request: Request) -> Manifest:
     """Builds the engine folder `request.out`; nothing is left there unless every layer has its planned format.
 
-    Raises PolicyError for unknown statistics, and ArtefactError for a folder there that is no engine, a plan of another
-    policy, unknown or missing units, formats that the target cannot run, a backend that is not installed, and a
-    realised format that differs from the plan's.
+    Raises PolicyError for unknown statistics, and ArtefactError for a folder there that is no engine, a file of the
+    policy that is missing or does not fit, a plan of another policy, unknown or missing units, formats that the target
+    cannot run, a backend that is not installed, and a realised format that differs from the plan's.
     """
     check_folder(request.out, ENGINE, [request.policy, request.plan, request.weights, request.calibration])
     config = PolicyConfig.load(request.policy)
-    if request.unnorm_key is not None:
-        config.unnorm_key(request.unnorm_key)
+    key = config.unnorm_key(request.unnorm_key or next(iter(config.norm_stats)))
+    config.family.policy(config, request.policy, key)  # what a robot would refuse to load is not built
     layers = layers_of(config)
     policy_sha256 = sha256_policy(request.policy)
     store = Store.open(request.weights) if request.weights else None

@@ -1,5 +1,6 @@
 """Engines of pi0.5 and pi0 policies: three graphs, the loop outside of them, the same numbers as torch."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from engine_build.build import Request, build
 from engine_build.costs import PROMPT_TOKENS, runs_per_action
 from engine_build.verify import States, verify
 from engine_build.weights import layers_of
+from vla_policy.core.errors import ArtefactError
 from vla_policy.core.files import sha256_policy
 from vla_policy.core.formats import FULL
 from vla_policy.core.manifest import Manifest
@@ -147,6 +149,27 @@ def test_the_engine_holds_one_copy_of_the_weights_and_a_table_for_the_time(folde
     named = [name for name in names if not name.startswith("constant_")]
     assert len(named) == len(set(named))
     assert "step_table" in named and not any("time_mlp" in name or ".dense." in name for name in named)
+
+
+@pytest.mark.parametrize(
+    ("missing", "horizon", "message"),
+    [
+        ("noise.npy", 4, r"noise\.npy: no such file; import the checkpoint again"),
+        ("tokenizer.json", 4, r"tokenizer\.json: no such file; a policy folder needs its tokenizer"),
+        (None, 6, r"noise\.npy: float32 \[64, 4, 5\], expected float32 \[entries, 6, 5\]"),
+    ],
+)
+def test_what_the_robot_would_refuse_is_not_built(
+    missing: str | None, horizon: int, message: str, tmp_path: Path
+) -> None:
+    policy = tiny_pi05_folder(tmp_path / "policy")
+    raw = json.loads((policy / "config.json").read_text())
+    (policy / "config.json").write_text(json.dumps(raw | {"chunk_size": horizon}))
+    if missing is not None:
+        (policy / missing).unlink()
+    with pytest.raises(ArtefactError, match=message):
+        build(Request(policy, find_target("cpu"), tmp_path / "engine", uniform=FULL))
+    assert [path.name for path in tmp_path.iterdir()] == ["policy"]
 
 
 def test_the_cost_of_a_layer_counts_every_step(folder: Path) -> None:
