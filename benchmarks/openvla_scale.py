@@ -296,7 +296,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tower-depth", type=int, help="of random weights; default as published (24, 27)")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1], help="states per pass, one run for each")
     parser.add_argument("--batches", type=int, default=1, help="of random images in each run")
-    parser.add_argument("--choices", nargs="+", default=["w4a16_g128"], help="what the layers are measured in")
+    parser.add_argument("--choices", nargs="+", default=["w4a16_g128:rtn"], help="what the layers are measured in")
     parser.add_argument("--layers", type=int, default=4, help="how many are measured, evenly spaced in the policy")
     parser.add_argument("--units", nargs="+", help="names of the layers to measure instead")
     parser.add_argument("--threads", type=int, help="torch threads; default all cores")

@@ -312,7 +312,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--unnorm-key", help="which of the policy's statistics (default: the only ones)")
     parser.add_argument("--out", type=Path, required=True, help="JSON with all figures")
     parser.add_argument(
-        "--choices", nargs="+", default=["w2a16_g64", "w4a16_g64", "w8a16_g64"], help="what is timed"
+        "--choices", nargs="+", default=["w2a16_g64:rtn", "w4a16_g64:rtn", "w8a16_g64:rtn"], help="what is timed"
     )
     parser.add_argument("--stride", type=int, default=6, help="every n-th layer is timed")
     parser.add_argument("--states", type=int, default=8, help="states that are timed")

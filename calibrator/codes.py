@@ -16,7 +16,6 @@ from calibrator.data.statistics import input_statistics, portions
 from calibrator.families import TorchActor, Unit
 from calibrator.families.loading import open_checkpoint
 from calibrator.quantizers import Computed, LayerStatistics, QuantizedWeight, needs_guidance, needs_statistics
-from calibrator.quantizers.choices import USUAL_METHOD
 from calibrator.quantizers.rows import Part
 from calibrator.quantizers.store import layer_path, read_layer, write_layer
 from vla_policy.core.errors import ArtefactError
@@ -110,7 +109,7 @@ def _shares(
 
 def are_kept(choice: Choice) -> bool:
     """Whether codes in this choice are worth keeping: round-to-nearest is found faster than it is read back."""
-    return choice.recipe is not None and choice.recipe.method != USUAL_METHOD
+    return choice.recipe is not None and choice.recipe.method != "rtn"
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,13 @@ from calibrator.quantizers import QuantizedWeight, parse_choice, parse_choices, 
 from calibrator.quantizers.weights import code_range
 from vla_policy.core.formats import Choice, Format
 
-CHOICES = parse_choices(("w2a16_g32", "w4a16_g32", "w8a16_g32"))
+CHOICES = parse_choices(("w2a16_g32:rtn", "w4a16_g32:rtn", "w8a16_g32:rtn"))
 W2, W4, W8 = CHOICES
-WITH_ACTIVATIONS = parse_choices(("w2a2_g32", "w4a4_g32", "w8a8_g32"))
+WITH_ACTIVATIONS = parse_choices(("w2a2_g32:rtn", "w4a4_g32:rtn", "w8a8_g32:rtn"))
 
 
 def rtn(fmt: Format) -> Choice:
-    return parse_choice(str(fmt))
+    return parse_choice(f"{fmt}:rtn")
 
 
 def with_every_code(weight: Tensor, fmt: Format) -> QuantizedWeight:

@@ -12,7 +12,7 @@ from vla_policy.core.errors import ArtefactError
 from vla_policy.core.formats import FULL_PRECISION, Choice, Format, Parameter, Recipe
 
 _METHODS = "calibrator.quantizers.methods"
-USUAL_METHOD = "rtn"
+USUAL_METHOD = "mse"
 _RECIPE = re.compile(r"(\w+)(?:\((.*)\))?")
 
 
@@ -30,7 +30,8 @@ def find_method(name: str) -> WeightQuantizer:
 
 
 def parse_choice(text: str) -> Choice:
-    """From e.g. `w16a16`, `w4a16_g64:rtn`, `w3a16_g64:mse(steps=40)`; without a recipe, weights are rounded to nearest.
+    """From e.g. `w16a16`, `w4a16_g64:rtn`, `w3a16_g64:mse(steps=40)`; without a recipe, weights are
+    rounded by `USUAL_METHOD`.
 
     Raises ArtefactError for a format, method or parameter that does not exist, PolicyError for bits that have no codes.
     """

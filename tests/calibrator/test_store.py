@@ -141,7 +141,7 @@ def test_a_store_of_another_policy_or_plan_is_refused(place: Path, tmp_path: Pat
     with pytest.raises(ArtefactError, match="made for the policy with sha256"):
         command.quantize(replace(request(place), policy=other, out=tmp_path / "w"))
     store = Store.open(place / "weights")
-    with pytest.raises(ArtefactError, match=r"holds projector.fc1 in .*, wanted is w3a16:rtn; quantize for this plan"):
+    with pytest.raises(ArtefactError, match=r"holds projector.fc1 in .*, wanted is w3a16:mse; quantize for this plan"):
         store.of("projector.fc1", torch.zeros(2, 2), parse_choice("w3a16"))
 
 
