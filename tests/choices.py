@@ -4,7 +4,7 @@ from torch import Tensor
 
 from calibrator.quantizers import QuantizedWeight, parse_choice, parse_choices, quantize
 from calibrator.quantizers.weights import code_range
-from vla_policy.core.formats import Choice, Format
+from vla_policy.core.formats import FULL_PRECISION, Choice, Format
 
 CHOICES = parse_choices(("w2a16_g32:rtn", "w4a16_g32:rtn", "w8a16_g32:rtn"))
 W2, W4, W8 = CHOICES
@@ -12,7 +12,7 @@ WITH_ACTIVATIONS = parse_choices(("w2a2_g32:rtn", "w4a4_g32:rtn", "w8a8_g32:rtn"
 
 
 def rtn(fmt: Format) -> Choice:
-    return parse_choice(f"{fmt}:rtn")
+    return parse_choice(str(fmt) if fmt.weight_bits >= FULL_PRECISION.weight_bits else f"{fmt}:rtn")
 
 
 def with_every_code(weight: Tensor, fmt: Format) -> QuantizedWeight:

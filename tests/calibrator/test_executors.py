@@ -110,7 +110,7 @@ def test_codes_that_look_at_inputs_are_written_by_the_workers(
     cluster: Any, spec: SweepSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Byte for byte those of a local run, by both workers, from policy and states that each of them has checked."""
-    spec = replace(spec, settings=SweepSettings(parse_choices(("w2a16_g32:gptq", "w4a16_g32:mse", "w8a16_g32"))))
+    spec = replace(spec, settings=SweepSettings(parse_choices(("w2a16_g32:gptq", "w4a16_g32:mse", "w8a16_g32:rtn"))))
     options = RunOptions(unit_globs=("projector.*", "*layers.1.self_attn.*"))
 
     def codes(name: str, executor: str) -> dict[Path, bytes]:

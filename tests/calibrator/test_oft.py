@@ -157,7 +157,7 @@ def test_a_policy_that_overflows_decides_nothing_and_is_not_measured(
         actor.act(far)
     collect([FakeSource((9, 9, 9))], calibration, count=27, seed=0)
     assert any(2 * state @ [0.5, 10] - 1 > 0.35 for state in load_calibration(calibration).states)
-    command = ["sensitivity", "--policy", str(policy), "--calibration", str(calibration)]
+    command = ["sensitivity", "--policy", str(policy), "--calibration", str(calibration), "--choices", "w8a16:rtn"]
     assert main([*command, "--out", str(tmp_path / "sensitivity.json")]) == 2
     captured = capsys.readouterr().err.strip().splitlines()[-1]
     assert captured.startswith("error: torch policy: normalised actions: ")

@@ -26,7 +26,7 @@ from calibrator.sensitivity.sweep import Sweep, SweepSettings, SweepSpec
 from vla_policy.core.errors import PolicyError
 from vla_policy.core.formats import FULL
 
-W2, W8 = parse_choice("w2a16_g32"), parse_choice("w8a16_g32")
+W2, W8 = parse_choice("w2a16_g32:rtn"), parse_choice("w8a16_g32:rtn")
 PREFIX = "paligemma_with_expert.paligemma.model.language_model.layers"
 EXPERT = "paligemma_with_expert.gemma_expert.model.layers"
 UNITS = (

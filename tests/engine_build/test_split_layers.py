@@ -38,7 +38,7 @@ GROUPS = "_g32"
 
 
 def choice_of(bits: int, groups: str = GROUPS) -> Choice:
-    return FULL if bits == 16 else parse_choice(f"w{bits}a16{groups}")
+    return FULL if bits == 16 else parse_choice(f"w{bits}a16{groups}:rtn")
 
 
 def random_rows(layers: dict[str, Layer], seed: int = 0) -> RowBits:

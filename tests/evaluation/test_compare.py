@@ -129,7 +129,7 @@ def test_configuration_is_read(tmp_path: Path) -> None:
     assert [run.rollout.control for run in section.runs] == ["none", "none", "blind"]
     assert [run.rollout.actor for run in section.runs] == [
         ActorSpec("policy", tmp_path / "policies" / "metaworld", uniform=choice)
-        for choice in (None, parse_choice("w4a16_g64:rtn"), None)
+        for choice in (None, parse_choice("w4a16_g64:mse"), None)
     ]
 
 

@@ -73,16 +73,16 @@ def test_a_method_is_what_weights_are_made_by_whatever_the_name(tmp_path: Path) 
     found = {curve.label: [[run.name for run in size] for size in curve.sizes] for curve in curves_of(section.runs)}
     assert list(found.items()) == [
         ("plan by evidence", [["z"], ["a", "b"]]),
-        ("uniform rtn (h)", [["h"], ["g"]]),
+        ("uniform mse (h)", [["h"], ["g"]]),
         ("bf16", [["bf16"]]),
         ("plan by evidence, α 0.75, β 0", [["c"]]),
         ("plan by evidence, gptq", [["d"]]),
         ("plan by evidence, then gptq", [["e"]]),
         ("QVLA, optimum", [["f"]]),
         ("uniform gptq", [["i"]]),
-        ("uniform rtn, 8-bit activations", [["j"]]),
-        ("uniform rtn (k)", [["k"]]),
-        ("uniform rtn, smoothquant", [["l"]]),
+        ("uniform mse, 8-bit activations", [["j"]]),
+        ("uniform mse (k)", [["k"]]),
+        ("uniform mse, smoothquant", [["l"]]),
         ("m", [["m"]]),
     ]
 
