@@ -114,7 +114,7 @@ def test_a_few_states_are_recorded_and_said(tmp_path: Path, capsys: pytest.Captu
         seen = states.observation(index)
         tokens = torch.from_numpy(actor.act(seen).tokens)[None]
         with torch.no_grad():
-            output = actor.policy.output(actor._inputs(seen), tokens)[0]
+            output = actor.policy.output(actor.inputs(seen), tokens)[0]
         other = output[:, -64]
         needed = output[:, -320:-64].max(-1).values / other
         lengths.append(float(needed[other > 0].min()) if (other > 0).any() else np.inf)

@@ -206,8 +206,8 @@ def test_only_formats_of_the_target_are_chosen(tmp_path: Path) -> None:
     on_a100 = Planner.of(sensitivity, replace(request(average_bits=6.0), target="a100")).plan()
     target = find_target("a100")
     assert all(target.why_not(choice.format) is None for choice in on_a100.assignment.values())
-    assert on_a100.scored_by == {parse_choice("w8a16"): BY_BITS[8]} and anywhere.scored_by == {}
-    eight = next(name for name, choice in on_a100.assignment.items() if choice == parse_choice("w8a16"))
+    assert on_a100.scored_by == {parse_choice("w8a16:rtn"): BY_BITS[8]} and anywhere.scored_by == {}
+    eight = next(name for name, choice in on_a100.assignment.items() if choice == parse_choice("w8a16:rtn"))
     assert on_a100.measured(eight) == BY_BITS[8]
     on_a100.save(tmp_path / "plan.json")
     assert Plan.load(tmp_path / "plan.json") == on_a100
@@ -253,10 +253,10 @@ def test_pins_hold_and_bad_ones_are_named() -> None:
     plan = Planner.of(sensitivity, pinned).plan()
     assert plan.assignment["layer_0"] == plan.assignment["layer_1"] == FULL
     for pins, message in (
-        (("layer_9=w4a16_g32",), "matches no layer"),
-        (("layer_0=w4a16",), "w4a16:rtn was not measured; choose from w2a16_g32:rtn, "),
-        (("layer_0=w4a16_g32", "layer_1=w8a16_g32:rtn"), "fused and share one choice"),
-        (("layer_0=w4a16_g32", "layer_*=w8a16_g32"), "pinned to w4a16_g32:rtn and to w8"),
+        (("layer_9=w4a16_g32:rtn",), "matches no layer"),
+        (("layer_0=w4a16:rtn",), "w4a16:rtn was not measured; choose from w2a16_g32:rtn, "),
+        (("layer_0=w4a16_g32:rtn", "layer_1=w8a16_g32:rtn"), "fused and share one choice"),
+        (("layer_0=w4a16_g32:rtn", "layer_*=w8a16_g32:rtn"), "pinned to w4a16_g32:rtn and to w8"),
     ):
         with pytest.raises(BudgetError, match=message):
             Planner.of(sensitivity, replace(pinned, pins=tuple(map(Pin.parse, pins))))
@@ -286,7 +286,7 @@ def test_frontier_falls_as_size_grows_and_ends_at_full_precision(tmp_path: Path)
 
 def test_formats_without_a_kernel_are_marked_and_may_be_planned() -> None:
     """As the papers' W4A4: it can be measured, and nobody is left to think that it runs."""
-    bare, real = parse_choices(("w4a4_g32", "w4a16_g64"))
+    bare, real = parse_choices(("w4a4_g32:rtn", "w4a16_g64:rtn"))
     assert set(no_kernel((bare, real), None)) == set(no_kernel((bare, real), "cpu")) == {"w4a4_g32:rtn"}
     simulated = table([scored("layer", {bare: 0.4, FULL: 0.0})])
     plan = Planner.of(simulated, request(average_bits=4.0)).plan()
@@ -306,7 +306,7 @@ def test_formats_that_save_memory_and_no_time_are_named() -> None:
 
 
 def test_a_plan_names_what_runs_in_the_place_of_what_was_measured() -> None:
-    (measured,) = parse_choices(("w2a16_g256",))
+    (measured,) = parse_choices(("w2a16_g256:rtn",))
     one = table([scored("layer", {measured: 0.4, FULL: 0.0}, inputs=512)])
     plan = Planner.of(one, replace(request(average_bits=2.0), target="cpu")).plan()
     (runs,) = plan.fallbacks
@@ -316,7 +316,7 @@ def test_a_plan_names_what_runs_in_the_place_of_what_was_measured() -> None:
 
 
 def test_a_plan_keeps_the_fixed_scales_that_were_scored_and_says_what_was_scored_otherwise(tmp_path: Path) -> None:
-    eight = parse_choice("w8a8")
+    eight = parse_choice("w8a8:rtn")
     layers = [scored(name, {eight: 0.1, FULL: 0.0}) for name in ("a", "b")]
     plain = table(layers)
     peaks = {"input_peaks": {"a": 3.0, "b": 5.0}}

@@ -319,7 +319,7 @@ def test_activations_are_rounded_as_the_targets_kernel_does(
 def test_a_fixed_scale_is_that_of_the_calibration_states(spec: SweepSpec, unit: str) -> None:
     """TensorRT's w8a8 in NumPy: the step from inputs that are watched here while every state is decided by itself, the
     product of integers, and what the sweep's layer gives in both passes."""
-    (choice,) = parse_choices(("w8a8",))
+    (choice,) = parse_choices(("w8a8:rtn",))
     sweep = replace(spec, settings=SweepSettings((choice,), target="orin-jp7")).open()
     layer, seen = sweep.units[unit].module, list[np.ndarray]()
     handle = layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].numpy()))
