@@ -1,7 +1,7 @@
 """What the inputs of layers look like over a calibration set: ranges of activations, and what rounding methods ask."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from typing import TypeVar
 
@@ -41,11 +41,15 @@ def input_statistics(
     strays = 0
     for index in tqdm(range(len(states)), desc="inputs of layers", unit="state", disable=None):
         state = states.observation(index)
-        with nullcontext() if guided else _watched(sums):
-            tokens = actor.act(state).tokens
-        strays += actor.scores_and_stray(state, tokens)[1]
-        for name, rows, weights in guided_rows(actor, state, layers) if guided else ():
-            sums[name].add(rows, weights)
+        if guided:
+            weighed, stray = guided_rows(actor, state, layers)
+            for name, (rows, weights) in weighed.items():
+                sums[name].add(rows, weights)
+        else:
+            with _watched(sums):
+                tokens = actor.act(state).tokens
+            stray = actor.scores_and_stray(state, tokens)[1]
+        strays += stray
     check_strays(strays, len(states), source)
     statistics = {name: one.statistics() for name, one in sums.items()}
     useless = [name for name, one in statistics.items() if not 0 < one.peak < float("inf")]
